@@ -1,0 +1,89 @@
+"""lens_unlearn: find where a language model keeps a skill, and take it out reversibly, with hooks.
+
+Names are imported when they are first used, so that `import lens_unlearn` stays quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Ablate": "interventions",
+    "ActivationError": "errors",
+    "ArtefactError": "errors",
+    "Chain": "interventions",
+    "Corpus": "corpora",
+    "CorpusError": "errors",
+    "EmptyStatisticError": "errors",
+    "Histogram": "statistics",
+    "Intervention": "interventions",
+    "LensUnlearnError": "errors",
+    "ModelError": "errors",
+    "Moments": "statistics",
+    "NeuronMap": "maps",
+    "Report": "evaluation.report",
+    "SelectionError": "errors",
+    "Site": "sites",
+    "SiteError": "errors",
+    "collect": "collecting",
+    "evaluate": "evaluation.next_token",
+    "fingerprint": "models",
+    "generate": "evaluation.generation",
+    "load_intervention": "interventions",
+    "load_model": "models",
+    "load_moments": "collecting",
+    "ov_basis": "methods.attention",
+    "random_pruning": "methods.controls",
+    "read_corpus": "corpora",
+    "save_moments": "collecting",
+    "selective_pruning": "methods.selective_pruning",
+    "separability": "evaluation.report",
+    "sweep": "tuning",
+    "tune": "tuning",
+}
+_MODULES = {"plot": "figures", "demo": "demo"}
+
+__all__ = [*sorted(_HOME), *_MODULES, "__version__"]
+
+if TYPE_CHECKING:
+    from lens_unlearn import demo as demo
+    from lens_unlearn import figures as plot
+    from lens_unlearn.collecting import collect, load_moments, save_moments
+    from lens_unlearn.corpora import Corpus, read_corpus
+    from lens_unlearn.errors import (
+        ActivationError,
+        ArtefactError,
+        CorpusError,
+        EmptyStatisticError,
+        LensUnlearnError,
+        ModelError,
+        SelectionError,
+        SiteError,
+    )
+    from lens_unlearn.evaluation.generation import generate
+    from lens_unlearn.evaluation.next_token import evaluate
+    from lens_unlearn.evaluation.report import Report, separability
+    from lens_unlearn.interventions import Ablate, Chain, Intervention, load_intervention
+    from lens_unlearn.maps import NeuronMap
+    from lens_unlearn.methods.attention import ov_basis
+    from lens_unlearn.methods.controls import random_pruning
+    from lens_unlearn.methods.selective_pruning import selective_pruning
+    from lens_unlearn.models import fingerprint, load_model
+    from lens_unlearn.sites import Site
+    from lens_unlearn.statistics import Histogram, Moments
+    from lens_unlearn.tuning import sweep, tune
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lens_unlearn.{_MODULES[name]}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"lens_unlearn.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lens_unlearn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

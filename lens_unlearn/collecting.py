@@ -1,0 +1,206 @@
+"""The one streaming loop: model x corpus x sites x statistics.
+
+No activation is kept and no unembedding is computed, so memory does not grow with the corpus and the cost is close to
+that of the blocks alone.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lens_unlearn import artefacts
+from lens_unlearn.corpora import Corpus
+from lens_unlearn.errors import ArtefactError
+from lens_unlearn.models import fingerprint, model_name
+from lens_unlearn.sites import Model, Point, Site, attach, backbone, detach_all, resolve
+from lens_unlearn.statistics import Moments, S, Statistic
+
+__all__ = ["collect"]
+
+Transform = Mapping[Site, Callable[[Tensor], Tensor]]
+_SAVE_EVERY = 20.0  # seconds between checkpoints
+
+
+@overload
+def collect(
+    model: Model,
+    corpus: Corpus,
+    sites: str | Site | Iterable[str | Site] = ...,
+    *,
+    statistic: None = None,
+    batch_size: int = ...,
+    transform: Transform | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    progress: bool = ...,
+) -> Moments: ...
+@overload
+def collect(
+    model: Model,
+    corpus: Corpus,
+    sites: str | Site | Iterable[str | Site] = ...,
+    *,
+    statistic: S,
+    batch_size: int = ...,
+    transform: Transform | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    progress: bool = ...,
+) -> S: ...
+def collect(
+    model: Model,
+    corpus: Corpus,
+    sites: str | Site | Iterable[str | Site] = ("mlp.post",),
+    *,
+    statistic: Any = None,
+    batch_size: int = 8,
+    transform: Transform | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Any:
+    """Stream a corpus through a model once and gather a statistic of every neuron at the given sites.
+
+    Inside an intervention's block the activations are those with the intervention acting: what was attached before is
+    seen by what is attached after.
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
+        corpus: What to run. Counted positions enter the statistics, no others.
+        sites: Kinds (all layers), sites, or both.
+        statistic: An empty statistic to fill; default `Moments()`.
+        batch_size: Full-length rows per forward. Results do not depend on it.
+        transform: Optional functions applied to the activations of a site before they are counted.
+        checkpoint: A file in which the run is kept, every 20 seconds and on interruption. If it exists, the run goes
+            on from there, to exactly the result of an uninterrupted run. It is removed at the end.
+        progress: Whether to show a bar, in counted tokens.
+
+    Returns:
+        The filled statistic; the one passed is not changed.
+
+    Raises:
+        SiteError: If a site does not exist or has no neuron axis.
+        ActivationError: If a counted activation is NaN or infinite.
+        CorpusError: If the corpus was tokenized for another model.
+        ArtefactError: If the checkpoint belongs to another run.
+    """
+    corpus.check(model)
+    points = resolve(model, sites)
+    total: Statistic = (Moments() if statistic is None else statistic).fresh()
+    settings = _settings(model, corpus, points, total, batch_size)
+    total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings)
+    bar = tqdm(
+        total=corpus.n_tokens, unit=" tokens", unit_scale=True, disable=not progress, desc=f"collect {corpus.name}"
+    )
+    saved = time.monotonic()
+    with bar, torch.no_grad():
+        try:
+            for number, batch in enumerate(corpus.batches(batch_size)):
+                counted = int(batch.counted.sum())
+                if number >= done:
+                    part = total.fresh()
+                    _forward(model, batch.tokens, batch.counted, points, part, transform or {})
+                    # Only a batch that went through whole is merged, and it is counted in the same breath.
+                    total, done = total.merge(part), number + 1
+                bar.update(counted)
+                if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    _save(checkpoint, total, settings, done)
+                    saved = time.monotonic()
+        except BaseException:
+            if checkpoint is not None:
+                _save(checkpoint, total, settings, done)
+            raise
+    if checkpoint is not None and os.path.exists(checkpoint):
+        os.remove(checkpoint)
+    return _with_provenance(total, model, corpus)
+
+
+def _forward(
+    model: Model,
+    tokens: Tensor,
+    counted: Tensor,
+    points: Mapping[Site, Point],
+    part: Statistic,
+    transform: Transform,
+) -> None:
+    weight = counted.reshape(-1).float()
+
+    def watch(site: Site) -> Callable[[Tensor], None]:
+        change = transform.get(site)
+
+        def see(tensor: Tensor) -> None:
+            values = tensor if change is None else change(tensor)
+            part.update(site, values.reshape(-1, *values.shape[2:]), weight)
+
+        return see
+
+    with ExitStack() as stack:
+        removers: list[Callable[[], bool]] = []
+        stack.callback(lambda: detach_all(removers))
+        for site, point in points.items():
+            removers.append(attach(point.hook, watch(site)))
+        backbone(model, tokens)
+
+
+def _with_provenance(total: Any, model: Model, corpus: Corpus) -> Any:
+    if hasattr(total, "provenance"):
+        total.provenance = {"model": model_name(model), "corpus": corpus.name, "tokens": corpus.n_tokens}
+    return total
+
+
+def _settings(
+    model: Model, corpus: Corpus, points: Sequence[Site] | Mapping[Site, Point], total: Statistic, batch_size: int
+) -> dict[str, Any]:
+    return {
+        "model": fingerprint(model),
+        "corpus": corpus.fingerprint,
+        "sites": [str(site) for site in points],
+        "statistic": repr(total.fresh()) + str(getattr(total, "extra", "")),
+        "batch_size": batch_size,
+    }
+
+
+def _save(path: str | os.PathLike[str], total: Statistic, settings: dict[str, Any], done: int) -> None:
+    artefacts.write(path, "collect checkpoint", total.state(), {"settings": settings, "batches": done})
+
+
+def _load(path: str | os.PathLike[str], total: Any, settings: dict[str, Any]) -> tuple[Any, int]:
+    if not os.path.exists(path):
+        return total, 0
+    header, tensors = artefacts.read(path, "collect checkpoint")
+    artefacts.require_same(path, header["settings"], settings, "this run")
+    return total.with_state(tensors), int(header["batches"])
+
+
+def save_moments(path: str | os.PathLike[str], moments: Moments, model: Model | None = None) -> None:
+    """Write moments to a safetensors file.
+
+    Args:
+        path: Where to.
+        moments: What `collect` returned.
+        model: If given, its fingerprint is kept, so that the file can say later which model it is of.
+    """
+    header = {"extra": list(moments.extra), "provenance": moments.provenance}
+    if model is not None:
+        header["model"] = fingerprint(model)
+    artefacts.write(path, "moments", moments.state(), header)
+
+
+def load_moments(path: str | os.PathLike[str], model: Model | None = None) -> Moments:
+    """Read what `save_moments` wrote.
+
+    Raises:
+        ArtefactError: If the file is not intact moments, or (where both are known) of another model.
+    """
+    header, tensors = artefacts.read(path, "moments")
+    if model is not None and "model" in header:
+        artefacts.require_same(path, header["model"], fingerprint(model), "this model")
+    try:
+        moments = Moments(extra=header["extra"]).with_state(tensors)
+    except (KeyError, ValueError) as error:
+        raise ArtefactError(f"{path} holds no moments that can be read: {error}") from error
+    moments.provenance = dict(header.get("provenance", {}))
+    return moments

@@ -1,0 +1,390 @@
+"""Texts become a `Corpus`: tokens, a mask of the positions that count, and document ids. Reading goes through `datasets`.
+
+A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``, a
+`datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
+then only the answer's tokens count, and the prompt is kept as the query.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lens_unlearn.errors import CorpusError
+from lens_unlearn.sites import Model
+from lens_unlearn.sources import Source, open_source
+
+__all__ = ["Batch", "Corpus", "read_corpus"]
+
+DEFAULT_TEMPLATE = "{prompt} {answer}"
+DEFAULT_WINDOW = 512
+_CHUNK = 256  # documents tokenized at a time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a corpus, padded on the right."""
+
+    tokens: Int[Tensor, "batch pos"]
+    counted: Bool[Tensor, "batch pos"]
+    rows: Int[Tensor, "batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokenized documents, cut into rows no longer than a window, with a mask of the positions that count.
+
+    A token counts unless it is BOS, padding, or (in question-answer corpora) part of the prompt. Statistics are taken
+    at counted tokens; the loss is that of predicting counted tokens, so the first token of a row without BOS, which
+    nothing predicts, counts for statistics only.
+    """
+
+    name: str
+    tokens: Int[Tensor, "total"]
+    counted: Bool[Tensor, "total"]
+    starts: Int[Tensor, "rows+1"]
+    document: Int[Tensor, "rows"]
+    """Which document each row is of: an index into `keys`."""
+    keys: tuple[str, ...]
+    """A digest of each document's text."""
+    window: int
+    prepend_bos: bool
+    vocabulary: str
+    """A digest of the tokenizer's vocabulary."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Documents left out while reading, by reason."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Counted tokens."""
+        return int(self.counted.sum())
+
+    @property
+    def n_documents(self) -> int:
+        """Documents."""
+        return len(self.keys)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows: a document longer than the window has several."""
+        return len(self.document)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the tokens, the mask and the document boundaries: equal exactly for equal corpora."""
+        digest = hashlib.sha256()
+        for tensor in (self.tokens.int(), self.counted, self.starts.long(), self.document.long()):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(f"{self.prepend_bos} {self.vocabulary}".encode())
+        return digest.hexdigest()[:16]
+
+    def row(self, index: int) -> Int[Tensor, "pos"]:
+        """Return the tokens of one row."""
+        return self.tokens[int(self.starts[index]) : int(self.starts[index + 1])].long()
+
+    def prompt(self, index: int) -> Int[Tensor, "pos"]:
+        """Return the tokens of one row before its first counted token: BOS, and the prompt where there is one."""
+        counted = self.counted[int(self.starts[index]) : int(self.starts[index + 1])]
+        return self.row(index)[: int(counted.int().argmax())]
+
+    def batches(self, batch_size: int = 8) -> Iterator[Batch]:
+        """Yield batches of rows of similar length, in a fixed order.
+
+        Args:
+            batch_size: Rows of full window length per batch; of shorter rows as many more as hold no more tokens.
+        """
+        if batch_size < 1:
+            raise CorpusError(f"batch_size={batch_size} is too small: at least 1")
+        lengths = self.starts.diff()
+        order = torch.sort(lengths, descending=True, stable=True).indices.tolist()
+        while order:
+            longest = int(lengths[order[0]])
+            take = max(1, batch_size * min(self.window, int(lengths.max())) // longest)
+            rows, order = order[:take], order[take:]
+            yield self._batch(rows, longest)
+
+    def _batch(self, rows: list[int], longest: int) -> Batch:
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+        counted = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            start, end = int(self.starts[row]), int(self.starts[row + 1])
+            tokens[i, : end - start] = self.tokens[start:end]
+            counted[i, : end - start] = self.counted[start:end]
+        return Batch(tokens, counted, torch.tensor(rows))
+
+    def check(self, model: Model) -> None:
+        """Refuse a model with another vocabulary or a shorter context.
+
+        Raises:
+            CorpusError: Naming the difference.
+        """
+        if int(self.tokens.max()) >= int(model.cfg.d_vocab):
+            raise CorpusError(f"{self.name} has token ids beyond this model's vocabulary: read it with this model")
+        tokenizer = getattr(model, "tokenizer", None)
+        if self.vocabulary and tokenizer is not None and vocabulary_digest(tokenizer) != self.vocabulary:
+            raise CorpusError(f"{self.name} was tokenized with another vocabulary: read it with this model")
+        if int(self.starts.diff().max()) > int(model.cfg.n_ctx):
+            raise CorpusError(f"{self.name} has rows longer than this model's context of {model.cfg.n_ctx} tokens")
+
+    def only(self, documents: Iterable[int], name: str | None = None) -> "Corpus":
+        """Return the corpus of some documents, by index, in this corpus' order.
+
+        Raises:
+            CorpusError: If none is left.
+        """
+        wanted = torch.zeros(self.n_documents, dtype=torch.bool)
+        wanted[torch.tensor(sorted(set(documents)), dtype=torch.long)] = True
+        if not bool(wanted.any()):
+            raise CorpusError(f"no document of {name or self.name} is left")
+        rows = wanted[self.document]
+        keep = rows.repeat_interleave(self.starts.diff())
+        number = wanted.cumsum(0) - 1
+        return replace(
+            self,
+            name=name or self.name,
+            tokens=self.tokens[keep],
+            counted=self.counted[keep],
+            starts=torch.cat([torch.zeros(1, dtype=torch.long), self.starts.diff()[rows].cumsum(0)]),
+            document=number[self.document[rows]],
+            keys=tuple(key for key, kept in zip(self.keys, wanted.tolist(), strict=True) if kept),
+        )
+
+    def split(self, *shares: float, seed: int = 0) -> "list[Corpus]":
+        """Split by document into parts of about the given shares of the counted tokens.
+
+        Equal documents fall into the same part. The split depends on the documents and the seed alone.
+
+        Raises:
+            CorpusError: If there are fewer distinct documents than parts.
+        """
+        size = torch.zeros(self.n_documents, dtype=torch.long)
+        lengths = torch.tensor([int(part.sum()) for part in torch.split(self.counted, self.starts.diff().tolist())])
+        size.index_add_(0, self.document, lengths)
+        distinct = sorted(set(self.keys))
+        if len(distinct) < len(shares):
+            raise CorpusError(
+                f"{self.name} has {len(distinct)} distinct documents, too few to split into {len(shares)} parts: "
+                "give a longer source, or separate test sources"
+            )
+        random.Random(f"split {seed}").shuffle(distinct)
+        by_key = Counter[str]()
+        for key, tokens in zip(self.keys, size.tolist(), strict=True):
+            by_key[key] += tokens
+        parts = _deal(distinct, by_key, shares)
+        where = {key: part for part, keys in enumerate(parts) for key in keys}
+        return [self.only(i for i, key in enumerate(self.keys) if where[key] == part) for part in range(len(shares))]
+
+    def without(self, *others: "Corpus") -> "tuple[Corpus, int]":
+        """Take out the documents that also stand in other corpora.
+
+        Returns:
+            The rest, and how many documents were taken out.
+
+        Raises:
+            CorpusError: If nothing is left.
+        """
+        known = {key for other in others for key in other.keys}
+        rest = [i for i, key in enumerate(self.keys) if key not in known]
+        if not rest:
+            raise CorpusError(f"every document of {self.name} also stands in {' or '.join(o.name for o in others)}")
+        return (self, 0) if len(rest) == self.n_documents else (self.only(rest), self.n_documents - len(rest))
+
+    def __repr__(self) -> str:
+        left = f", skipped {sum(self.skipped.values()):,}" if self.skipped else ""
+        bos = "with BOS" if self.prepend_bos else "no BOS"
+        return f"Corpus({self.name!r}, {self.n_tokens:,} tokens in {self.n_documents:,} documents, {bos}{left})"
+
+
+def _deal(keys: list[str], size: Counter[str], shares: Sequence[float]) -> list[list[str]]:
+    """Deal shuffled documents to parts, each to the part that is furthest below its share; no part stays empty."""
+    whole, parts = sum(shares), [list[str]() for _ in shares]
+    filled = [0.0] * len(shares)
+    total = max(1, sum(size.values()))
+    for index, key in enumerate(keys):
+        lacking = [share / whole - have / total for share, have in zip(shares, filled, strict=True)]
+        part = index if index < len(shares) else max(range(len(shares)), key=lacking.__getitem__)
+        parts[part].append(key)
+        filled[part] += size[key]
+    return parts
+
+
+def read_corpus(
+    source: Source,
+    model: Model,
+    *,
+    tokens: int | None = None,
+    field: str | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    window: int | None = None,
+    prepend_bos: bool | None = None,
+    count: Literal["all", "answer"] | None = None,
+    name: str | None = None,
+) -> Corpus:
+    """Read texts and tokenize them with a model's tokenizer.
+
+    Args:
+        source: See the module's first lines.
+        model: Whose tokenizer and context length to use.
+        tokens: Stop after this many counted tokens (exactly); None reads everything.
+        field: The field that holds the text (default "text"), or "question>answer"; also possible inside the source.
+        template: How prompt and answer are joined.
+        window: Longest row in tokens, BOS included; longer documents become several rows. Default: the model's
+            context, at most 512.
+        prepend_bos: Whether every row begins with BOS. Default: as the model was trained (`cfg.default_prepend_bos`).
+        count: Which tokens count: "all", or only the "answer". Default: the answer where there is one.
+        name: How reports call it; default: the source.
+
+    Raises:
+        CorpusError: If the source, the file or the field does not exist, nothing in it is text, or it is too short.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise CorpusError("this model has no tokenizer: set one, as in load_model or boot_transformers(tokenizer=...)")
+    bos = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else bool(prepend_bos)
+    if bos and tokenizer.bos_token_id is None:
+        if prepend_bos:
+            raise CorpusError("prepend_bos=True, but this tokenizer has no BOS token")
+        bos = False
+    longest = min(DEFAULT_WINDOW, int(model.cfg.n_ctx)) if window is None else int(window)
+    if not bos + 2 <= longest <= int(model.cfg.n_ctx):
+        raise CorpusError(f"window={longest} does not fit this model: from {bos + 2} to {model.cfg.n_ctx} tokens")
+    if tokens is not None and tokens < 2:
+        raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
+    opened = open_source(source, field)
+    builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
+    encoder = _Encoder(tokenizer, template, count or ("answer" if opened.is_pairs else "all"))
+    for ids, counts, key in encoder.encode(opened.texts, builder.skipped):
+        if not builder.add(ids, counts, key):
+            break
+    return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer))
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Return a digest of what a tokenizer maps to what."""
+    known = getattr(tokenizer, "_lens_unlearn_digest", None)
+    if known is None:
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+        known = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+        tokenizer._lens_unlearn_digest = known
+    return known
+
+
+class _Encoder:
+    """Tokenizes documents, and says which tokens of each count."""
+
+    def __init__(self, tokenizer: Any, template: str, count: str) -> None:
+        if count not in ("all", "answer"):
+            raise CorpusError(f"count={count!r} is not known: count 'all' tokens or the 'answer'")
+        if "{prompt}" not in template or not template.rstrip().endswith("{answer}"):
+            raise CorpusError(f"the template {template!r} must hold {{prompt}} and end with {{answer}}")
+        self.tokenizer, self.template, self.count = tokenizer, template, count
+
+    def encode(
+        self, texts: Iterable[str | tuple[str, str] | None], skipped: Counter[str]
+    ) -> Iterator[tuple[list[int], list[bool], str]]:
+        chunk: list[tuple[str, int]] = []
+        for text in texts:
+            joined = self._join(text)
+            if joined is None:
+                skipped["empty or not text"] += 1
+                continue
+            chunk.append(joined)
+            if len(chunk) == _CHUNK:
+                yield from self._tokenize(chunk)
+                chunk = []
+        if chunk:
+            yield from self._tokenize(chunk)
+
+    def _join(self, text: Any) -> tuple[str, int] | None:
+        """Return the whole text and the character at which its counted part begins."""
+        if isinstance(text, str) and text.strip():
+            return text, 0
+        if isinstance(text, tuple) and all(isinstance(part, str) and part.strip() for part in text):
+            prompt, answer = text
+            head = self.template[: self.template.rindex("{answer}")].replace("{prompt}", prompt)
+            return head + answer, len(head) if self.count == "answer" else 0
+        return None
+
+    def _tokenize(self, chunk: list[tuple[str, int]]) -> Iterator[tuple[list[int], list[bool], str]]:
+        texts = [text for text, _ in chunk]
+        fast = getattr(self.tokenizer, "is_fast", False)
+        # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
+        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        for i, (text, begin) in enumerate(chunk):
+            ids = out["input_ids"][i]
+            if fast:
+                counted = [end > begin for _, end in out["offset_mapping"][i]]
+            else:
+                before = len(self.tokenizer(text[:begin], add_special_tokens=False)["input_ids"]) if begin else 0
+                counted = [position >= before for position in range(len(ids))]
+            yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+class _Builder:
+    """Cuts documents into rows, up to the token budget."""
+
+    def __init__(self, window: int, bos: int | None, budget: int | None) -> None:
+        self.window, self.bos, self.budget = window, bos, math.inf if budget is None else budget
+        self.tokens: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.lengths: list[int] = []
+        self.document: list[int] = []
+        self.keys: list[str] = []
+        self.skipped: Counter[str] = Counter()
+        self.total = 0
+
+    def add(self, ids: list[int], counted: list[bool], key: str) -> bool:
+        """Add a document; return whether there is room for more."""
+        if len(ids) + (self.bos is not None) < 2 or not any(counted):
+            self.skipped["shorter than two tokens"] += 1
+            return True
+        body = self.window - (self.bos is not None)
+        if not all(counted):  # a prompt and its answer stay together
+            if len(ids) > body:
+                self.skipped["prompt and answer longer than the window"] += 1
+                return True
+            self._row(ids, counted)
+        else:
+            for start in range(0, len(ids), body):
+                if self.total < self.budget:
+                    self._row(ids[start : start + body], counted[start : start + body])
+        self.keys.append(key)
+        return self.total < self.budget
+
+    def _row(self, ids: list[int], counted: list[bool]) -> None:
+        left = self.budget - self.total
+        if sum(counted) > left:  # end with the token that fills the budget
+            end = [i for i, yes in enumerate(counted) if yes][int(left) - 1] + 1
+            ids, counted = ids[:end], counted[:end]
+        self.total += sum(counted)
+        head = [] if self.bos is None else [self.bos]
+        self.tokens.append(torch.tensor(head + ids, dtype=torch.int32))
+        self.counted.append(torch.tensor([False] * len(head) + counted))
+        self.lengths.append(len(head) + len(ids))
+        self.document.append(len(self.keys))
+
+    def build(self, name: str, bos: bool, vocabulary: str) -> Corpus:
+        if not self.keys:
+            why = ", ".join(f"{n:,} {reason}" for reason, n in self.skipped.items()) or "no documents"
+            raise CorpusError(f"{name} holds no text that can be used: {why}")
+        lengths = torch.tensor(self.lengths)
+        return Corpus(
+            name=name,
+            tokens=torch.cat(self.tokens),
+            counted=torch.cat(self.counted),
+            starts=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+            document=torch.tensor(self.document),
+            keys=tuple(self.keys),
+            window=self.window,
+            prepend_bos=bos,
+            vocabulary=vocabulary,
+            skipped=dict(self.skipped),
+        )

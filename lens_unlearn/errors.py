@@ -1,0 +1,44 @@
+"""The errors a user can meet: each says what, where, and what to do, in one sentence."""
+
+__all__ = [
+    "ActivationError",
+    "ArtefactError",
+    "CorpusError",
+    "EmptyStatisticError",
+    "LensUnlearnError",
+    "ModelError",
+    "SelectionError",
+    "SiteError",
+]
+
+
+class LensUnlearnError(ValueError):
+    """Base of every error that `lens_unlearn` raises about what it was given."""
+
+
+class SiteError(LensUnlearnError):
+    """A hook point does not exist, never fires, or has no neuron axis."""
+
+
+class ModelError(LensUnlearnError):
+    """A model cannot be loaded, or is in a state in which its numbers would be wrong."""
+
+
+class CorpusError(LensUnlearnError):
+    """A text source is missing, empty, malformed, or belongs to another tokenizer."""
+
+
+class EmptyStatisticError(LensUnlearnError):
+    """A statistic was read before it saw any counted token."""
+
+
+class ActivationError(LensUnlearnError):
+    """An activation is NaN or infinite; the message names the neuron."""
+
+
+class SelectionError(LensUnlearnError):
+    """A fraction, map or selection that cannot stand for a set of neurons."""
+
+
+class ArtefactError(LensUnlearnError):
+    """A file is truncated, altered, of another kind, or made with another model."""

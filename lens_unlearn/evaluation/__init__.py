@@ -1,0 +1,1 @@
+"""Measuring what an intervention removed, and what else it cost."""

@@ -1,0 +1,237 @@
+"""`evaluate`: next-token loss, accuracy and divergence of a model with and without interventions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lens_unlearn.corpora import Batch, Corpus
+from lens_unlearn.errors import CorpusError, LensUnlearnError
+from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
+from lens_unlearn.interventions import Intervention
+from lens_unlearn.models import fingerprint, model_name
+from lens_unlearn.sites import Model, device_of, require_eval, require_model
+
+__all__ = ["evaluate"]
+
+Condition = Intervention | None | Sequence[Intervention]
+METRICS = ("loss", "top1", "top10", "top1_rare", "kl")
+COMMON_TARGETS = 50
+_CHUNK = 1024  # positions whose full distribution is held at a time
+
+
+def evaluate(
+    model: Model,
+    corpora: Mapping[str, Corpus],
+    conditions: Mapping[str, Condition],
+    *,
+    batch_size: int = 8,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Measure what a model predicts on corpora, with and without interventions.
+
+    Sums are over all counted tokens of a corpus, never means of batch means:
+
+    - `loss`: mean negative log probability of the next token, in nats; `perplexity` = exp of that mean.
+    - `top1`, `top10`: share of tokens among the 1 or 10 most probable; tied places are shared out evenly.
+    - `top1_rare`: top1 over tokens outside the 50 most frequent targets of the corpus.
+    - `kl`: mean KL(unedited || edited) per token, in nats.
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
+        corpora: By the name under which the report gives them.
+        conditions: By name: an intervention, None for the unedited model, or several interventions (such as random
+            controls with different seeds), which are averaged and whose spread enters the interval. The unedited
+            model is always measured, as "base".
+        batch_size: Full-length rows per forward.
+        resamples: Bootstrap resamples over documents.
+        seed: Of the bootstrap.
+        progress: Whether to show a bar.
+
+    Raises:
+        CorpusError: If a corpus fits another model, or has no token that anything predicts.
+        LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention.
+    """
+    require_model(model)
+    require_eval(model)
+    runs = _replicates(conditions)
+    if not corpora:
+        raise LensUnlearnError("there is no corpus to evaluate on: give at least one, by name")
+    for corpus in corpora.values():
+        corpus.check(model)
+    total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
+    measures: dict[tuple[str, str, str], Measure] = {}
+    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress, desc="evaluate") as bar:
+        for name, corpus in corpora.items():
+            sums = _measure(model, corpus, runs, batch_size, bar)
+            for condition, metric, measure in _summaries(sums, resamples, seed):
+                measures[condition, name, metric] = measure
+    ordered = {
+        (c, n, m): measures[c, n, m] for c in runs for n in corpora for m in ("loss", "perplexity", *METRICS[1:])
+    }
+    return Report(ordered, provenance_of(_settings(model, corpora, conditions, resamples, seed)))
+
+
+def _replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervention | None]]:
+    if conditions.get(BASE) is not None:
+        raise LensUnlearnError("the condition 'base' is the unedited model: give the intervention another name")
+    runs: dict[str, list[Intervention | None]] = {BASE: [None]}
+    for name, condition in conditions.items():
+        if condition is None or isinstance(condition, Intervention):
+            runs[name] = [condition]
+        else:
+            runs[name] = list(condition)
+        if not runs[name] or not all(one is None or isinstance(one, Intervention) for one in runs[name]):
+            raise LensUnlearnError(f"the condition {name!r} is no intervention: give one, several, or None")
+    return runs
+
+
+@dataclass
+class _Sums:
+    """Per document: sums of each metric, and how many tokens they are over."""
+
+    values: np.ndarray  # [documents, metrics]
+    counts: np.ndarray  # [documents, 2]: all tokens, rare tokens
+
+
+def _measure(
+    model: Model, corpus: Corpus, runs: Mapping[str, list[Intervention | None]], batch_size: int, bar: Any
+) -> dict[str, list[_Sums]]:
+    documents = corpus.n_documents
+    sums = {
+        name: [_Sums(np.zeros((documents, len(METRICS))), np.zeros((documents, 2))) for _ in run]
+        for name, run in runs.items()
+    }
+    common = _common_targets(corpus, int(model.cfg.d_vocab))
+    for batch in corpus.batches(batch_size):
+        targets = _Targets.of(batch, corpus, common, device_of(model))
+        reference = targets.logits(model)
+        for name, run in runs.items():
+            for intervention, into in zip(run, sums[name], strict=True):
+                with nullcontext() if intervention is None else intervention.on(model):
+                    logits = reference if intervention is None else targets.logits(model)
+                targets.add(logits, reference, into)
+                bar.update(int(batch.counted.sum()))
+    if not any(part.counts[:, 0].sum() for run in sums.values() for part in run):
+        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
+    return sums
+
+
+@dataclass
+class _Targets:
+    """The predicted positions of one batch."""
+
+    tokens: Int[Tensor, "batch pos"]
+    where: Bool[Tensor, "batch pos-1"]
+    target: Int[Tensor, "n"]
+    rare: Bool[Tensor, "n"]
+    document: np.ndarray
+
+    @classmethod
+    def of(cls, batch: Batch, corpus: Corpus, common: Bool[Tensor, "vocabulary"], device: torch.device) -> "_Targets":
+        where = batch.counted[:, 1:]
+        target = batch.tokens[:, 1:][where]
+        rows = corpus.document[batch.rows][:, None].expand_as(where)[where]
+        return cls(batch.tokens.to(device), where.to(device), target.to(device), ~common[target], rows.numpy())
+
+    def logits(self, model: Model) -> Float[Tensor, "n vocabulary"]:
+        with torch.no_grad():
+            return model(self.tokens, return_type="logits")[:, :-1][self.where.to(self.tokens.device)]
+
+    def add(self, logits: Tensor, reference: Tensor, sums: _Sums) -> None:
+        chunks = zip(*(t.split(_CHUNK) for t in (logits, reference, self.target)), strict=True)
+        columns = (
+            torch.cat([_outcomes(*chunk) for chunk in chunks]).double().cpu() if len(self.target) else torch.zeros(0, 4)
+        )
+        rare = self.rare.double()
+        loss, top1, top10, kl = columns.unbind(1)
+        table = torch.stack([loss, top1, top10, top1 * rare, kl], dim=1).numpy()
+        np.add.at(sums.values, self.document, table)
+        np.add.at(sums.counts, self.document, torch.stack([torch.ones_like(rare), rare], dim=1).numpy())
+
+
+def _outcomes(
+    logits: Float[Tensor, "n v"], reference: Float[Tensor, "n v"], target: Int[Tensor, "n"]
+) -> Float[Tensor, "n 4"]:
+    """Give loss, top-1, top-10 and KL of each position."""
+    logits = logits.float()
+    own = logits.gather(1, target[:, None])
+    log_sum = logits.logsumexp(1)
+    above = (logits > own).sum(1)
+    tied = (logits == own).sum(1)
+    # k places are left for `tied` equal candidates: each gets an equal share, so constant logits earn k / vocabulary.
+    credit = [((k - above) / tied.clamp_min(1)).clamp(0, 1) for k in (1, 10)]
+    base = reference.float().log_softmax(1)
+    kl = (base.exp() * (base - logits + log_sum[:, None])).sum(1)
+    broken = ~torch.isfinite(log_sum)
+    columns = torch.stack([log_sum - own[:, 0], *credit, kl], dim=1)
+    return columns.masked_fill(broken[:, None], float("nan"))
+
+
+def _common_targets(corpus: Corpus, vocabulary: int) -> Bool[Tensor, "vocabulary"]:
+    """Mark the corpus' most frequent targets; ties go to the lower token id."""
+    first = torch.zeros(len(corpus.tokens), dtype=torch.bool)
+    first[corpus.starts[:-1].long()] = True
+    targets = corpus.tokens[corpus.counted & ~first].long()
+    counts = torch.bincount(targets, minlength=vocabulary)
+    common = torch.zeros(vocabulary, dtype=torch.bool)
+    common[torch.sort(counts, descending=True, stable=True).indices[:COMMON_TARGETS]] = True
+    return common & (counts > 0)
+
+
+def _summaries(sums: Mapping[str, list[_Sums]], resamples: int, seed: int) -> Iterator[tuple[str, str, Measure]]:
+    """Turn per-document sums into values and bootstrap draws; all conditions share the resampled documents."""
+    first = next(iter(sums.values()))[0]
+    seen = first.counts[:, 0] > 0
+    random = np.random.default_rng(seed)
+    documents = int(seen.sum())
+    draws = resamples if documents > 1 else 0
+    weights = random.multinomial(documents, np.full(documents, 1 / documents), size=draws).astype(np.float64)
+    for condition, run in sums.items():
+        pick = random.integers(len(run), size=draws) if len(run) > 1 else np.zeros(draws, dtype=np.int64)
+        for column, metric in enumerate(METRICS):
+            of_rare = int(metric == "top1_rare")
+            n = int(first.counts[:, of_rare].sum())
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratios = [_ratio(part, column, of_rare, weights, seen) for part in run]
+                value = float(np.mean([ratio[0] for ratio in ratios]))
+                drawn = np.stack([ratio[1] for ratio in ratios])[pick, np.arange(draws)]
+            yield condition, metric, Measure(value, drawn, n)
+            if metric == "loss":
+                yield condition, "perplexity", Measure(float(np.exp(value)), np.exp(drawn), n)
+
+
+def _ratio(part: _Sums, column: int, of_rare: int, weights: np.ndarray, seen: np.ndarray) -> tuple[float, np.ndarray]:
+    values, counts = part.values[seen, column], part.counts[seen, of_rare]
+    return float(values.sum() / counts.sum()), (weights @ values) / (weights @ counts)
+
+
+def _settings(
+    model: Model, corpora: Mapping[str, Corpus], conditions: Mapping[str, Condition], resamples: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "model": model_name(model),
+        "fingerprint": fingerprint(model),
+        "corpora": {
+            name: {
+                "source": corpus.name,
+                "tokens": corpus.n_tokens,
+                "documents": corpus.n_documents,
+                "bos": corpus.prepend_bos,
+                "window": corpus.window,
+                "fingerprint": corpus.fingerprint,
+                "skipped": corpus.skipped,
+            }
+            for name, corpus in corpora.items()
+        },
+        "conditions": {name: repr(condition) for name, condition in conditions.items()},
+        "bootstrap": {"resamples": resamples, "seed": seed},
+    }

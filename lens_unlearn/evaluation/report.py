@@ -1,0 +1,236 @@
+"""`Report`: a tidy table of what was measured, with bootstrap intervals, and where it came from."""
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lens_unlearn.errors import LensUnlearnError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Measure", "Report", "Separability", "separability"]
+
+COLUMNS = ["condition", "corpus", "metric", "value", "low", "high", "n"]
+BASE = "base"
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """One metric of one condition on one corpus."""
+
+    value: float
+    draws: np.ndarray
+    """Bootstrap draws of the value, over documents; the same resamples for every condition, so differences are paired."""
+    n: int
+    """Tokens (or answers) behind it."""
+
+    def interval(self) -> tuple[float, float]:
+        """Return the bootstrap 95 % interval."""
+        return interval(self.draws)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """Return the central 95 % of bootstrap draws; NaN where there are none, as from a single document."""
+    if draws.size == 0 or np.isnan(draws).any():
+        return float("nan"), float("nan")
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What an evaluation measured: condition by corpus by metric, with bootstrap 95 % intervals over documents.
+
+    Metrics: `loss` (nats per token), `perplexity` = exp(loss), `top1`, `top10` and `top1_rare` (fractions), `kl` to the
+    unedited model (nats per token).
+    """
+
+    measures: dict[tuple[str, str, str], Measure]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Figures that `to_html` shows beside its own, by title."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Texts for `to_html`: a prompt, and what the model writes under each condition."""
+
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions, in order."""
+        return list(dict.fromkeys(condition for condition, _, _ in self.measures))
+
+    @property
+    def corpora(self) -> list[str]:
+        """The corpora, in order."""
+        return list(dict.fromkeys(corpus for _, corpus, _ in self.measures))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics, in order."""
+        return list(dict.fromkeys(metric for _, _, metric in self.measures))
+
+    def __getitem__(self, key: tuple[str, str, str]) -> Measure:
+        """Return the measure of (condition, corpus, metric).
+
+        Raises:
+            LensUnlearnError: If it was not measured; the message lists what was.
+        """
+        if key not in self.measures:
+            raise LensUnlearnError(
+                f"{key} was not measured: conditions are {', '.join(self.conditions)}; corpora {', '.join(self.corpora)}; "
+                f"metrics {', '.join(self.metrics)}"
+            )
+        return self.measures[key]
+
+    def drop(self, condition: str, corpus: str, metric: str = "top1") -> Measure:
+        """Return the share of the base's value that was lost: 1 - value / base, paired over documents.
+
+        For `loss`, `perplexity` and `kl`, which rise as a skill is lost, use the difference in `to_frame`.
+        """
+        edited, base = self[condition, corpus, metric], self[BASE, corpus, metric]
+        if base.value == 0:
+            return Measure(float("nan"), np.full(1, np.nan), edited.n)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            draws = 1 - edited.draws / base.draws
+        return Measure(1 - edited.value / base.value, draws, edited.n)
+
+    def selectivity(
+        self, condition: str, forget: str = "forget", retain: str = "retain", metric: str = "top1"
+    ) -> Measure:
+        """Return the drop on the forget corpus minus the drop on the retain corpus, as fractions of the base."""
+        lost, cost = self.drop(condition, forget, metric), self.drop(condition, retain, metric)
+        return Measure(lost.value - cost.value, lost.draws - cost.draws, min(lost.n, cost.n))
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Give one row per condition, corpus and metric; the difference to the base is paired over documents."""
+        import pandas as pd
+
+        rows = []
+        for (condition, corpus, metric), measure in self.measures.items():
+            low, high = measure.interval()
+            row = [condition, corpus, metric, measure.value, low, high, measure.n]
+            base = self.measures.get((BASE, corpus, metric))
+            if base is None or condition == BASE:
+                rows.append([*row, float("nan"), float("nan"), float("nan")])
+            else:
+                rows.append([*row, measure.value - base.value, *interval(measure.draws - base.draws)])
+        extra = ["difference", "difference_low", "difference_high"]
+        return pd.DataFrame(rows, columns=pd.Index([*COLUMNS, *extra]))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_frame` as CSV; names that a spreadsheet would run as a formula are quoted."""
+        from lens_unlearn.artefacts import replace_file
+
+        frame = self.to_frame()
+        for column in ("condition", "corpus"):
+            frame[column] = [f"'{name}" if str(name)[:1] in "=+-@" else name for name in frame[column]]
+        replace_file(path, frame.to_csv(index=False).encode())
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page that opens offline: the figures, the table, and the settings."""
+        from lens_unlearn.artefacts import replace_file
+        from lens_unlearn.figures.page import page
+
+        replace_file(path, page(self).encode())
+
+    def table(self, metrics: Sequence[str] = ("top1", "loss")) -> "pd.DataFrame":
+        """Give a small table for reading: conditions by corpora, "value [low, high]"."""
+        import pandas as pd
+
+        rows: dict[str, dict[str, str]] = {}
+        for (condition, corpus, metric), measure in self.measures.items():
+            if metric in metrics:
+                low, high = measure.interval()
+                rows.setdefault(condition, {})[f"{corpus} {metric}"] = f"{measure.value:.3f} [{low:.3f}, {high:.3f}]"
+        return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+    def __add__(self, other: "Report") -> "Report":
+        """Join two reports; what both measured is taken from the right one."""
+        return Report(
+            {**self.measures, **other.measures},
+            {**self.provenance, **other.provenance},
+            {**self.figures, **other.figures},
+            [*self.samples, *other.samples],
+        )
+
+    def __repr__(self) -> str:
+        return f"Report({len(self.conditions)} conditions, {len(self.corpora)} corpora)\n{self.table().to_string()}"
+
+    def _repr_html_(self) -> str:
+        told = html.escape(json.dumps(self.provenance, default=str)[:400])
+        return f"<div>{self.table().to_html()}<p><small>{told}</small></p></div>"
+
+
+@dataclass(frozen=True)
+class Separability:
+    """How far a sweep parts two skills."""
+
+    gap: float
+    """The largest (forget drop - retain drop) along the sweep, as fractions of the base."""
+    at: str
+    """The condition where it is reached."""
+    gap_low: float
+    gap_high: float
+    area: float
+    """Area under retain against forget performance, over that of a straight line: 1 no separation, 2 perfect."""
+
+
+def separability(
+    report: Report,
+    *,
+    forget: str = "forget",
+    retain: str = "retain",
+    metric: str = "top1",
+    conditions: Sequence[str] = (),
+) -> Separability:
+    """Summarize a sweep, ordered from weak to strong.
+
+    With points (x_i, y_i) = (forget, retain) performance, i = 0 the base, and the origin appended:
+    area = integral of y dx by the trapezoid rule, over x_0 y_0 / 2.
+
+    Differs from the released Selective Pruning code, whose axes follow the alphabetical order of the corpora's names.
+
+    Args:
+        report: What `sweep` returned.
+        forget: The corpus on the x axis.
+        retain: The corpus on the y axis.
+        metric: A metric that falls as a skill is lost.
+        conditions: The points of the sweep, weak to strong; default: all but the base, in order.
+
+    Raises:
+        LensUnlearnError: If there is no point, or the base was not measured.
+    """
+    path = list(conditions) or [name for name in report.conditions if name != BASE]
+    if not path:
+        raise LensUnlearnError("this report has no condition besides the base: sweep over strengths first")
+    gaps = {name: report.selectivity(name, forget, retain, metric) for name in path}
+    best = max(gaps, key=lambda name: gaps[name].value)
+    points = [(report[name, forget, metric].value, report[name, retain, metric].value) for name in [BASE, *path]]
+    x, y = (np.array(column + (0.0,)) for column in zip(*points, strict=True))
+    area = float(np.sum((x[:-1] - x[1:]) * (y[:-1] + y[1:]) / 2))
+    low, high = gaps[best].interval()
+    return Separability(gaps[best].value, best, low, high, area / (0.5 * x[0] * y[0]))
+
+
+def provenance_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Add versions to the settings of a run."""
+    import datasets
+    import torch
+    import transformers
+
+    from lens_unlearn import __version__
+    from lens_unlearn.sites import host_version
+
+    versions = {
+        "lens_unlearn": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "transformer_lens": host_version(),
+        "datasets": datasets.__version__,
+    }
+    return {**settings, "versions": versions}

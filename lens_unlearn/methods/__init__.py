@@ -1,0 +1,1 @@
+"""The methods: (model, forget, retain, *, options) -> intervention."""

@@ -1,0 +1,72 @@
+"""The control: random selections with the same number of neurons in every layer."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from lens_unlearn.corpora import Corpus
+from lens_unlearn.errors import SelectionError
+from lens_unlearn.interventions import Ablate
+from lens_unlearn.maps import NeuronMap, check_fraction
+from lens_unlearn.sites import Model, Site, resolve
+from lens_unlearn.statistics import Moments
+
+__all__ = ["random_pruning"]
+
+
+def random_pruning(
+    model: Model,
+    forget: Corpus | Moments | None = None,
+    retain: Corpus | Moments | None = None,
+    *,
+    fraction: float = 0.02,
+    site: str = "mlp.post",
+    like: Ablate | None = None,
+    seed: int = 0,
+) -> Ablate:
+    """Ablate neurons chosen at random, without looking at any text.
+
+    Args:
+        model: Where to choose.
+        forget: Not used; methods share one signature.
+        retain: Not used.
+        fraction: Share of each layer's neurons, where `like` is not given.
+        site: Kind of site, where `like` is not given.
+        like: Choose as many neurons per layer as this ablation has, and put the same values in their place. Where it
+            takes whole heads, whole heads are chosen.
+        seed: The same seed gives the same selection, whatever else was drawn before.
+
+    Returns:
+        An `Ablate` with the same per-layer counts.
+
+    Raises:
+        SelectionError: If nothing would be selected.
+    """
+    if like is None:
+        share = check_fraction(fraction)
+        counts = {s: torch.zeros(point.shape) for s, point in resolve(model, site).items()}
+        selection = NeuronMap(
+            {s: _draw(s, tuple(v.shape), round(share * v.numel()), 1, seed) for s, v in counts.items()}
+        )
+        if selection.count() == 0:
+            raise SelectionError(
+                f"fraction={fraction} selects nothing in layers of {selection.numel():,} neurons: raise it"
+            )
+        return Ablate(selection)
+    drawn: dict[Site, Tensor] = {}
+    for at, chosen in like.selection.items():
+        whole = chosen.ndim == 2 and bool((chosen.all(-1) == chosen.any(-1)).all())
+        block = chosen.shape[-1] if whole else 1
+        drawn[at] = _draw(at, tuple(chosen.shape), int(chosen.sum()) // block, block, seed)
+    return Ablate(NeuronMap(drawn), like.value, like.basis)
+
+
+def _draw(site: Site, shape: tuple[int, ...], count: int, block: int, seed: int) -> Tensor:
+    """Choose `count` runs of `block` neurons; each site has its own stream."""
+    digest = hashlib.sha256(f"random_pruning {seed} {site}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    blocks = torch.Size(shape).numel() // block
+    flat = torch.zeros(blocks, dtype=torch.bool)
+    flat[torch.randperm(blocks, generator=generator)[:count]] = True
+    return flat.repeat_interleave(block).reshape(shape)

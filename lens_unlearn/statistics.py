@@ -1,0 +1,381 @@
+"""Streamed statistics of activations: `Moments` and `Histogram`.
+
+A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
+joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
+State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
+standard deviation also where the mean is hundreds of standard deviations away from zero.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_unlearn.errors import ActivationError, EmptyStatisticError, LensUnlearnError
+from lens_unlearn.maps import NeuronMap
+from lens_unlearn.sites import Site
+
+__all__ = ["Histogram", "Moments", "Statistic"]
+
+EXTRAS = ("sqrt", "extrema")
+LIVE_RATIO = 1e-6
+"""A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
+
+S = TypeVar("S", bound="Statistic")
+
+
+class Statistic(Protocol):
+    """What `collect` needs of a statistic."""
+
+    def fresh(self: S) -> S:
+        """Return an empty statistic of the same settings."""
+        ...
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere."""
+        ...
+
+    def merge(self: S, other: S) -> S:
+        """Return the statistic of both parts together."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that was accumulated, as tensors."""
+        ...
+
+    def with_state(self: S, tensors: Mapping[str, Tensor]) -> S:
+        """Return a statistic of the same settings that continues from `state`."""
+        ...
+
+
+class Moments:
+    """Mean, standard deviation and relatives of every neuron, over the counted tokens of a corpus.
+
+    With N counted tokens and activation x of one neuron:
+
+    ======================  ===================================================
+    `mean`                  (1/N) sum x
+    `std`                   sqrt((1/N) sum (x - mean)^2), a true standard deviation
+    `rms`                   sqrt((1/N) sum x^2)
+    `mean_abs`              (1/N) sum abs(x)
+    `positive`              (1/N) sum [x > 0], a fraction
+    `mean_sqrt`             (1/N) sum sqrt(abs(x)); extra "sqrt"
+    `min`, `max`            extra "extrema"
+    ======================  ===================================================
+
+    Differs from the released Selective Pruning and Neuron Adjust codes, which keep the variance under the name of the
+    standard deviation, and cast the moments to half precision.
+
+    Args:
+        extra: Further statistics to keep, of "sqrt" and "extrema". They cost time.
+    """
+
+    def __init__(self, *, extra: Sequence[str] = ()) -> None:
+        unknown = sorted(set(extra) - set(EXTRAS))
+        if unknown:
+            raise LensUnlearnError(f"extra={unknown[0]!r} is not known: choose from {', '.join(EXTRAS)}")
+        self.extra = tuple(name for name in EXTRAS if name in extra)
+        self.provenance: dict[str, Any] = {}
+        """What was measured: model, corpus, tokens; set by `collect`, shown in figures."""
+        self._count: dict[Site, int] = {}
+        self._state: dict[Site, Tensor] = {}  # rows: mean, M2, sum of relu(x), count of x > 0, then the extras
+        self._buffers: dict[Any, Tensor] = {}  # scratch space, shared with `fresh` so that it is allocated once
+
+    def fresh(self) -> "Moments":
+        """Return an empty statistic of the same settings."""
+        new = Moments(extra=self.extra)
+        new._buffers = self._buffers
+        return new
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere.
+
+        Raises:
+            ActivationError: If a counted activation is NaN or infinite; names the neuron.
+        """
+        count = int(weight.sum())
+        if count == 0:
+            return
+        x = values.detach()
+        flat = x.reshape(x.shape[0], -1)
+        if flat.dtype in (torch.bfloat16, torch.float16):
+            flat = flat.float()
+        weight = weight.to(device=flat.device, dtype=flat.dtype)
+        state = self._reduce(flat, weight, count)
+        if not bool(torch.isfinite(state[:2]).all()):
+            # An uncounted position may hold NaN, and zero times NaN is NaN: look at the counted ones alone.
+            counted = flat[weight > 0]
+            _require_finite(site, counted, tuple(x.shape[1:]))
+            state = self._reduce(counted, torch.ones_like(weight[:1]).expand(count), count)
+        self._fold(site, count, state.reshape(len(state), *x.shape[1:]).cpu())
+
+    def _reduce(self, x: Float[Tensor, "tokens n"], weight: Float[Tensor, "tokens"], count: int) -> Tensor:
+        shift = _centre(x, weight)
+        buffer = self._scratch(x)
+        work = buffer.t()
+        positive = torch.mv(torch.clamp_min(x, 0, out=buffer).t(), weight)
+        above = torch.mv(torch.gt(x, 0, out=buffer).t(), weight)
+        torch.sub(x, shift, out=buffer)
+        first = torch.mv(buffer.t(), weight).double()
+        second = torch.mv(buffer.mul_(buffer).t(), weight).double()
+        rows = [shift.double() + first / count, (second - first * first / count).clamp_min(0), positive, above]
+        if "sqrt" in self.extra:
+            rows.append(torch.mv(x.abs().sqrt_().t(), weight))
+        if "extrema" in self.extra:
+            counted = (weight > 0)[:, None]
+            rows.append(torch.where(counted, x, math.inf).amin(0))
+            rows.append(torch.where(counted, x, -math.inf).amax(0))
+        return torch.stack([row.double() for row in rows])
+
+    def _scratch(self, x: Tensor) -> Tensor:
+        key = (x.shape, x.dtype, x.device)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return self._buffers[key]
+
+    def _fold(self, site: Site, count: int, state: Tensor) -> None:
+        """Merge one more state by Chan's formula for the mean and M2; everything else adds up."""
+        if site not in self._state:
+            self._count[site], self._state[site] = count, state
+            return
+        n, m, old = self._count[site], count, self._state[site]
+        delta = state[0] - old[0]
+        new = old + state
+        new[0] = old[0] + delta * (m / (n + m))
+        new[1] = old[1] + state[1] + delta * delta * (n * m / (n + m))
+        if "extrema" in self.extra:
+            new[-2] = torch.minimum(old[-2], state[-2])
+            new[-1] = torch.maximum(old[-1], state[-1])
+        self._count[site], self._state[site] = n + m, new
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of both parts together; neither part is changed.
+
+        Raises:
+            LensUnlearnError: If they keep different extras.
+        """
+        if self.extra != other.extra:
+            raise LensUnlearnError(f"moments with extras {self.extra} and {other.extra} do not merge")
+        whole = self.fresh()
+        whole.provenance = dict(self.provenance or other.provenance)
+        for part in (self, other):
+            for site, state in part._state.items():
+                whole._fold(site, part._count[site], state)
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that was accumulated, as tensors named by site."""
+        counts = {f"{site}.count": torch.tensor(n, dtype=torch.int64) for site, n in self._count.items()}
+        return counts | {f"{site}.moments": state for site, state in self._state.items()}
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> "Moments":
+        """Return moments of the same settings that continue from `state`."""
+        new = self.fresh()
+        for name, tensor in tensors.items():
+            site, _, what = name.rpartition(".")
+            if what == "moments":
+                new._state[Site.parse(site)] = tensor.double()
+                new._count[Site.parse(site)] = int(tensors[f"{site}.count"])
+        return new
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that were seen."""
+        return list(self._state)
+
+    @property
+    def n(self) -> int:
+        """Counted tokens (the most at any site)."""
+        return max(self._count.values(), default=0)
+
+    def _map(self, row: int, function: Any = None) -> NeuronMap:
+        if not self._state:
+            raise EmptyStatisticError("these moments have seen no counted token: collect over a corpus first")
+        values = {
+            s: (state[row] if function is None else function(state, self._count[s])) for s, state in self._state.items()
+        }
+        return NeuronMap(values, live=self._live())
+
+    def _live(self) -> dict[Site, Tensor]:
+        return {
+            site: (state[1] / self._count[site]).sqrt() > LIVE_RATIO * state[0].abs()
+            for site, state in self._state.items()
+        }
+
+    @property
+    def mean(self) -> NeuronMap:
+        """Mean activation."""
+        return self._map(0)
+
+    @property
+    def std(self) -> NeuronMap:
+        """Standard deviation (division by N)."""
+        return self._map(0, lambda state, n: (state[1] / n).sqrt())
+
+    @property
+    def rms(self) -> NeuronMap:
+        """Root of the mean square."""
+        return self._map(0, lambda state, n: (state[1] / n + state[0] ** 2).sqrt())
+
+    @property
+    def mean_abs(self) -> NeuronMap:
+        """Mean absolute activation: abs(x) = 2 relu(x) - x."""
+        return self._map(0, lambda state, n: (2 * state[2] / n - state[0]).clamp_min(0))
+
+    @property
+    def positive(self) -> NeuronMap:
+        """Fraction of counted tokens with a positive activation."""
+        return self._map(0, lambda state, n: state[3] / n)
+
+    @property
+    def mean_sqrt(self) -> NeuronMap:
+        """Mean of the root of the absolute activation."""
+        self._require("sqrt")
+        return self._map(0, lambda state, n: state[4] / n)
+
+    @property
+    def min(self) -> NeuronMap:
+        """Smallest activation."""
+        self._require("extrema")
+        return self._map(-2)
+
+    @property
+    def max(self) -> NeuronMap:
+        """Largest activation."""
+        self._require("extrema")
+        return self._map(-1)
+
+    def _require(self, extra: str) -> None:
+        if extra not in self.extra:
+            raise EmptyStatisticError(
+                f"these moments were collected without {extra!r}: collect with extra=({extra!r},)"
+            )
+
+    def __repr__(self) -> str:
+        if not self._state:
+            return "Moments(empty)"
+        kinds = ", ".join(dict.fromkeys(site.kind for site in self._state))
+        layers = len({site.layer for site in self._state})
+        source = self.provenance.get("corpus")
+        return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _centre(x: Float[Tensor, "tokens n"], weight: Float[Tensor, "tokens"]) -> Float[Tensor, "n"]:
+    """Return a value near the mean of the batch: the mean of at most 16 counted tokens spread over it.
+
+    A constant neuron's centre is exactly its value, since a power of two of equal numbers is averaged.
+    """
+    counted = weight.nonzero().reshape(-1)
+    size = 1 << min(4, len(counted).bit_length() - 1)
+    rows = counted[torch.linspace(0, len(counted) - 1, size, device=x.device).long()]
+    sample = x[rows]
+    while len(sample) > 1:
+        sample = (sample[0::2] + sample[1::2]) / 2
+    return torch.nan_to_num(sample[0], nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _require_finite(site: Site, counted: Float[Tensor, "tokens n"], shape: tuple[int, ...]) -> None:
+    bad = (~torch.isfinite(counted)).nonzero()
+    if len(bad):
+        token, neuron = (int(i) for i in bad[0])
+        index = ",".join(str(int(i)) for i in torch.unravel_index(torch.tensor(neuron), shape))
+        value = float(counted[token, neuron])
+        raise ActivationError(
+            f"{site}[{index}] is {value} at the {token + 1}. counted token of a batch: the model overflows or is "
+            "broken there; try a wider dtype, or look at that text"
+        )
+
+
+class Histogram:
+    """Counts of every neuron's activation in fixed bins, the same for every corpus and model.
+
+    Bin edges are equally spaced in asinh(x / scale): fine about zero, and reaching to `limit` on both sides, so two
+    histograms always merge and compare. What lies beyond the limits is counted in the outermost bins.
+
+    Args:
+        bins: Number of bins; even, so that zero is an edge.
+        scale: Where the spacing turns from linear to logarithmic, in units of the activation.
+        limit: The largest absolute activation that is told apart.
+    """
+
+    def __init__(self, *, bins: int = 128, scale: float = 0.1, limit: float = 1000.0) -> None:
+        if bins < 2 or bins % 2 or scale <= 0 or limit <= scale:
+            raise LensUnlearnError("a histogram needs an even number of bins and 0 < scale < limit")
+        self.bins, self.scale, self.limit = bins, scale, limit
+        self.provenance: dict[str, Any] = {}
+        self._counts: dict[Site, Tensor] = {}
+
+    def fresh(self) -> "Histogram":
+        """Return an empty histogram with the same bins."""
+        return Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
+
+    @property
+    def edges(self) -> Float[Tensor, "bins+1"]:
+        """The bin edges, in units of the activation."""
+        top = math.asinh(self.limit / self.scale)
+        return self.scale * torch.sinh(torch.linspace(-top, top, self.bins + 1, dtype=torch.float64))
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere."""
+        x = values.detach()[weight.to(values.device) > 0]
+        _require_finite(site, x.reshape(len(x), -1), tuple(x.shape[1:]))
+        flat = x.reshape(len(x), -1).float()
+        step = self.bins / 2 / math.asinh(self.limit / self.scale)
+        bins = torch.asinh(flat / self.scale).mul_(step).floor_().add_(self.bins // 2)
+        index = bins.clamp_(0, self.bins - 1).long() + torch.arange(flat.shape[1], device=x.device) * self.bins
+        counts = torch.bincount(index.reshape(-1), minlength=flat.shape[1] * self.bins)
+        counts = counts.reshape(*x.shape[1:], self.bins).cpu()
+        self._counts[site] = self._counts[site] + counts if site in self._counts else counts
+
+    def merge(self, other: "Histogram") -> "Histogram":
+        """Return the counts of both parts together.
+
+        Raises:
+            LensUnlearnError: If their bins differ.
+        """
+        if (self.bins, self.scale, self.limit) != (other.bins, other.scale, other.limit):
+            raise LensUnlearnError("histograms with different bins do not merge")
+        whole = self.fresh()
+        whole.provenance = dict(self.provenance or other.provenance)
+        for site in {**self._counts, **other._counts}:
+            parts = [part._counts[site] for part in (self, other) if site in part._counts]
+            whole._counts[site] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the counts, named by site."""
+        return {f"{site}.histogram": counts for site, counts in self._counts.items()}
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> "Histogram":
+        """Return a histogram of the same bins that continues from `state`."""
+        new = self.fresh()
+        ending = ".histogram"
+        new._counts = {Site.parse(n.removesuffix(ending)): t for n, t in tensors.items() if n.endswith(ending)}
+        return new
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that were seen."""
+        return list(self._counts)
+
+    @property
+    def n(self) -> int:
+        """Counted tokens."""
+        return max((int(counts.reshape(-1, self.bins)[0].sum()) for counts in self._counts.values()), default=0)
+
+    def counts(self, site: Site, neuron: int) -> Tensor:
+        """Return the counts of one neuron, by its flat index.
+
+        Raises:
+            EmptyStatisticError: If that site was not collected.
+        """
+        if site not in self._counts:
+            raise EmptyStatisticError(f"this histogram has nothing of {site}: collect over it first")
+        return self._counts[site].reshape(-1, self.bins)[neuron].clone()
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(site.kind for site in self._counts)) or "empty"
+        return f"Histogram({self.n:,} tokens, {self.bins} bins, {kinds})"
