@@ -44,7 +44,43 @@ _HOME = {
 }
 _MODULES = {"plot": "figures", "demo": "demo"}
 
-__all__ = [*sorted(_HOME), *_MODULES, "__version__"]
+__all__ = [
+    "Ablate",
+    "ActivationError",
+    "ArtefactError",
+    "Chain",
+    "Corpus",
+    "CorpusError",
+    "EmptyStatisticError",
+    "Histogram",
+    "Intervention",
+    "LensUnlearnError",
+    "ModelError",
+    "Moments",
+    "NeuronMap",
+    "Report",
+    "SelectionError",
+    "Site",
+    "SiteError",
+    "collect",
+    "demo",
+    "evaluate",
+    "fingerprint",
+    "generate",
+    "load_intervention",
+    "load_model",
+    "load_moments",
+    "ov_basis",
+    "plot",
+    "random_pruning",
+    "read_corpus",
+    "save_moments",
+    "selective_pruning",
+    "separability",
+    "sweep",
+    "tune",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from lens_unlearn import demo as demo

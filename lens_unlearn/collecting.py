@@ -89,8 +89,8 @@ def collect(
     """
     corpus.check(model)
     points = resolve(model, sites)
-    total: Statistic = (Moments() if statistic is None else statistic).fresh()
-    settings = _settings(model, corpus, points, total, batch_size)
+    total: Any = (Moments() if statistic is None else statistic).fresh()
+    settings = {} if checkpoint is None else _settings(model, corpus, points, total, batch_size)
     total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings)
     bar = tqdm(
         total=corpus.n_tokens, unit=" tokens", unit_scale=True, disable=not progress, desc=f"collect {corpus.name}"

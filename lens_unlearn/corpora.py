@@ -144,17 +144,64 @@ class Corpus:
         wanted[torch.tensor(sorted(set(documents)), dtype=torch.long)] = True
         if not bool(wanted.any()):
             raise CorpusError(f"no document of {name or self.name} is left")
-        rows = wanted[self.document]
+        return self._rows(wanted[self.document], name)
+
+    def sample(self, tokens: int, seed: int = 0) -> "Corpus":
+        """Return rows drawn at random over all documents, in their order, until they hold so many counted tokens."""
+        if self.n_tokens <= tokens:
+            return self
+        shuffled = list(range(self.n_rows))
+        random.Random(f"sample {seed}").shuffle(shuffled)
+        per_row = self._counted_per_row()
+        enough = int((per_row[shuffled].cumsum(0) < tokens).sum()) + 1
+        keep = torch.zeros(self.n_rows, dtype=torch.bool)
+        keep[shuffled[:enough]] = True
+        return self._rows(keep)
+
+    def _counted_per_row(self) -> Int[Tensor, "rows"]:
+        row_of = torch.repeat_interleave(torch.arange(self.n_rows), self.starts.diff())
+        return torch.zeros(self.n_rows, dtype=torch.long).index_add_(0, row_of, self.counted.long())
+
+    def _rows(self, rows: Bool[Tensor, "rows"], name: str | None = None) -> "Corpus":
+        """Keep some rows, and the documents that still have any."""
         keep = rows.repeat_interleave(self.starts.diff())
-        number = wanted.cumsum(0) - 1
+        kept = torch.zeros(self.n_documents, dtype=torch.bool)
+        kept[self.document[rows]] = True
         return replace(
             self,
             name=name or self.name,
             tokens=self.tokens[keep],
             counted=self.counted[keep],
             starts=torch.cat([torch.zeros(1, dtype=torch.long), self.starts.diff()[rows].cumsum(0)]),
-            document=number[self.document[rows]],
-            keys=tuple(key for key, kept in zip(self.keys, wanted.tolist(), strict=True) if kept),
+            document=(kept.cumsum(0) - 1)[self.document[rows]],
+            keys=tuple(key for key, yes in zip(self.keys, kept.tolist(), strict=True) if yes),
+        )
+
+    def first(self, tokens: int) -> "Corpus":
+        """Return whole documents from the beginning, until they hold at least so many counted tokens."""
+        per_row = self._counted_per_row()
+        per_document = torch.zeros(self.n_documents, dtype=torch.long).index_add_(0, self.document, per_row)
+        enough = int((per_document.cumsum(0) < tokens).sum()) + 1
+        return self if enough >= self.n_documents else self.only(range(enough))
+
+    def __add__(self, other: "Corpus") -> "Corpus":
+        """Join two corpora of one tokenizer into one.
+
+        Raises:
+            CorpusError: If they were tokenized differently.
+        """
+        if (self.vocabulary, self.prepend_bos) != (other.vocabulary, other.prepend_bos):
+            raise CorpusError(f"{self.name} and {other.name} were tokenized differently: read both with one model")
+        return replace(
+            self,
+            name=f"{self.name} + {other.name}",
+            tokens=torch.cat([self.tokens, other.tokens]),
+            counted=torch.cat([self.counted, other.counted]),
+            starts=torch.cat([self.starts, other.starts[1:] + self.starts[-1]]),
+            document=torch.cat([self.document, other.document + self.n_documents]),
+            keys=self.keys + other.keys,
+            window=max(self.window, other.window),
+            skipped={r: self.skipped.get(r, 0) + other.skipped.get(r, 0) for r in {**self.skipped, **other.skipped}},
         )
 
     def split(self, *shares: float, seed: int = 0) -> "list[Corpus]":

@@ -62,7 +62,7 @@ class Intervention(ABC):
     def parts(self) -> Parts:
         """Return what a file keeps of this intervention: a header with its "kind", and tensors."""
 
-    def check(self, points: Mapping[Site, Point]) -> None:
+    def check(self, points: Mapping[Site, Point]) -> None:  # noqa: B027 - most have nothing to check
         """Refuse a model whose sites have other shapes; called before any hook is added."""
 
     def __add__(self, other: "Intervention") -> "Chain":
@@ -184,6 +184,9 @@ class Ablate(Intervention):
                     raise SelectionError(f"{site}: the value map holds NaN or infinity at a selected neuron")
         elif not torch.isfinite(torch.tensor(float(self.value))):
             raise SelectionError(f"value={self.value} is not a number to put in place of an activation")
+        if self.basis is not None:
+            for site in self._sites():
+                _check_basis(site, self.basis[site], tuple(self.selection[site].shape))
 
     def _sites(self) -> list[Site]:
         return [site for site in self.selection if bool(self.selection[site].any())]
@@ -199,11 +202,12 @@ class Ablate(Intervention):
         if self.basis is None:
             return lambda x, live: torch.where(live.like(chosen, x), live.like(value, x), x)
         forward = self.basis[site].double()
-        # x' = x K + c with K = T diag(not selected) T^-1 and c = (value, selected) T^-1: one product per head.
+        # x' = x - (x D - c) with D = T diag(selected) T^-1 and c = (value, selected) T^-1: one product per head, and
+        # exactly x in a head where nothing is selected.
         inverse = torch.linalg.inv(forward)
-        keep = torch.einsum("hij,hj,hjk->hik", forward, (~chosen).double(), inverse)
+        drop = torch.einsum("hij,hj,hjk->hik", forward, chosen.double(), inverse)
         offset = torch.einsum("hj,hjk->hk", torch.where(chosen, value, 0.0), inverse)
-        return lambda x, live: torch.einsum("bphi,hij->bphj", x, live.like(keep, x)) + live.like(offset, x)
+        return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(drop, x)) - live.like(offset, x))
 
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""
@@ -241,6 +245,13 @@ class Ablate(Intervention):
         basis = ", in a per-head basis" if self.basis is not None else ""
         count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
         return f"Ablate({what}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{basis})"
+
+
+def _check_basis(site: Site, basis: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(basis.shape) != (*shape, *shape[-1:]):
+        raise SelectionError(f"{site}: the basis has shape {tuple(basis.shape)}, and the selection {shape}")
+    if not bool(torch.isfinite(basis).all()) or bool(torch.linalg.inv_ex(basis.double()).info.any()):
+        raise SelectionError(f"{site}: the basis holds a matrix that cannot be inverted")
 
 
 def check_shape(site: Site, shape: tuple[int, ...], point: Point) -> None:

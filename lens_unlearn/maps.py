@@ -59,8 +59,8 @@ class NeuronMap:
     def __init__(self, values: Mapping[Site, Values], *, live: Mapping[Site, Tensor] | None = None) -> None:
         if not values:
             raise SelectionError("a NeuronMap needs at least one site")
-        self._values = {Site(*site): value.detach().cpu() for site, value in sorted(values.items(), key=_order)}
-        self._live = None if live is None else {site: live[site].detach().cpu().bool() for site in self._values}
+        self._values = {Site(*site): value.detach().cpu().clone() for site, value in sorted(values.items(), key=_order)}
+        self._live = None if live is None else {site: live[site].detach().cpu().bool().clone() for site in self._values}
         for site, mask in (self._live or {}).items():
             if mask.shape != self._values[site].shape:
                 raise SelectionError(
@@ -178,7 +178,7 @@ class NeuronMap:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "NeuronMap":
         """Apply a function to every tensor. If it changes shapes, which neurons were alive is forgotten."""
-        values = {site: function(value) for site, value in self._values.items()}
+        values = {site: function(value.clone()) for site, value in self._values.items()}
         same = all(values[site].shape == value.shape for site, value in self._values.items())
         return NeuronMap(values, live=self._live if same else None)
 
@@ -287,8 +287,9 @@ class NeuronMap:
 
     def equals(self, other: object) -> bool:
         """Say whether two maps have the same sites and exactly the same values."""
-        same = isinstance(other, NeuronMap) and self.sites == other.sites
-        return same and all(torch.equal(self._values[site], other._values[site]) for site in self._values)
+        if not isinstance(other, NeuronMap) or self.sites != other.sites:
+            return False
+        return all(torch.equal(self._values[site], other._values[site]) for site in self._values)
 
     # --- selection ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -238,25 +239,33 @@ def attach(hook: Any, function: Callable[[Tensor], Tensor | None]) -> Callable[[
         return function(tensor)
 
     before = len(hook.fwd_hooks)
-    hook.add_hook(run, is_permanent=True)
+    try:
+        hook.add_hook(run, is_permanent=True)
+    except BaseException:  # interrupted between registering and returning
+        for handle in hook.fwd_hooks[before:]:
+            _remove(hook, handle)
+        raise
     handle = hook.fwd_hooks[-1]
     if len(hook.fwd_hooks) != before + 1:  # pragma: no cover - a TransformerLens that keeps hooks elsewhere
         raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
+    return lambda: _remove(hook, handle)
 
-    def remove() -> bool:
-        handle.hook.remove()
-        for index, other in enumerate(hook.fwd_hooks):
-            if other is handle:  # by identity: handles compare equal by value
-                del hook.fwd_hooks[index]
-                return True
-        return False
 
-    return remove
+def _remove(hook: Any, handle: Any) -> bool:
+    handle.hook.remove()
+    for index, other in enumerate(hook.fwd_hooks):
+        if other is handle:  # by identity: handles compare equal by value
+            del hook.fwd_hooks[index]
+            return True
+    return False
 
 
 def detach_all(removers: Sequence[Callable[[], bool]]) -> None:
     """Remove hooks, last added first, and say so if somebody else had removed one meanwhile."""
-    there = [remove() for remove in reversed(removers)]
+    there: list[bool] = []
+    with ExitStack() as stack:  # one that fails does not keep the others
+        for remove in removers:
+            stack.callback(lambda r=remove: there.append(r()))
     if not all(there):
         warnings.warn(
             "hooks of this intervention were removed inside its block (reset_hooks(including_permanent=True)?): "

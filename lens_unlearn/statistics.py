@@ -24,6 +24,9 @@ EXTRAS = ("sqrt", "extrema")
 LIVE_RATIO = 1e-6
 """A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
 
+_TILE = 2**20  # activations reduced at a time: few enough to stay in a processor's cache between the passes
+_ROWS = 256  # tokens added up in float32 at a time: few enough to keep six digits
+
 S = TypeVar("S", bound="Statistic")
 
 
@@ -82,7 +85,7 @@ class Moments:
         """What was measured: model, corpus, tokens; set by `collect`, shown in figures."""
         self._count: dict[Site, int] = {}
         self._state: dict[Site, Tensor] = {}  # rows: mean, M2, sum of relu(x), count of x > 0, then the extras
-        self._buffers: dict[Any, Tensor] = {}  # scratch space, shared with `fresh` so that it is allocated once
+        self._buffers: dict[Any, Any] = {}  # scratch space, shared with `fresh` so that it is allocated once
 
     def fresh(self) -> "Moments":
         """Return an empty statistic of the same settings."""
@@ -96,45 +99,64 @@ class Moments:
         Raises:
             ActivationError: If a counted activation is NaN or infinite; names the neuron.
         """
-        count = int(weight.sum())
-        if count == 0:
+        rows = self._rows_of(weight)
+        if rows.count == 0:
             return
         x = values.detach()
         flat = x.reshape(x.shape[0], -1)
         if flat.dtype in (torch.bfloat16, torch.float16):
             flat = flat.float()
-        weight = weight.to(device=flat.device, dtype=flat.dtype)
-        state = self._reduce(flat, weight, count)
+        state = self._reduce(flat, rows)
         if not bool(torch.isfinite(state[:2]).all()):
             # An uncounted position may hold NaN, and zero times NaN is NaN: look at the counted ones alone.
-            counted = flat[weight > 0]
-            _require_finite(site, counted, tuple(x.shape[1:]))
-            state = self._reduce(counted, torch.ones_like(weight[:1]).expand(count), count)
-        self._fold(site, count, state.reshape(len(state), *x.shape[1:]).cpu())
+            counted = rows.like(flat) > 0
+            _require_finite(site, flat[counted], tuple(x.shape[1:]))
+            flat = flat.masked_fill(~counted[:, None], 0)
+            state = self._reduce(flat, rows)
+            if not bool(torch.isfinite(state[:2]).all()):  # finite, but their squares are not
+                state = self._reduce(flat.double(), rows)
+        self._fold(site, rows.count, state.reshape(len(state), *x.shape[1:]).cpu())
 
-    def _reduce(self, x: Float[Tensor, "tokens n"], weight: Float[Tensor, "tokens"], count: int) -> Tensor:
-        shift = _centre(x, weight)
-        buffer = self._scratch(x)
-        work = buffer.t()
-        positive = torch.mv(torch.clamp_min(x, 0, out=buffer).t(), weight)
-        above = torch.mv(torch.gt(x, 0, out=buffer).t(), weight)
-        torch.sub(x, shift, out=buffer)
-        first = torch.mv(buffer.t(), weight).double()
-        second = torch.mv(buffer.mul_(buffer).t(), weight).double()
-        rows = [shift.double() + first / count, (second - first * first / count).clamp_min(0), positive, above]
+    def _rows_of(self, weight: Float[Tensor, "tokens"]) -> "_Rows":
+        """Look at a batch's weights once, not once per site."""
+        known = self._buffers.get("rows")
+        if known is None or known.weight is not weight:
+            known = self._buffers["rows"] = _Rows(weight)
+        return known
+
+    def _reduce(self, x: Float[Tensor, "tokens n"], rows: "_Rows") -> Float[Tensor, "statistics n"]:
+        shift = rows.centre(x)
+        sums = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
+        size = max(1, min(_ROWS, _TILE // x.shape[1]))
+        for part, weight in zip(x.split(size), rows.like(x).split(size), strict=True):
+            buffer = self._scratch(part)
+            turned = buffer.t()
+            torch.clamp_min(part, 0, out=buffer)
+            sums[2] += torch.mv(turned, weight)
+            buffer.sign_()
+            sums[3] += torch.mv(turned, weight)
+            torch.sub(part, shift, out=buffer)
+            sums[0] += torch.mv(turned, weight)
+            buffer.square_()
+            sums[1] += torch.mv(turned, weight)
+            if "sqrt" in self.extra:
+                torch.abs(part, out=buffer).sqrt_()
+                sums[4] += torch.mv(turned, weight)
+        first, second, count = sums[0], sums[1], rows.count
+        state = [shift + first / count, (second - first * first / count).clamp_min(0), sums[2], sums[3]]
         if "sqrt" in self.extra:
-            rows.append(torch.mv(x.abs().sqrt_().t(), weight))
+            state.append(sums[4])
         if "extrema" in self.extra:
-            counted = (weight > 0)[:, None]
-            rows.append(torch.where(counted, x, math.inf).amin(0))
-            rows.append(torch.where(counted, x, -math.inf).amax(0))
-        return torch.stack([row.double() for row in rows])
+            counted = (rows.like(x) > 0)[:, None]
+            state.append(torch.where(counted, x, math.inf).amin(0))
+            state.append(torch.where(counted, x, -math.inf).amax(0))
+        return torch.stack([row.double() for row in state])
 
     def _scratch(self, x: Tensor) -> Tensor:
-        key = (x.shape, x.dtype, x.device)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return self._buffers[key]
+        key = (x.dtype, x.device)
+        if key not in self._buffers or self._buffers[key].numel() < x.numel():
+            self._buffers[key] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        return self._buffers[key][: x.numel()].view(x.shape)
 
     def _fold(self, site: Site, count: int, state: Tensor) -> None:
         """Merge one more state by Chan's formula for the mean and M2; everything else adds up."""
@@ -263,18 +285,34 @@ class Moments:
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
 
 
-def _centre(x: Float[Tensor, "tokens n"], weight: Float[Tensor, "tokens"]) -> Float[Tensor, "n"]:
-    """Return a value near the mean of the batch: the mean of at most 16 counted tokens spread over it.
+class _Rows:
+    """The weights of one batch's positions, and a few counted positions spread over it."""
 
-    A constant neuron's centre is exactly its value, since a power of two of equal numbers is averaged.
-    """
-    counted = weight.nonzero().reshape(-1)
-    size = 1 << min(4, len(counted).bit_length() - 1)
-    rows = counted[torch.linspace(0, len(counted) - 1, size, device=x.device).long()]
-    sample = x[rows]
-    while len(sample) > 1:
-        sample = (sample[0::2] + sample[1::2]) / 2
-    return torch.nan_to_num(sample[0], nan=0.0, posinf=0.0, neginf=0.0)
+    def __init__(self, weight: Float[Tensor, "tokens"]) -> None:
+        self.weight = weight
+        counted = weight.nonzero().reshape(-1)
+        self.count = len(counted)
+        size = 1 << min(4, max(0, self.count.bit_length() - 1))
+        spread = torch.linspace(0, max(0, self.count - 1), size).long()
+        self.sample = counted[spread.to(counted.device)] if self.count else counted
+        self._moved: dict[Any, Tensor] = {}
+
+    def like(self, x: Tensor) -> Float[Tensor, "tokens"]:
+        """Return the weights in the dtype and on the device of the activations."""
+        key = (x.dtype, x.device)
+        if key not in self._moved:
+            self._moved[key] = self.weight.to(device=x.device, dtype=x.dtype)
+        return self._moved[key]
+
+    def centre(self, x: Float[Tensor, "tokens n"]) -> Float[Tensor, "n"]:
+        """Return a value near the mean of the batch: the mean of at most 16 counted rows.
+
+        A constant neuron's centre is exactly its value: pairs of equal numbers are averaged.
+        """
+        sample = x[self.sample.to(x.device)]
+        while len(sample) > 1:
+            sample = (sample[0::2] + sample[1::2]) / 2
+        return torch.nan_to_num(sample[0], nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _require_finite(site: Site, counted: Float[Tensor, "tokens n"], shape: tuple[int, ...]) -> None:
@@ -321,6 +359,8 @@ class Histogram:
     def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
         """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere."""
         x = values.detach()[weight.to(values.device) > 0]
+        if len(x) == 0:
+            return
         _require_finite(site, x.reshape(len(x), -1), tuple(x.shape[1:]))
         flat = x.reshape(len(x), -1).float()
         step = self.bins / 2 / math.asinh(self.limit / self.scale)
@@ -378,4 +418,4 @@ class Histogram:
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(site.kind for site in self._counts)) or "empty"
-        return f"Histogram({self.n:,} tokens, {self.bins} bins, {kinds})"
+        return f"Histogram({self.n:,} tokens, {self.bins} bins of scale {self.scale:g} up to {self.limit:g}, {kinds})"

@@ -1,5 +1,6 @@
 """`sweep`: one method over strengths, beside its random control. `tune`: the largest forgetting within a retain budget."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,12 @@ from lens_unlearn.maps import check_fraction
 from lens_unlearn.methods.controls import random_pruning
 from lens_unlearn.methods.selective_pruning import pruning_moments, selective_pruning
 from lens_unlearn.sites import Model
+from lens_unlearn.statistics import Moments
 
 __all__ = ["Tuned", "controls_for", "sweep", "tune"]
 
 Method = Callable[..., Intervention]
+Fitted = Corpus | Moments
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 _SHARED = ("importance", "site", "unit", "reference", "batch_size", "progress")
 
@@ -27,13 +30,22 @@ def name_of(method: Method) -> str:
 
 
 def prepare(
-    method: Method, model: Model, forget: Corpus, retain: Corpus, options: Mapping[str, Any]
-) -> tuple[Any, Any]:
+    method: Method, model: Model, forget: Fitted, retain: Fitted, options: Mapping[str, Any]
+) -> tuple[Fitted, Fitted]:
     """Collect once what a method needs at every strength; corpora pass through where nothing can be shared."""
-    if method is selective_pruning and options.get("steps", 1) == 1:
-        shared = {key: value for key, value in options.items() if key in _SHARED}
-        return pruning_moments(model, forget, **shared), pruning_moments(model, retain, **shared)
-    return forget, retain
+    if method is not selective_pruning or options.get("steps", 1) != 1:
+        return forget, retain
+    shared = {key: value for key, value in options.items() if key in _SHARED}
+    got, kept = (
+        part if isinstance(part, Moments) else pruning_moments(model, part, **shared) for part in (forget, retain)
+    )
+    return got, kept
+
+
+def with_progress(method: Method, options: Mapping[str, Any], progress: bool) -> dict[str, Any]:
+    """Add `progress` to a method's options, if it takes that."""
+    takes = "progress" in inspect.signature(method).parameters
+    return {"progress": progress, **options} if takes else dict(options)
 
 
 def controls_for(model: Model, intervention: Intervention, seeds: Sequence[int] = range(5)) -> list[Intervention]:
@@ -71,7 +83,7 @@ def sweep(
     Returns:
         A report whose conditions are named ``method@fraction`` and ``method:control@fraction``.
     """
-    told = dict(options or {})
+    told = with_progress(method, options or {}, progress)
     conditions: dict[str, Condition] = {}
     counts: dict[str, float] = {}
     for fraction, edit in _at(method, model, forget, retain, fractions, told):
@@ -81,7 +93,7 @@ def sweep(
         if control:
             conditions[f"{name_of(method)}:control@{fraction:g}"] = control
     report = evaluate(model, test, conditions, batch_size=batch_size, progress=progress)
-    told = {key: value for key, value in told.items() if key != "reference"}
+    told = {key: value for key, value in told.items() if key not in ("reference", "progress")}
     return replace(report, provenance={**report.provenance, "sweep": {"method": name_of(method), "options": told}})
 
 
@@ -115,8 +127,8 @@ class Tuned:
 def tune(
     method: Method,
     model: Model,
-    forget: Corpus,
-    retain: Corpus,
+    forget: Fitted,
+    retain: Fitted,
     *,
     retain_drop: float = 0.05,
     held_out: tuple[Corpus, Corpus] | None = None,
@@ -136,8 +148,8 @@ def tune(
     Args:
         method: Such as `selective_pruning`.
         model: Where to apply it.
-        forget: Texts of the skill to remove.
-        retain: Texts of what is to stay.
+        forget: Texts of the skill to remove; or, with `held_out`, what the method takes in their place.
+        retain: Texts of what is to stay; likewise.
         retain_drop: Budget: the largest share of the retain metric that may be lost, in [0, 1].
         held_out: Tuning texts (forget, retain), if they should not be split off: default, 40 % of the documents.
         metric: A metric that falls as a skill is lost: "top1", "top10" or "top1_rare".
@@ -151,8 +163,10 @@ def tune(
         LensUnlearnError: If even the smallest fraction breaks the budget.
     """
     budget = check_fraction(retain_drop, "retain_drop")
-    told = dict(options or {})
+    told = with_progress(method, options or {}, progress)
     if held_out is None:
+        if isinstance(forget, Moments) or isinstance(retain, Moments):
+            raise LensUnlearnError("moments hold no texts to tune on: pass corpora, or held_out=(forget, retain)")
         forget, tune_forget = forget.split(0.6, 0.4, seed=seed)
         retain, tune_retain = retain.split(0.6, 0.4, seed=seed)
     else:

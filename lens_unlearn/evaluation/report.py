@@ -58,6 +58,10 @@ class Report:
     """Figures that `to_html` shows beside its own, by title."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """Texts for `to_html`: a prompt, and what the model writes under each condition."""
+    title: str = ""
+    """What was done, in a few words; heads the page."""
+    parts: "tuple[Report, ...]" = ()
+    """Further reports that `to_html` shows below this one."""
 
     @property
     def conditions(self) -> list[str]:
@@ -150,12 +154,24 @@ class Report:
         return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
     def __add__(self, other: "Report") -> "Report":
-        """Join two reports; what both measured is taken from the right one."""
+        """Join two reports on the same texts; what both measured is taken from the right one.
+
+        Raises:
+            LensUnlearnError: If their unedited model has other values, so that differences would mean nothing.
+        """
+        for key, measure in self.measures.items():
+            twin = other.measures.get(key)
+            if key[0] == BASE and twin is not None and not np.array_equal(measure.draws, twin.draws):
+                raise LensUnlearnError(
+                    f"the reports measured {key[1]} on other texts or resamples: evaluate them together"
+                )
         return Report(
             {**self.measures, **other.measures},
             {**self.provenance, **other.provenance},
             {**self.figures, **other.figures},
             [*self.samples, *other.samples],
+            self.title or other.title,
+            (*self.parts, *other.parts),
         )
 
     def __repr__(self) -> str:

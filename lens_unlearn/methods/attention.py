@@ -1,5 +1,6 @@
 """What attention pre-out values need: the singular basis of each head's OV circuit, and folded value biases."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from lens_unlearn.errors import LensUnlearnError, ModelError, SiteError
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.models import load_model
-from lens_unlearn.sites import Model, Site, attach, backbone, processing, resolve
+from lens_unlearn.sites import Model, Site, attach, backbone, detach_all, processing, resolve
 
 __all__ = ["ov_basis", "value_offset"]
 
@@ -81,33 +82,37 @@ def value_offset(model: Model, reference: Model | None = None) -> NeuronMap | No
 
 
 def _may_be_folded(model: Model) -> bool:
-    """Say whether TransformerLens processed the weights: only then all value biases are exactly zero."""
+    """Say whether TransformerLens moved value biases into the output bias: only then all are zero, and some of these not."""
     if processing(model) == "bridge":
         return False
-    biases = [_value_bias(block.attn) for block in model.blocks]
-    return all(bias is None or not bool(bias.any()) for bias in biases)
+    values = [_bias(block.attn, "b_V") for block in model.blocks]
+    outputs = [_bias(block.attn, "b_O") for block in model.blocks]
+    return not any(map(_is_some, values)) and any(map(_is_some, outputs))
 
 
-def _value_bias(attention: Any) -> Tensor | None:
+def _bias(attention: Any, name: str) -> Tensor | None:
     try:
-        return attention.b_V
-    except AttributeError:  # the bridge of an architecture without value biases
+        return getattr(attention, name)
+    except AttributeError:  # the bridge of an architecture without such biases
         return None
+
+
+def _is_some(bias: Tensor | None) -> bool:
+    return bias is not None and bool(bias.any())
 
 
 def _last_values(model: Model, sites: list[Site]) -> dict[Site, Float[Tensor, "pos heads d_head"]]:
     """Run a few arbitrary tokens and keep z: the offset shows at any of them."""
     seen: dict[Site, Tensor] = {}
-    removers = [
-        attach(point.hook, lambda t, s=site: seen.update({s: t.detach()[0]}))
-        for site, point in resolve(model, sites).items()
-    ]
+    points = resolve(model, sites)
+    removers: list[Callable[[], bool]] = []
     try:
+        for site, point in points.items():
+            removers.append(attach(point.hook, lambda t, s=site: seen.update({s: t.detach()[0]})))
         with torch.no_grad():
             backbone(model, torch.arange(4)[None] % int(model.cfg.d_vocab))
     finally:
-        for remove in removers:
-            remove()
+        detach_all(removers)
     return {site: seen[site].double().cpu() for site in sites}
 
 

@@ -1,0 +1,282 @@
+"""The command line: `lens-unlearn demo | run | collect | evaluate | generate | show`.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lens-unlearn",
+    help="Find where a language model keeps a skill, and take it out reversibly, with hooks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SRC = "a file (jsonl, json, csv, parquet, txt; FILE:FIELD), hf:NAME/CONFIG:SPLIT:FIELD, or demo:NAME"
+Model = Annotated[str, typer.Option(help="'demo', a Hugging Face directory, or a hub name.")]
+Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+Tokens = Annotated[int, typer.Option(help="Tokens to read of each corpus.")]
+BatchSize = Annotated[int, typer.Option(help="Full-length rows per forward pass.")]
+Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context, at most 512]")]
+Template = Annotated[str, typer.Option(help="How question and answer are joined; \\n is a newline.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo-report"),
+    tokens: Tokens = 6000,
+    seed: Annotated[int, typer.Option(help="Of splits and controls.")] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every method and its control on the embedded model, and write one report."""
+    from lens_unlearn.showcase import showcase
+
+    report = showcase(out, tokens=tokens, seed=seed, overwrite=overwrite, progress=not quiet)
+    for part in (report, *report.parts):
+        typer.echo(f"{part.title}\n{part.table(['top1']).to_string()}\n")
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def run(
+    model: Model,
+    forget: Annotated[str, typer.Option(metavar="SRC", help=f"What to remove: {SRC}.")],
+    retain: Annotated[list[str], typer.Option(metavar="SRC", help="What to keep; may be given several times.")],
+    out: Out,
+    method: Annotated[list[str], typer.Option(help="A method; may be given several times.")] = ["selective-pruning"],  # noqa: B006
+    also: Annotated[list[str], typer.Option(metavar="NAME=SRC", help="Test this corpus too.")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
+    test_forget: Annotated[str | None, typer.Option(metavar="SRC", help="Separate test texts.")] = None,
+    test_retain: Annotated[list[str], typer.Option(metavar="SRC", help="Separate test texts.")] = [],  # noqa: B006
+    template: Template = "{prompt} {answer}",
+    tokens: Tokens = 20_000,
+    window: Window = None,
+    retain_drop: Annotated[
+        float | None, typer.Option(help="Tune the fraction: forget most while retain loses at most this share of top1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
+    batch_size: BatchSize = 8,
+    sweep: Annotated[bool, typer.Option(help="Evaluate a range of fractions for the trade-off figure.")] = True,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find a skill, remove it with hooks, and report what was lost beside a random control."""
+    from lens_unlearn.run import Experiment, Plan, check_folder, new_folder
+
+    plan = Plan(
+        model=model,
+        forget=forget,
+        retain=tuple(retain),
+        also=_pairs(also, "--also"),
+        methods=tuple(method),
+        settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
+        test_forget=test_forget,
+        test_retain=tuple(test_retain),
+        template=_newlines(template),
+        tokens=tokens,
+        window=window,
+        retain_drop=retain_drop,
+        seed=seed,
+        batch_size=batch_size,
+        sweep=sweep,
+    )
+    check_folder(out, overwrite=overwrite)
+    experiment = Experiment(plan, progress=not quiet)
+    experiment.fit()
+    report = experiment.report()
+    with new_folder(out, overwrite=overwrite) as folder:
+        experiment.write(folder, report)
+    for name, edit in experiment.edits.items():
+        typer.echo(f"{name}: {edit!r}")
+    typer.echo(report.table(["top1"]).to_string())
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def collect(
+    model: Model,
+    corpus: Annotated[str, typer.Option(metavar="SRC", help=f"Texts: {SRC}.")],
+    out: Annotated[Path, typer.Option(help="The file to write, ending in .safetensors.")],
+    sites: Annotated[str, typer.Option(help="Comma-separated sites, such as mlp.post,attn.z.")] = "mlp.post",
+    extra: Annotated[str, typer.Option(help="Comma-separated further statistics: sqrt, extrema.")] = "",
+    tokens: Annotated[int | None, typer.Option(help="Tokens to read. [default: all]")] = None,
+    window: Window = None,
+    template: Template = "{prompt} {answer}",
+    batch_size: BatchSize = 8,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stream a corpus through a model once, and keep the moments of every neuron."""
+    import lens_unlearn as lu
+
+    if out.suffix != ".safetensors":
+        raise lu.ArtefactError(f"{out} should end in .safetensors: that is the format it is written in")
+    if out.exists() and not overwrite:
+        raise lu.ArtefactError(f"{out} exists: give another --out, or --overwrite to replace it")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists() and not resume:
+        raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
+    statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
+    loaded = lu.load_model(model)
+    texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=_newlines(template))
+    wanted = [site.strip() for site in sites.split(",") if site.strip()]
+    moments = lu.collect(
+        loaded, texts, wanted, statistic=statistic, batch_size=batch_size, checkpoint=partial, progress=not quiet
+    )
+    lu.save_moments(out, moments, loaded)
+    typer.echo(f"{out}: {moments!r}")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    corpus: Annotated[
+        list[str], typer.Option(metavar="NAME=SRC", help="Texts to measure on; may be given several times.")
+    ],
+    out: Out,
+    intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
+    tokens: Tokens = 20_000,
+    window: Window = None,
+    template: Template = "{prompt} {answer}",
+    batch_size: BatchSize = 8,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model with and without saved interventions."""
+    import lens_unlearn as lu
+    from lens_unlearn.artefacts import replace_file
+    from lens_unlearn.run import check_folder, new_folder
+
+    check_folder(out, overwrite=overwrite)
+    sources = _pairs(corpus, "--corpus")
+    loaded = lu.load_model(model)
+    edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
+    if len(edits) < len(intervention):
+        raise lu.LensUnlearnError(
+            "two interventions have files of the same name: rename one, since names tell them apart"
+        )
+    told = {"tokens": tokens, "window": window, "template": _newlines(template)}
+    texts = {name: lu.read_corpus(source, loaded, **told) for name, source in sources.items()}
+    report = lu.evaluate(loaded, texts, edits, batch_size=batch_size, seed=seed, progress=not quiet)
+    with new_folder(out, overwrite=overwrite) as folder:
+        report.to_html(folder / "report.html")
+        report.to_csv(folder / "metrics.csv")
+        replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+    typer.echo(report.table().to_string())
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="What to continue; may be given several times.")],
+    intervention: Annotated[list[Path], typer.Option(help="A saved intervention; several act in order.")] = [],  # noqa: B006
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 60,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Continue a prompt, under saved interventions if there are any."""
+    import lens_unlearn as lu
+
+    loaded = lu.load_model(model)
+    edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
+    told = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    prompts = [_newlines(text) for text in prompt]
+    for text, answer in zip(prompts, lu.generate(loaded, prompts, intervention=edit, **told), strict=True):
+        typer.echo(text + answer)
+
+
+@app.command()
+def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote.")]) -> None:
+    """Say in words what a file holds."""
+    from lens_unlearn import artefacts, load_intervention, load_moments
+
+    header, _ = artefacts.read(file)
+    typer.echo(f"{header['kind']}, written by lens_unlearn {header['lens_unlearn']}")
+    if header["kind"] == "intervention":
+        edit = load_intervention(file)
+        typer.echo(repr(edit))
+        for layer, count in _per_layer(edit).items():
+            typer.echo(f"  {layer}: {count}")
+    elif header["kind"] == "moments":
+        moments = load_moments(file)
+        typer.echo(repr(moments))
+        typer.echo(f"  statistics: mean, std, rms, mean_abs, positive {' '.join(moments.extra)}".rstrip())
+    for key in ("model", "provenance", "note"):
+        if header.get(key):
+            typer.echo(f"  {key}: {header[key] if isinstance(header[key], str) else json.dumps(header[key])}")
+
+
+def _per_layer(edit: Any) -> dict[str, str]:
+    from lens_unlearn.interventions import Ablate, Chain
+
+    members = edit.members if isinstance(edit, Chain) else (edit,)
+    return {
+        str(site): f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
+        for member in members
+        if isinstance(member, Ablate)
+        for site, chosen in member.selection.items()
+        if bool(chosen.any())
+    }
+
+
+def _pairs(given: list[str], option: str) -> dict[str, str]:
+    from lens_unlearn.errors import LensUnlearnError
+
+    pairs: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise LensUnlearnError(f"{option} {text}: write it as NAME=VALUE")
+        if key in pairs:
+            raise LensUnlearnError(f"{option} {key} was given twice")
+        pairs[key] = value
+    return pairs
+
+
+def _value(text: str) -> Any:
+    """Read what --set gives: a JSON value where it is one, a tuple where there are commas, else the text."""
+    if "," in text and not text.startswith(("[", "{")):
+        return tuple(_value(part) for part in text.split(","))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _newlines(text: str) -> str:
+    return text.replace("\\n", "\n")
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one sentence and exit code 2."""
+    from lens_unlearn.errors import LensUnlearnError
+
+    try:
+        app()
+    except LensUnlearnError as error:
+        typer.echo(f"lens-unlearn: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("lens-unlearn: interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""The experiment behind `lens-unlearn run` and `demo`: fit, tune and test on separate documents, with controls, into one folder."""
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lens_unlearn import figures
+from lens_unlearn.artefacts import replace_file
+from lens_unlearn.collecting import collect
+from lens_unlearn.corpora import DEFAULT_TEMPLATE, Corpus, read_corpus
+from lens_unlearn.errors import CorpusError, LensUnlearnError
+from lens_unlearn.evaluation.generation import generate
+from lens_unlearn.evaluation.next_token import Condition, evaluate
+from lens_unlearn.evaluation.report import BASE, Report
+from lens_unlearn.interventions import Ablate, Intervention
+from lens_unlearn.maps import NeuronMap
+from lens_unlearn.methods.selective_pruning import selective_pruning
+from lens_unlearn.models import load_model
+from lens_unlearn.sites import Model, Site
+from lens_unlearn.statistics import Histogram, Moments
+from lens_unlearn.tuning import controls_for, prepare, tune, with_progress
+
+__all__ = ["METHODS", "Experiment", "Plan", "new_folder"]
+
+METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
+    "selective-pruning": (selective_pruning, {"site": "mlp.post"}),
+    "selective-pruning-attention": (selective_pruning, {"site": "attn.z"}),
+}
+"""Methods by the name that the command line and the report use, with what the name fixes."""
+
+CONTROL_SEEDS = 5
+READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
+SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one experiment, as `run.json` keeps them."""
+
+    model: str
+    forget: str
+    retain: tuple[str, ...]
+    also: dict[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ("selective-pruning",)
+    settings: dict[str, Any] = field(default_factory=dict)
+    test_forget: str | None = None
+    test_retain: tuple[str, ...] = ()
+    template: str = DEFAULT_TEMPLATE
+    tokens: int = 20_000
+    window: int | None = None
+    retain_drop: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    sweep: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before a model is loaded."""
+        if not self.methods:
+            raise LensUnlearnError(f"no method was named: choose from {', '.join(METHODS)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise LensUnlearnError(f"there is no method {method!r}: choose from {', '.join(METHODS)}")
+        for key in self.settings:
+            self._check_setting(key)
+        for name in self.also:
+            if name in ("forget", "retain", "") or any(c in name for c in "/@:=,"):
+                raise LensUnlearnError(f"{name!r} cannot name a corpus: use letters, and not 'forget' or 'retain'")
+        if self.forget in self.retain:
+            raise LensUnlearnError(
+                f"forget and retain are the same text ({self.forget}): nothing could tell them apart"
+            )
+        if bool(self.test_forget) != bool(self.test_retain):
+            raise LensUnlearnError("test sources come in pairs: give both --test-forget and --test-retain, or neither")
+
+    def _check_setting(self, key: str) -> None:
+        method, _, option = key.rpartition(".")
+        if method and method not in self.methods:
+            raise LensUnlearnError(f"--set {key}: {method!r} is not a method of this run ({', '.join(self.methods)})")
+        known = {name: option_names(name) for name in ([method] if method else self.methods)}
+        if not any(option in names for names in known.values()):
+            choices = ", ".join(sorted({name for names in known.values() for name in names}))
+            raise LensUnlearnError(f"--set {key}: no method of this run has such an option: choose from {choices}")
+
+    def options(self, method: str) -> dict[str, Any]:
+        """Return a method's options: what its name fixes, then what was set."""
+        chosen = dict(METHODS[method][1])
+        for key, value in self.settings.items():
+            owner, _, option = key.rpartition(".")
+            if option in option_names(method) and owner in ("", method):
+                chosen[option] = value
+        return chosen
+
+
+def option_names(method: str) -> list[str]:
+    """Return the options of a method that `--set` can give."""
+    return [name for name in inspect.signature(METHODS[method][0]).parameters if name not in _OWN]
+
+
+@dataclass
+class Parts:
+    """The documents of an experiment, by what they are used for."""
+
+    fit: dict[str, Corpus]
+    tune: dict[str, Corpus]
+    test: dict[str, Corpus]
+    removed: dict[str, int]
+    """Documents taken out of the fit because they also stand in a test source."""
+
+
+class Experiment:
+    """One plan, carried out on one model."""
+
+    def __init__(self, plan: Plan, model: Model | None = None, *, progress: bool = True) -> None:
+        self.plan = plan
+        self.progress = progress
+        self.model = load_model(plan.model) if model is None else model
+        self.parts = self._read()
+        self.edits: dict[str, Intervention] = {}
+        self.chosen: dict[str, dict[str, Any]] = {}
+        self.moments: dict[str, tuple[Moments, Moments]] = {}
+
+    def _corpus(self, source: str) -> Corpus:
+        plan = self.plan
+        told = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
+        return read_corpus(source, self.model, name=source, **told)
+
+    def _sources(self, sources: Sequence[str]) -> list[Corpus]:
+        return [self._corpus(source) for source in sources]
+
+    def _read(self) -> Parts:
+        plan = self.plan
+        also = {name: self._corpus(source) for name, source in plan.also.items()}
+        given = {"forget": self._sources([plan.forget]), "retain": self._sources(plan.retain)}
+        tests = {
+            "forget": self._sources([plan.test_forget] if plan.test_forget else []),
+            "retain": self._sources(plan.test_retain),
+        }
+        known = [*also.values(), *tests["forget"], *tests["retain"]]
+        fit, tuning, test, removed = {}, {}, {}, {}
+        for name, wholes in given.items():
+            shares = (0.6, 0.4) if tests[name] else (0.4, 0.25, 0.35)
+            cleaned = [whole.without(*known) for whole in wholes]
+            removed[name] = sum(count for _, count in cleaned)
+            parts = list(zip(*(whole.split(*shares, seed=plan.seed) for whole, _ in cleaned), strict=True))
+            fit[name] = self._pool(name, parts[0], plan.tokens)
+            tuning[name] = self._pool(name, parts[1], plan.tokens // 2)
+            test[name] = self._pool(name, tests[name] or parts[2], plan.tokens)
+        if set(fit["forget"].keys) == set(fit["retain"].keys):
+            raise CorpusError("forget and retain hold the same documents: nothing could tell them apart")
+        test |= {name: self._pool(name, [corpus], plan.tokens) for name, corpus in also.items()}
+        return Parts(fit, tuning, test, removed)
+
+    def _pool(self, name: str, corpora: Sequence[Corpus], tokens: int) -> Corpus:
+        """Join sources, each with an equal share of the tokens, drawn over all of its documents."""
+        sampled = [corpus.sample(max(2, tokens // len(corpora)), self.plan.seed) for corpus in corpora]
+        whole = sampled[0]
+        for more in sampled[1:]:
+            whole = whole + more
+        return replace(whole, name=f"{name} ({whole.name})")
+
+    def fit(self) -> None:
+        """Find every method's intervention: tuned to the retain budget if there is one, else as the options say."""
+        for name in self.plan.methods:
+            function, _ = METHODS[name]
+            options = self.plan.options(name)
+            told = with_progress(function, options, self.progress)
+            got, kept = prepare(function, self.model, *self._fit_pair(), told)
+            if isinstance(got, Moments) and isinstance(kept, Moments):
+                self.moments[name] = (got, kept)
+            if self.plan.retain_drop is None:
+                self.edits[name] = function(self.model, got, kept, **told)
+                self.chosen[name] = {"options": options}
+                continue
+            options.pop("fraction", None)
+            held_out = (self.parts.tune["forget"], self.parts.tune["retain"])
+            found = tune(
+                function, self.model, got, kept, retain_drop=self.plan.retain_drop, held_out=held_out,
+                options=options, batch_size=self.plan.batch_size, progress=self.progress,
+            )  # fmt: skip
+            self.edits[name] = found.intervention
+            self.chosen[name] = {
+                "options": options,
+                "fraction": found.fraction,
+                "tuning": {"forget_drop": found.forget_drop, "retain_drop": found.retain_drop},
+            }
+
+    def _fit_pair(self) -> tuple[Corpus, Corpus]:
+        return self.parts.fit["forget"], self.parts.fit["retain"]
+
+    def report(self) -> Report:
+        """Evaluate everything on the test documents, and gather figures and samples."""
+        conditions: dict[str, Condition] = {}
+        for name, edit in self.edits.items():
+            conditions[name] = edit
+            control = controls_for(self.model, edit, range(self.plan.seed, self.plan.seed + CONTROL_SEEDS))
+            if control:
+                conditions[f"{name}:control"] = control
+        told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
+        report = evaluate(self.model, self.parts.test, conditions, **told)
+        provenance = {
+            **report.provenance,
+            "plan": asdict(self.plan),
+            "chosen": self.chosen,
+            "documents": self._documents(),
+        }
+        report = replace(report, provenance=provenance, samples=self._samples())
+        curves = self._sweep() if self.plan.sweep else None
+        return replace(report, figures=self._figures(report, curves))
+
+    def _documents(self) -> dict[str, Any]:
+        parts = {"fit": self.parts.fit, "tune": self.parts.tune, "test": self.parts.test}
+        counts = {
+            use: {name: {"documents": c.n_documents, "tokens": c.n_tokens} for name, c in corpora.items()}
+            for use, corpora in parts.items()
+        }
+        return {**counts, "removed_from_fit": self.parts.removed}
+
+    def _sweep(self) -> Report:
+        """Evaluate every method over fractions on the test documents, for the trade-off curves."""
+        conditions: dict[str, Condition] = {}
+        for name in self.plan.methods:
+            function, options = METHODS[name][0], self.plan.options(name)
+            options = {key: value for key, value in options.items() if key not in ("fraction", "steps")}
+            got, kept = self.moments.get(name) or prepare(function, self.model, *self._fit_pair(), options)
+            for fraction in SWEEP:
+                edit = function(self.model, got, kept, fraction=fraction, **options)
+                conditions[f"{name}@{fraction:g}"] = edit
+                conditions[f"{name}:control@{fraction:g}"] = controls_for(self.model, edit, [self.plan.seed])
+        # The same texts and seed as the main evaluation, so that both have the same base and the same resamples.
+        texts = {name: self.parts.test[name] for name in ("forget", "retain")}
+        told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
+        return evaluate(self.model, texts, conditions, **told)
+
+    def _figures(self, report: Report, curves: Report | None) -> dict[str, Any]:
+        drawn: dict[str, Any] = {}
+        if curves is not None:
+            drawn["Trade-off over the fraction of neurons"] = figures.tradeoff(report + curves)
+            drawn["What is left as more neurons are ablated"] = figures.sweep_curves(curves)
+        for name, edit in self.edits.items():
+            if not isinstance(edit, Ablate) or name not in self.moments:
+                continue
+            got, kept = self.moments[name]
+            chosen = edit.selection
+            drawn[f"Where {name} found the skill"] = figures.layer_importance(
+                got.mean_abs / (kept.mean_abs + 1e-3), chosen, title=f"{name}: share selected and mean score per layer"
+            )
+            drawn[f"Specialization of neurons ({name})"] = figures.specialization_map(got, kept, selection=chosen)
+            drawn[f"Every neuron's score ({name})"] = figures.neuron_heatmap(
+                (got.mean_abs + 1e-3) / (kept.mean_abs + 1e-3), selection=chosen
+            )
+            drawn[f"Activations of the most specialized neurons ({name})"] = self._distribution(edit, got, kept)
+        same = {name: edit.selection for name, edit in self.edits.items() if isinstance(edit, Ablate)}
+        for name, chosen in list(same.items()):
+            control = controls_for(self.model, Ablate(chosen), [self.plan.seed])[0]
+            same[f"{name}:control"] = control.selection if isinstance(control, Ablate) else chosen
+        drawn["Overlap of selections"] = figures.selection_overlap(same)
+        return drawn
+
+    def _distribution(self, edit: Ablate, got: Moments, kept: Moments) -> Any:
+        score = (got.mean_abs / (kept.mean_abs + 1e-3)).where(edit.selection, 0.0)
+        best = strongest(score, 6)
+        sites = sorted({site for site, _ in best})
+        read = {
+            name: collect(
+                self.model, corpus.first(5000), sites, statistic=Histogram(),
+                batch_size=self.plan.batch_size, progress=False,
+            )
+            for name, corpus in self.parts.fit.items()
+        }  # fmt: skip
+        return figures.activation_distribution(read, best)
+
+    def _samples(self, count: int = 2, prompt_tokens: int = 24) -> list[dict[str, Any]]:
+        """Continue the beginnings of a few test documents with and without each intervention."""
+        samples: list[dict[str, Any]] = []
+        tokenizer = self.model.tokenizer
+        for name in ("forget", "retain"):
+            corpus = self.parts.test[name]
+            for row in range(min(count, corpus.n_rows)):
+                bos = int(corpus.prepend_bos)
+                prompt = tokenizer.decode(corpus.row(row)[bos : bos + prompt_tokens].tolist())
+                if not prompt.strip():
+                    continue
+                texts: dict[str, Any] = {"corpus": name, "prompt": prompt}
+                for condition, edit in {BASE: None, **self.edits}.items():
+                    texts[condition] = generate(self.model, prompt, intervention=edit, max_new_tokens=40)[0]
+                samples.append(texts)
+        return samples
+
+    def write(self, folder: Path, report: Report) -> None:
+        """Write the report, the table, the interventions and the settings into a folder that exists."""
+        report.to_html(folder / "report.html")
+        report.to_csv(folder / "metrics.csv")
+        for name, edit in self.edits.items():
+            edit.save(folder / f"{name}.safetensors", self.model, note=json.dumps(self.chosen[name], default=str))
+        replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+
+
+def strongest(score: NeuronMap, count: int) -> list[tuple[Site, int]]:
+    """Return the neurons with the highest scores, as (site, flat index)."""
+    ranked = score.flat().double().argsort(descending=True, stable=True)[:count].tolist()
+    found: list[tuple[Site, int]] = []
+    for position in ranked:
+        for site, value in score.items():
+            if position < value.numel():
+                found.append((site, position))
+                break
+            position -= value.numel()
+    return found
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        LensUnlearnError: If `out` holds something and `overwrite` is not set, or holds what no run wrote.
+    """
+    target = Path(out)
+    check_folder(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            os.replace(target, old)
+            os.replace(work, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_folder(target: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder whose content would be lost, before any work is done.
+
+    Raises:
+        LensUnlearnError: As in `new_folder`.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise LensUnlearnError(f"{target} is not a folder: give another --out")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / "run.json").is_file():
+        raise LensUnlearnError(f"{target} holds files that no run wrote: give an empty or new folder as --out")
+    if not overwrite:
+        raise LensUnlearnError(f"{target} holds another run: give another --out, or --overwrite to replace it")
