@@ -78,11 +78,13 @@ def read(path: Path_, kind: str | None = None) -> tuple[dict[str, Any], dict[str
 def _bytes(path: Path_) -> bytes:
     try:
         with open(path, "rb") as file:
-            head = file.read(8)
-            size = int.from_bytes(head, "little")
-            if head[:2] == b"PK" or head[:1] == b"\x80":
-                raise ArtefactError(f"{path} is a pickle or an archive: such files can run code, and are never opened")
-            if len(head) < 8 or size > min(MAX_HEADER, os.path.getsize(path)):
+            head = file.read(9)  # the header's size, and the brace that opens it
+            size = int.from_bytes(head[:8], "little")
+            if head[8:] != b"{" or size > min(MAX_HEADER, os.path.getsize(path)):
+                if head[:2] == b"PK" or head[:1] == b"\x80":
+                    raise ArtefactError(
+                        f"{path} is a pickle or an archive: such files can run code, and are never opened"
+                    )
                 raise ArtefactError(f"{path} is no lens_unlearn file: it is damaged, or something else")
             return head + file.read()
     except (OSError, ValueError) as error:

@@ -169,6 +169,8 @@ def _save(path: str | os.PathLike[str], total: Statistic, settings: dict[str, An
 
 def _load(path: str | os.PathLike[str], total: Any, settings: dict[str, Any]) -> tuple[Any, int]:
     if not os.path.exists(path):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise ArtefactError(f"{path} cannot be written: there is no such folder")
         return total, 0
     header, tensors = artefacts.read(path, "collect checkpoint")
     artefacts.require_same(path, header["settings"], settings, "this run")
@@ -200,7 +202,7 @@ def load_moments(path: str | os.PathLike[str], model: Model | None = None) -> Mo
         artefacts.require_same(path, header["model"], fingerprint(model), "this model")
     try:
         moments = Moments(extra=header["extra"]).with_state(tensors)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ArtefactError(f"{path} holds no moments that can be read: {error}") from error
     moments.provenance = dict(header.get("provenance", {}))
     return moments

@@ -40,7 +40,8 @@ def load_model(name: str | os.PathLike[str], *, device: str | None = None, dtype
         raise ModelError(f"there is no model directory {source}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _quiet():
+        # Building a model draws initial weights: the caller's random state is not to depend on that.
+        with _quiet(), torch.random.fork_rng(devices=[]):
             model = boot(source, device=device, dtype=dtype)
     except Exception as error:
         lines = str(error).strip().splitlines()

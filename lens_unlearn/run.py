@@ -212,7 +212,7 @@ class Experiment:
             "documents": self._documents(),
         }
         report = replace(report, provenance=provenance, samples=self._samples())
-        curves = self._sweep() if self.plan.sweep else None
+        curves = self.curves() if self.plan.sweep else None
         return replace(report, figures=self._figures(report, curves))
 
     def _documents(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Experiment:
         }
         return {**counts, "removed_from_fit": self.parts.removed}
 
-    def _sweep(self) -> Report:
+    def curves(self) -> Report:
         """Evaluate every method over fractions on the test documents, for the trade-off curves."""
         conditions: dict[str, Condition] = {}
         for name in self.plan.methods:

@@ -199,8 +199,11 @@ class Moments:
         for name, tensor in tensors.items():
             site, _, what = name.rpartition(".")
             if what == "moments":
-                new._state[Site.parse(site)] = tensor.double()
-                new._count[Site.parse(site)] = int(tensors[f"{site}.count"])
+                count = int(tensors[f"{site}.count"])
+                rows = 4 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
+                if count < 1 or tensor.ndim < 2 or len(tensor) != rows or not bool(torch.isfinite(tensor).all()):
+                    raise LensUnlearnError(f"{site}: these are no moments of {count} tokens")
+                new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor.double(), count
         return new
 
     @property

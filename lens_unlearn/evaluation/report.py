@@ -161,7 +161,7 @@ class Report:
         """
         for key, measure in self.measures.items():
             twin = other.measures.get(key)
-            if key[0] == BASE and twin is not None and not np.array_equal(measure.draws, twin.draws):
+            if key[0] == BASE and twin is not None and not np.array_equal(measure.draws, twin.draws, equal_nan=True):
                 raise LensUnlearnError(
                     f"the reports measured {key[1]} on other texts or resamples: evaluate them together"
                 )

@@ -1,0 +1,122 @@
+"""Forget each skill of a model in turn within a retain budget, and print the table of docs/results.md.
+
+    python benchmarks/results.py --model ../shared/models/skillmix --fit ../shared/data/skillmix_fit \\
+        --test ../shared/data/skillmix_heldout --skills code math prose --budgets 0.05 0.10
+
+Each folder holds one ``SKILL.jsonl`` per skill with a field "text". The retain corpus is all other skills together, in
+equal parts. Fit and tuning documents are split from --fit, the figures are of the documents in --test.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from lens_unlearn.evaluation.next_token import evaluate
+from lens_unlearn.evaluation.report import Measure, Report, provenance_of, separability
+from lens_unlearn.models import load_model
+from lens_unlearn.run import SWEEP, Experiment, Plan
+from lens_unlearn.tuning import controls_for
+
+
+def percent(measure: Measure) -> str:
+    low, high = measure.interval()
+    return f"{measure.value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def one(model: object, args: argparse.Namespace, skill: str, budget: float, seed: int) -> tuple[list[str], Experiment]:
+    """Forget one skill; return a row of the table."""
+    others = [other for other in args.skills if other != skill]
+    plan = Plan(
+        model=args.model,
+        forget=f"{args.fit}/{skill}.jsonl",
+        retain=tuple(f"{args.fit}/{other}.jsonl" for other in others),
+        test_forget=f"{args.test}/{skill}.jsonl",
+        test_retain=tuple(f"{args.test}/{other}.jsonl" for other in others),
+        methods=(args.method,),
+        tokens=args.tokens,
+        window=args.window,
+        retain_drop=budget,
+        seed=seed,
+    )
+    experiment = Experiment(plan, model, progress=False)
+    experiment.fit()
+    edit = experiment.edits[args.method]
+    controls = controls_for(model, edit, range(seed, seed + 5))
+    conditions = {args.method: edit, "control": controls}
+    report = evaluate(model, experiment.parts.test, conditions, seed=seed, progress=False)
+    row = [
+        skill,
+        f"{budget:.0%}",
+        str(seed),
+        f"{experiment.chosen[args.method]['fraction']:.1%}",
+        percent(report.drop(args.method, "forget")),
+        percent(report.drop(args.method, "retain")),
+        percent(report.drop("control", "forget")),
+        percent(report.drop("control", "retain")),
+        percent(report.selectivity("control")),
+    ]
+    return row, experiment
+
+
+def curve(experiment: Experiment, method: str) -> tuple[Report, list[str]]:
+    """Evaluate the fit at fixed fractions; return the report and the method's conditions, weak to strong."""
+    report = experiment.curves()
+    return report, [f"{method}@{fraction:g}" for fraction in SWEEP]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--fit", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--skills", nargs="+", required=True)
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.05, 0.10])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--method", default="selective-pruning")
+    parser.add_argument("--tokens", type=int, default=16_000)
+    parser.add_argument("--window", type=int, default=160)
+    args = parser.parse_args()
+    started = time.time()
+    model = load_model(args.model)
+    rows, sweeps = [], []
+    for skill in args.skills:
+        for seed in args.seeds:
+            for budget in args.budgets:
+                row, experiment = one(model, args, skill, budget, seed)
+                rows.append(row)
+                print("done:", *row, flush=True)
+        report, path = curve(experiment, args.method)
+        part = separability(report, conditions=path)
+        control = [name.replace("@", ":control@") for name in path]
+        chance = separability(report, conditions=control)
+        gap = f"{part.gap:.1%} [{part.gap_low:.1%}, {part.gap_high:.1%}]"
+        sweeps.append(
+            [skill, gap, part.at.partition("@")[2], f"{part.area:.2f}", f"{chance.gap:.1%}", f"{chance.area:.2f}"]
+        )
+    versions = provenance_of({})["versions"]
+    print(f"\n{args.method}; {args.tokens:,} tokens per corpus, rows of at most {args.window}; {versions}")
+    print(f"{torch.get_num_threads()} threads, {time.time() - started:.0f} s\n")
+    head = [
+        "forgotten",
+        "budget",
+        "seed",
+        "fraction",
+        "forget lost",
+        "retain lost",
+        "control: forget lost",
+        "control: retain lost",
+    ]
+    print(table([*head, "control: selectivity"], rows))
+    print()
+    head = ["forgotten", "largest (forget - retain) lost", "at fraction", "area", "control: largest", "control: area"]
+    print(table(head, sweeps))
+
+
+if __name__ == "__main__":
+    main()
