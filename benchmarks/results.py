@@ -1,6 +1,6 @@
-"""Forget each skill of a model in turn within a retain budget, and print the table of docs/results.md.
+r"""Forget each skill of a model in turn within a retain budget, and print the table of docs/results.md.
 
-    python benchmarks/results.py --model ../shared/models/skillmix --fit ../shared/data/skillmix_fit \\
+    python benchmarks/results.py --model ../shared/models/skillmix --fit ../shared/data/skillmix_fit \
         --test ../shared/data/skillmix_heldout --skills code math prose --budgets 0.05 0.10
 
 Each folder holds one ``SKILL.jsonl`` per skill with a field "text". The retain corpus is all other skills together, in

@@ -139,8 +139,8 @@ def replace_file(path: Path_, data: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
         temporary = None
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         if temporary is not None:
             os.unlink(temporary)

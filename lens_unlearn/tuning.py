@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lens_unlearn.corpora import Corpus
-from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.errors import LensUnlearnError, SelectionError
 from lens_unlearn.evaluation.next_token import Condition, evaluate
-from lens_unlearn.evaluation.report import Report
+from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.interventions import Ablate, Intervention
 from lens_unlearn.maps import check_fraction
 from lens_unlearn.methods.controls import random_pruning
@@ -177,11 +177,21 @@ def tune(
     edits: dict[float, Intervention] = {}
     whole = Report({})
     for fraction in _search(budget, tried, evaluations):
-        edits[fraction] = method(model, got, kept, fraction=fraction, **told)
+        try:
+            edits[fraction] = method(model, got, kept, fraction=fraction, **told)
+        except SelectionError:
+            if not tried or fraction > min(tried):
+                raise
+            break  # halved below a single neuron
         name = f"{name_of(method)}@{fraction:g}"
         part = evaluate(
             model, corpora, {name: edits[fraction]}, batch_size=batch_size, resamples=200, progress=progress
         )
+        for corpus in corpora:
+            if part[BASE, corpus, metric].value == 0:
+                raise LensUnlearnError(
+                    f"the unedited model has {metric} 0 on the {corpus} corpus: there is nothing to lose"
+                )
         tried[fraction] = tuple(part.drop(name, corpus, metric).value for corpus in corpora)  # type: ignore[assignment]
         whole = whole + part
     within = [fraction for fraction, (_, cost) in tried.items() if cost <= budget]
