@@ -7,7 +7,6 @@ that of the blocks alone.
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, overload
 
 import torch
@@ -96,13 +95,14 @@ def collect(
         total=corpus.n_tokens, unit=" tokens", unit_scale=True, disable=not progress, desc=f"collect {corpus.name}"
     )
     saved = time.monotonic()
-    with bar, torch.no_grad():
+    with bar, torch.no_grad(), _Watch(points, transform or {}) as watch:
         try:
             for number, batch in enumerate(corpus.batches(batch_size)):
                 counted = int(batch.counted.sum())
                 if number >= done:
-                    part = total.fresh()
-                    _forward(model, batch.tokens, batch.counted, points, part, transform or {})
+                    part = watch.part = total.fresh()
+                    watch.weight = batch.counted.reshape(-1).float()
+                    backbone(model, batch.tokens)
                     # Only a batch that went through whole is merged, and it is counted in the same breath.
                     total, done = total.merge(part), number + 1
                 bar.update(counted)
@@ -118,31 +118,36 @@ def collect(
     return _with_provenance(total, model, corpus)
 
 
-def _forward(
-    model: Model,
-    tokens: Tensor,
-    counted: Tensor,
-    points: Mapping[Site, Point],
-    part: Statistic,
-    transform: Transform,
-) -> None:
-    weight = counted.reshape(-1).float()
+class _Watch:
+    """Hooks that hand the activations of each site to the statistic of the batch that runs."""
 
-    def watch(site: Site) -> Callable[[Tensor], None]:
-        change = transform.get(site)
+    part: Statistic
+    weight: Tensor
+
+    def __init__(self, points: Mapping[Site, Point], transform: Transform) -> None:
+        self.points, self.transform = points, transform
+        self.removers: list[Callable[[], bool]] = []
+
+    def __enter__(self) -> "_Watch":
+        try:
+            for site, point in self.points.items():
+                self.removers.append(attach(point.hook, self._hook(site)))
+        except BaseException:
+            detach_all(self.removers)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        detach_all(self.removers)
+
+    def _hook(self, site: Site) -> Callable[[Tensor], None]:
+        change = self.transform.get(site)
 
         def see(tensor: Tensor) -> None:
             values = tensor if change is None else change(tensor)
-            part.update(site, values.reshape(-1, *values.shape[2:]), weight)
+            self.part.update(site, values.reshape(-1, *values.shape[2:]), self.weight)
 
         return see
-
-    with ExitStack() as stack:
-        removers: list[Callable[[], bool]] = []
-        stack.callback(lambda: detach_all(removers))
-        for site, point in points.items():
-            removers.append(attach(point.hook, watch(site)))
-        backbone(model, tokens)
 
 
 def _with_provenance(total: Any, model: Model, corpus: Corpus) -> Any:
