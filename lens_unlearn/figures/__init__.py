@@ -1,0 +1,25 @@
+"""Figures of maps, statistics and reports, as plotly figures; reached as ``lens_unlearn.plot``.
+
+Every function returns a `plotly.graph_objects.Figure` and shows nothing: make it the last line of a cell. None of them
+needs a model. Colours have one meaning throughout: forget is orange, retain is blue, a random control is grey.
+"""
+
+from lens_unlearn.figures.bars import condition_bars
+from lens_unlearn.figures.distribution import activation_distribution
+from lens_unlearn.figures.heatmap import neuron_heatmap
+from lens_unlearn.figures.importance import layer_importance
+from lens_unlearn.figures.overlap import selection_overlap
+from lens_unlearn.figures.specialization import specialization_map
+from lens_unlearn.figures.sweeps import sweep_curves
+from lens_unlearn.figures.tradeoff import tradeoff
+
+__all__ = [
+    "activation_distribution",
+    "condition_bars",
+    "layer_importance",
+    "neuron_heatmap",
+    "selection_overlap",
+    "specialization_map",
+    "sweep_curves",
+    "tradeoff",
+]

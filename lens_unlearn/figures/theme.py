@@ -1,0 +1,228 @@
+"""What all figures share: colours by meaning, one template, titles, and the names of neurons.
+
+Figures must be readable in a light and in a dark notebook, without knowing which: backgrounds are transparent, and
+text and lines have a mid tone with a contrast above 4 on both.
+"""
+
+import html
+import re
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens_unlearn.errors import LensUnlearnError, SelectionError
+from lens_unlearn.maps import NeuronMap
+from lens_unlearn.sites import Site
+
+__all__ = ["CONTROL", "FORGET", "RETAIN", "corpus_colours", "finish", "neuron_name", "plain", "template", "with_alpha"]
+
+FORGET = "#E0641B"
+RETAIN = "#2E86D1"
+CONTROL = "#8C8C8C"
+METHODS = ("#8F63D2", "#12A08A", "#C9559B", "#B08A00", "#5A8F29", "#A0614A")
+"""Methods and selections; none is near the hues of forget and retain, and markers differ in shape as well."""
+OTHERS = ("#12A08A", "#8F63D2", "#B08A00", "#C9559B", "#5A8F29", "#A0614A")
+"""Corpora besides forget and retain."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "x")
+TEXT = "#777777"
+GRID = "rgba(128,128,128,0.25)"
+SIGNED, MAGNITUDE = "RdBu_r", "Viridis"
+MAX_MARKS = 2000
+NAME_LENGTH = 48
+WRAP = 125
+BELOW = 62
+"""Pixels for the ticks and the title of the lowest x axis; the legend comes under them."""
+KIND_ORDER = ("mlp", "attn", "resid")
+
+
+@cache
+def template() -> go.layout.Template:
+    """Return the template of all figures; it is applied to each of them and never made the default."""
+    axis = {
+        "automargin": True,
+        "gridcolor": GRID,
+        "linecolor": GRID,
+        "zerolinecolor": "rgba(128,128,128,0.5)",
+        "title": {"standoff": 8},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"color": TEXT, "size": 13, "family": "system-ui, -apple-system, Segoe UI, sans-serif"},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "colorway": list(METHODS),
+            "title": {"x": 0, "xref": "container", "yref": "container", "y": 1, "yanchor": "top", "font": {"size": 17}}
+            | {"pad": {"l": 12, "t": 14}},
+            "xaxis": axis,
+            "yaxis": axis | {"ticks": "outside", "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"},
+            "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top"},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.6)", "activecolor": TEXT},
+            "hoverlabel": {"align": "left", "namelength": -1},
+            "margin": {"l": 60, "r": 20, "b": 60, "t": 80},
+        }
+    )
+
+
+def finish(
+    fig: go.Figure,
+    title: str,
+    subtitle: str = "",
+    *,
+    about: str = "",
+    height: int = 420,
+    columns: int = 1,
+    facets: bool = False,
+    provenance: dict[str, Any] | None = None,
+    name: str = "",
+) -> go.Figure:
+    """Apply the template, the title with its subtitle, and the provenance (kept in ``fig.layout.meta``).
+
+    Args:
+        fig: Is changed.
+        title: Says what was measured.
+        subtitle: How to read it, and what was left out; wrapped.
+        about: Model, corpora and tokens; the page, which has said that of its report, leaves it out.
+        height: In pixels, of the plot with its axes, without title and legend.
+        columns: Panels side by side; the page gives each of them a readable width.
+        facets: Whether panels have headings, which need room above them.
+        provenance: What is known of the origin of the numbers.
+        name: Of the function that drew it, where the page asks for it.
+    """
+    lines = textwrap.wrap(" · ".join(part for part in (about, subtitle) if part), WRAP)
+    text = plain(title, length=200) + "".join(f"<br><span style='font-size:12px'>{plain(s, 400)}</span>" for s in lines)
+    layout: Any = fig.layout
+    entries = 0 if layout.showlegend is False else sum(trace.showlegend is not False for trace in traces(fig))
+    legend = 30 + 22 * (entries // 4) if entries else 0
+    top = 44 + 17 * len(lines) + (26 if facets else 0)
+    fig.update_layout(
+        template=template(),
+        title_text=text,
+        height=height + top + legend,
+        margin={"t": top, "b": BELOW + legend},
+        legend_y=-BELOW / max(height - BELOW, 1),
+        meta={
+            "lens_unlearn": {
+                "name": name,
+                "title": title,
+                "about": about,
+                "subtitle": subtitle,
+                "columns": columns,
+                "headings": facets,
+                "provenance": provenance or {},
+            }
+        },
+    )
+    # Headings of panels are annotations of make_subplots, which centres them in a size of its own.
+    fig.update_annotations(font_size=13)
+    return fig
+
+
+def two_lines(name: str, length: int = NAME_LENGTH) -> str:
+    """Write the name of a control on two lines, which leaves a figure more room on a phone."""
+    return plain(name, length).replace(":control", "<br>control")
+
+
+def short(text: object) -> str:
+    """Leave the folders out of absolute paths: they say nothing to a reader, and too much to strangers."""
+    return re.sub(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^/\\\s()]+[/\\])+", "…/", str(text))
+
+
+def traces(fig: go.Figure) -> list[Any]:
+    """Return the traces; plotly types them as strings."""
+    return list(fig.data)
+
+
+def is_first(fig: go.Figure, name: str) -> bool:
+    """Say whether no trace of this name is in the legend yet: panels share one legend."""
+    return not any(trace.name == name and trace.showlegend is not False for trace in traces(fig))
+
+
+def plain(text: object, length: int = NAME_LENGTH) -> str:
+    """Make a text from data safe to show: plotly reads tags in names, and hover templates read ``%{``."""
+    told = str(text)
+    told = told if len(told) <= length else f"{told[: length - 1]}…"
+    return html.escape(told, quote=False).replace("%{", "%&#123;")
+
+
+def with_alpha(colour: str, alpha: float) -> str:
+    """Give a ``#rrggbb`` colour an opacity."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha:g})"
+
+
+def corpus_colours(corpora: Sequence[str], forget: str = "forget", retain: str = "retain") -> dict[str, str]:
+    """Give every corpus its colour: forget warm, retain cool, the others neither."""
+    rest = [name for name in corpora if name not in (forget, retain)]
+    colours = {name: OTHERS[index % len(OTHERS)] for index, name in enumerate(rest)}
+    return {forget: FORGET, retain: RETAIN, **colours}
+
+
+def neuron_name(site: Site, neuron: int, shape: Sequence[int]) -> str:
+    """Name a neuron, by its flat index, as it can be typed: ``L3.mlp.post[1742]``, ``L3.attn.z[2,17]``."""
+    index = ",".join(str(int(i)) for i in np.unravel_index(int(neuron), tuple(shape)))
+    return f"{site}[{index}]"
+
+
+def kinds_of(score: NeuronMap, kind: str | None) -> list[str]:
+    """Return the kinds to draw: the one asked for, or all, MLP before attention.
+
+    Raises:
+        SelectionError: If the map has nothing of the kind asked for.
+    """
+    if kind is not None:
+        return score[kind].kinds
+    return sorted(score.kinds, key=lambda name: (KIND_ORDER.index(name.partition(".")[0]), name))
+
+
+def values_of(score: NeuronMap) -> dict[Site, np.ndarray]:
+    """Return copies of a map's values as flat float64 arrays."""
+    return {site: value.double().reshape(-1).numpy() for site, value in score.items()}
+
+
+def require_neurons(score: NeuronMap, what: str) -> None:
+    """Refuse a map without neurons.
+
+    Raises:
+        SelectionError: Naming the figure.
+    """
+    if not isinstance(score, NeuronMap):
+        raise LensUnlearnError(f"{what} draws a NeuronMap, not a {type(score).__name__}: pass a score or a selection")
+    if score.numel() == 0:
+        raise SelectionError(
+            f"{what} has nothing to draw: the map has no neurons, so collect over a site that has some"
+        )
+
+
+def require_selection(selection: NeuronMap, what: str) -> None:
+    """Refuse what is not a boolean map.
+
+    Raises:
+        SelectionError: Naming the figure.
+    """
+    require_neurons(selection, what)
+    if not selection.is_selection:
+        raise SelectionError(f"{what} needs a boolean map as its selection: compare the score, or use score.top(0.02)")
+
+
+def layer_ticks(layers: Sequence[int]) -> dict[str, Any]:
+    """Return settings of a layer axis: layer 0 at the bottom, whole numbers, half a layer of room."""
+    low, high = min(layers), max(layers)
+    step = max(1, round((high - low + 1) / 16))
+    return {"range": [low - 0.5, high + 0.5], "tick0": 0, "dtick": step, "tickformat": "d", "zeroline": False}
+
+
+def layer_height(layers: Sequence[int]) -> int:
+    """Return a height in pixels at which every layer can be told apart."""
+    return int(np.clip(22 * (max(layers) - min(layers) + 1), 150, 620))
+
+
+def source(provenance: dict[str, Any], name: str = "") -> str:
+    """Say in one phrase where statistics come from: corpus and tokens."""
+    corpus, tokens = provenance.get("corpus"), provenance.get("tokens")
+    told = [short(corpus) if corpus else "", f"{tokens:,} tokens" if isinstance(tokens, int) else ""]
+    phrase = ", ".join(part for part in told if part)
+    return f"{name}: {phrase}" if name and phrase and not phrase.startswith(name) else phrase

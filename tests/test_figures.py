@@ -1,0 +1,527 @@
+"""Figures, by their data: directions, ranges, colours, names, sizes, and what happens with awkward input."""
+
+import base64
+import json
+import math
+import re
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+
+import lens_unlearn as lu
+from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.evaluation.report import Measure, Report
+from lens_unlearn.figures import theme
+from lens_unlearn.figures.conditions import Condition
+from lens_unlearn.figures.distribution import density, merged
+from lens_unlearn.maps import NeuronMap
+from lens_unlearn.sites import Site
+from lens_unlearn.statistics import Histogram, Moments
+
+NAME = re.compile(r"(L\d+\.[a-z_.]+)\[(\d+(?:,\d+)?)\]")
+BUDGET = 2_000_000
+
+
+def array(value) -> np.ndarray:
+    """Read what plotly 6 writes as base64, or a plain list."""
+    if isinstance(value, dict):
+        flat = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
+        shape = value.get("shape")
+        return flat.reshape([int(n) for n in shape.split(",")]) if shape else flat
+    return np.array(value, dtype=float)
+
+
+def data(fig: go.Figure) -> dict:
+    """Serialize as a notebook would."""
+    return json.loads(fig.to_json())
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scores(layers=4, width=24, heads=(2, 3), seed=0) -> NeuronMap:
+    random = torch.Generator().manual_seed(seed)
+    values = {Site(layer, "mlp.post"): torch.rand(width, generator=random) * 3 for layer in range(layers)}
+    if heads:
+        values |= {Site(layer, "attn.z"): torch.rand(heads, generator=random) * 3 for layer in range(layers)}
+    return NeuronMap(values)
+
+
+def moments(seed=0, layers=3, width=40, constant=None) -> Moments:
+    random = torch.Generator().manual_seed(seed)
+    told = Moments()
+    for layer in range(layers):
+        for kind, shape in (("mlp.post", (width,)), ("attn.z", (2, 3))):
+            x = torch.randn((50, *shape), generator=random) if constant is None else torch.full((50, *shape), constant)
+            told.update(Site(layer, kind), x, torch.ones(50))
+    told.provenance = {"model": "tiny", "corpus": f"corpus{seed}", "tokens": 5000}
+    return told
+
+
+def histogram(seed=0) -> Histogram:
+    random = torch.Generator().manual_seed(seed)
+    told = Histogram()
+    told.update(Site(0, "mlp.post"), torch.randn(500, 4, generator=random), torch.ones(500))
+    told.update(Site(0, "attn.z"), torch.randn(500, 2, 3, generator=random), torch.ones(500))
+    return told
+
+
+def report(values: dict[str, dict[str, float]], sd=0.01, draws=200, metric="top1") -> Report:
+    """Make a report from condition -> corpus -> value."""
+    random = np.random.default_rng(0)
+    measures = {
+        (condition, corpus, metric): Measure(value, value + sd * random.standard_normal(draws), 1000)
+        for condition, by_corpus in values.items()
+        for corpus, value in by_corpus.items()
+    }
+    corpora = {
+        name: {"source": f"{name}.jsonl", "tokens": 1000, "documents": 9} for name in next(iter(values.values()))
+    }
+    return Report(measures, {"model": "tiny", "corpora": corpora})
+
+
+@pytest.fixture(scope="module")
+def swept() -> Report:
+    values = {"base": {"forget": 0.5, "retain": 0.4, "other": 0.3}, "m": {"forget": 0.2, "retain": 0.38, "other": 0.3}}
+    for strength in (0.2, 0.05, 0.1):  # not in order
+        values[f"m@{strength:g}"] = {"forget": 0.5 - strength, "retain": 0.4 - strength / 10, "other": 0.3}
+        values[f"m:control@{strength:g}"] = {"forget": 0.5 - strength / 5, "retain": 0.4 - strength / 5, "other": 0.3}
+    return report(values)
+
+
+@pytest.fixture(scope="module")
+def figures(swept: Report) -> dict[str, go.Figure]:
+    return every_figure(swept)
+
+
+def every_figure(swept: Report) -> dict[str, go.Figure]:
+    score = scores()
+    top, control = score.top(0.1), scores(seed=1).top(0.1)
+    return {
+        "importance": lu.plot.layer_importance(score, top),
+        "selections": lu.plot.layer_importance({"mine": top, "mine:control": control}),
+        "specialization": lu.plot.specialization_map(moments(0), moments(1)),
+        "heatmap": lu.plot.neuron_heatmap(score, selection=top),
+        "distribution": lu.plot.activation_distribution({"forget": histogram(), "retain": histogram(1)}, NEURONS),
+        "tradeoff": lu.plot.tradeoff(swept),
+        "sweep": lu.plot.sweep_curves(swept, others=("other",)),
+        "overlap": lu.plot.selection_overlap({"a": top, "b": control, "c": ~top}),
+        "bars": lu.plot.condition_bars(swept),
+    }
+
+
+NEURONS = [(Site(0, "mlp.post"), 2), (Site(0, "attn.z"), 4)]
+
+
+def test_every_figure_has_the_house_style_and_says_what_it_is(figures):
+    import plotly.io as pio
+
+    before = pio.templates.default
+    for name, fig in figures.items():
+        told = fig.to_dict()
+        layout = told["layout"]
+        assert isinstance(fig, go.Figure), name
+        assert layout["title"]["text"], name
+        assert layout["template"]["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)", name
+        assert layout["meta"]["lens_unlearn"]["title"], name
+        for trace in told["data"]:
+            hover = trace.get("hovertemplate")
+            assert "<extra></extra>" in hover if hover else trace.get("hoverinfo") == "skip", name
+    assert pio.templates.default == before
+
+
+def test_layer_zero_is_at_the_bottom(figures):
+    figs = figures
+    for name in ("importance", "selections", "heatmap"):
+        low, high = figs[name].layout.yaxis.range
+        assert (low, high) == (-0.5, 3.5), name
+        assert figs[name].layout.yaxis.title.text == "layer", name
+    assert tuple(figs["overlap"].layout.yaxis2.range) == (-0.5, 3.5)
+
+
+def test_axes_name_their_quantity(figures):
+    for name, fig in figures.items():
+        layout = fig.to_dict()["layout"]
+        titled = [axis for axis in layout if axis.startswith("xaxis") and layout[axis].get("title", {}).get("text")]
+        assert titled or name == "overlap", name
+
+
+def test_signed_scales_are_symmetric_and_magnitudes_start_at_zero():
+    logs = scores().map(lambda value: value - 1.0)
+    axis = lu.plot.neuron_heatmap(logs).layout.coloraxis
+    assert axis.cmin == -axis.cmax
+    assert axis.colorscale[0][1] == go.Heatmap(colorscale="RdBu_r").colorscale[0][1]
+    axis = lu.plot.neuron_heatmap(abs(logs), signed=False).layout.coloraxis
+    assert axis.cmin == 0
+    assert axis.colorscale[0][1] == go.Heatmap(colorscale="Viridis").colorscale[0][1]
+    axis = lu.plot.specialization_map(moments(0), moments(1)).layout.coloraxis
+    assert axis.cmin == 0
+    axis = lu.plot.selection_overlap({"a": scores().top(0.1), "b": scores().top(0.2)}).layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (0, 1)
+
+
+def test_a_ratio_is_shown_as_its_log2():
+    ratio = NeuronMap({Site(0, "mlp.post"): torch.tensor([4.0, 1.0, 0.25, 0.0])})
+    fig = lu.plot.neuron_heatmap(ratio)
+    assert array(data(fig)["data"][0]["z"]).tolist() == [[2.0, 0.0, -2.0, -2.0]]  # 0 at the floor
+    assert "log2" in fig.layout.title.text.lower()
+    plain = lu.plot.neuron_heatmap(ratio, signed=False)
+    assert array(data(plain)["data"][0]["z"]).tolist() == [[4.0, 1.0, 0.25, 0.0]]
+
+
+def names_in(fig: go.Figure) -> list[str]:
+    return [f"{site}[{index}]" for site, index in NAME.findall(json.dumps(data(fig), ensure_ascii=False))]
+
+
+def test_hover_names_read_back_to_a_site(figures):
+    score = scores()
+    figs = figures
+    for name in ("specialization", "heatmap", "distribution"):
+        found = names_in(figs[name])
+        assert found, name
+        for text in found:
+            site, index = Site.parse(text[: text.index("[")]), text[text.index("[") + 1 : -1]
+            assert ("," in index) == (site.kind == "attn.z")
+    # Every neuron is named, and its cell holds its own value.
+    fig = lu.plot.neuron_heatmap(score, signed=False)
+    for trace in data(fig)["data"]:
+        for z, labels in zip(array(trace["z"]), trace["text"], strict=True):
+            for value, label in zip(z, labels, strict=True):
+                site, index = NAME.fullmatch(label).groups()
+                where = tuple(int(i) for i in index.split(","))
+                assert value == pytest.approx(min(float(score[Site.parse(site)][where]), fig.layout.coloraxis.cmax))
+
+
+def test_neuron_heatmap_sorts_each_layer_and_bins_what_is_wide():
+    wide = NeuronMap({Site(layer, "mlp.post"): rand(5000) for layer in range(3)})
+    fig = lu.plot.neuron_heatmap(wide)
+    z = array(data(fig)["data"][0]["z"])
+    assert z.shape == (3, 512)
+    assert (np.diff(z, axis=1) <= 1e-6).all()
+    assert NAME.search(fig.data[0].text[0][0])
+
+
+def test_colours_have_one_meaning(swept):
+    lines = {t.name: t.line.color for t in lu.plot.sweep_curves(swept, others=("other",)).data if t.mode != "none"}
+    assert (lines["forget"], lines["retain"]) == (theme.FORGET, theme.RETAIN)
+    assert {colour for name, colour in lines.items() if "control" in name} == {theme.CONTROL}
+    assert lines["other"] not in (theme.FORGET, theme.RETAIN, theme.CONTROL)
+    lines = {
+        t.name: t.line.color
+        for t in lu.plot.activation_distribution({"retain": histogram(), "forget": histogram()}, NEURONS).data
+    }
+    assert lines == {"forget": theme.FORGET, "retain": theme.RETAIN}
+    bars = {t.name: t.marker for t in lu.plot.condition_bars(swept).data}
+    assert bars["forget"].color[0] == theme.FORGET
+    assert bars["forget"].color[3] == theme.CONTROL
+    trade = {t.name: t.line.color for t in lu.plot.tradeoff(swept).data}
+    assert trade["random control"] == theme.CONTROL
+    assert trade["m"] not in (theme.FORGET, theme.RETAIN, theme.CONTROL)
+    bars = {
+        t.name: t.marker.color
+        for t in lu.plot.layer_importance({"a": scores().top(0.1), "a:control": scores().top(0.1)}).data
+    }
+    assert bars["a:control"] == theme.CONTROL
+
+
+def test_tradeoff_draws_the_drops_of_the_report(swept):
+    fig = lu.plot.tradeoff(swept)
+    curve = next(t for t in fig.data if t.name == "m" and t.mode == "lines+markers")
+    assert list(curve.x) == pytest.approx([0, *(swept.drop(f"m@{s}", "retain").value for s in (0.05, 0.1, 0.2))])
+    assert list(curve.y) == pytest.approx([0, *(swept.drop(f"m@{s}", "forget").value for s in (0.05, 0.1, 0.2))])
+    low, high = swept.drop("m@0.2", "forget").interval()
+    assert curve.y[-1] + curve.error_y.array[-1] == pytest.approx(high)
+    assert curve.y[-1] - curve.error_y.arrayminus[-1] == pytest.approx(low)
+    point = next(t for t in fig.data if t.name == "m" and t.mode == "markers")
+    assert (point.x[0], point.y[0]) == pytest.approx((0.05, 0.6))
+    assert [t.name for t in fig.data if t.showlegend is not False].count("random control") == 1
+
+
+def test_sweep_curves_show_what_is_left(swept):
+    fig = lu.plot.sweep_curves(swept)
+    curve = next(t for t in fig.data if t.name == "forget" and t.mode == "lines+markers")
+    assert list(curve.x) == [0.05, 0.1, 0.2]
+    assert list(curve.y) == pytest.approx([0.9, 0.8, 0.6])
+
+
+def test_a_sweep_from_zero_stays_on_a_linear_axis():
+    told = report(
+        {"base": {"forget": 0.5, "retain": 0.4}} | {f"m@{s}": {"forget": 0.4, "retain": 0.4} for s in (0, 0.01, 0.5)}
+    )
+    assert lu.plot.sweep_curves(told).layout.xaxis.type is None
+    told = report(
+        {"base": {"forget": 0.5, "retain": 0.4}} | {f"m@{s}": {"forget": 0.4, "retain": 0.4} for s in (0.01, 0.5)}
+    )
+    assert lu.plot.sweep_curves(told).layout.xaxis.type == "log"
+
+
+def test_condition_bars_go_from_top_to_bottom(swept):
+    fig = lu.plot.condition_bars(swept)
+    low, high = fig.layout.yaxis.range
+    assert low > high
+    assert fig.layout.yaxis.ticktext[0] == "base"
+    assert list(fig.data[0].x)[:2] == pytest.approx([0.5, 0.2])
+
+
+def test_layer_importance_is_the_share_selected_and_the_mean():
+    score = scores(heads=None)
+    chosen = score.top(0.25)
+    share, mean = lu.plot.layer_importance(score, chosen).data
+    assert list(share.x) == pytest.approx(list(chosen.per_layer().values()))
+    assert list(mean.x) == pytest.approx(list(score.per_layer().values()))
+    assert list(share.y) == [0, 1, 2, 3]
+
+
+def test_kinds_share_the_layer_axis():
+    fig = lu.plot.layer_importance(scores())
+    assert [a.text for a in fig.layout.annotations] == ["mlp.post", "attn.z"]
+    assert fig.layout.yaxis2.matches == "y"
+
+
+def test_specialization_counts_every_neuron_and_marks_the_selected():
+    forget, retain = moments(0), moments(1)
+    chosen = forget.mean_abs["mlp.post"].top(0.1)
+    fig = lu.plot.specialization_map(forget, retain, selection=chosen, kind="mlp.post")
+    assert array(data(fig)["data"][0]["customdata"]).sum() == 120
+    marks = next(t for t in fig.data if t.name == "selected")
+    assert len(marks.x) == chosen.count() == 12
+    site, index = NAME.search(marks.hovertext[0]).groups()
+    assert marks.y[0] == pytest.approx(float(forget.mean_abs[Site.parse(site)][int(index)]))
+    assert marks.x[0] == pytest.approx(float(retain.mean_abs[Site.parse(site)][int(index)]))
+    assert "corpus0" in fig.layout.title.text
+    assert "5,000 tokens" in fig.layout.title.text
+
+
+def test_density_integrates_to_one_over_unequal_bins():
+    told = histogram()
+    counts, edges = told.counts(Site(0, "mlp.post"), 1).numpy(), told.edges.numpy()
+    assert np.nansum(density(counts, edges) * np.diff(edges)) == pytest.approx(1)
+    fig = lu.plot.activation_distribution({"forget": told}, NEURONS[:1])
+    low, high = fig.layout.xaxis.range
+    assert -6 < low < -1 < 1 < high < 6  # the histogram itself reaches from -1000 to 1000
+
+
+def test_joined_bins_keep_every_token_and_zero_as_an_edge():
+    told = histogram()
+    counts, edges = told.counts(Site(0, "mlp.post"), 1).numpy(), told.edges.numpy()
+    fewer, wider = merged(counts, edges, (-3.0, 3.0))
+    assert fewer.sum() == counts.sum() == 500
+    assert len(wider) == len(fewer) + 1 < len(edges)
+    assert fewer[wider[:-1] >= 0].sum() == counts[edges[:-1] >= 0].sum()
+    drawn = lu.plot.activation_distribution({"forget": told}, NEURONS[:1]).data[0]
+    assert len(drawn.x) == len(drawn.y) == len(drawn.customdata)
+    assert np.isfinite(drawn.y).all()
+    assert min(drawn.y) > 0
+
+
+def test_overlap_is_jaccard():
+    a = NeuronMap({Site(0, "mlp.post"): torch.tensor([True, True, False, False])})
+    b = NeuronMap({Site(0, "mlp.post"): torch.tensor([True, False, True, False])})
+    none = a & ~a
+    whole, layers = lu.plot.selection_overlap({"a": a, "b": b, "none": none}).data
+    assert whole.z[0][1] == pytest.approx(1 / 3)
+    assert whole.z[0][0] == 1
+    assert whole.z[2][0] == 0
+    assert math.isnan(whole.z[2][2])
+    assert layers.z[0][0] == pytest.approx(1 / 3)
+
+
+def test_two_megabytes_at_most():
+    big = NeuronMap({Site(layer, kind): rand(14336) for layer in range(80) for kind in ("mlp.post", "mlp.pre")})
+    chosen = big.top(0.02)
+    told = {
+        "importance": lu.plot.layer_importance(big, chosen),
+        "heatmap": lu.plot.neuron_heatmap(big, selection=chosen),
+        "overlap": lu.plot.selection_overlap({f"selection {i}": chosen for i in range(8)}),
+    }
+    forget, retain = (moments(seed, layers=8, width=4000) for seed in (0, 1))
+    told["specialization"] = lu.plot.specialization_map(forget, retain, selection=forget.mean_abs.top(0.5))
+    for name, fig in told.items():
+        assert len(fig.to_json()) < BUDGET, name
+    marks = next(t for t in told["specialization"].data if t.name == "selected" and len(t.x))
+    assert len(marks.x) <= theme.MAX_MARKS
+    assert "evenly sampled" in told["specialization"].layout.meta["lens_unlearn"]["subtitle"]
+
+
+def awkward() -> dict[str, NeuronMap]:
+    site = Site(0, "mlp.post")
+    nan, inf = float("nan"), float("inf")
+    return {
+        "one neuron": NeuronMap({site: torch.tensor([2.0])}),
+        "one layer": NeuronMap({site: torch.arange(5.0)}),
+        "all equal": NeuronMap({site: torch.ones(5), Site(1, "mlp.post"): torch.ones(5)}),
+        "all zero": NeuronMap({site: torch.zeros(5)}),
+        "some NaN": NeuronMap({site: torch.tensor([1.0, nan, 3.0])}),
+        "all NaN": NeuronMap({site: torch.tensor([nan, nan])}),
+        "infinite": NeuronMap({site: torch.tensor([inf, 1.0, -inf])}),
+        "layers of different width": NeuronMap({site: rand(3), Site(1, "mlp.post"): rand(7)}),
+        "half precision": NeuronMap({site: rand(3).half()}),
+        "a distant layer": NeuronMap({Site(30, "mlp.post"): rand(3)}),
+    }
+
+
+@pytest.mark.parametrize("case", awkward())
+def test_awkward_maps_are_drawn(case):
+    score = awkward()[case]
+    empty = score.map(lambda value: torch.zeros_like(value, dtype=torch.bool))
+    for fig in (
+        lu.plot.layer_importance(score),
+        lu.plot.layer_importance(score, empty),
+        lu.plot.layer_importance(empty),
+        lu.plot.neuron_heatmap(score),
+        lu.plot.neuron_heatmap(score, selection=empty, signed=True),
+        lu.plot.neuron_heatmap(score, signed=False),
+        lu.plot.selection_overlap({"a": empty, "b": ~empty}),
+    ):
+        assert data(fig)["data"]
+
+
+def test_nan_leaves_a_gap_and_infinity_takes_the_end_colour():
+    fig = lu.plot.neuron_heatmap(NeuronMap({Site(0, "mlp.post"): torch.tensor([float("inf"), 2.0, float("nan")])}))
+    z = array(data(fig)["data"][0]["z"])[0]
+    assert z[0] == fig.layout.coloraxis.cmax
+    assert math.isnan(z[2])
+
+
+@pytest.mark.parametrize("constant", [None, 0.0, 2.0])
+def test_awkward_moments_are_drawn(constant):
+    one = moments(0, layers=1, width=1, constant=constant)
+    empty = one.mean.map(lambda value: torch.zeros_like(value, dtype=torch.bool))
+    for importance in ("abs", "freq", "rms", "std"):
+        assert data(lu.plot.specialization_map(one, one, importance=importance))["data"]
+    assert "empty" in lu.plot.specialization_map(one, one, selection=empty).layout.title.text
+
+
+def test_a_report_of_one_document_is_drawn_without_intervals():
+    values = {name: {"forget": 0.5 - i, "retain": 0.5} for i, name in enumerate(("base", "m@0.1", "m@0.2", "n"))}
+    alone = report(values, draws=0)
+    for fig in (lu.plot.tradeoff(alone), lu.plot.sweep_curves(alone), lu.plot.condition_bars(alone)):
+        assert data(fig)["data"]
+    nothing = report({"base": {"forget": 0.0, "retain": 0.5}, "m@1": {"forget": 0.0, "retain": 0.4}})
+    for fig in (lu.plot.tradeoff(nothing), lu.plot.sweep_curves(nothing)):
+        assert data(fig)["data"]
+
+
+def test_inputs_are_not_changed(swept):
+    score = scores(layers=3, width=40)
+    chosen = score.top(0.1)
+    forget, retain, told = moments(0), moments(1), histogram()
+    before = [score.flat().clone(), chosen.flat().clone(), forget.mean_abs.flat().clone(), swept.to_frame()]
+    state = {name: tensor.clone() for name, tensor in {**forget.state(), **told.state()}.items()}
+    lu.plot.layer_importance(score, chosen)
+    lu.plot.neuron_heatmap(score, selection=chosen)
+    lu.plot.specialization_map(forget, retain, selection=chosen)
+    lu.plot.selection_overlap({"a": chosen, "b": chosen})
+    lu.plot.activation_distribution({"forget": told}, NEURONS)
+    lu.plot.tradeoff(swept)
+    lu.plot.condition_bars(swept)
+    assert torch.equal(score.flat(), before[0])
+    assert torch.equal(chosen.flat(), before[1])
+    assert torch.equal(forget.mean_abs.flat(), before[2])
+    assert swept.to_frame().equals(before[3])
+    assert all(torch.equal(state[name], tensor) for name, tensor in {**forget.state(), **told.state()}.items())
+
+
+def test_figures_are_deterministic(swept, figures):
+    again = every_figure(swept)
+    assert {name: fig.to_json() for name, fig in figures.items()} == {
+        name: fig.to_json() for name, fig in again.items()
+    }
+
+
+def test_names_from_data_cannot_write_tags(swept):
+    evil = "<a href='javascript:alert(1)'>%{x}</a>"
+    selections = {evil: scores().top(0.1), "b": scores().top(0.2)}
+    renamed = report(
+        {"base": {"forget": 0.5, "retain": 0.4, evil: 0.3}, evil: {"forget": 0.4, "retain": 0.4, evil: 0.3}}
+    )
+    renamed.provenance["model"] = evil
+    for fig in (
+        lu.plot.layer_importance(selections),
+        lu.plot.selection_overlap(selections),
+        lu.plot.activation_distribution({evil: histogram()}, NEURONS),
+        lu.plot.tradeoff(renamed),
+        lu.plot.condition_bars(renamed),
+    ):
+        told = fig.to_dict()
+        del told["layout"]["meta"]
+        text = json.dumps(told, default=str)
+        assert "<a href" not in text
+        assert "%{x}</a>" not in text
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("forget (/home/me/secret/code.jsonl)", "forget (…/code.jsonl)"),
+        ("/data/x/code.jsonl:text", "…/code.jsonl:text"),
+        ("C:\\Users\\me\\code.txt", "…/code.txt"),
+        ("data/code.jsonl", "data/code.jsonl"),
+        ("hf:wikitext/wikitext-2-raw-v1:test:text", "hf:wikitext/wikitext-2-raw-v1:test:text"),
+        ("demo:python", "demo:python"),
+    ],
+)
+def test_folders_are_left_out_of_sources(source, told):
+    assert theme.short(source) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "control", "strength"),
+    [
+        ("selective-pruning", "selective-pruning", False, None),
+        ("a:control", "a", True, None),
+        ("a@0.05", "a", False, 0.05),
+        ("a:control@0.05", "a", True, 0.05),
+        ("me@home", "me@home", False, None),
+        ("a@nan", "a@nan", False, None),
+        ("@1", "@1", False, None),
+        (":control", ":control", False, None),
+    ],
+)
+def test_condition_names_are_taken_apart(name, method, control, strength):
+    parsed = Condition.parse(name)
+    assert (parsed.method, parsed.control, parsed.strength) == (method, control, strength)
+
+
+def test_a_condition_knows_its_control():
+    assert Condition.parse("a@0.05").counterpart == "a:control@0.05"
+    assert Condition.parse("a").counterpart == "a:control"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda r: lu.plot.tradeoff(r, metric="loss"), "rises"),
+        (lambda r: lu.plot.tradeoff(r, forget="code"), "corpora are forget, retain, other"),
+        (lambda r: lu.plot.tradeoff(report({"base": {"forget": 1, "retain": 1}})), "at least one condition"),
+        (lambda r: lu.plot.tradeoff(Report({})), "not measured"),
+        (lambda r: lu.plot.sweep_curves(report({"base": {"forget": 1, "retain": 1}})), "method@strength"),
+        (lambda r: lu.plot.condition_bars(r, "bleu"), "bleu"),
+        (lambda r: lu.plot.condition_bars(r, conditions=["x"]), "'x'"),
+        (lambda r: lu.plot.layer_importance({}), "nothing to draw"),
+        (lambda r: lu.plot.layer_importance(scores(), scores()), "boolean"),
+        (lambda r: lu.plot.layer_importance(scores(), kind="mlp.pre"), "mlp.pre"),
+        (lambda r: lu.plot.neuron_heatmap([1, 2]), "NeuronMap"),
+        (lambda r: lu.plot.neuron_heatmap(scores(), kind="resid"), "resid"),
+        (lambda r: lu.plot.neuron_heatmap(scores(), selection=scores(width=9).top(0.1)), "shape"),
+        (lambda r: lu.plot.neuron_heatmap(NeuronMap({Site(0, "mlp.post"): torch.zeros(0)})), "no neurons"),
+        (lambda r: lu.plot.specialization_map(moments(0), moments(1), importance="max"), "max"),
+        (lambda r: lu.plot.specialization_map(moments(0), moments(1, width=9)), "shape"),
+        (lambda r: lu.plot.specialization_map(moments(0), moments(1), kind="mlp.pre"), "mlp.pre"),
+        (lambda r: lu.plot.specialization_map(Moments(), moments(1)), "no counted token"),
+        (lambda r: lu.plot.activation_distribution({}, NEURONS), "nothing to draw"),
+        (lambda r: lu.plot.activation_distribution({"a": histogram()}, []), "nothing to draw"),
+        (lambda r: lu.plot.activation_distribution({"a": histogram()}, [(Site(0, "mlp.post"), 9)]), "0 to 3"),
+        (lambda r: lu.plot.activation_distribution({"a": histogram()}, [(Site(7, "mlp.post"), 0)]), "collect"),
+        (lambda r: lu.plot.activation_distribution({"a": histogram()}, NEURONS * 20), "at most"),
+        (lambda r: lu.plot.selection_overlap({"a": scores().top(0.1)}), "2 to"),
+        (lambda r: lu.plot.selection_overlap({"a": scores().top(0.1), "b": scores(width=9).top(0.1)}), "one model"),
+        (lambda r: lu.plot.selection_overlap({"a": scores(), "b": scores()}), "boolean"),
+    ],
+)
+def test_bad_input_gets_a_sentence(swept, call, told):
+    with pytest.raises(LensUnlearnError, match=re.escape(told)):
+        call(swept)
