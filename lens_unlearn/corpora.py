@@ -50,7 +50,7 @@ class Corpus:
     name: str
     tokens: Int[Tensor, "total"]
     counted: Bool[Tensor, "total"]
-    starts: Int[Tensor, "rows+1"]
+    starts: Int[Tensor, "boundaries"]
     document: Int[Tensor, "rows"]
     """Which document each row is of: an index into `keys`."""
     keys: tuple[str, ...]
@@ -367,10 +367,12 @@ class _Encoder:
         out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         for i, (text, begin) in enumerate(chunk):
             ids = out["input_ids"][i]
-            if fast:
+            if begin == 0:  # all of it, also tokens that stand for no character
+                counted = [True] * len(ids)
+            elif fast:
                 counted = [end > begin for _, end in out["offset_mapping"][i]]
             else:
-                before = len(self.tokenizer(text[:begin], add_special_tokens=False)["input_ids"]) if begin else 0
+                before = len(self.tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
                 counted = [position >= before for position in range(len(ids))]
             yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 

@@ -35,7 +35,6 @@ METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
 }
 """Methods by the name that the command line and the report use, with what the name fixes."""
 
-CONTROL_SEEDS = 5
 READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
 SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 _OWN = ("model", "forget", "retain", "progress", "batch_size", "reference")
@@ -59,6 +58,8 @@ class Plan:
     retain_drop: float | None = None
     seed: int = 0
     batch_size: int = 8
+    controls: int = 5
+    """Random controls per method, each with a seed of its own."""
     sweep: bool = True
 
     def __post_init__(self) -> None:
@@ -200,7 +201,7 @@ class Experiment:
         conditions: dict[str, Condition] = {}
         for name, edit in self.edits.items():
             conditions[name] = edit
-            control = controls_for(self.model, edit, range(self.plan.seed, self.plan.seed + CONTROL_SEEDS))
+            control = controls_for(self.model, edit, range(self.plan.seed, self.plan.seed + self.plan.controls))
             if control:
                 conditions[f"{name}:control"] = control
         told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}

@@ -354,7 +354,7 @@ class Histogram:
         return Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
 
     @property
-    def edges(self) -> Float[Tensor, "bins+1"]:
+    def edges(self) -> Float[Tensor, "edges"]:
         """The bin edges, in units of the activation."""
         top = math.asinh(self.limit / self.scale)
         return self.scale * torch.sinh(torch.linspace(-top, top, self.bins + 1, dtype=torch.float64))

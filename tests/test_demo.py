@@ -1,0 +1,53 @@
+"""The embedded model and `lens-unlearn demo`, small."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import lens_unlearn as lu
+from lens_unlearn import demo, showcase
+
+pytestmark = pytest.mark.skipif(
+    not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout"
+)
+
+
+def test_the_demo_model_knows_its_skills() -> None:
+    model = lu.load_model("demo")
+    questions = demo.corpus("facts", "test")[:20]
+    prompts = [f"Q: {row['question']}\nA:" for row in questions]
+    answers = lu.generate(model, prompts, max_new_tokens=24)
+    right = sum(
+        answer.split("\n")[0].strip() == str(row["answer"]).strip()
+        for answer, row in zip(answers, questions, strict=True)
+    )
+    assert right >= 18
+    sums = [row for row in demo.corpus("arithmetic", "test") if "question" in row][:30]
+    answers = lu.generate(model, [str(row["question"]) for row in sums], max_new_tokens=4)
+    right = sum(
+        answer.split("\n")[0].strip() == str(row["answer"]).strip() for answer, row in zip(answers, sums, strict=True)
+    )
+    assert right >= 25
+
+
+def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lens_unlearn import run
+
+    monkeypatch.setattr(run, "SWEEP", (0.1, 0.4))
+    out = tmp_path / "demo"
+    report = showcase.showcase(out, tokens=1200, progress=False)
+    names = [
+        "base",
+        *(f"{m}{c}" for m in ("selective-pruning", "selective-pruning-attention") for c in ("", ":control")),
+    ]
+    for part in (report, *report.parts):
+        assert part.conditions == names
+        assert part.selectivity("selective-pruning").value > part.selectivity("selective-pruning:control").value
+    assert len(report.parts) == 1
+    assert {"report.html", "metrics.csv", "run.json", "selective-pruning.safetensors", "the-other-way-round"} <= set(
+        os.listdir(out)
+    )
+    page = (out / "report.html").read_text()
+    assert "Forget python, keep english and the rest" in page
+    assert "Forget english, keep python and the rest" in page
