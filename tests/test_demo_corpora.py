@@ -250,3 +250,17 @@ def test_the_shipped_models_are_small_and_load() -> None:
         assert model.config.vocab_size == len(tokenizer)
         question = "Q: Where was Zelda born?\nA: naïve ĉevalo 12"
         assert tokenizer.decode(tokenizer(question)["input_ids"]) == question
+
+
+def test_muon_makes_updates_orthogonal_whatever_their_shape() -> None:
+    torch = pytest.importorskip("torch")
+    from lens_unlearn.demo._muon import orthogonalized
+
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 16, 64), (2, 64, 16), (1, 24, 24)):
+        update = orthogonalized(torch.randn(shape, generator=generator))
+        assert update.shape == shape
+        values = torch.linalg.svdvals(update)
+        # Five iterations bring singular values near 1, not to it; the smallest of a square one lag behind.
+        assert values.max() < 1.3
+        assert values.median() > 0.6
