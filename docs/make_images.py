@@ -11,7 +11,10 @@ from pathlib import Path
 from lens_unlearn.showcase import showcase
 
 IMAGES = Path(__file__).parent / "images"
-WANTED = {"Trade-off over the fraction of neurons": "tradeoff.png", "Specialization of neurons (selective-pruning)": "map.png"}
+WANTED = {
+    "Trade-off over the fraction of neurons": "tradeoff.png",
+    "Specialization of neurons (selective-pruning)": "map.png",
+}
 
 
 def main() -> None:

@@ -155,9 +155,13 @@ def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
         if wanted not in first:
             raise CorpusError(f"{name} has no field {wanted!r}: its fields are {', '.join(map(str, first))}")
     if len(names) == 1:
-        return Opened(name, (row.get(names[0]) for row in whole), is_pairs=False)
+        return Opened(name, (_get(row, names[0]) for row in whole), is_pairs=False)
     prompt, answer = names
-    return Opened(name, ((row.get(prompt), row.get(answer)) for row in whole), is_pairs=True)
+    return Opened(name, ((_get(row, prompt), _get(row, answer)) for row in whole), is_pairs=True)
+
+
+def _get(row: Any, name: str) -> Any:
+    return row.get(name) if isinstance(row, Mapping) else None
 
 
 def _guard(name: str, rows: Iterator[Any]) -> Iterator[Any]:

@@ -8,7 +8,7 @@ standard deviation also where the mean is hundreds of standard deviations away f
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ _ROWS = 256  # tokens added up in float32 at a time: few enough to keep six digi
 S = TypeVar("S", bound="Statistic")
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """What `collect` needs of a statistic."""
 

@@ -175,14 +175,13 @@ def tune(
     got, kept = prepare(method, model, forget, retain, told)
     tried: dict[float, tuple[float, float]] = {}
     edits: dict[float, Intervention] = {}
-    whole = Report({})
+    whole, nothing = Report({}), None
     for fraction in _search(budget, tried, evaluations):
         try:
             edits[fraction] = method(model, got, kept, fraction=fraction, **told)
-        except SelectionError:
-            if not tried or fraction > min(tried):
-                raise
-            break  # halved below a single neuron
+        except SelectionError as error:  # less than a single unit: there are few heads, say
+            tried[fraction], nothing = (0.0, 0.0), error
+            continue
         name = f"{name_of(method)}@{fraction:g}"
         part = evaluate(
             model, corpora, {name: edits[fraction]}, batch_size=batch_size, resamples=200, progress=progress
@@ -194,9 +193,11 @@ def tune(
                 )
         tried[fraction] = tuple(part.drop(name, corpus, metric).value for corpus in corpora)  # type: ignore[assignment]
         whole = whole + part
-    within = [fraction for fraction, (_, cost) in tried.items() if cost <= budget]
+    if not edits and nothing is not None:
+        raise nothing
+    within = [fraction for fraction in edits if tried[fraction][1] <= budget]
     if not within:
-        smallest = min(tried)
+        smallest = min(edits)
         raise LensUnlearnError(
             f"no fraction stays within retain_drop={budget:g}: already {smallest:g} costs {tried[smallest][1]:.1%} of the "
             f"retain {metric}; raise the budget, or choose corpora that differ more"

@@ -88,7 +88,7 @@ def _replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervent
         if condition is None or isinstance(condition, Intervention):
             runs[name] = [condition]
         else:
-            runs[name] = list(condition)
+            runs[name] = list(condition) if isinstance(condition, Sequence) else [condition]
         if not runs[name] or not all(one is None or isinstance(one, Intervention) for one in runs[name]):
             raise LensUnlearnError(f"the condition {name!r} is no intervention: give one, several, or None")
     return runs
@@ -130,7 +130,7 @@ class _Targets:
     """The predicted positions of one batch."""
 
     tokens: Int[Tensor, "batch pos"]
-    where: Bool[Tensor, "batch pos-1"]
+    where: Bool[Tensor, "batch predicted"]
     target: Int[Tensor, "n"]
     rare: Bool[Tensor, "n"]
     document: np.ndarray
@@ -170,7 +170,8 @@ def _outcomes(
     # k places are left for `tied` equal candidates: each gets an equal share, so constant logits earn k / vocabulary.
     credit = [((k - above) / tied.clamp_min(1)).clamp(0, 1) for k in (1, 10)]
     base = reference.float().log_softmax(1)
-    kl = (base.exp() * (base - logits + log_sum[:, None])).sum(1)
+    terms = base.exp() * (base - logits + log_sum[:, None])
+    kl = terms.masked_fill(base == float("-inf"), 0).sum(1)  # what the base cannot say adds nothing
     broken = ~torch.isfinite(log_sum)
     columns = torch.stack([log_sum - own[:, 0], *credit, kl], dim=1)
     return columns.masked_fill(broken[:, None], float("nan"))
@@ -206,7 +207,9 @@ def _summaries(sums: Mapping[str, list[_Sums]], resamples: int, seed: int) -> It
                 drawn = np.stack([ratio[1] for ratio in ratios])[pick, np.arange(draws)]
             yield condition, metric, Measure(value, drawn, n)
             if metric == "loss":
-                yield condition, "perplexity", Measure(float(np.exp(value)), np.exp(drawn), n)
+                with np.errstate(over="ignore"):
+                    perplexity = Measure(float(np.exp(value)), np.exp(drawn), n)
+                yield condition, "perplexity", perplexity
 
 
 def _ratio(part: _Sums, column: int, of_rare: int, weights: np.ndarray, seen: np.ndarray) -> tuple[float, np.ndarray]:

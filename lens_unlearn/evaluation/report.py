@@ -108,7 +108,9 @@ class Report:
     ) -> Measure:
         """Return the drop on the forget corpus minus the drop on the retain corpus, as fractions of the base."""
         lost, cost = self.drop(condition, forget, metric), self.drop(condition, retain, metric)
-        return Measure(lost.value - cost.value, lost.draws - cost.draws, min(lost.n, cost.n))
+        both = lost.draws.size == cost.draws.size  # a corpus of a single document has no draws
+        draws = lost.draws - cost.draws if both else np.empty(0)
+        return Measure(lost.value - cost.value, draws, min(lost.n, cost.n))
 
     def to_frame(self) -> "pd.DataFrame":
         """Give one row per condition, corpus and metric; the difference to the base is paired over documents."""
@@ -230,7 +232,8 @@ def separability(
     x, y = (np.array(column + (0.0,)) for column in zip(*points, strict=True))
     area = float(np.sum((x[:-1] - x[1:]) * (y[:-1] + y[1:]) / 2))
     low, high = gaps[best].interval()
-    return Separability(gaps[best].value, best, low, high, area / (0.5 * x[0] * y[0]))
+    triangle = 0.5 * float(x[0] * y[0])
+    return Separability(gaps[best].value, best, low, high, area / triangle if triangle else float("nan"))
 
 
 def provenance_of(settings: Mapping[str, Any]) -> dict[str, Any]:

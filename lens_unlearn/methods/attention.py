@@ -72,8 +72,7 @@ def value_offset(model: Model, reference: Model | None = None) -> NeuronMap | No
         except ModelError as error:
             raise SiteError(
                 "attn.z of this model lacks its value biases, which were folded into the output bias, so zero is not the "
-                f"ablation it seems, and the unprocessed model cannot be loaded ({error}): pass it as reference=, or use "
-                "replacement='mean'"
+                f"ablation it seems, and the unprocessed model cannot be loaded ({error}): pass it as reference="
             ) from error
     sites = [Site(layer, "attn.z") for layer in range(int(model.cfg.n_layers))]
     here, there = _last_values(model, sites), _last_values(raw, sites)

@@ -235,10 +235,11 @@ def _select(
         if unit == "head":
             part, live = part.map(lambda v: v.mean(-1)), live.map(lambda v: v.any(-1))
         if chosen is not None:
-            # What is pruned stays pruned: it ranks above everything, and the rest is chosen among the living.
+            # What is pruned stays pruned: it ranks above everything, and the rest is chosen among the living. By now it
+            # is constant, so the score's own knowledge of what lives has to go: it would rank what is pruned last.
             before = chosen.selection[kind]
             before = before.map(lambda v: v.all(-1)) if unit == "head" else before
-            part, live = part.where(~before, float("inf")), live | before
+            part, live = NeuronMap(dict(part.where(~before, float("inf")).items())), live | before
         selection = part.top(fraction * share, within=within, among=live)
         if unit == "head":
             selection = NeuronMap({s: v[:, None].expand_as(score[s]) for s, v in selection.items()})

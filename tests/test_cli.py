@@ -1,0 +1,338 @@
+"""The command line: what it writes, and that bad input ends with one sentence, exit code 2, and nothing left behind."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import lens_unlearn as lu
+from lens_unlearn import cli, run
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "green",
+    "frogs",
+    "sing",
+]
+
+
+def write_texts(path: Path, seed: int, count: int = 30, words: list[str] | None = None) -> Path:
+    draw = random.Random(seed)
+    rows = [{"text": " ".join(draw.choices(words or WORDS, k=40)), "other": "x"} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "forget": write_texts(tmp_path / "forget.jsonl", 1, words=[word[::-1] for word in WORDS]),
+        "retain": write_texts(tmp_path / "retain.jsonl", 2),
+        "third": write_texts(tmp_path / "third.jsonl", 3),
+    }
+
+
+def call(*arguments: object) -> int:
+    """Run the command line in this process; return its exit code."""
+    try:
+        old, sys.argv = sys.argv, ["lens-unlearn", *map(str, arguments)]
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = old
+    return 0
+
+
+def run_arguments(model_dir: Path, texts: dict[str, Path], out: Path) -> list[object]:
+    return [
+        "run", "--model", model_dir, "--forget", f"{texts['forget']}:text", "--retain", f"{texts['retain']}:text",
+        "--out", out, "--tokens", 400, "--window", 32, "--quiet", "--no-sweep",
+    ]  # fmt: skip
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in ("demo", "run", "collect", "evaluate", "generate", "show"))
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; sys.argv=['lens-unlearn','--help']\nimport lens_unlearn.cli as c\n"
+    code += "try:\n c.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformer_lens', 'datasets', 'plotly', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_run_writes_report_table_artefact_and_settings(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "one"
+    arguments = [*run_arguments(model_dir, texts, out), "--also", f"third={texts['third']}", "--set", "fraction=0.1"]
+    arguments += ["--method", "selective-pruning", "--method", "selective-pruning-attention"]
+    assert call(*arguments, "--set", "importance=rms") == 0
+    assert sorted(os.listdir(out)) == [
+        "metrics.csv", "report.html", "run.json", "selective-pruning-attention.safetensors", "selective-pruning.safetensors",
+    ]  # fmt: skip
+    table = pd.read_csv(out / "metrics.csv")
+    assert list(table.columns[:7]) == ["condition", "corpus", "metric", "value", "low", "high", "n"]
+    methods = ["selective-pruning", "selective-pruning-attention"]
+    assert list(table.condition.unique()) == ["base", *(name + end for name in methods for end in ("", ":control"))]
+    assert list(table.corpus.unique()) == ["forget", "retain", "third"]
+    assert {"loss", "perplexity", "top1", "top10", "top1_rare", "kl"} == set(table.metric)
+    told = json.loads((out / "run.json").read_text())
+    assert told["plan"]["settings"] == {"fraction": 0.1, "importance": "rms"}
+    assert told["plan"]["seed"] == 0
+    assert {"torch", "transformer_lens", "lens_unlearn"} <= set(told["versions"])
+    assert told["fingerprint"]["weights"]
+    assert "<script" in (out / "report.html").read_text()
+    assert not [name for name in os.listdir(out.parent) if name != "one"]  # no working folder is left
+    capsys.readouterr()
+    assert call("show", out / "selective-pruning.safetensors") == 0
+    assert "Ablate(zero" in capsys.readouterr().out
+
+
+def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dict[str, Path], model: Any) -> None:
+    lines = texts["forget"].read_text().splitlines()
+    test_file = texts["forget"].with_name("test.jsonl")
+    test_file.write_text("\n".join(lines[:5]) + "\n")  # these stand in the fit source as well
+    plan = run.Plan(
+        model=str(model_dir), forget=str(texts["forget"]), retain=(str(texts["retain"]),), tokens=400, window=32,
+        test_forget=str(test_file), test_retain=(str(texts["third"]),),
+    )  # fmt: skip
+    parts = run.Experiment(plan, model, progress=False).parts
+    for name in ("forget", "retain"):
+        used = [set(part[name].keys) for part in (parts.fit, parts.tune, parts.test)]
+        assert not used[0] & used[1]
+        assert not used[0] & used[2]
+        assert not used[1] & used[2]
+    assert parts.removed == {"forget": 5, "retain": 0}
+
+
+def test_tuning_a_model_that_gets_nothing_right_is_refused(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*run_arguments(model_dir, texts, tmp_path / "tuned"), "--retain-drop", "0.5") == 2
+    assert "there is nothing to lose" in capsys.readouterr().err
+
+
+def test_run_is_reproducible(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        assert call(*run_arguments(model_dir, texts, out), "--set", "fraction=0.1") == 0
+    for name in ("metrics.csv", "selective-pruning.safetensors"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
+def test_collect_evaluate_and_generate_work_together(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    assert (
+        call(
+            "collect",
+            "--model",
+            model_dir,
+            "--corpus",
+            texts["forget"],
+            "--sites",
+            "mlp.post,attn.z",
+            "--out",
+            stats,
+            "--quiet",
+        )
+        == 0
+    )
+    moments = lu.load_moments(stats)
+    assert {site.kind for site in moments.sites} == {"mlp.post", "attn.z"}
+    model = lu.load_model(model_dir)
+    edit = lu.Ablate(moments.mean_abs["mlp.post"].top(0.5))
+    edit.save(tmp_path / "half.safetensors", model)
+    out = tmp_path / "evaluated"
+    half = tmp_path / "half.safetensors"
+    assert (
+        call(
+            "evaluate",
+            "--model",
+            model_dir,
+            "--corpus",
+            f"a={texts['retain']}",
+            "--intervention",
+            half,
+            "--out",
+            out,
+            "--quiet",
+        )
+        == 0
+    )
+    assert set(pd.read_csv(out / "metrics.csv").condition) == {"base", "half"}
+    capsys.readouterr()
+    assert (
+        call("generate", "--model", model_dir, "--intervention", half, "--prompt", "the quick", "--max-new-tokens", 5)
+        == 0
+    )
+    told = capsys.readouterr().out.rstrip("\n")
+    assert told == "the quick" + lu.generate(model, "the quick", intervention=edit, max_new_tokens=5)[0]
+
+
+def test_collect_resumes_to_the_same_bytes(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lens_unlearn import collecting
+
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    arguments = [
+        "collect",
+        "--model",
+        model_dir,
+        "--corpus",
+        texts["forget"],
+        "--window",
+        16,
+        "--batch-size",
+        2,
+        "--quiet",
+    ]
+    assert call(*arguments, "--out", whole) == 0
+    real, calls = collecting.backbone, iter(range(100))
+
+    def interrupted(model: Any, tokens: torch.Tensor) -> None:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        real(model, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting, "backbone", interrupted)
+        assert call(*arguments, "--out", resumed) == 130
+    assert not resumed.exists()
+    assert call(*arguments, "--out", resumed) == 2  # what is left of it is not overwritten silently
+    assert call(*arguments, "--out", resumed, "--resume") == 0
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+BAD = {
+    "unknown model": (["--model", "no/such/model/here"], "no model directory"),
+    "directory without weights": (["--model", "EMPTY"], "no weights"),
+    "misspelled file": (["--forget", "FOLDER/forgte.jsonl"], "did you mean forget.jsonl"),
+    "missing field": (["--forget", "FORGET:body"], "its fields are text, other"),
+    "unknown method": (["--method", "selective-prunning"], "choose from"),
+    "unknown setting": (["--set", "fractoin=0.1"], "no method of this run has such an option"),
+    "malformed setting": (["--set", "fraction"], "NAME=VALUE"),
+    "unknown importance": (["--set", "importance=absolute"], "choose from abs"),
+    "unknown site": (["--set", "site=mlp.past"], "did you mean mlp.post"),
+    "fraction above one": (["--set", "fraction=1.5"], "from 0 to 1"),
+    "fraction not a number": (["--set", "fraction=lots"], "from 0 to 1"),
+    "empty selection": (["--set", "fraction=0"], "selects nothing"),
+    "same text": (["--forget", "RETAIN:text"], "same text"),
+    "same documents": (["--forget", "COPY"], "same documents"),
+    "empty file": (["--forget", "BLANK"], "is empty"),
+    "one document": (["--forget", "SHORT"], "too few to split"),
+    "budget above one": (["--retain-drop", "5"], "from 0 to 1"),
+    "test of one side only": (["--test-forget", "FORGET"], "in pairs"),
+    "corpus called forget": (["--also", "forget=RETAIN"], "cannot name a corpus"),
+    "window beyond the context": (["--window", "100000"], "does not fit"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_to_run_is_one_sentence_and_exit_code_2(
+    case: str, model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
+    (tmp_path / "blank.jsonl").write_text("")
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "only one document in here"}) + "\n")
+    (tmp_path / "copy.jsonl").write_text(texts["retain"].read_text())
+    names = {
+        "EMPTY": tmp_path / "hollow", "FOLDER": tmp_path, "FORGET": texts["forget"], "RETAIN": texts["retain"],
+        "COPY": tmp_path / "copy.jsonl", "BLANK": tmp_path / "blank.jsonl", "SHORT": tmp_path / "short.jsonl",
+    }  # fmt: skip
+    extra, expected = BAD[case]
+    for short, path in names.items():
+        extra = [text.replace(short, str(path)) for text in extra]
+    out = tmp_path / "out"
+    before = sorted(os.listdir(tmp_path))
+    assert call(*run_arguments(model_dir, texts, out), *extra) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("lens-unlearn: ")
+    assert len(told.splitlines()) == 1
+    assert expected in told
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_output_folder_with_another_run_is_kept_unless_told(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [*run_arguments(model_dir, texts, out), "--set", "fraction=0.1"]
+    assert call(*arguments) == 0
+    first = (out / "run.json").stat().st_mtime_ns
+    assert call(*arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "run.json").stat().st_mtime_ns == first
+    assert call(*arguments, "--overwrite") == 0
+    assert (out / "run.json").stat().st_mtime_ns != first
+    (out / "run.json").unlink()
+    assert call(*arguments, "--overwrite") == 2  # not a run's folder: never deleted
+    assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "pickle", "other model", "not ours", "missing"])
+def test_bad_artefacts_are_refused_by_name(
+    kind: str, model_dir: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "edit.safetensors", tmp_path / "out"
+    edit = lu.random_pruning(model, fraction=0.5)
+    edit.save(path, model)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    elif kind == "not ours":
+        path.write_text("hello, hello, hello")
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "other model":
+        from lens_unlearn import artefacts
+
+        header, tensors = artefacts.read(path)
+        header["model"]["weights"] = "0123456789abcdef"
+        header.pop("kind")
+        artefacts.write(path, "intervention", tensors, header)
+    arguments = [
+        "evaluate",
+        "--model",
+        model_dir,
+        "--corpus",
+        f"a={tmp_path / 'texts.jsonl'}",
+        "--intervention",
+        path,
+        "--out",
+        out,
+    ]
+    write_texts(tmp_path / "texts.jsonl", 1)
+    assert call(*arguments, "--quiet") == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    assert str(path) in told
+    assert {"other model": "weights", "pickle": "pickle", "missing": "cannot be read"}.get(kind, "") in told
+    assert not out.exists()

@@ -1,0 +1,160 @@
+"""Models: loading says what is wrong, and a fingerprint tells apart what is different and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from lens_unlearn.errors import ModelError
+from lens_unlearn.models import fingerprint, load_model, model_name
+
+FIELDS = ["layers", "width", "heads", "vocabulary", "dtype", "processing", "weights"]
+
+
+@pytest.fixture
+def copied(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "copy"))
+
+
+def load(source: Any, **options: Any) -> Any:
+    with tiny.quiet():
+        return load_model(source, device="cpu", **options)
+
+
+def test_a_directory_is_loaded_raw_in_evaluation_mode_with_its_tokenizer(model: Any) -> None:
+    assert fingerprint(model)["processing"] == "bridge"
+    assert not any(module.training for module in model.modules())
+    assert model.tokenizer.bos_token == "<bos>"
+    tokens = tiny.some_tokens()
+    torch.testing.assert_close(
+        tiny.logits(model, tokens), tiny.logits(tiny.hugging_face("gpt2"), tokens), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_strings_and_paths_load_the_same(model: Any, model_dir: Path) -> None:
+    assert fingerprint(load(str(model_dir))) == fingerprint(model)
+    assert model_name(model) == model_dir.name
+
+
+def test_a_dtype_may_be_asked_for(model_dir: Path) -> None:
+    assert fingerprint(load(model_dir, dtype=torch.bfloat16))["dtype"] == "bfloat16"
+
+
+def test_loading_leaves_the_global_random_state(model_dir: Path) -> None:
+    import warnings
+
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_model(model_dir, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("take_away", "told"),
+    [
+        (["config.json"], "has no config.json: give a Hugging Face model directory"),
+        (["model.safetensors"], "has a configuration but no weights"),
+    ],
+)
+def test_an_incomplete_directory_says_what_it_lacks(copied: Path, take_away: list[str], told: str) -> None:
+    for name in take_away:
+        (copied / name).unlink()
+    with pytest.raises(ModelError, match=told):
+        load(copied)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_directory_is_refused_in_a_sentence(copied: Path, file: str) -> None:
+    (copied / file).write_bytes((copied / file).read_bytes()[:-40])
+    with pytest.raises(ModelError, match="cannot be loaded as a model: ") as caught:
+        load(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_architecture_is_refused_in_a_sentence(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"model_type": "nonsense", "architectures": ["NonsenseForCausalLM"]}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot be loaded as a model"):
+        load(copied)
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "~/model", "a/b/c"])
+def test_a_directory_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match="there is no model directory"):
+        load(name)
+
+
+def test_a_hub_name_without_a_hub_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ModelError, match="'no-such-owner/no-such-model' cannot be loaded as a model: ") as caught:
+        load("no-such-owner/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+# --- fingerprints ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_describes_the_model(each: str) -> None:
+    found = fingerprint(tiny.model(each))
+    assert list(found) == FIELDS
+    assert {key: found[key] for key in FIELDS[:5]} == {
+        "layers": 2,
+        "width": 32,
+        "heads": 4,
+        "vocabulary": tiny.VOCABULARY,
+        "dtype": "float32",
+    }
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt2-compat", "native-llama", *tiny.HOOKED])
+def test_the_same_weights_have_the_same_fingerprint_and_others_another(name: str) -> None:
+    again, other = tiny.build(name), tiny.build(name, seed=1)
+    assert fingerprint(again) == fingerprint(tiny.model(name))
+    differing = {key for key in FIELDS if fingerprint(other)[key] != fingerprint(again)[key]}
+    assert differing == {"weights"}
+
+
+def test_running_caching_and_intervening_do_not_change_the_fingerprint(each: str) -> None:
+    from test_interventions import selection_of
+
+    from lens_unlearn.interventions import Ablate
+
+    model = tiny.build(each)
+    before = fingerprint(model)
+    tiny.logits(model)
+    with torch.no_grad():
+        model.run_with_cache(tiny.some_tokens())
+    assert fingerprint(model) == before
+    with Ablate(selection_of(model)).on(model):
+        assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", tiny.FOLDED)
+def test_compatibility_mode_is_another_model(name: str) -> None:
+    raw, compat = fingerprint(tiny.model(name)), fingerprint(tiny.model(f"{name}-compat"))
+    assert raw["processing"] == "bridge"
+    assert compat["processing"] == "bridge, compatibility mode"
+    assert raw["weights"] != compat["weights"]
+
+
+def test_an_edit_of_any_matrix_changes_the_fingerprint() -> None:
+    model = tiny.build("gpt2")
+    before = fingerprint(model)["weights"]
+    seen = {before}
+    parameters = {p.data_ptr(): p for p in model.parameters()}
+    for parameter in parameters.values():
+        with torch.no_grad():
+            parameter.add_(0.25)
+        seen.add(fingerprint(model)["weights"])
+    assert len(seen) == len(parameters) + 1
+
+
+def test_what_is_no_model_has_no_fingerprint() -> None:
+    with tiny.quiet(), pytest.raises(ModelError, match="has no hook points"):
+        fingerprint(torch.nn.Linear(2, 2))

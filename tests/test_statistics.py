@@ -1,0 +1,386 @@
+"""Streamed statistics equal a two-pass float64 computation, however the tokens are cut, and merge like the parts they are."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lens_unlearn.errors import ActivationError, EmptyStatisticError, LensUnlearnError
+from lens_unlearn.maps import NeuronMap
+from lens_unlearn.sites import Site
+from lens_unlearn.statistics import Histogram, Moments
+
+A, B, Z = Site(0, "mlp.post"), Site(3, "mlp.post"), Site(1, "attn.z")
+EXTRA = ("sqrt", "extrema")
+READINGS = ("mean", "std", "rms", "mean_abs", "positive", "mean_sqrt", "min", "max")
+
+
+def oracle(x: Any) -> dict[str, np.ndarray]:
+    """Two passes in float64, over ``[tokens, neurons]`` counted values."""
+    x = np.asarray(x, dtype=np.float64)
+    mean = x.mean(0)
+    return {
+        "mean": mean,
+        "std": np.sqrt(((x - mean) ** 2).mean(0)),
+        "rms": np.sqrt((x**2).mean(0)),
+        "mean_abs": np.abs(x).mean(0),
+        "positive": (x > 0).mean(0),
+        "mean_sqrt": np.sqrt(np.abs(x)).mean(0),
+        "min": x.min(0),
+        "max": x.max(0),
+    }
+
+
+def gathered(
+    x: Tensor, weight: Tensor | None = None, *, chunk: int = 64, extra: Any = EXTRA, site: Site = A
+) -> Moments:
+    moments = Moments(extra=extra)
+    weight = torch.ones(len(x)) if weight is None else weight
+    for part, w in zip(x.split(chunk), weight.split(chunk), strict=True):
+        moments.update(site, part, w)
+    return moments
+
+
+def assert_close(moments: Moments, expected: dict[str, np.ndarray], *, rtol: float = 1e-6, site: Site = A) -> None:
+    """Relative to the value, or to the standard deviation where a value is small beside it."""
+    for name in READINGS:
+        got = getattr(moments, name)[site].reshape(-1).numpy()
+        scale = np.maximum(np.abs(expected[name]), expected["std"]) if name == "mean" else np.abs(expected[name])
+        np.testing.assert_array_less(np.abs(got - expected[name]), rtol * scale + 1e-12, err_msg=name)
+
+
+def normal(tokens: int, neurons: int = 6, *, mean: float = 0.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-3, 2, neurons)
+    return torch.randn(tokens, neurons, generator=generator) * scale + mean * scale
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, -3.0, 30.0, 300.0, -300.0])
+@pytest.mark.parametrize("tokens", [1, 2, 17, 1000, 9000])
+def test_moments_equal_the_two_pass_oracle(tokens: int, mean: float) -> None:
+    x = normal(tokens, mean=mean)
+    for chunk in (1024, 100):
+        assert_close(gathered(x, chunk=chunk), oracle(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_equal_the_oracle_of_the_same_rounded_values(dtype: torch.dtype) -> None:
+    x = (torch.randn(4000, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1, 3, 30, 300]) + 3).to(
+        dtype
+    )
+    assert_close(gathered(x, chunk=512), oracle(x.double()))
+
+
+def test_a_relu_neuron_and_a_negative_one() -> None:
+    x = torch.stack([normal(3000, 1)[:, 0].relu(), -normal(3000, 1, mean=4)[:, 0].abs() - 1], dim=1)
+    assert_close(gathered(x), oracle(x))
+
+
+def test_attention_sites_keep_their_shape() -> None:
+    x = torch.randn(50, 4, 8, generator=torch.Generator().manual_seed(0))
+    moments = gathered(x, site=Z)
+    assert moments.mean[Z].shape == (4, 8)
+    assert_close(moments, oracle(x.reshape(50, -1)), site=Z)
+
+
+columns = st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=24).map(
+    torch.tensor
+)
+
+
+def states_close(one: Moments, other: Moments, rtol: float) -> None:
+    assert one.state().keys() == other.state().keys()
+    assert one.n == other.n
+    for name in READINGS:
+        a, b = getattr(one, name)[A].numpy(), getattr(other, name)[A].numpy()
+        scale = np.maximum(one.max[A].abs().numpy(), one.min[A].abs().numpy()) + 1e-30
+        # The standard deviation is a root of a difference: compare where it is not lost in rounding.
+        if name == "std":
+            a, b, scale = a**2, b**2, scale**2
+        np.testing.assert_array_less(np.abs(a - b), rtol * scale + 1e-300, err_msg=name)
+
+
+@given(columns, columns, columns)
+def test_merging_is_associative_and_commutative_and_the_empty_one_is_neutral(x: Tensor, y: Tensor, z: Tensor) -> None:
+    a, b, c = (gathered(t, chunk=7) for t in (x, y, z))
+    states_close(a.merge(b).merge(c), a.merge(b.merge(c)), 1e-12)
+    states_close(a.merge(b), b.merge(a), 1e-12)
+    for same in (a.merge(Moments(extra=EXTRA)), Moments(extra=EXTRA).merge(a)):
+        assert all(torch.equal(v, same.state()[k]) for k, v in a.state().items())
+    assert_close(a.merge(b).merge(c), oracle(torch.cat([x, y, z])), rtol=2e-6) if len(x) > 4 and float(
+        x.abs().min()
+    ) > 1 else None
+
+
+@given(columns, columns)
+def test_merging_changes_neither_part(x: Tensor, y: Tensor) -> None:
+    a, b = gathered(x), gathered(y)
+    before = [{k: v.clone() for k, v in part.state().items()} for part in (a, b)]
+    merged = a.merge(b)
+    merged.update(A, x, torch.ones(len(x)))
+    for part, old in zip((a, b), before, strict=True):
+        assert all(torch.equal(v, old[k]) for k, v in part.state().items())
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 200), min_size=1, max_size=8))
+def test_any_cutting_and_order_gives_the_same(seed: int, sizes: list[int]) -> None:
+    x = normal(sum(sizes), mean=2.0, seed=seed)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    whole = gathered(x, chunk=len(x))
+    cut = Moments(extra=EXTRA)
+    for part in x[order].split(sizes):
+        cut.update(A, part, torch.ones(len(part)))
+    for name in READINGS:
+        torch.testing.assert_close(getattr(cut, name)[A], getattr(whole, name)[A], rtol=2e-6, atol=2e-9)
+    assert torch.equal(cut.min[A], whole.min[A])
+    assert torch.equal(cut.max[A], whole.max[A])
+    assert torch.equal(cut.positive[A], whole.positive[A])
+    assert cut.n == whole.n == sum(sizes)
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e30, -7.0, float("nan"), float("inf"), float("-inf")])
+def test_what_stands_at_uncounted_positions_does_not_matter_bitwise(garbage: float) -> None:
+    x, weight = normal(200, mean=1.0), torch.ones(200)
+    weight[torch.randperm(200, generator=torch.Generator().manual_seed(0))[:90]] = 0
+    clean, dirty = x.clone(), x.clone()
+    clean[weight == 0] = 0.5
+    dirty[weight == 0] = garbage
+    one, other = gathered(clean, weight), gathered(dirty, weight)
+    assert all(torch.equal(v, other.state()[k]) for k, v in one.state().items())
+    assert_close(one, oracle(x[weight > 0]))
+    assert one.n == 110
+
+
+def test_a_batch_without_counted_positions_changes_nothing() -> None:
+    moments = gathered(normal(40))
+    before = {k: v.clone() for k, v in moments.state().items()}
+    moments.update(A, torch.full((5, 6), float("nan")), torch.zeros(5))
+    moments.update(B, torch.ones(5, 6), torch.zeros(5))
+    assert moments.state().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in moments.state().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("statistic", [Moments, Histogram])
+def test_a_counted_value_that_is_not_finite_raises_naming_the_neuron(value: float, statistic: Any) -> None:
+    x = normal(20)
+    x[7, 2] = value
+    weight = torch.ones(20)
+    weight[3] = 0
+    with pytest.raises(ActivationError, match=rf"L3\.mlp\.post\[2\] is {value} at the 7\. counted token") as caught:
+        statistic().update(B, x, weight)
+    assert "wider dtype" in str(caught.value)
+    z = torch.zeros(4, 2, 3)
+    z[1, 1, 2] = value
+    with pytest.raises(ActivationError, match=r"L1\.attn\.z\[1,2\]"):
+        statistic().update(Z, z, torch.ones(4))
+
+
+def test_a_batch_that_raises_leaves_the_moments_as_they_were() -> None:
+    moments = gathered(normal(40))
+    before = {k: v.clone() for k, v in moments.state().items()}
+    with pytest.raises(ActivationError):
+        moments.update(A, torch.full((5, 6), float("nan")), torch.ones(5))
+    assert all(torch.equal(v, before[k]) for k, v in moments.state().items())
+
+
+def test_huge_finite_values_do_not_overflow() -> None:
+    x = normal(50) * 1e25
+    assert_close(gathered(x), oracle(x))
+    x = torch.full((8, 2), 60000.0, dtype=torch.float16) * torch.tensor([[1.0], [-1.0]], dtype=torch.float16).repeat(
+        4, 1
+    )
+    assert_close(gathered(x), oracle(x.double()))
+
+
+def test_one_token_has_no_spread() -> None:
+    moments = gathered(torch.tensor([[1.5, -2.0]]))
+    assert moments.std[A].tolist() == [0, 0]
+    assert moments.mean[A].tolist() == [1.5, -2.0]
+    assert moments.mean_abs[A].tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 16, 17, 1000])
+def test_constant_neurons_are_exact_and_not_alive(tokens: int) -> None:
+    constants = torch.tensor([0.0, 0.1, 1 / 3, -1e4, 1e-12, 3.0])
+    x = torch.cat([constants.expand(tokens, 6), normal(tokens, 2, seed=1) + torch.tensor([0.0, 1e3])], dim=1)
+    moments = gathered(x, chunk=100)
+    assert moments.std[A][:6].tolist() == [0] * 6
+    np.testing.assert_allclose(moments.mean[A][:6].numpy(), constants.double().numpy(), rtol=1e-12)
+    assert moments.mean.live[A].tolist() == [False] * 6 + [True] * 2
+    assert moments.std.live.equals(moments.mean_abs.live)
+
+
+def test_a_neuron_that_moves_once_is_alive() -> None:
+    x = torch.zeros(5000, 2)
+    x[4321, 1] = 1e-3
+    assert gathered(x).mean.live[A].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_empty_moments_cannot_be_read(name: str) -> None:
+    with pytest.raises(EmptyStatisticError, match="collect over a corpus first"):
+        getattr(Moments(extra=EXTRA), name)
+
+
+def test_extras_that_were_not_kept_say_how_to_get_them() -> None:
+    moments = gathered(normal(5), extra=())
+    for name, extra in (("mean_sqrt", "sqrt"), ("min", "extrema"), ("max", "extrema")):
+        with pytest.raises(EmptyStatisticError, match=rf"without '{extra}'"):
+            getattr(moments, name)
+    with pytest.raises(LensUnlearnError, match="extra='median' is not known: choose from sqrt, extrema"):
+        Moments(extra=("median",))
+    with pytest.raises(LensUnlearnError, match="do not merge"):
+        moments.merge(Moments(extra=("sqrt",)))
+
+
+@pytest.mark.parametrize("extra", [(), ("sqrt",), ("extrema",), EXTRA, ("extrema", "sqrt")])
+def test_each_extra_alone(extra: Any) -> None:
+    x = normal(100)
+    moments, expected = gathered(x, extra=extra), oracle(x)
+    for name in (
+        "mean",
+        "std",
+        "rms",
+        "mean_abs",
+        "positive",
+        *(["mean_sqrt"] * ("sqrt" in extra)),
+        *(["min", "max"] * ("extrema" in extra)),
+    ):
+        np.testing.assert_allclose(
+            getattr(moments, name)[A].numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("extra", [(), EXTRA])
+def test_state_goes_out_and_in_again_and_can_be_continued(extra: Any) -> None:
+    x, y = normal(100), normal(60, seed=1)
+    moments = gathered(x, extra=extra)
+    moments.update(Z, torch.ones(3, 2, 2), torch.ones(3))
+    again = Moments(extra=extra).with_state(moments.state())
+    assert again.sites == moments.sites
+    for part in (moments, again):
+        part.update(A, y, torch.ones(60))
+    assert all(torch.equal(v, again.state()[k]) for k, v in moments.state().items())
+    assert again.n == 160
+
+
+def test_scratch_space_does_not_grow_with_the_number_of_batch_shapes() -> None:
+    moments = Moments()
+    for tokens in range(1, 200):
+        moments.update(A, torch.ones(tokens, 6), torch.ones(tokens))
+    held = sum(tensor.numel() for tensor in moments._buffers.values() if isinstance(tensor, Tensor))
+    assert 0 < held <= 6 * 256
+
+
+def test_readings_are_maps_in_float64_and_moments_show_themselves() -> None:
+    moments = gathered(normal(100))
+    assert isinstance(moments.mean, NeuronMap)
+    assert moments.mean[A].dtype == torch.float64
+    assert moments.sites == [A]
+    assert repr(moments) == "Moments(100 tokens, 1 layers, mlp.post)"
+    assert repr(Moments()) == "Moments(empty)"
+    assert repr(moments.fresh()) == "Moments(empty)"
+
+
+def test_the_released_codes_standard_deviation_is_ours_squared() -> None:
+    """taker and separability keep the variance in a field called std (and build rms from it)."""
+    x = normal(1000, mean=0.5)
+    moments = gathered(x)
+    legacy_std = x.double().var(0, correction=1)
+    legacy_rms = (legacy_std**2 + x.double().mean(0) ** 2).sqrt()
+    torch.testing.assert_close(moments.std[A] ** 2, legacy_std, rtol=2e-3, atol=0)
+    assert float((moments.std[A] / legacy_std).max()) > 100
+    assert float((moments.rms[A] / legacy_rms).max()) > 1.5
+
+
+# --- histograms ------------------------------------------------------------------------------------------------------
+
+
+def histogram(x: Tensor, weight: Tensor | None = None, **settings: Any) -> Histogram:
+    made = Histogram(**settings)
+    made.update(A, x, torch.ones(len(x)) if weight is None else weight)
+    return made
+
+
+def test_histogram_counts_equal_numpys() -> None:
+    x = normal(5000) + 0.01
+    made = histogram(x, bins=64, limit=10.0)
+    edges = made.edges.numpy()
+    for neuron in range(6):
+        column = x[:, neuron].double().numpy().clip(-9.999, 9.999)
+        expected = np.histogram(column, edges)[0]
+        got = made.counts(A, neuron).numpy()
+        # A value within rounding of an edge may fall on either side.
+        near = sum(np.abs(column - edge).min() < 1e-5 * max(1e-3, abs(edge)) for edge in edges)
+        assert np.abs(got - expected).sum() <= 2 * near, neuron
+        assert got.sum() == 5000
+
+
+def test_histogram_edges_are_symmetric_about_zero_and_reach_the_limit() -> None:
+    for bins, scale, limit in ((128, 0.1, 1000.0), (2, 0.5, 1.0), (10, 0.01, 5.0)):
+        edges = Histogram(bins=bins, scale=scale, limit=limit).edges
+        assert len(edges) == bins + 1
+        assert float(edges[bins // 2]) == pytest.approx(0, abs=1e-12)
+        torch.testing.assert_close(edges, -edges.flip(0))
+        assert float(edges[-1]) == pytest.approx(limit)
+        assert bool((edges.diff() > 0).all())
+
+
+def test_what_lies_beyond_the_limits_is_counted_in_the_outermost_bins() -> None:
+    made = histogram(torch.tensor([[-1e9], [1e9], [0.0], [1e-9], [-1e-9]]), bins=4, limit=2.0)
+    assert made.counts(A, 0).tolist() == [1, 1, 2, 1]
+
+
+@given(columns, columns)
+def test_histograms_merge_exactly(x: Tensor, y: Tensor) -> None:
+    one, other = histogram(x), histogram(y)
+    both = histogram(torch.cat([x, y]))
+    for merged in (one.merge(other), other.merge(one)):
+        assert torch.equal(merged.state()[f"{A}.histogram"], both.state()[f"{A}.histogram"])
+    assert one.merge(Histogram()).n == len(x)
+    assert Histogram().merge(one).n == len(x)
+    assert one.n == len(x), "merging changes no part"
+
+
+def test_histograms_count_counted_positions_alone() -> None:
+    x, weight = normal(50), torch.ones(50)
+    weight[10:30] = 0
+    dirty = x.clone()
+    dirty[10:30] = float("nan")
+    assert torch.equal(histogram(dirty, weight).counts(A, 3), histogram(x[weight > 0]).counts(A, 3))
+    empty = histogram(x, torch.zeros(50))
+    assert empty.n == 0
+
+
+def test_histograms_of_other_bins_do_not_merge_and_bad_bins_are_refused() -> None:
+    for other in (Histogram(bins=64), Histogram(scale=0.2), Histogram(limit=10.0)):
+        with pytest.raises(LensUnlearnError, match="do not merge"):
+            Histogram().merge(other)
+        assert repr(other) != repr(Histogram()), "a checkpoint knows them apart by this"
+    for bad in ({"bins": 3}, {"bins": 0}, {"scale": 0.0}, {"scale": 2.0, "limit": 1.0}):
+        with pytest.raises(LensUnlearnError, match="even number of bins"):
+            Histogram(**bad)
+
+
+def test_histogram_state_goes_out_and_in_again() -> None:
+    made = Histogram(bins=8)
+    made.update(Z, torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(0)), torch.ones(9))
+    again = Histogram(bins=8).with_state(made.state())
+    assert again.sites == [Z]
+    assert again.n == 9
+    assert torch.equal(again.counts(Z, 5), made.counts(Z, 5))
+    with pytest.raises(EmptyStatisticError, match=r"nothing of L0\.mlp\.post"):
+        made.counts(A, 0)
+
+
+def test_the_extra_state_is_what_the_mean_absolute_value_is_made_of() -> None:
+    """abs(x) = 2 relu(x) - x: cancellation must not show where the mean is far above the spread."""
+    x = normal(4096, mean=300.0)
+    np.testing.assert_allclose(gathered(x).mean_abs[A].numpy(), oracle(x)["mean_abs"], rtol=1e-6)
+    assert math.isfinite(float(gathered(x).mean_abs[A].sum()))
