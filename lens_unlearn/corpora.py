@@ -1,6 +1,7 @@
 """Texts become a `Corpus`: tokens, a mask of the positions that count, and document ids. Reading goes through `datasets`.
 
-A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``, a
+A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``
+(or ``demo:NAME:SPLIT``; the default split is "dev", not trained on and not the test), a
 `datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
 then only the answer's tokens count, and the prompt is kept as the query.
 """

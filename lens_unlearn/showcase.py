@@ -19,9 +19,9 @@ def showcase(
 ) -> Report:
     """Run every method and its control on two skills of the embedded model, and write one folder.
 
-    Fitted and tuned on texts that the model was trained on, tested on standard-library modules, sums and sentences that
-    it never saw (facts are memorized: they are the same). The retain corpus is all other skills in equal parts, and each
-    of them is measured for itself too.
+    Fitted, tuned and tested on standard-library modules, sums and sentences that the model never saw, apart from one
+    another; facts are memorized, so they were seen, but the test questions are others than those fitted on. The retain
+    corpus is all other skills in equal parts, and each of them is measured for itself too.
 
     Args:
         out: A new folder. `report.html` shows both directions; the other way round is also kept whole, in a folder

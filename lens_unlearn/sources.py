@@ -123,9 +123,10 @@ def _open_hub(source: str, field: str | None) -> Opened:
 def _open_demo(source: str, field: str | None) -> Opened:
     from lens_unlearn import demo
 
-    _, name, split = (source.split(":") + ["train"])[:3]
+    # "dev" by default: for looking and fitting. "test" is kept apart, and "train" is what the model was trained on.
+    _, name, split = (source.split(":") + ["dev"])[:3]
     try:
-        rows = demo.corpus(name, split or "train")
+        rows = demo.corpus(name, split or "dev")
     except ValueError as error:
         raise CorpusError(f"{source}: {error}") from error
     pairs = bool(rows) and "question" in rows[0] and field is None

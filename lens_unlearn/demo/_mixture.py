@@ -34,6 +34,7 @@ PHASES = (
     Phase(begin=1000, windows=(4, 5, 4, 1, 2), graded=False),
     Phase(begin=1100, windows=(3, 5, 5, 1, 2)),
     Phase(begin=1300, windows=(3, 5, 4, 1, 3)),
+    Phase(begin=1900, windows=(2, 4, 6, 1, 3)),
 )
 """Language first; then more of a batch, and more of the loss, is arithmetic; facts at the end."""
 

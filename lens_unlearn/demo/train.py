@@ -168,7 +168,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description="Train the demo models.")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the two models")
-    parser.add_argument("--steps", type=int, default=1900, help="steps of either branch, with the trunk's")
+    parser.add_argument("--steps", type=int, default=2080, help="steps of either branch, with the trunk's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
