@@ -36,7 +36,7 @@ def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkey
 
     monkeypatch.setattr(run, "SWEEP", (0.1, 0.4))
     out = tmp_path / "demo"
-    report = showcase.showcase(out, tokens=1200, progress=False)
+    report = showcase.showcase(out, tokens=800, progress=False)
     names = [
         "base",
         *(f"{m}{c}" for m in ("selective-pruning", "selective-pruning-attention") for c in ("", ":control")),

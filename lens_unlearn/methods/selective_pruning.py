@@ -96,8 +96,8 @@ def selective_pruning(
     Example:
         >>> import lens_unlearn as lu
         >>> model = lu.load_model("demo")
-        >>> code = lu.read_corpus("demo:python", model, tokens=2000)
-        >>> prose = lu.read_corpus("demo:english", model, tokens=2000)
+        >>> code = lu.read_corpus("demo:python", model, tokens=500)
+        >>> prose = lu.read_corpus("demo:english", model, tokens=500)
         >>> lu.selective_pruning(model, code, prose, fraction=0.02, progress=False)  # doctest: +ELLIPSIS
         Ablate(zero, ... neurons, ... layers, mlp.post)
     """
