@@ -7,7 +7,7 @@ standard deviation also where the mean is hundreds of standard deviations away f
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -24,7 +24,7 @@ EXTRAS = ("sqrt", "extrema")
 LIVE_RATIO = 1e-6
 """A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
 
-_TILE = 2**20  # activations reduced at a time: few enough to stay in a processor's cache between the passes
+_TILE = 2**22  # activations reduced at a time: few enough to stay in a processor's cache between the passes
 _ROWS = 256  # tokens added up in float32 at a time: few enough to keep six digits
 
 S = TypeVar("S", bound="Statistic")
@@ -128,21 +128,26 @@ class Moments:
     def _reduce(self, x: Float[Tensor, "tokens n"], rows: "_Rows") -> Float[Tensor, "statistics n"]:
         shift = rows.centre(x)
         sums = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
-        size = max(1, min(_ROWS, _TILE // x.shape[1]))
-        for part, weight in zip(x.split(size), rows.like(x).split(size), strict=True):
+        for start, end, rows_each in _pieces(len(x), x.shape[1]):
+            part = x[start:end]
             buffer = self._scratch(part)
-            turned = buffer.t()
+            weights = rows.like(x)[start:end].view(-1, 1, rows_each)
+            grouped = buffer.view(-1, rows_each, x.shape[1])
+
+            def total(of: Tensor, by: Tensor = weights) -> Tensor:
+                return torch.bmm(by, of).sum((0, 1), dtype=torch.float64)
+
             torch.clamp_min(part, 0, out=buffer)
-            sums[2] += torch.mv(turned, weight)
+            sums[2] += total(grouped)
             buffer.sign_()
-            sums[3] += torch.mv(turned, weight)
+            sums[3] += total(grouped)
             torch.sub(part, shift, out=buffer)
-            sums[0] += torch.mv(turned, weight)
+            sums[0] += total(grouped)
             buffer.square_()
-            sums[1] += torch.mv(turned, weight)
+            sums[1] += total(grouped)
             if "sqrt" in self.extra:
                 torch.abs(part, out=buffer).sqrt_()
-                sums[4] += torch.mv(turned, weight)
+                sums[4] += total(grouped)
         first, second, count = sums[0], sums[1], rows.count
         state = [shift + first / count, (second - first * first / count).clamp_min(0), sums[2], sums[3]]
         if "sqrt" in self.extra:
@@ -287,6 +292,16 @@ class Moments:
         layers = len({site.layer for site in self._state})
         source = self.provenance.get("corpus")
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _pieces(tokens: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a batch into pieces that stay in the cache: (start, end, rows that are summed in float32)."""
+    whole = tokens // _ROWS * _ROWS
+    size = max(1, _TILE // (width * _ROWS)) * _ROWS
+    for start in range(0, whole, size):
+        yield start, min(start + size, whole), _ROWS
+    if whole < tokens:
+        yield whole, tokens, tokens - whole
 
 
 class _Rows:
