@@ -15,7 +15,7 @@ BUDGET = 0.05
 
 
 def showcase(
-    out: str | os.PathLike[str], *, tokens: int = 6000, seed: int = 0, overwrite: bool = False, progress: bool = True
+    out: str | os.PathLike[str], *, tokens: int = 4000, seed: int = 0, overwrite: bool = False, progress: bool = True
 ) -> Report:
     """Run every method and its control on two skills of the embedded model, and write one folder.
 
