@@ -1,31 +1,27 @@
-"""Draw the pictures of the README from the embedded demo.
+"""Draw the picture of the README from the embedded demo model.
 
     pip install -e ".[export]" && python docs/make_images.py
 
 Drawing PNGs needs a Chrome or Chromium that kaleido can find (set BROWSER_PATH if it does not).
 """
 
-import tempfile
 from pathlib import Path
 
-from lens_unlearn.showcase import showcase
+import lens_unlearn as lu
 
 IMAGES = Path(__file__).parent / "images"
-WANTED = {
-    "Trade-off over the fraction of neurons": "tradeoff.png",
-    "Specialization of neurons (selective-pruning)": "map.png",
-}
 
 
 def main() -> None:
+    model = lu.load_model("demo")
+    code, prose = (lu.read_corpus(f"demo:{skill}", model, tokens=5000) for skill in ("python", "english"))
+    forget, retain = (lu.collect(model, corpus, "mlp.post", progress=False) for corpus in (code, prose))
+    score = forget.mean_abs / (retain.mean_abs + 1e-3)
+    figure = lu.plot.specialization_map(forget, retain, selection=score.top(0.1))
+    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", width=900, height=620)
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        report = showcase(Path(folder) / "demo")
-    for title, name in WANTED.items():
-        figure = report.figures[title]
-        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", width=900, height=560)
-        figure.write_image(IMAGES / name, scale=2)
-        print(IMAGES / name)
+    figure.write_image(IMAGES / "map.png", scale=2)
+    print(IMAGES / "map.png")
 
 
 if __name__ == "__main__":

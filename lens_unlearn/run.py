@@ -119,9 +119,18 @@ class Parts:
 class Experiment:
     """One plan, carried out on one model."""
 
-    def __init__(self, plan: Plan, model: Model | None = None, *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: Model | None = None,
+        *,
+        progress: bool = True,
+        known: dict[Any, Corpus] | None = None,
+    ) -> None:
         self.plan = plan
         self.progress = progress
+        self._known = {} if known is None else known
+        """Sources read already, so that several roles, or several plans on one model, read each once."""
         self.model = load_model(plan.model) if model is None else model
         self.parts = self._read()
         self.edits: dict[str, Intervention] = {}
@@ -131,7 +140,10 @@ class Experiment:
     def _corpus(self, source: str) -> Corpus:
         plan = self.plan
         told = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
-        return read_corpus(source, self.model, name=source, **told)
+        key = (source, *told.values())
+        if key not in self._known:
+            self._known[key] = read_corpus(source, self.model, name=source, **told)
+        return self._known[key]
 
     def _sources(self, sources: Sequence[str]) -> list[Corpus]:
         return [self._corpus(source) for source in sources]

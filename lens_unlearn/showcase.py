@@ -39,7 +39,7 @@ def showcase(
     """
     check_folder(Path(out), overwrite=overwrite)
     model = load_model("demo")
-    experiments, reports = [], []
+    experiments, reports, known = [], [], {}
     for forget, twin in (("python", "english"), ("english", "python")):
         others = [twin, *(skill for skill in SKILLS if skill not in (forget, twin))]
         plan = Plan(
@@ -55,7 +55,7 @@ def showcase(
             seed=seed,
             controls=3,
         )
-        experiment = Experiment(plan, model, progress=progress)
+        experiment = Experiment(plan, model, progress=progress, known=known)
         experiment.fit()
         experiments.append(experiment)
         reports.append(replace(experiment.report(), title=f"Forget {forget}, keep {twin} and the rest"))
