@@ -89,7 +89,9 @@ def cache_and_reduce(bridge: object, batches: list[torch.Tensor]) -> None:
 def measure(shape: dict[str, int], repeats: int, batches: int) -> dict[str, list[float]]:
     """Time every way once per round, in an order that changes from round to round."""
     torch.manual_seed(0)
-    hf, other = (GPT2LMHeadModel(GPT2Config(n_positions=LENGTH, **shape)).eval() for _ in range(2))
+    hf = GPT2LMHeadModel(GPT2Config(n_positions=LENGTH, **shape)).eval()
+    # As `load_model` boots it: the bridge computes attention itself, and Hugging Face makes the mask once for all layers.
+    other = GPT2LMHeadModel(GPT2Config(n_positions=LENGTH, attn_implementation="eager", **shape)).eval()
     bridge = build_bridge_from_module(
         other, architecture="GPT2LMHeadModel", hf_config=other.config, tokenizer=None, device="cpu"
     )

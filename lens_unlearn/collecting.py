@@ -1,12 +1,13 @@
 """The one streaming loop: model x corpus x sites x statistics.
 
-No activation is kept and no unembedding is computed, so memory does not grow with the corpus and the cost is close to
-that of the blocks alone.
+No activation is kept, and each forward pass ends at the last site that was asked for, so memory does not grow with the
+corpus and the cost is close to that of the blocks alone.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, overload
 
 import torch
@@ -64,7 +65,8 @@ def collect(
     """Stream a corpus through a model once and gather a statistic of every neuron at the given sites.
 
     Inside an intervention's block the activations are those with the intervention acting: what was attached before is
-    seen by what is attached after.
+    seen by what is attached after. Each forward pass ends as soon as every site has fired: hooks of your own further up
+    do not run.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
@@ -102,7 +104,9 @@ def collect(
                 if number >= done:
                     part = watch.part = total.fresh()
                     watch.weight = batch.counted.reshape(-1).float()
-                    backbone(model, batch.tokens)
+                    watch.waiting = len(points)
+                    with suppress(_Enough):
+                        backbone(model, batch.tokens)
                     # Only a batch that went through whole is merged, and it is counted in the same breath.
                     total, done = total.merge(part), number + 1
                 bar.update(counted)
@@ -118,11 +122,16 @@ def collect(
     return _with_provenance(total, model, corpus)
 
 
+class _Enough(BaseException):
+    """Every site has been seen: the rest of this forward pass would be for nothing."""
+
+
 class _Watch:
     """Hooks that hand the activations of each site to the statistic of the batch that runs."""
 
     part: Statistic
     weight: Tensor
+    waiting: int  # sites still to fire in this forward pass
 
     def __init__(self, points: Mapping[Site, Point], transform: Transform) -> None:
         self.points, self.transform = points, transform
@@ -146,6 +155,9 @@ class _Watch:
         def see(tensor: Tensor) -> None:
             values = tensor if change is None else change(tensor)
             self.part.update(site, values.reshape(-1, *values.shape[2:]), self.weight)
+            self.waiting -= 1
+            if self.waiting == 0:
+                raise _Enough
 
         return see
 

@@ -7,7 +7,7 @@ standard deviation also where the mean is hundreds of standard deviations away f
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -25,7 +25,7 @@ LIVE_RATIO = 1e-6
 """A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
 
 _TILE = 2**22  # activations reduced at a time: few enough to stay in a processor's cache between the passes
-_ROWS = 256  # tokens added up in float32 at a time: few enough to keep six digits
+_ROWS = 128  # tokens added up in float32 at a time: few enough to keep six digits
 
 S = TypeVar("S", bound="Statistic")
 
@@ -85,13 +85,16 @@ class Moments:
         self.provenance: dict[str, Any] = {}
         """What was measured: model, corpus, tokens; set by `collect`, shown in figures."""
         self._count: dict[Site, int] = {}
-        self._state: dict[Site, Tensor] = {}  # rows: mean, M2, sum of relu(x), count of x > 0, then the extras
+        # Rows: a shift c near the mean, sum of x - c, sum of (x - c)^2, sum of relu(x), count of x > 0, then the extras.
+        self._state: dict[Site, Tensor] = {}
+        self._shift: dict[Site, Tensor] = {}  # of the statistic this one is `fresh` from, so that the two add up
         self._buffers: dict[Any, Any] = {}  # scratch space, shared with `fresh` so that it is allocated once
 
     def fresh(self) -> "Moments":
         """Return an empty statistic of the same settings."""
         new = Moments(extra=self.extra)
         new._buffers = self._buffers
+        new._shift = self._shift | {site: state[0] for site, state in self._state.items()}
         return new
 
     def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
@@ -107,15 +110,21 @@ class Moments:
         flat = x.reshape(x.shape[0], -1)
         if flat.dtype in (torch.bfloat16, torch.float16):
             flat = flat.float()
-        state = self._reduce(flat, rows)
-        if not bool(torch.isfinite(state[:2]).all()):
+        known = self._state[site][0] if site in self._state else self._shift.get(site)
+        # In the model's own precision: then differences of half-precision values are exact in float32.
+        shift = rows.centre(flat).to(x.dtype) if known is None else known.reshape(-1).to(flat.device)
+        state = self._reduce(flat, rows, shift)
+        if not _well_centred(state, rows.count):
             # An uncounted position may hold NaN, and zero times NaN is NaN: look at the counted ones alone.
             counted = rows.like(flat) > 0
             _require_finite(site, flat[counted], tuple(x.shape[1:]))
             flat = flat.masked_fill(~counted[:, None], 0)
-            state = self._reduce(flat, rows)
-            if not bool(torch.isfinite(state[:2]).all()):  # finite, but their squares are not
-                state = self._reduce(flat.double(), rows)
+            state = self._reduce(flat, rows, shift)
+            if not _well_centred(state, rows.count):
+                state = self._reduce(flat, rows, rows.centre(flat))
+            if not bool(torch.isfinite(state).all()):  # finite, but their squares are not
+                flat = flat.double()
+                state = self._reduce(flat, rows, rows.centre(flat))
         self._fold(site, rows.count, state.reshape(len(state), *x.shape[1:]).cpu())
 
     def _rows_of(self, weight: Float[Tensor, "tokens"]) -> "_Rows":
@@ -125,59 +134,60 @@ class Moments:
             known = self._buffers["rows"] = _Rows(weight)
         return known
 
-    def _reduce(self, x: Float[Tensor, "tokens n"], rows: "_Rows") -> Float[Tensor, "statistics n"]:
-        shift = rows.centre(x)
-        sums = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
+    def _reduce(
+        self, x: Float[Tensor, "tokens n"], rows: "_Rows", shift: Float[Tensor, "n"]
+    ) -> Float[Tensor, "statistics n"]:
+        # Few and large operations: on a small model the number of calls costs as much as the arithmetic.
+        state = shift.new_zeros(5 + ("sqrt" in self.extra), x.shape[1], dtype=torch.float64)
+        state[0] = shift
+        shift = shift.to(x.dtype)
         for start, end, rows_each in _pieces(len(x), x.shape[1]):
             part = x[start:end]
-            buffer = self._scratch(part)
-            weights = rows.like(x)[start:end].view(-1, 1, rows_each)
+            buffer = self._scratch("values", part.shape, part)
             grouped = buffer.view(-1, rows_each, x.shape[1])
-
-            def total(of: Tensor, by: Tensor = weights) -> Tensor:
-                return torch.bmm(by, of).sum((0, 1), dtype=torch.float64)
-
-            torch.clamp_min(part, 0, out=buffer)
-            sums[2] += total(grouped)
-            buffer.sign_()
-            sums[3] += total(grouped)
+            weights = rows.like(x)[start:end].view(-1, 1, rows_each)
+            sums = self._scratch("sums", (len(state) - 1, len(grouped), 1, x.shape[1]), part)
             torch.sub(part, shift, out=buffer)
-            sums[0] += total(grouped)
+            torch.bmm(weights, grouped, out=sums[0])
             buffer.square_()
-            sums[1] += total(grouped)
+            torch.bmm(weights, grouped, out=sums[1])
+            torch.clamp_min(part, 0, out=buffer)
+            torch.bmm(weights, grouped, out=sums[2])
+            buffer.sign_()
+            torch.bmm(weights, grouped, out=sums[3])
             if "sqrt" in self.extra:
                 torch.abs(part, out=buffer).sqrt_()
-                sums[4] += total(grouped)
-        first, second, count = sums[0], sums[1], rows.count
-        state = [shift + first / count, (second - first * first / count).clamp_min(0), sums[2], sums[3]]
-        if "sqrt" in self.extra:
-            state.append(sums[4])
+                torch.bmm(weights, grouped, out=sums[4])
+            state[1:] += sums.sum((1, 2), dtype=torch.float64)
         if "extrema" in self.extra:
             counted = (rows.like(x) > 0)[:, None]
-            state.append(torch.where(counted, x, math.inf).amin(0))
-            state.append(torch.where(counted, x, -math.inf).amax(0))
-        return torch.stack([row.double() for row in state])
+            low = torch.where(counted, x, math.inf).amin(0)
+            high = torch.where(counted, x, -math.inf).amax(0)
+            state = torch.cat([state, torch.stack([low, high]).double()])
+        return state
 
-    def _scratch(self, x: Tensor) -> Tensor:
-        key = (x.dtype, x.device)
-        if key not in self._buffers or self._buffers[key].numel() < x.numel():
-            self._buffers[key] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
-        return self._buffers[key][: x.numel()].view(x.shape)
+    def _scratch(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        key, size = (name, like.dtype, like.device), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffers[key][:size].view(*shape)
 
     def _fold(self, site: Site, count: int, state: Tensor) -> None:
-        """Merge one more state by Chan's formula for the mean and M2; everything else adds up."""
+        """Merge one more state: sums about the same shift add up, others meet at their common mean."""
         if site not in self._state:
             self._count[site], self._state[site] = count, state
             return
-        n, m, old = self._count[site], count, self._state[site]
-        delta = state[0] - old[0]
+        n, old = self._count[site], self._state[site]
+        if not torch.equal(old[0], state[0]):
+            mean = (n * old[0] + old[1] + count * state[0] + state[1]) / (n + count)
+            middle = mean.float().double()  # as the activations will see it
+            old, state = _about(middle, old, n), _about(middle, state, count)
         new = old + state
-        new[0] = old[0] + delta * (m / (n + m))
-        new[1] = old[1] + state[1] + delta * delta * (n * m / (n + m))
+        new[0] = old[0]
         if "extrema" in self.extra:
             new[-2] = torch.minimum(old[-2], state[-2])
             new[-1] = torch.maximum(old[-1], state[-1])
-        self._count[site], self._state[site] = n + m, new
+        self._count[site], self._state[site] = n + count, new
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both parts together; neither part is changed.
@@ -206,7 +216,7 @@ class Moments:
             site, _, what = name.rpartition(".")
             if what == "moments":
                 count = int(tensors[f"{site}.count"])
-                rows = 4 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
+                rows = 5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
                 if count < 1 or tensor.ndim < 2 or len(tensor) != rows or not bool(torch.isfinite(tensor).all()):
                     raise LensUnlearnError(f"{site}: these are no moments of {count} tokens")
                 new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor.double(), count
@@ -222,62 +232,60 @@ class Moments:
         """Counted tokens (the most at any site)."""
         return max(self._count.values(), default=0)
 
-    def _map(self, row: int, function: Any = None) -> NeuronMap:
+    def _map(self, of: Callable[[Tensor, int], Tensor]) -> NeuronMap:
         if not self._state:
             raise EmptyStatisticError("these moments have seen no counted token: collect over a corpus first")
-        values = {
-            s: (state[row] if function is None else function(state, self._count[s])) for s, state in self._state.items()
-        }
+        values = {site: of(state, self._count[site]) for site, state in self._state.items()}
         return NeuronMap(values, live=self._live())
 
     def _live(self) -> dict[Site, Tensor]:
         return {
-            site: (state[1] / self._count[site]).sqrt() > LIVE_RATIO * state[0].abs()
+            site: _variance(state, self._count[site]).sqrt() > LIVE_RATIO * _mean(state, self._count[site]).abs()
             for site, state in self._state.items()
         }
 
     @property
     def mean(self) -> NeuronMap:
         """Mean activation."""
-        return self._map(0)
+        return self._map(_mean)
 
     @property
     def std(self) -> NeuronMap:
         """Standard deviation (division by N)."""
-        return self._map(0, lambda state, n: (state[1] / n).sqrt())
+        return self._map(lambda state, n: _variance(state, n).sqrt())
 
     @property
     def rms(self) -> NeuronMap:
         """Root of the mean square."""
-        return self._map(0, lambda state, n: (state[1] / n + state[0] ** 2).sqrt())
+        return self._map(lambda state, n: (_variance(state, n) + _mean(state, n) ** 2).sqrt())
 
     @property
     def mean_abs(self) -> NeuronMap:
         """Mean absolute activation: abs(x) = 2 relu(x) - x."""
-        return self._map(0, lambda state, n: (2 * state[2] / n - state[0]).clamp_min(0))
+        return self._map(lambda state, n: (2 * state[3] / n - _mean(state, n)).clamp_min(0))
 
     @property
     def positive(self) -> NeuronMap:
         """Fraction of counted tokens with a positive activation."""
-        return self._map(0, lambda state, n: state[3] / n)
+        return self._map(lambda state, n: state[4] / n)
 
     @property
     def mean_sqrt(self) -> NeuronMap:
         """Mean of the root of the absolute activation."""
         self._require("sqrt")
-        return self._map(0, lambda state, n: state[4] / n)
+        return self._map(lambda state, n: state[5] / n)
 
     @property
     def min(self) -> NeuronMap:
         """Smallest activation."""
         self._require("extrema")
-        return self._map(-2)
+        return self._map(lambda state, n: state[-2])
 
     @property
     def max(self) -> NeuronMap:
         """Largest activation."""
         self._require("extrema")
-        return self._map(-1)
+        return self._map(lambda state, n: state[-1])
 
     def _require(self, extra: str) -> None:
         if extra not in self.extra:
@@ -292,6 +300,28 @@ class Moments:
         layers = len({site.layer for site in self._state})
         source = self.provenance.get("corpus")
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _mean(state: Float[Tensor, "statistics *neurons"], n: int) -> Float[Tensor, "*neurons"]:
+    return state[0] + state[1] / n
+
+
+def _variance(state: Float[Tensor, "statistics *neurons"], n: int) -> Float[Tensor, "*neurons"]:
+    return (state[2] / n - (state[1] / n) ** 2).clamp_min(0)
+
+
+def _about(shift: Tensor, state: Tensor, n: int) -> Tensor:
+    """Rewrite a state's sums about another shift: sum of (x - c')^2 = sum of (x - c)^2 + 2 d sum of (x - c) + n d^2."""
+    moved, d = state.clone(), state[0] - shift
+    moved[0], moved[1] = shift, state[1] + n * d
+    moved[2] = state[2] + d * (2 * state[1] + n * d)
+    return moved
+
+
+def _well_centred(state: Tensor, n: int) -> bool:
+    """Whether every sum is finite and no mean is more than ten standard deviations from its shift."""
+    low, high = torch.aminmax(torch.addcmul(state[2] * (0.99 * n), state[1], state[1], value=-1))
+    return float(low) >= 0 and float(high) < math.inf  # both false for NaN
 
 
 def _pieces(tokens: int, width: int) -> Iterator[tuple[int, int, int]]:

@@ -20,7 +20,7 @@ from lens_unlearn.collecting import collect, load_moments, save_moments
 from lens_unlearn.corpora import Batch
 from lens_unlearn.errors import ActivationError, ArtefactError, CorpusError, ModelError, SiteError
 from lens_unlearn.interventions import Ablate
-from lens_unlearn.sites import Site
+from lens_unlearn.sites import Site, resolve
 from lens_unlearn.statistics import Histogram, Moments
 
 SITES = ("mlp.pre", "mlp.post", "attn.z", "resid")
@@ -227,6 +227,22 @@ def test_the_statistic_passed_is_a_pattern_and_is_not_filled() -> None:
     assert first.provenance == {"model": first.provenance["model"], "corpus": "tiny", "tokens": 48}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_each_forward_ends_with_the_last_site_and_the_model_is_as_before(name: str) -> None:
+    model, corpus = tiny.model(name), tiny.corpus((9, 3, 14))
+    tokens = next(iter(corpus.batches(2))).tokens
+    before = model(tokens)
+    resolve(model, ("mlp.post",))
+    fired: list[str] = []
+    hooks = [(f"blocks.{layer}.hook_resid_post", lambda t, hook: fired.append(hook.name)) for layer in (0, 1)]
+    with model.hooks(fwd_hooks=hooks):
+        part = collect(model, corpus, (Site(1, "attn.z"), Site(0, "mlp.post")), progress=False)
+    assert len(set(fired)) == 1 and fired, "layer 1 was left after its attention"
+    assert torch.equal(model(tokens), before)
+    whole = collect(model, corpus, ("attn.z", "mlp.post", "resid"), progress=False)
+    assert all(torch.equal(value, whole.state()[key]) for key, value in part.state().items())
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -266,10 +282,12 @@ def run_until(monkeypatch: pytest.MonkeyPatch, batch: int, *arguments: Any, **op
     real, seen = collecting.backbone, Counter[str]()
 
     def forward(model: Any, tokens: Any) -> None:
-        real(model, tokens)
-        seen["n"] += 1
-        if seen["n"] > batch:
-            raise Interrupt
+        try:
+            real(model, tokens)
+        finally:
+            seen["n"] += 1
+            if seen["n"] > batch:
+                raise Interrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(collecting, "backbone", forward)

@@ -88,6 +88,23 @@ def test_attention_sites_keep_their_shape() -> None:
     assert_close(moments, oracle(x.reshape(50, -1)), site=Z)
 
 
+@pytest.mark.parametrize("through_merge", [False, True])
+def test_a_beginning_unlike_the_rest_costs_no_digits(through_merge: bool) -> None:
+    x = torch.cat([torch.zeros(4, 3), torch.randn(40_000, 3, generator=torch.Generator().manual_seed(0)) + 300])
+    total = Moments(extra=EXTRA)
+    for part in (x[:4], *x[4:].split(500)):
+        one = total.fresh() if through_merge else total
+        one.update(A, part, torch.ones(len(part)))
+        total = total.merge(one) if through_merge else total
+    assert_close(total, oracle(x), rtol=1e-7)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(-50, 50))
+def test_parts_about_different_shifts_merge_exactly(one: int, other: int, apart: float) -> None:
+    x, y = normal(one, seed=1), normal(other, seed=2) + apart
+    assert_close(gathered(x).merge(gathered(y)), oracle(torch.cat([x, y])), rtol=3e-6)
+
+
 columns = st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=24).map(
     torch.tensor
 )
