@@ -6,7 +6,7 @@ corpus and the cost is close to that of the blocks alone.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, overload
 
@@ -86,12 +86,13 @@ def collect(
         SiteError: If a site does not exist or has no neuron axis.
         ActivationError: If a counted activation is NaN or infinite.
         CorpusError: If the corpus was tokenized for another model.
-        ArtefactError: If the checkpoint belongs to another run.
+        ArtefactError: If the checkpoint belongs to another run: another model, corpus, setting, or number of hooks on the
+            model.
     """
     corpus.check(model)
     points = resolve(model, sites)
     total: Any = (Moments() if statistic is None else statistic).fresh()
-    settings = {} if checkpoint is None else _settings(model, corpus, points, total, batch_size)
+    settings = {} if checkpoint is None else _settings(model, corpus, points, total, batch_size, transform or {})
     total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings)
     bar = tqdm(
         total=corpus.n_tokens, unit=" tokens", unit_scale=True, disable=not progress, desc=f"collect {corpus.name}"
@@ -169,7 +170,12 @@ def _with_provenance(total: Any, model: Model, corpus: Corpus) -> Any:
 
 
 def _settings(
-    model: Model, corpus: Corpus, points: Sequence[Site] | Mapping[Site, Point], total: Statistic, batch_size: int
+    model: Model,
+    corpus: Corpus,
+    points: Mapping[Site, Point],
+    total: Statistic,
+    batch_size: int,
+    transform: Transform,
 ) -> dict[str, Any]:
     return {
         "model": fingerprint(model),
@@ -177,6 +183,10 @@ def _settings(
         "sites": [str(site) for site in points],
         "statistic": repr(total.fresh()) + str(getattr(total, "extra", "")),
         "batch_size": batch_size,
+        "transform": sorted(str(site) for site in transform),
+        "hooks on the model": sum(
+            len(hook.fwd_hooks) for hook in {id(h): h for h in model.hook_dict.values()}.values()
+        ),
     }
 
 
