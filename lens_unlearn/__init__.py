@@ -10,14 +10,20 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Ablate": "interventions",
+    "Abstain": "interventions",
     "ActivationError": "errors",
+    "Adjust": "interventions",
     "ArtefactError": "errors",
+    "Box": "regions",
     "Chain": "interventions",
+    "Clusters": "regions",
     "Corpus": "corpora",
     "CorpusError": "errors",
+    "Ellipsoid": "regions",
     "EmptyStatisticError": "errors",
     "Histogram": "statistics",
     "Intervention": "interventions",
+    "KeySample": "statistics",
     "LensUnlearnError": "errors",
     "ModelError": "errors",
     "Moments": "statistics",
@@ -29,11 +35,15 @@ _HOME = {
     "collect": "collecting",
     "evaluate": "evaluation.next_token",
     "fingerprint": "models",
+    "fit_region": "regions",
     "generate": "evaluation.generation",
+    "key_space_detection": "methods.key_space",
     "load_intervention": "interventions",
     "load_model": "models",
     "load_moments": "collecting",
+    "neuron_adjust": "methods.neuron_adjust",
     "ov_basis": "methods.attention",
+    "query_keys": "methods.key_space",
     "random_pruning": "methods.controls",
     "read_corpus": "corpora",
     "save_moments": "collecting",
@@ -46,14 +56,20 @@ _MODULES = {"plot": "figures", "demo": "demo"}
 
 __all__ = [
     "Ablate",
+    "Abstain",
     "ActivationError",
+    "Adjust",
     "ArtefactError",
+    "Box",
     "Chain",
+    "Clusters",
     "Corpus",
     "CorpusError",
+    "Ellipsoid",
     "EmptyStatisticError",
     "Histogram",
     "Intervention",
+    "KeySample",
     "LensUnlearnError",
     "ModelError",
     "Moments",
@@ -66,12 +82,16 @@ __all__ = [
     "demo",
     "evaluate",
     "fingerprint",
+    "fit_region",
     "generate",
+    "key_space_detection",
     "load_intervention",
     "load_model",
     "load_moments",
+    "neuron_adjust",
     "ov_basis",
     "plot",
+    "query_keys",
     "random_pruning",
     "read_corpus",
     "save_moments",
@@ -100,14 +120,17 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.generation import generate
     from lens_unlearn.evaluation.next_token import evaluate
     from lens_unlearn.evaluation.report import Report, separability
-    from lens_unlearn.interventions import Ablate, Chain, Intervention, load_intervention
+    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Intervention, load_intervention
     from lens_unlearn.maps import NeuronMap
     from lens_unlearn.methods.attention import ov_basis
     from lens_unlearn.methods.controls import random_pruning
+    from lens_unlearn.methods.key_space import key_space_detection, query_keys
+    from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.selective_pruning import selective_pruning
     from lens_unlearn.models import fingerprint, load_model
+    from lens_unlearn.regions import Box, Clusters, Ellipsoid, fit_region
     from lens_unlearn.sites import Site
-    from lens_unlearn.statistics import Histogram, Moments
+    from lens_unlearn.statistics import Histogram, KeySample, Moments
     from lens_unlearn.tuning import sweep, tune
 
 

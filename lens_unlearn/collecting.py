@@ -19,7 +19,7 @@ from lens_unlearn.corpora import Corpus
 from lens_unlearn.errors import ArtefactError
 from lens_unlearn.models import fingerprint, model_name
 from lens_unlearn.sites import Model, Point, Site, attach, backbone, detach_all, resolve
-from lens_unlearn.statistics import Moments, S, Statistic
+from lens_unlearn.statistics import KeySample, Moments, S, Statistic
 
 __all__ = ["collect"]
 
@@ -106,6 +106,8 @@ def collect(
                     part = watch.part = total.fresh()
                     watch.weight = batch.counted.reshape(-1).float()
                     watch.waiting = len(points)
+                    if isinstance(part, KeySample):
+                        part.locate(*corpus.places(batch))
                     with suppress(_Enough):
                         backbone(model, batch.tokens)
                     # Only a batch that went through whole is merged, and it is counted in the same breath.

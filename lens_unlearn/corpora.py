@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from lens_unlearn.coins import key_of, uniform
 from lens_unlearn.errors import CorpusError
 from lens_unlearn.sites import Model
 from lens_unlearn.sources import Source, open_source
@@ -96,6 +97,77 @@ class Corpus:
         counted = self.counted[int(self.starts[index]) : int(self.starts[index + 1])]
         return self.row(index)[: int(counted.int().argmax())]
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether every row begins with a prompt: tokens besides BOS that do not count."""
+        return bool((self._prompt_lengths() > int(self.prepend_bos)).all())
+
+    def _prompt_lengths(self) -> Int[Tensor, "rows"]:
+        """Count the tokens of each row before its first counted one, BOS included."""
+        lengths = self.starts.diff()
+        row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
+        place = torch.arange(len(self.tokens)) - self.starts[row_of]
+        first = torch.where(self.counted, place, lengths[row_of])
+        return lengths.scatter_reduce(0, row_of, first, "amin", include_self=False)
+
+    def with_prompts(self, tokens: int | None = None, *, seed: int = 0) -> "Corpus":
+        """Make the beginning of every row its prompt: it no longer counts, and what follows is what is predicted.
+
+        Args:
+            tokens: Length of each prompt, BOS not included. Default: each row is cut at a random place, so that the
+                prompt's last token gives nothing away of the kind of text.
+            seed: Of the random places; a row's place depends on its document and the seed alone.
+
+        Raises:
+            CorpusError: If no row is longer than its prompt.
+        """
+        if tokens is not None and tokens < 1:
+            raise CorpusError(f"tokens={tokens} makes no prompt: at least 1")
+        head, lengths = int(self.prepend_bos), self.starts.diff()
+        body = lengths - head
+        if tokens is None:
+            row_in_document = torch.arange(self.n_rows) - torch.searchsorted(self.document, self.document)
+            numbers = [key_of(self.keys[d], r, seed) for d, r in zip(self.document.tolist(), row_in_document.tolist())]
+            drawn = uniform(torch.tensor(numbers)).double()
+            # At least four tokens of prompt and of text behind it, where the row is long enough.
+            room = (body - 1).clamp(1, 4)
+            ends = head + (room + drawn * (body - 2 * room + 1).clamp_min(1)).long().minimum((body - 1).clamp_min(1))
+        else:
+            ends = torch.full_like(body, head + tokens)
+        row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
+        place = torch.arange(len(self.tokens)) - self.starts[row_of]
+        cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of])
+        kept = lengths > ends
+        if not bool(kept.any()):
+            raise CorpusError(
+                f"no row of {self.name} is longer than a prompt of {tokens or 1} tokens: give longer texts"
+            )
+        return cut if bool(kept.all()) else cut._rows(kept)
+
+    def queries(self) -> "Corpus":
+        """Return the prompt of every row alone, with its last token as the one that counts.
+
+        Raises:
+            CorpusError: If there are no prompts: read "question>answer", or make some with `with_prompts`.
+        """
+        ends = self._prompt_lengths()
+        kept = ends > int(self.prepend_bos)
+        if not bool(kept.any()):
+            raise CorpusError(
+                f"{self.name} has no prompts: read it as 'question>answer', or cut its texts with .with_prompts()"
+            )
+        row_of = torch.repeat_interleave(torch.arange(self.n_rows), self.starts.diff())
+        place = torch.arange(len(self.tokens)) - self.starts[row_of]
+        inside = place < ends[row_of]
+        shorter = replace(
+            self,
+            name=f"prompts of {self.name}",
+            tokens=self.tokens[inside],
+            counted=(place == ends[row_of] - 1)[inside],
+            starts=torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)]),
+        )
+        return shorter if bool(kept.all()) else shorter._rows(kept)
+
     def batches(self, batch_size: int = 8) -> Iterator[Batch]:
         """Yield batches of rows of similar length, in a fixed order.
 
@@ -120,6 +192,14 @@ class Corpus:
             tokens[i, : end - start] = self.tokens[start:end]
             counted[i, : end - start] = self.counted[start:end]
         return Batch(tokens, counted, torch.tensor(rows))
+
+    def places(self, batch: Batch) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
+        """Return for every position of a batch a key of its document, and a number that tells it from the others there."""
+        keys = torch.tensor([key_of(self.keys[d]) for d in self.document[batch.rows].tolist()])
+        # Rows of one document follow one another, so the distance to the document's first row is the row's number in it.
+        row = batch.rows - torch.searchsorted(self.document, self.document[batch.rows])
+        place = row[:, None] * 2**32 + torch.arange(batch.tokens.shape[1])
+        return keys[:, None].expand_as(place).reshape(-1), place.reshape(-1)
 
     def check(self, model: Model) -> None:
         """Refuse a model with another vocabulary or a shorter context.

@@ -8,23 +8,37 @@ Nothing is written into the model. An intervention keeps no state of a run: what
 object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_unlearn import artefacts
-from lens_unlearn.errors import ArtefactError, SelectionError
+from lens_unlearn.coins import key_of, mix, prefixes, uniform
+from lens_unlearn.errors import ArtefactError, LensUnlearnError, SelectionError
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.models import fingerprint
-from lens_unlearn.sites import Model, Point, Site, attach, detach_all, resolve
+from lens_unlearn.regions import Region, region_from_parts
+from lens_unlearn.sites import (
+    Model,
+    Point,
+    Site,
+    attach,
+    detach_all,
+    logit_functions,
+    on_forward,
+    on_logits,
+    resolve,
+)
 
-__all__ = ["Ablate", "Chain", "Intervention", "Live", "load_intervention"]
+__all__ = ["Abstain", "Ablate", "Adjust", "Chain", "Intervention", "Live", "load_intervention"]
 
 HookFunction = Callable[[Tensor, "Live"], Tensor]
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
@@ -37,7 +51,36 @@ class Live:
         self.intervention = intervention
         self.model = model
         self.active = True
+        self.abstained: Tensor = torch.zeros(0, dtype=torch.bool)
+        """For each row of the last forward pass (or generation), whether the model withheld its answer."""
+        self.rows: Rows | None = None
+        """Where the forward pass that runs stands in its rows; only for interventions that look at rows."""
+        self.notes: dict[int, Any] = {}
+        """What members keep from hook to hook, and from a prompt to the tokens generated behind it."""
+        self._ends: Tensor | None = None
         self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def expect(self, ends: Int[Tensor, "batch"] | None) -> None:
+        """Say where each row's prompt ends in the forward passes to come; they begin new texts.
+
+        Args:
+            ends: Positions of the prompts' last tokens; None for each row's last token that is no padding, which is what
+                holds where nothing was said.
+        """
+        self._ends, self.rows = ends, None
+
+    def refusal(self, row: int) -> str | None:
+        """Return what is written in place of a row of the last forward pass or generation; None if nothing is."""
+        if row >= len(self.abstained) or not bool(self.abstained[row]):
+            return None
+        return next((m.refusal for m in _members(self.intervention) if isinstance(m, Abstain)), REFUSAL)
+
+    def begin(self, tokens: Int[Tensor, "batch pos"], cached: int) -> None:
+        """Look at the tokens of a forward pass before it runs."""
+        self.rows = Rows.of(tokens, cached, self.rows, _pad_of(self.model), self._ends)
+        if not self.rows.continues:
+            self.notes.clear()
+            self.abstained = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a constant of the intervention on an activation's device; floating ones also in its dtype."""
@@ -49,6 +92,72 @@ class Live:
 
     def __repr__(self) -> str:
         return f"Live({self.intervention!r}, {'acting' if self.active else 'ended'})"
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where a forward pass stands in the texts of its rows."""
+
+    tokens: Int[Tensor, "batch pos"]
+    ends: Int[Tensor, "batch"]
+    """The position of each prompt's last token."""
+    real: Bool[Tensor, "batch pos"]
+    """False at padding."""
+    keys: Int[Tensor, "batch pos"]
+    """A random key per position, of the real tokens up to it: independent of batch, padding and cache."""
+    continues: bool
+    """Whether this pass goes on with a generation, so that what was decided at the prompt stays."""
+    carry: Int[Tensor, "batch 2"]
+
+    @classmethod
+    def of(
+        cls, tokens: Tensor, cached: int, last: "Rows | None", pad: int | None, prompt_ends: Tensor | None
+    ) -> "Rows":
+        """Read one pass, given the one before it.
+
+        A pass goes on with the one before if it has that one's keys and values in its cache, or if its tokens are that
+        one's and one more for each row.
+        """
+        rows, width = tokens.shape
+        grown = last is not None and last.tokens.shape == (rows, width - 1) and torch.equal(last.tokens, tokens[:, :-1])
+        cached_on = last is not None and cached > 0 and len(last.tokens) == rows
+        blank = tokens == pad if pad is not None else torch.zeros_like(tokens, dtype=torch.bool)
+        if cached:
+            # A pad in the middle of a generation stands behind a row's end.
+            real, after = ~blank, torch.zeros_like(blank)
+        else:
+            after = blank.flip(1).long().cumprod(1).flip(1).bool()
+            real = ~(after | blank.long().cumprod(1).bool())
+        before = last.carry if last is not None and cached_on else tokens.new_zeros(rows, 2, dtype=torch.int64)
+        keys, carry = prefixes(tokens.long(), real.long(), before)
+        if prompt_ends is not None and not cached:
+            ends = prompt_ends.to(tokens.device)
+        elif grown and last is not None:
+            ends = last.ends
+        elif cached_on:
+            ends = torch.full((rows,), -1, device=tokens.device)  # before this pass
+        else:
+            ends = torch.where(after.all(1), width - 1, width - 1 - after.sum(1))
+        return cls(tokens, ends, ~after, keys, grown or cached_on, carry)
+
+
+def _pad_of(model: Model) -> int | None:
+    return getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+
+
+class _Finish:
+    """The last hook of an intervention that looks at rows: hands it the logits."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.live.intervention.finish(logits, self.live)
+
+
+def acting(model: Model) -> list[Live]:
+    """Return the interventions that look at rows and act on a model now, outermost first."""
+    return [f.live for f in logit_functions(model) if isinstance(f, _Finish)]
 
 
 class Intervention(ABC):
@@ -64,6 +173,18 @@ class Intervention(ABC):
 
     def check(self, points: Mapping[Site, Point]) -> None:  # noqa: B027 - most have nothing to check
         """Refuse a model whose sites have other shapes; called before any hook is added."""
+
+    looks_at_rows: bool = False
+    """Whether the hooks need to know which text each row is, and where its prompt ends."""
+
+    @property
+    def abstains(self) -> bool:
+        """Whether it can withhold an answer."""
+        return any(isinstance(member, Abstain) for member in _members(self))
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Change the logits at the end of a forward pass; only called where `looks_at_rows`."""
+        return logits
 
     def __add__(self, other: "Intervention") -> "Chain":
         """Compose: the left one acts first, as if its block were the outer one."""
@@ -88,12 +209,17 @@ class Intervention(ABC):
         live = Live(self, model)
         removers: list[Callable[[], bool]] = []
         try:
+            if self.looks_at_rows:
+                removers.append(on_forward(model, live.begin))
+                removers.append(on_logits(model, _Finish(live)))
             for site, function in hooks:
                 removers.append(attach(points[site].hook, lambda t, f=function: f(t, live)))
             yield live
         finally:
             live.active = False
             live._moved.clear()
+            live.notes.clear()
+            live.rows = None
             detach_all(removers)
 
     def save(self, path: str | os.PathLike[str], model: Model | None = None, *, note: str = "") -> None:
@@ -129,6 +255,17 @@ class Chain(Intervention):
         """Let every member check."""
         for member in self.members:
             member.check(points)
+
+    @property
+    def looks_at_rows(self) -> bool:  # type: ignore[override]
+        """Whether any member does."""
+        return any(member.looks_at_rows for member in self.members)
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Let every member finish, in order."""
+        for member in self.members:
+            logits = member.finish(logits, live)
+        return logits
 
     def parts(self) -> Parts:
         """Return the members' headers, and their tensors under their number."""
@@ -230,11 +367,7 @@ class Ablate(Intervention):
     @classmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Ablate":
         """Rebuild from `parts`."""
-        flags = maps_in(tensors, "selection")
-        for site, value in flags.items():
-            if value.dtype != torch.uint8 or bool((value > 1).any()):
-                raise SelectionError(f"{site}: a selection holds something other than 0 and 1")
-        selection = NeuronMap({site: value.bool() for site, value in flags.items()})
+        selection = selection_in(tensors)
         basis = maps_in(tensors, "basis")
         value = NeuronMap(maps_in(tensors, "value")) if header["value"] == "map" else float(header["value"])
         return cls(selection, value, NeuronMap(basis) if basis else None)
@@ -245,6 +378,256 @@ class Ablate(Intervention):
         basis = ", in a per-head basis" if self.basis is not None else ""
         count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
         return f"Ablate({what}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{basis})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adjust(Intervention):
+    """Neuron Adjust: carry the selected neurons' activations that look like the forget texts to the retain side.
+
+    With N the normal density, per selected neuron and position:
+
+        p_r = N(x; mu_r, sigma_r),  p_f = N(x; mu_f, sigma_f)
+        x' = mu_r - sigma_r (x - mu_f) / sigma_f   if p_f >= p_r (and, for rule "random", with probability
+                                                   p_f / (p_r + p_f)), else x
+
+    In log-densities, since both densities underflow in the tails. The random rule's coin depends on the seed, the neuron
+    and the tokens up to the position, and on nothing else: not on the batch, the padding or the cache.
+
+    Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (2025). The released code
+    keeps the variance under the name of sigma, overwrites sigma_f with mu_f, and draws one coin per row.
+
+    Args:
+        selection: A boolean `NeuronMap`, with at least one neuron.
+        forget_mean, forget_std: mu_f and sigma_f, for every neuron of the selection's sites.
+        retain_mean, retain_std: mu_r and sigma_r, likewise.
+        rule: "random" (published) or "deterministic".
+        seed: Of the coins.
+        floored: How many of the selected neurons' sigmas were raised to a floor; kept for `repr`.
+
+    Raises:
+        SelectionError: If the selection is not boolean or empty, or a sigma of a selected neuron is not positive.
+    """
+
+    selection: NeuronMap
+    forget_mean: NeuronMap
+    forget_std: NeuronMap
+    retain_mean: NeuronMap
+    retain_std: NeuronMap
+    rule: Literal["random", "deterministic"] = "random"
+    seed: int = 0
+    floored: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the maps against each other."""
+        if not self.selection.is_selection or self.selection.count() == 0:
+            raise SelectionError(
+                "Adjust needs a boolean map with at least one neuron: select first, as in score.top(0.02)"
+            )
+        if self.rule not in ("random", "deterministic"):
+            raise SelectionError(f"rule={self.rule!r} is not known: choose from random, deterministic")
+        for site in self._sites():
+            for name in self._MAPS:
+                given = getattr(self, name)
+                if site not in given or given[site].shape != self.selection[site].shape:
+                    raise SelectionError(f"{site}: {name} does not cover the selection")
+                values = given[site][self.selection[site]]
+                if not bool(torch.isfinite(values).all()) or (name.endswith("std") and not bool((values > 0).all())):
+                    raise SelectionError(f"{site}: {name} of a selected neuron is not finite, or not positive")
+
+    _MAPS: ClassVar[tuple[str, ...]] = ("forget_mean", "forget_std", "retain_mean", "retain_std")
+
+    def _sites(self) -> list[Site]:
+        return [site for site in self.selection if bool(self.selection[site].any())]
+
+    @property
+    def looks_at_rows(self) -> bool:  # type: ignore[override]
+        """The random rule's coins depend on the text."""
+        return self.rule == "random"
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return one hook per site with a selected neuron."""
+        return [(site, self._hook(site)) for site in self._sites()]
+
+    def _hook(self, site: Site) -> HookFunction:
+        index = self.selection[site].reshape(-1).nonzero()[:, 0]
+        mu_f, sigma_f, mu_r, sigma_r = (getattr(self, m)[site].reshape(-1)[index].float() for m in self._MAPS)
+        lift = (sigma_r / sigma_f).log()  # log p_f - log p_r where x is at both means
+        neuron = mix(index + key_of("neuron adjust", self.seed, str(site)))
+        random = self.rule == "random"
+
+        def act(x: Tensor, live: Live) -> Tensor:
+            flat = x.reshape(*x.shape[:2], -1)
+            where = live.like(index, x)
+            mf, sf, mr, sr, up = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, lift))
+            chosen = flat.index_select(2, where).float()
+            z = (chosen - mf) / sf
+            odds = 0.5 * (((chosen - mr) / sr).square() - z.square()) + up  # log p_f / p_r
+            flip = odds >= 0
+            if random:
+                if live.rows is None:
+                    raise LensUnlearnError(
+                        "rule='random' needs token ids: run the model on tokens, or take 'deterministic'"
+                    )
+                flip &= uniform(live.rows.keys[:, :, None] + live.like(neuron, x)) < odds.sigmoid()
+            new = torch.where(flip, (mr - sr * z).to(x.dtype), flat.index_select(2, where))
+            return flat.index_copy(2, where, new).reshape(x.shape)
+
+        return act
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Refuse a model with other numbers of neurons."""
+        for site in self._sites():
+            check_shape(site, tuple(self.selection[site].shape), points[site])
+
+    def parts(self) -> Parts:
+        """Return the selection and the four maps."""
+        header = {"kind": "adjust", "rule": self.rule, "seed": self.seed, "floored": self.floored}
+        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
+        for name in self._MAPS:
+            tensors |= {f"{name}/{s}": v.float() for s, v in getattr(self, name).items() if s in self.selection}
+        return header, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Adjust":
+        """Rebuild from `parts`."""
+        maps = {name: NeuronMap(maps_in(tensors, name)) for name in cls._MAPS}
+        told = {"rule": header["rule"], "seed": int(header["seed"]), "floored": int(header["floored"])}
+        return cls(selection_in(tensors), **maps, **told)
+
+    def __repr__(self) -> str:
+        floored = f", {self.floored:,} sigmas floored" if self.floored else ""
+        seed = f", seed {self.seed}" if self.rule == "random" else ""
+        layers = len({site.layer for site in self._sites()})
+        count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
+        return f"Adjust({self.rule}{seed}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{floored})"
+
+
+REFUSAL = "Sorry, your query is not valid."
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Abstain(Intervention):
+    """Withhold the answer to a query whose key lies in a region: its logits are constant, its text is a refusal.
+
+    Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours. An
+    abstained row's logits carry nothing of the input: they are equal for all tokens, but for the end-of-text token, which
+    is ahead by a hair, so that greedy generation stops at once. `lu.generate` writes the refusal instead.
+
+    Args:
+        regions: One region per voting site, usually `mlp.post` of some layers.
+        vote: At how many of them the key has to be inside.
+        when: "prompt" decides at the prompt's end and keeps to that; "every_token" looks at each position from there on,
+            and is silent from the first that is inside.
+        refusal: What `lu.generate` writes.
+        rates: What was measured on held-out queries when it was fitted: "detection" and "false_alarms", each as
+            [share, low, high, queries].
+
+    Raises:
+        LensUnlearnError: If there is no region, or `vote` or `when` is out of range.
+    """
+
+    regions: Mapping[Site, Region]
+    vote: int = 1
+    when: Literal["prompt", "every_token"] = "prompt"
+    refusal: str = REFUSAL
+    rates: Mapping[str, Any] = field(default_factory=dict)
+
+    looks_at_rows = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not self.regions:
+            raise LensUnlearnError("Abstain needs a region at one site at least")
+        if not 1 <= self.vote <= len(self.regions):
+            raise LensUnlearnError(f"vote={self.vote} of {len(self.regions)} sites: from 1 to the number of sites")
+        if self.when not in ("prompt", "every_token"):
+            raise LensUnlearnError(f"when={self.when!r} is not known: choose from prompt, every_token")
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return one hook per site: it only looks."""
+        return [(site, self._hook(region)) for site, region in self.regions.items()]
+
+    def _hook(self, region: Region) -> HookFunction:
+        def look(x: Tensor, live: Live) -> Tensor:
+            rows = live.rows
+            if rows is None:
+                raise LensUnlearnError("Abstain needs token ids: run the model on tokens")
+            keys = x.detach().flatten(2)
+            if self.when == "every_token":
+                place = torch.arange(x.shape[1], device=x.device)
+                inside = region.contains(keys) & (place >= rows.ends[:, None]) & rows.real
+                self._count(live, inside)
+            elif not rows.continues:
+                at = keys[torch.arange(len(keys), device=x.device), rows.ends]
+                self._count(live, region.contains(at)[:, None])
+            return x
+
+        return look
+
+    def _count(self, live: Live, inside: Bool[Tensor, "batch pos"]) -> None:
+        note = live.notes.setdefault(id(self), {})
+        note["votes"] = note.get("votes", 0) + inside.long()
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Make the logits of abstained rows constant."""
+        note = live.notes.setdefault(id(self), {})
+        silent = note.get("silent")
+        votes = note.pop("votes", None)
+        if votes is not None:
+            fired = (votes >= self.vote).long().cummax(1).values.bool()
+            silent = fired if silent is None else fired | silent[:, -1:]
+            note["silent"] = silent
+        if silent is None:
+            return logits
+        live.abstained = live.abstained | silent.any(1)
+        # The model may have kept the logits of the last positions only.
+        where = silent[:, -1:] if silent.shape[1] < logits.shape[1] else silent[:, -logits.shape[1] :]
+        constant = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        end = getattr(getattr(live.model, "tokenizer", None), "eos_token_id", None)
+        if end is not None:
+            constant[end] = 1e-3
+        return torch.where(where[..., None], constant, logits)
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Refuse a model with other numbers of neurons."""
+        for site, region in self.regions.items():
+            width = math.prod(points[site].shape)
+            if width != len(region.scale):
+                raise SelectionError(
+                    f"{site} has {width} neurons in this model, and the region {len(region.scale)} coordinates"
+                )
+
+    def parts(self) -> Parts:
+        """Return the regions."""
+        header: dict[str, Any] = {"kind": "abstain", "vote": self.vote, "when": self.when}
+        header |= {"refusal": self.refusal, "rates": dict(self.rates)}
+        headers, tensors = {}, {}
+        for site, region in self.regions.items():
+            headers[str(site)], own = region.parts()
+            tensors |= {f"{name}/{site}": tensor for name, tensor in own.items()}
+        return {**header, "regions": headers}, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Abstain":
+        """Rebuild from `parts`."""
+        regions = {
+            Site.parse(site): region_from_parts(told, {n: tensors[f"{n}/{site}"] for n in ("centres", "scale")})
+            for site, told in header["regions"].items()
+        }
+        return cls(regions, int(header["vote"]), header["when"], str(header["refusal"]), header["rates"])
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{site} {region!r}" for site, region in self.regions.items())
+        vote = f", {self.vote} of {len(self.regions)} votes" if len(self.regions) > 1 else ""
+        told = "".join(
+            f", {name} {share:.0%} [{low:.0%}, {high:.0%}] of {n:,} held-out queries"
+            for name, (share, low, high, n) in (
+                (name.replace("_", " "), self.rates[name])
+                for name in ("detection", "false_alarms")
+                if name in self.rates
+            )
+        )
+        return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{told})"
 
 
 def _check_basis(site: Site, basis: Tensor, shape: tuple[int, ...]) -> None:
@@ -269,6 +652,15 @@ def check_shape(site: Site, shape: tuple[int, ...], point: Point) -> None:
 def maps_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[Site, Tensor]:
     """Read the tensors ``prefix/site`` of a file."""
     return {Site.parse(n.removeprefix(f"{prefix}/")): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
+
+
+def selection_in(tensors: Mapping[str, Tensor]) -> NeuronMap:
+    """Read the selection of a file."""
+    flags = maps_in(tensors, "selection")
+    for site, value in flags.items():
+        if value.dtype != torch.uint8 or bool((value > 1).any()):
+            raise SelectionError(f"{site}: a selection holds something other than 0 and 1")
+    return NeuronMap({site: value.bool() for site, value in flags.items()})
 
 
 def load_intervention(path: str | os.PathLike[str], model: Model | None = None) -> Intervention:
@@ -298,7 +690,7 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Int
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             members.append(_from_parts(member, own))
         return Chain(tuple(members))
-    kinds = {"ablate": Ablate}
+    kinds: dict[str, Any] = {"ablate": Ablate, "adjust": Adjust, "abstain": Abstain}
     if header["kind"] not in kinds:
         raise ArtefactError(f"{header['kind']!r} is not a kind of intervention this version knows: upgrade to read it")
     return kinds[header["kind"]].from_parts(header, tensors)

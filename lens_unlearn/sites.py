@@ -275,6 +275,70 @@ def detach_all(removers: Sequence[Callable[[], bool]]) -> None:
         )
 
 
+def on_forward(model: Model, function: Callable[[Tensor, int], None]) -> Callable[[], bool]:
+    """Call a function at the beginning of every forward pass, with its token ids and how many positions are cached.
+
+    Returns:
+        A callable that ends this; it returns False if the hooks were already gone.
+    """
+    seen: list[Tensor] = []
+
+    def embed(module: Any, args: Any, kwargs: Any) -> None:
+        ids = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point()]
+        seen[:] = ids[:1]
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        if seen:
+            function(seen.pop(), max((_cached(value) for value in (*args, *kwargs.values())), default=0))
+
+    handles = [
+        (module, module.register_forward_pre_hook(hook, with_kwargs=True))
+        for module, hook in ((model.embed, embed), (model.blocks[0], begin))
+    ]
+
+    def remove() -> bool:
+        there = all(handle.id in module._forward_pre_hooks for module, handle in handles)
+        for _, handle in handles:
+            handle.remove()
+        return there
+
+    return remove
+
+
+def _cached(value: Any) -> int:
+    """Count the positions in what may be a key-value cache, of transformers or of `HookedTransformer`."""
+    if hasattr(value, "get_seq_length"):
+        return int(value.get_seq_length())
+    return int(value.past_keys.shape[1]) if hasattr(value, "past_keys") else 0
+
+
+def on_logits(model: Model, function: Callable[[Tensor], Tensor]) -> Callable[[], bool]:
+    """Pass the logits of every forward through a function.
+
+    Returns:
+        A callable that ends this; it returns False if the hook was already gone.
+    """
+    module = model.unembed
+
+    def run(module: Any, args: Any, logits: Tensor) -> Tensor:
+        return function(logits)
+
+    run.function = function  # type: ignore[attr-defined]
+    handle = module.register_forward_hook(run)
+
+    def remove() -> bool:
+        there = handle.id in module._forward_hooks
+        handle.remove()
+        return there
+
+    return remove
+
+
+def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
+    """Return the functions that `on_logits` has put on a model, in the order in which they act."""
+    return [hook.function for hook in model.unembed._forward_hooks.values() if hasattr(hook, "function")]
+
+
 def device_of(model: Model) -> torch.device:
     """Return where a model takes its tokens."""
     return next(iter(model.parameters())).device

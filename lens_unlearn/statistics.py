@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_unlearn.coins import key_of, mix
 from lens_unlearn.errors import ActivationError, EmptyStatisticError, LensUnlearnError
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.sites import Site
 
-__all__ = ["Histogram", "Moments", "Statistic"]
+__all__ = ["Histogram", "KeySample", "Moments", "Statistic"]
 
 EXTRAS = ("sqrt", "extrema")
 LIVE_RATIO = 1e-6
@@ -374,6 +375,122 @@ def _require_finite(site: Site, counted: Float[Tensor, "tokens n"], shape: tuple
             f"{site}[{index}] is {value} at the {token + 1}. counted token of a batch: the model overflows or is "
             "broken there; try a wider dtype, or look at that text"
         )
+
+
+class KeySample:
+    """A uniform sample of keys (activations at counted tokens), with the document each is of.
+
+    Every counted token has a random priority that depends on its document, its place and the seed alone; those with the
+    lowest priorities are kept. So the sample is the same whatever the batches, their order and the parts that are merged,
+    and the same tokens are kept at every site.
+
+    Args:
+        capacity: The most keys to keep.
+        seed: Of the priorities.
+    """
+
+    def __init__(self, capacity: int = 2000, *, seed: int = 0) -> None:
+        if capacity < 1:
+            raise LensUnlearnError(f"capacity={capacity} keeps no key: at least 1")
+        self.capacity, self.seed = capacity, seed
+        self.provenance: dict[str, Any] = {}
+        self._keys: dict[Site, Tensor] = {}
+        self._ids: dict[Site, Tensor] = {}  # rows: priority, document, place
+        self._now = torch.zeros(3, 0, dtype=torch.int64)
+
+    def fresh(self) -> "KeySample":
+        """Return an empty sample of the same settings."""
+        return KeySample(self.capacity, seed=self.seed)
+
+    def locate(self, documents: Int[Tensor, "tokens"], places: Int[Tensor, "tokens"]) -> None:
+        """Say which tokens the next updates are of: a key of each token's document, and its place there."""
+        priority = mix(mix(documents + key_of("key sample", self.seed)) + places)
+        self._now = torch.stack([priority, documents, places])
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere.
+
+        Raises:
+            ActivationError: If a counted activation is NaN or infinite; names the neuron.
+        """
+        counted = weight > 0
+        if not bool(counted.any()):
+            return
+        keys = values.detach()[counted.to(values.device)]
+        _require_finite(site, keys.reshape(len(keys), -1), tuple(keys.shape[1:]))
+        self._add(site, keys.float().cpu(), self._now[:, counted.cpu()])
+
+    def _add(self, site: Site, keys: Tensor, ids: Tensor) -> None:
+        if site in self._keys:
+            keys, ids = torch.cat([self._keys[site], keys]), torch.cat([self._ids[site], ids], dim=1)
+        order = range(ids.shape[1])
+        priority, document, place = ids.tolist()
+        order = sorted(order, key=lambda i: (priority[i], document[i], place[i]))[: self.capacity]
+        self._keys[site], self._ids[site] = keys[order], ids[:, order]
+
+    def merge(self, other: "KeySample") -> "KeySample":
+        """Return the sample of both parts together; a token that is in both is kept once.
+
+        Raises:
+            LensUnlearnError: If capacity or seed differ.
+        """
+        if (self.capacity, self.seed) != (other.capacity, other.seed):
+            raise LensUnlearnError("samples of different capacity or seed do not merge")
+        whole = self.fresh()
+        whole.provenance = dict(self.provenance or other.provenance)
+        for site in {**self._keys, **other._keys}:
+            for part in (self, other):
+                if site in part._keys:
+                    seen = set(map(tuple, whole._ids[site].T.tolist())) if site in whole._ids else set()
+                    new = [i for i, one in enumerate(part._ids[site].T.tolist()) if tuple(one) not in seen]
+                    whole._add(site, part._keys[site][new], part._ids[site][:, new])
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the keys and what identifies them, named by site."""
+        keys = {f"{site}.keys": keys for site, keys in self._keys.items()}
+        return keys | {f"{site}.ids": ids for site, ids in self._ids.items()}
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> "KeySample":
+        """Return a sample of the same settings that continues from `state`."""
+        new = self.fresh()
+        for name, tensor in tensors.items():
+            site, _, what = name.rpartition(".")
+            if what == "keys":
+                ids = tensors[f"{site}.ids"]
+                if ids.ndim != 2 or tuple(ids.shape) != (3, len(tensor)):
+                    raise LensUnlearnError(f"{site}: {len(tensor)} keys, and ids of shape {tuple(ids.shape)}")
+                new._keys[Site.parse(site)], new._ids[Site.parse(site)] = tensor.float(), ids.long()
+        return new
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that were seen."""
+        return list(self._keys)
+
+    @property
+    def n(self) -> int:
+        """Keys (the most at any site)."""
+        return max(map(len, self._keys.values()), default=0)
+
+    def __getitem__(self, site: Site) -> Float[Tensor, "keys *neurons"]:
+        """Return the keys of a site, in the order of their priorities: its beginning is a smaller uniform sample.
+
+        Raises:
+            EmptyStatisticError: If that site was not collected.
+        """
+        if site not in self._keys:
+            raise EmptyStatisticError(f"this sample has no key of {site}: collect over it first")
+        return self._keys[site]
+
+    def documents(self, site: Site) -> Int[Tensor, "keys"]:
+        """Return a key of each key's document: equal for keys of one document."""
+        self[site]
+        return self._ids[site][1]
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(site.kind for site in self._keys)) or "empty"
+        return f"KeySample({self.n:,} of at most {self.capacity:,} keys, {len(self._keys)} sites, {kinds})"
 
 
 class Histogram:

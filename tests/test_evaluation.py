@@ -204,7 +204,7 @@ def test_a_single_broken_position_makes_its_metric_nan() -> None:
 
 
 def test_a_loss_beyond_exp_is_an_infinite_perplexity_without_a_warning() -> None:
-    sums = {"base": [next_token._Sums(np.array([[2000.0, 0, 0, 0, 0]] * 2), np.ones((2, 2)))]}
+    sums = {"base": [next_token._Sums(np.array([[2000.0, 0, 0, 0, 0, 0]] * 2), np.ones((2, 3)))]}
     values = {metric: measure.value for _, metric, measure in next_token._summaries(sums, 5, 0)}
     assert values["perplexity"] == math.inf
 
@@ -312,9 +312,9 @@ def test_training_mode_and_other_models_are_refused() -> None:
 
 def simulated(documents: int, seed: int = 0, mean: float = 2.0) -> dict[str, list[Any]]:
     random = np.random.default_rng(seed)
-    counts = np.tile(random.integers(5, 50, documents)[:, None], (1, 2)).astype(float)
+    counts = np.tile(random.integers(5, 50, documents)[:, None], (1, 3)).astype(float)
     per_document = random.normal(mean, 1.0, documents)
-    values = np.repeat((per_document * counts[:, 0])[:, None], 5, axis=1)
+    values = np.repeat((per_document * counts[:, 0])[:, None], 6, axis=1)
     return {"base": [next_token._Sums(values, counts)]}
 
 

@@ -14,7 +14,7 @@ import lens_unlearn
 ROOT = Path(lens_unlearn.__file__).parent
 ORDER = [
     {"lens_unlearn"},
-    {"errors"},
+    {"errors", "coins"},
     {"sites"},
     {"maps"},
     {"statistics", "regions"},

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.interventions import Intervention
+from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.sites import Model, device_of, require_eval
 
 __all__ = ["generate"]
@@ -21,18 +22,23 @@ def generate(
     temperature: float = 0.0,
     prepend_bos: bool | None = None,
     use_cache: bool = True,
+    batch_size: int = 16,
     seed: int = 0,
 ) -> list[str]:
     """Continue prompts, and return only what was added.
 
+    Where an intervention abstains, its refusal is returned in place of a text.
+
     Args:
         model: A `TransformerBridge` or `HookedTransformer` with a tokenizer.
-        prompts: One or several texts. Each is run for itself, so the answers do not depend on one another.
+        prompts: One or several texts. Each is run for itself, or beside prompts of the same length: there is no padding,
+            so the answers do not depend on one another.
         intervention: Acts while the text is written; leave it out inside a `with` block.
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
         prepend_bos: Whether the prompt begins with BOS; default as the model was trained.
         use_cache: Whether to keep keys and values between tokens; the greedy text is the same either way.
+        batch_size: Prompts of one length that are run together, at temperature 0.
         seed: Of the draws; the global random state is left as it was.
 
     Raises:
@@ -42,24 +48,64 @@ def generate(
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise CorpusError("this model has no tokenizer: text cannot be generated")
-    if max_new_tokens < 1:
-        raise LensUnlearnError(f"max_new_tokens={max_new_tokens} leaves nothing to write: at least 1")
     bos = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
     head = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
-    texts: list[str] = []
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [head + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    told = {"max_new_tokens": max_new_tokens, "temperature": temperature, "use_cache": use_cache}
+    written = continue_rows(model, rows, intervention, batch_size=batch_size, seed=seed, **told)
+    return [one.text for one in written]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was added to one prompt."""
+
+    text: str
+    abstained: bool
+
+
+def continue_rows(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    intervention: Intervention | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    use_cache: bool = True,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> list[Written]:
+    """Continue rows of token ids; `generate` for what is tokenized already."""
+    if max_new_tokens < 1:
+        raise LensUnlearnError(f"max_new_tokens={max_new_tokens} leaves nothing to write: at least 1")
+    if batch_size < 1:
+        raise LensUnlearnError(f"batch_size={batch_size} is too small: at least 1")
+    tokenizer, context = model.tokenizer, int(model.cfg.n_ctx)
+    for ids in rows:
+        if not 0 < len(ids) < context:
+            told = repr(tokenizer.decode(list(ids))[:40])
+            raise CorpusError(f"a prompt of {len(ids)} tokens does not fit a context of {context}: {told}")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if temperature == 0 else range(len(rows))
+    groups: list[list[int]] = []
+    for i in order:
+        together = bool(groups) and temperature == 0 and len(rows[groups[-1][0]]) == len(rows[i])
+        if together and len(groups[-1]) < batch_size:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    written: dict[int, Written] = {}
     with nullcontext() if intervention is None else intervention.on(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            ids = head + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            room = int(model.cfg.n_ctx) - len(ids)
-            if not ids or room < 1:
-                raise CorpusError(
-                    f"a prompt of {len(ids)} tokens does not fit a context of {model.cfg.n_ctx}: {prompt[:40]!r}"
-                )
+        for group in groups:
+            tokens = torch.tensor([list(rows[i]) for i in group], device=device_of(model))
+            width = tokens.shape[1]
+            for live in acting(model):
+                live.expect(None)
             with torch.no_grad():
                 out = model.generate(
-                    torch.tensor([ids], device=device_of(model)),
-                    max_new_tokens=min(max_new_tokens, room),
+                    tokens,
+                    max_new_tokens=min(max_new_tokens, context - width),
                     do_sample=temperature > 0,
                     temperature=temperature or 1.0,
                     use_past_kv_cache=use_cache,
@@ -67,5 +113,9 @@ def generate(
                     return_type="tokens",
                     verbose=False,
                 )
-            texts.append(tokenizer.decode(out[0, len(ids) :].tolist(), skip_special_tokens=True))
-    return texts
+            for place, i in enumerate(group):
+                refusals = [live.refusal(place) for live in acting(model)]
+                refusal = next((told for told in refusals if told is not None), None)
+                text = tokenizer.decode(out[place, width:].tolist(), skip_special_tokens=True)
+                written[i] = Written(text if refusal is None else refusal, refusal is not None)
+    return [written[i] for i in range(len(rows))]

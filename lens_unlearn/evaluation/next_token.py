@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
-from lens_unlearn.interventions import Intervention
+from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.models import fingerprint, model_name
 from lens_unlearn.sites import Model, device_of, require_eval, require_model
 
 __all__ = ["evaluate"]
 
 Condition = Intervention | None | Sequence[Intervention]
-METRICS = ("loss", "top1", "top10", "top1_rare", "kl")
+METRICS = ("loss", "top1", "top10", "top1_rare", "kl", "abstained")
+_PER = {"top1_rare": 1, "abstained": 2}  # what a metric is a mean over, if not all tokens: see _Sums
 COMMON_TARGETS = 50
 _CHUNK = 1024  # positions whose full distribution is held at a time
 
@@ -44,6 +45,9 @@ def evaluate(
     - `top1`, `top10`: share of tokens among the 1 or 10 most probable; tied places are shared out evenly.
     - `top1_rare`: top1 over tokens outside the 50 most frequent targets of the corpus.
     - `kl`: mean KL(unedited || edited) per token, in nats.
+    - `abstained`: share of rows whose answer was withheld; given where any condition can abstain. Each row is judged at the
+      end of its prompt, or, where a corpus has no prompts, at its last token. An abstained row's logits are constant, so it
+      adds log(vocabulary) to the loss and 1 / vocabulary to top-1.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
@@ -74,9 +78,10 @@ def evaluate(
             sums = _measure(model, corpus, runs, batch_size, bar)
             for condition, metric, measure in _summaries(sums, resamples, seed):
                 measures[condition, name, metric] = measure
-    ordered = {
-        (c, n, m): measures[c, n, m] for c in runs for n in corpora for m in ("loss", "perplexity", *METRICS[1:])
-    }
+    metrics = ["loss", "perplexity", *METRICS[1:]]
+    if not any(one is not None and one.abstains for run in runs.values() for one in run):
+        metrics.remove("abstained")
+    ordered = {(c, n, m): measures[c, n, m] for c in runs for n in corpora for m in metrics}
     return Report(ordered, provenance_of(_settings(model, corpora, conditions, resamples, seed)))
 
 
@@ -99,7 +104,7 @@ class _Sums:
     """Per document: sums of each metric, and how many tokens they are over."""
 
     values: np.ndarray  # [documents, metrics]
-    counts: np.ndarray  # [documents, 2]: all tokens, rare tokens
+    counts: np.ndarray  # [documents, 3]: all tokens, rare tokens, rows
 
 
 def _measure(
@@ -107,7 +112,7 @@ def _measure(
 ) -> dict[str, list[_Sums]]:
     documents = corpus.n_documents
     sums = {
-        name: [_Sums(np.zeros((documents, len(METRICS))), np.zeros((documents, 2))) for _ in run]
+        name: [_Sums(np.zeros((documents, len(METRICS))), np.zeros((documents, 3))) for _ in run]
         for name, run in runs.items()
     }
     common = _common_targets(corpus, int(model.cfg.d_vocab))
@@ -118,7 +123,8 @@ def _measure(
             for intervention, into in zip(run, sums[name], strict=True):
                 with nullcontext() if intervention is None else intervention.on(model):
                     logits = reference if intervention is None else targets.logits(model)
-                targets.add(logits, reference, into)
+                    silent = targets.abstained(model)
+                targets.add(logits, reference, silent, into)
                 bar.update(int(batch.counted.sum()))
     if not any(part.counts[:, 0].sum() for run in sums.values() for part in run):
         raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
@@ -134,19 +140,35 @@ class _Targets:
     target: Int[Tensor, "n"]
     rare: Bool[Tensor, "n"]
     document: np.ndarray
+    row_document: np.ndarray
+    ends: Int[Tensor, "batch"]
+    """Where each row's prompt ends: at its last token, where all of it counts."""
 
     @classmethod
     def of(cls, batch: Batch, corpus: Corpus, common: Bool[Tensor, "vocabulary"], device: torch.device) -> "_Targets":
         where = batch.counted[:, 1:]
         target = batch.tokens[:, 1:][where]
-        rows = corpus.document[batch.rows][:, None].expand_as(where)[where]
-        return cls(batch.tokens.to(device), where.to(device), target.to(device), ~common[target], rows.numpy())
+        documents = corpus.document[batch.rows]
+        rows = documents[:, None].expand_as(where)[where]
+        lengths = corpus.starts.diff()[batch.rows]
+        first = torch.where(batch.counted.any(1), batch.counted.int().argmax(1), lengths)
+        ends = torch.where(first > int(corpus.prepend_bos), first, lengths) - 1
+        tokens, where, target = batch.tokens.to(device), where.to(device), target.to(device)
+        return cls(tokens, where, target, ~common[target], rows.numpy(), documents.numpy(), ends)
 
     def logits(self, model: Model) -> Float[Tensor, "n vocabulary"]:
+        for live in acting(model):
+            live.expect(self.ends)
         with torch.no_grad():
             return model(self.tokens, return_type="logits")[:, :-1][self.where.to(self.tokens.device)]
 
-    def add(self, logits: Tensor, reference: Tensor, sums: _Sums) -> None:
+    def abstained(self, model: Model) -> np.ndarray:
+        silent = torch.zeros(len(self.tokens), dtype=torch.bool)
+        for live in acting(model):
+            silent |= live.abstained.cpu()
+        return silent.numpy()
+
+    def add(self, logits: Tensor, reference: Tensor, silent: np.ndarray, sums: _Sums) -> None:
         chunks = zip(*(t.split(_CHUNK) for t in (logits, reference, self.target)), strict=True)
         columns = (
             torch.cat([_outcomes(*chunk) for chunk in chunks]).double().cpu() if len(self.target) else torch.zeros(0, 4)
@@ -154,8 +176,10 @@ class _Targets:
         rare = self.rare.double()
         loss, top1, top10, kl = columns.unbind(1)
         table = torch.stack([loss, top1, top10, top1 * rare, kl], dim=1).numpy()
-        np.add.at(sums.values, self.document, table)
-        np.add.at(sums.counts, self.document, torch.stack([torch.ones_like(rare), rare], dim=1).numpy())
+        np.add.at(sums.values[:, : table.shape[1]], self.document, table)
+        np.add.at(sums.counts[:, :2], self.document, torch.stack([torch.ones_like(rare), rare], dim=1).numpy())
+        np.add.at(sums.values[:, -1], self.row_document, silent)
+        np.add.at(sums.counts[:, -1], self.row_document, 1)
 
 
 def _outcomes(
@@ -199,10 +223,10 @@ def _summaries(sums: Mapping[str, list[_Sums]], resamples: int, seed: int) -> It
     for condition, run in sums.items():
         pick = random.integers(len(run), size=draws) if len(run) > 1 else np.zeros(draws, dtype=np.int64)
         for column, metric in enumerate(METRICS):
-            of_rare = int(metric == "top1_rare")
-            n = int(first.counts[:, of_rare].sum())
+            per = _PER.get(metric, 0)
+            n = int(first.counts[:, per].sum())
             with np.errstate(invalid="ignore", divide="ignore"):
-                ratios = [_ratio(part, column, of_rare, weights, seen) for part in run]
+                ratios = [_ratio(part, column, per, weights, seen) for part in run]
                 value = float(np.mean([ratio[0] for ratio in ratios]))
                 drawn = np.stack([ratio[1] for ratio in ratios])[pick, np.arange(draws)]
             yield condition, metric, Measure(value, drawn, n)
@@ -212,8 +236,8 @@ def _summaries(sums: Mapping[str, list[_Sums]], resamples: int, seed: int) -> It
                 yield condition, "perplexity", perplexity
 
 
-def _ratio(part: _Sums, column: int, of_rare: int, weights: np.ndarray, seen: np.ndarray) -> tuple[float, np.ndarray]:
-    values, counts = part.values[seen, column], part.counts[seen, of_rare]
+def _ratio(part: _Sums, column: int, per: int, weights: np.ndarray, seen: np.ndarray) -> tuple[float, np.ndarray]:
+    values, counts = part.values[seen, column], part.counts[seen, per]
     return float(values.sum() / counts.sum()), (weights @ values) / (weights @ counts)
 
 
