@@ -17,6 +17,7 @@ _HOME = {
     "Box": "regions",
     "Chain": "interventions",
     "Clusters": "regions",
+    "Contrast": "regions",
     "Corpus": "corpora",
     "CorpusError": "errors",
     "Ellipsoid": "regions",
@@ -24,6 +25,7 @@ _HOME = {
     "Histogram": "statistics",
     "Intervention": "interventions",
     "KeySample": "statistics",
+    "KeySpace": "keyspace",
     "LensUnlearnError": "errors",
     "ModelError": "errors",
     "Moments": "statistics",
@@ -37,6 +39,7 @@ _HOME = {
     "fingerprint": "models",
     "fit_region": "regions",
     "generate": "evaluation.generation",
+    "key_space": "keyspace",
     "key_space_detection": "methods.key_space",
     "load_intervention": "interventions",
     "load_model": "models",
@@ -63,6 +66,7 @@ __all__ = [
     "Box",
     "Chain",
     "Clusters",
+    "Contrast",
     "Corpus",
     "CorpusError",
     "Ellipsoid",
@@ -70,6 +74,7 @@ __all__ = [
     "Histogram",
     "Intervention",
     "KeySample",
+    "KeySpace",
     "LensUnlearnError",
     "ModelError",
     "Moments",
@@ -84,6 +89,7 @@ __all__ = [
     "fingerprint",
     "fit_region",
     "generate",
+    "key_space",
     "key_space_detection",
     "load_intervention",
     "load_model",
@@ -121,6 +127,7 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.next_token import evaluate
     from lens_unlearn.evaluation.report import Report, separability
     from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Intervention, load_intervention
+    from lens_unlearn.keyspace import KeySpace, key_space
     from lens_unlearn.maps import NeuronMap
     from lens_unlearn.methods.attention import ov_basis
     from lens_unlearn.methods.controls import random_pruning
@@ -128,7 +135,7 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.selective_pruning import selective_pruning
     from lens_unlearn.models import fingerprint, load_model
-    from lens_unlearn.regions import Box, Clusters, Ellipsoid, fit_region
+    from lens_unlearn.regions import Box, Clusters, Contrast, Ellipsoid, fit_region
     from lens_unlearn.sites import Site
     from lens_unlearn.statistics import Histogram, KeySample, Moments
     from lens_unlearn.tuning import sweep, tune

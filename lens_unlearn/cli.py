@@ -35,7 +35,7 @@ Template = Annotated[str, typer.Option(help="How question and answer are joined;
 @app.command()
 def demo(
     out: Out = Path("demo-report"),
-    tokens: Tokens = 4000,
+    tokens: Tokens = 2500,
     seed: Annotated[int, typer.Option(help="Of splits and controls.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -154,7 +154,19 @@ def evaluate(
     window: Window = None,
     template: Template = "{prompt} {answer}",
     batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    answers: Annotated[
+        int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Run answers that are programs against their unit tests: code that a model wrote, in a subprocess with "
+            "limits, which is no sandbox. Off unless given.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the choice of questions.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -173,12 +185,18 @@ def evaluate(
         )
     told = {"tokens": tokens, "window": window, "template": _newlines(template)}
     texts = {name: lu.read_corpus(source, loaded, **told) for name, source in sources.items()}
-    report = lu.evaluate(loaded, texts, edits, batch_size=batch_size, seed=seed, progress=not quiet)
+    asked = {"answers": answers, "max_new_tokens": max_new_tokens, "allow_code_execution": allow_code_execution}
+    report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)
     with new_folder(out, overwrite=overwrite) as folder:
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
-    typer.echo(report.table().to_string())
+    shown = [
+        m for m in report.metrics if m in ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "unit_tests")
+    ]
+    typer.echo(report.table(shown).to_string())
+    if "not run" in str(report.provenance.get("answers", {}).get("unit_tests", "")):
+        typer.echo("unit tests were not run: that takes --allow-code-execution")
     typer.echo(f"report: {out / 'report.html'}")
 
 
@@ -224,16 +242,17 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
 
 
 def _per_layer(edit: Any) -> dict[str, str]:
-    from lens_unlearn.interventions import Ablate, Chain
+    from lens_unlearn.interventions import Abstain, Ablate, Adjust, Chain
 
-    members = edit.members if isinstance(edit, Chain) else (edit,)
-    return {
-        str(site): f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
-        for member in members
-        if isinstance(member, Ablate)
-        for site, chosen in member.selection.items()
-        if bool(chosen.any())
-    }
+    told: dict[str, str] = {}
+    for member in edit.members if isinstance(edit, Chain) else (edit,):
+        if isinstance(member, Ablate | Adjust):
+            for site, chosen in member.selection.items():
+                if bool(chosen.any()):
+                    told[str(site)] = f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
+        elif isinstance(member, Abstain):
+            told |= {str(site): repr(region) for site, region in member.regions.items()}
+    return told
 
 
 def _pairs(given: list[str], option: str) -> dict[str, str]:

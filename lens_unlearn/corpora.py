@@ -1,15 +1,17 @@
 """Texts become a `Corpus`: tokens, a mask of the positions that count, and document ids. Reading goes through `datasets`.
 
 A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``
-(or ``demo:NAME:SPLIT``; the default split is "dev", not trained on and not the test), a
+(or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", not trained on and not the test), a
 `datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
-then only the answer's tokens count, and the prompt is kept as the query.
+then only the answer's tokens count, and the prompt is kept as the query. Where rows also have the fields of MBPP, "test_list"
+and "test_setup_code", these are kept as the answer's unit tests.
 """
 
 import hashlib
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +24,9 @@ from torch import Tensor
 from lens_unlearn.coins import key_of, uniform
 from lens_unlearn.errors import CorpusError
 from lens_unlearn.sites import Model
-from lens_unlearn.sources import Source, open_source
+from lens_unlearn.sources import Pair, Source, open_source
 
-__all__ = ["Batch", "Corpus", "read_corpus"]
+__all__ = ["Answer", "Batch", "Corpus", "read_corpus"]
 
 DEFAULT_TEMPLATE = "{prompt} {answer}"
 DEFAULT_WINDOW = 512
@@ -38,6 +40,20 @@ class Batch:
     tokens: Int[Tensor, "batch pos"]
     counted: Bool[Tensor, "batch pos"]
     rows: Int[Tensor, "batch"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The true answer to a row's prompt."""
+
+    text: str
+    tests: tuple[str, ...] = ()
+    """Where the answer is a program: statements that fail if it is wrong."""
+    setup: str = ""
+    """What the tests need before them."""
+    marker: str = ""
+    """How a line begins with which the next prompt begins: the last line of what the template has before the prompt, where
+    that holds a letter or digit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +79,8 @@ class Corpus:
     """A digest of the tokenizer's vocabulary."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Documents left out while reading, by reason."""
+    answers: tuple[Answer | None, ...] = ()
+    """For each document its answer, where it was read as a prompt and an answer; empty where none was."""
 
     @property
     def n_tokens(self) -> int:
@@ -86,6 +104,9 @@ class Corpus:
         for tensor in (self.tokens.int(), self.counted, self.starts.long(), self.document.long()):
             digest.update(tensor.contiguous().numpy().tobytes())
         digest.update(f"{self.prepend_bos} {self.vocabulary}".encode())
+        tests = [(place, answer.tests, answer.setup) for place, answer in enumerate(self.answers) if answer]
+        if any(told for _, told, _ in tests):
+            digest.update(repr(tests).encode())
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Int[Tensor, "pos"]:
@@ -96,6 +117,10 @@ class Corpus:
         """Return the tokens of one row before its first counted token: BOS, and the prompt where there is one."""
         counted = self.counted[int(self.starts[index]) : int(self.starts[index + 1])]
         return self.row(index)[: int(counted.int().argmax())]
+
+    def answer(self, index: int) -> Answer | None:
+        """Return the true answer to the prompt of one row; None where it was not read as a prompt and an answer."""
+        return self.answers[int(self.document[index])] if self.answers else None
 
     @property
     def has_prompts(self) -> bool:
@@ -116,7 +141,7 @@ class Corpus:
         Args:
             tokens: Length of each prompt, BOS not included. Default: each row is cut at a random place, so that the
                 prompt's last token gives nothing away of the kind of text.
-            seed: Of the random places; a row's place depends on its document and the seed alone.
+            seed: Of the random places; a row's place depends on its tokens and the seed alone.
 
         Raises:
             CorpusError: If no row is longer than its prompt.
@@ -126,9 +151,7 @@ class Corpus:
         head, lengths = int(self.prepend_bos), self.starts.diff()
         body = lengths - head
         if tokens is None:
-            row_in_document = torch.arange(self.n_rows) - torch.searchsorted(self.document, self.document)
-            numbers = [key_of(self.keys[d], r, seed) for d, r in zip(self.document.tolist(), row_in_document.tolist())]
-            drawn = uniform(torch.tensor(numbers)).double()
+            drawn = uniform(torch.tensor([self._row_key(row, seed) for row in range(self.n_rows)])).double()
             # At least four tokens of prompt and of text behind it, where the row is long enough.
             room = (body - 1).clamp(1, 4)
             ends = head + (room + drawn * (body - 2 * room + 1).clamp_min(1)).long().minimum((body - 1).clamp_min(1))
@@ -136,7 +159,8 @@ class Corpus:
             ends = torch.full_like(body, head + tokens)
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
-        cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of])
+        # What the true answers answer is no longer the prompt.
+        cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of], answers=())
         kept = lengths > ends
         if not bool(kept.any()):
             raise CorpusError(
@@ -164,6 +188,7 @@ class Corpus:
             name=f"prompts of {self.name}",
             tokens=self.tokens[inside],
             counted=(place == ends[row_of] - 1)[inside],
+            answers=(),
             starts=torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)]),
         )
         return shorter if bool(kept.all()) else shorter._rows(kept)
@@ -196,10 +221,13 @@ class Corpus:
     def places(self, batch: Batch) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
         """Return for every position of a batch a key of its document, and a number that tells it from the others there."""
         keys = torch.tensor([key_of(self.keys[d]) for d in self.document[batch.rows].tolist()])
-        # Rows of one document follow one another, so the distance to the document's first row is the row's number in it.
-        row = batch.rows - torch.searchsorted(self.document, self.document[batch.rows])
-        place = row[:, None] * 2**32 + torch.arange(batch.tokens.shape[1])
+        row = torch.tensor([self._row_key(row) for row in batch.rows.tolist()])
+        place = row[:, None] + torch.arange(batch.tokens.shape[1])
         return keys[:, None].expand_as(place).reshape(-1), place.reshape(-1)
+
+    def _row_key(self, row: int, seed: int = 0) -> int:
+        """Return a number for a row's tokens; a row's number in its document is another one where rows were left out."""
+        return key_of(self.row(row).int().numpy().tobytes(), seed)
 
     def check(self, model: Model) -> None:
         """Refuse a model with another vocabulary or a shorter context.
@@ -256,6 +284,9 @@ class Corpus:
             starts=torch.cat([torch.zeros(1, dtype=torch.long), self.starts.diff()[rows].cumsum(0)]),
             document=(kept.cumsum(0) - 1)[self.document[rows]],
             keys=tuple(key for key, yes in zip(self.keys, kept.tolist(), strict=True) if yes),
+            answers=tuple(one for one, yes in zip(self.answers, kept.tolist(), strict=True) if yes)
+            if self.answers
+            else (),
         )
 
     def first(self, tokens: int) -> "Corpus":
@@ -281,9 +312,13 @@ class Corpus:
             starts=torch.cat([self.starts, other.starts[1:] + self.starts[-1]]),
             document=torch.cat([self.document, other.document + self.n_documents]),
             keys=self.keys + other.keys,
+            answers=self._answers() + other._answers() if self.answers or other.answers else (),
             window=max(self.window, other.window),
             skipped={r: self.skipped.get(r, 0) + other.skipped.get(r, 0) for r in {**self.skipped, **other.skipped}},
         )
+
+    def _answers(self) -> tuple[Answer | None, ...]:
+        return self.answers or (None,) * self.n_documents
 
     def split(self, *shares: float, seed: int = 0) -> "list[Corpus]":
         """Split by document into parts of about the given shares of the counted tokens.
@@ -363,7 +398,8 @@ def read_corpus(
         model: Whose tokenizer and context length to use.
         tokens: Stop after this many counted tokens (exactly); None reads everything.
         field: The field that holds the text (default "text"), or "question>answer"; also possible inside the source.
-        template: How prompt and answer are joined.
+        template: How prompt and answer are joined. ``{tests}`` stands for the unit tests, where rows have some: without
+            them, MBPP does not say how the function is to be called.
         window: Longest row in tokens, BOS included; longer documents become several rows. Default: the model's
             context, at most 512.
         prepend_bos: Whether every row begins with BOS. Default: as the model was trained (`cfg.default_prepend_bos`).
@@ -389,8 +425,8 @@ def read_corpus(
     opened = open_source(source, field)
     builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
     encoder = _Encoder(tokenizer, template, count or ("answer" if opened.is_pairs else "all"))
-    for ids, counts, key in encoder.encode(opened.texts, builder.skipped):
-        if not builder.add(ids, counts, key):
+    for ids, counts, key, answer in encoder.encode(opened.texts, builder.skipped):
+        if not builder.add(ids, counts, key, answer):
             break
     return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer))
 
@@ -405,6 +441,10 @@ def vocabulary_digest(tokenizer: Any) -> str:
     return known
 
 
+_Document = tuple[list[int], list[bool], str, Answer | None]
+"""Tokens, which of them count, a digest of the text, and the answer."""
+
+
 class _Encoder:
     """Tokenizes documents, and says which tokens of each count."""
 
@@ -414,11 +454,12 @@ class _Encoder:
         if "{prompt}" not in template or not template.rstrip().endswith("{answer}"):
             raise CorpusError(f"the template {template!r} must hold {{prompt}} and end with {{answer}}")
         self.tokenizer, self.template, self.count = tokenizer, template, count
+        before = re.split(r"\{(?:prompt|tests)\}", template)[0].strip().splitlines()
+        marker = before[-1].strip() if before else ""
+        self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone may begin a line of an answer too
 
-    def encode(
-        self, texts: Iterable[str | tuple[str, str] | None], skipped: Counter[str]
-    ) -> Iterator[tuple[list[int], list[bool], str]]:
-        chunk: list[tuple[str, int]] = []
+    def encode(self, texts: Iterable[str | Pair | None], skipped: Counter[str]) -> Iterator[_Document]:
+        chunk: list[tuple[str, int, Answer | None]] = []
         for text in texts:
             joined = self._join(text)
             if joined is None:
@@ -431,22 +472,25 @@ class _Encoder:
         if chunk:
             yield from self._tokenize(chunk)
 
-    def _join(self, text: Any) -> tuple[str, int] | None:
-        """Return the whole text and the character at which its counted part begins."""
+    def _join(self, text: Any) -> tuple[str, int, Answer | None] | None:
+        """Return the whole text, the character at which its counted part begins, and the answer that this part is."""
         if isinstance(text, str) and text.strip():
-            return text, 0
-        if isinstance(text, tuple) and all(isinstance(part, str) and part.strip() for part in text):
-            prompt, answer = text
-            head = self.template[: self.template.rindex("{answer}")].replace("{prompt}", prompt)
-            return head + answer, len(head) if self.count == "answer" else 0
+            return text, 0, None
+        if isinstance(text, Pair) and all(isinstance(part, str) and part.strip() for part in text[:2]):
+            given = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
+            head = self.template[: self.template.rindex("{answer}")]
+            head = re.sub(r"\{(?:prompt|tests)\}", lambda found: given[found[0]], head)
+            if self.count == "all":
+                return head + text.answer, 0, None
+            return head + text.answer, len(head), Answer(text.answer, text.tests, text.setup, self.marker)
         return None
 
-    def _tokenize(self, chunk: list[tuple[str, int]]) -> Iterator[tuple[list[int], list[bool], str]]:
-        texts = [text for text, _ in chunk]
+    def _tokenize(self, chunk: list[tuple[str, int, Answer | None]]) -> Iterator[_Document]:
+        texts = [text for text, _, _ in chunk]
         fast = getattr(self.tokenizer, "is_fast", False)
         # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
         out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-        for i, (text, begin) in enumerate(chunk):
+        for i, (text, begin, answer) in enumerate(chunk):
             ids = out["input_ids"][i]
             if begin == 0:  # all of it, also tokens that stand for no character
                 counted = [True] * len(ids)
@@ -455,7 +499,7 @@ class _Encoder:
             else:
                 before = len(self.tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
                 counted = [position >= before for position in range(len(ids))]
-            yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+            yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16], answer
 
 
 class _Builder:
@@ -468,10 +512,11 @@ class _Builder:
         self.lengths: list[int] = []
         self.document: list[int] = []
         self.keys: list[str] = []
+        self.answers: list[Answer | None] = []
         self.skipped: Counter[str] = Counter()
         self.total = 0
 
-    def add(self, ids: list[int], counted: list[bool], key: str) -> bool:
+    def add(self, ids: list[int], counted: list[bool], key: str, answer: Answer | None = None) -> bool:
         """Add a document; return whether there is room for more."""
         if len(ids) + (self.bos is not None) < 2 or not any(counted):
             self.skipped["shorter than two tokens"] += 1
@@ -487,6 +532,7 @@ class _Builder:
                 if self.total < self.budget:
                     self._row(ids[start : start + body], counted[start : start + body])
         self.keys.append(key)
+        self.answers.append(None if all(counted) else answer)  # without a prompt there is nothing that it answers
         return self.total < self.budget
 
     def _row(self, ids: list[int], counted: list[bool]) -> None:
@@ -517,4 +563,5 @@ class _Builder:
             prepend_bos=bos,
             vocabulary=vocabulary,
             skipped=dict(self.skipped),
+            answers=tuple(self.answers) if any(self.answers) else (),
         )

@@ -11,8 +11,8 @@ object that `on` yields. Each hook takes a tensor and returns a new one of the s
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -58,29 +58,58 @@ class Live:
         self.notes: dict[int, Any] = {}
         """What members keep from hook to hook, and from a prompt to the tokens generated behind it."""
         self._ends: Tensor | None = None
+        self._stop: tuple[int, ...] = ()
+        self._refusals: dict[int, str] = {}
         self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def expect(self, ends: Int[Tensor, "batch"] | None) -> None:
-        """Say where each row's prompt ends in the forward passes to come; they begin new texts.
+    def expect(self, ends: Int[Tensor, "batch"] | None, stop: Sequence[int] = ()) -> None:
+        """Say where each row's prompt ends in the next forward pass, which begins new texts.
 
         Args:
             ends: Positions of the prompts' last tokens; None for each row's last token that is no padding, which is what
                 holds where nothing was said.
+            stop: Tokens that end a text that is being generated, besides the tokenizer's.
         """
-        self._ends, self.rows = ends, None
+        self._ends, self._stop, self.rows = ends, tuple(stop), None
+        self.notes.clear()
 
     def refusal(self, row: int) -> str | None:
         """Return what is written in place of a row of the last forward pass or generation; None if nothing is."""
-        if row >= len(self.abstained) or not bool(self.abstained[row]):
-            return None
-        return next((m.refusal for m in _members(self.intervention) if isinstance(m, Abstain)), REFUSAL)
+        return self._refusals.get(row)
 
-    def begin(self, tokens: Int[Tensor, "batch pos"], cached: int) -> None:
-        """Look at the tokens of a forward pass before it runs."""
-        self.rows = Rows.of(tokens, cached, self.rows, _pad_of(self.model), self._ends)
+    def begin(self, tokens: Int[Tensor, "batch pos"] | None, cached: int) -> None:
+        """Look at the tokens of a forward pass before it runs; None where it runs on something else."""
+        self._settle()  # of a pass that was cut short
+        if tokens is None:
+            self.rows = None
+            return
+        stop = {*_ends_of_text(self.model), *self._stop}
+        self.rows = Rows.of(tokens, cached, self.rows, _pad_of(self.model), self._ends, stop)
+        self._ends = None
         if not self.rows.continues:
             self.notes.clear()
+            self._refusals.clear()
             self.abstained = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    def withhold(self, rows: Bool[Tensor, "batch"], refusal: str) -> None:
+        """Note that rows get no answer but a refusal."""
+        self.abstained = self.abstained | rows
+        for row in rows.nonzero()[:, 0].tolist():
+            self._refusals.setdefault(row, refusal)
+
+    def _settle(self) -> None:
+        for member in _members(self.intervention):
+            member.settle(self)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Forget the forward passes of a `with` block, which are not the user's."""
+        kept = (self.rows, self.abstained, self._ends, self._stop, self._refusals, self.notes)
+        self._refusals, self.notes = {}, {}
+        try:
+            yield
+        finally:
+            self.rows, self.abstained, self._ends, self._stop, self._refusals, self.notes = kept
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a constant of the intervention on an activation's device; floating ones also in its dtype."""
@@ -99,50 +128,88 @@ class Rows:
     """Where a forward pass stands in the texts of its rows."""
 
     tokens: Int[Tensor, "batch pos"]
+    cached: int
+    """How many positions stand before these tokens, in a cache."""
     ends: Int[Tensor, "batch"]
-    """The position of each prompt's last token."""
-    real: Bool[Tensor, "batch pos"]
-    """False at padding."""
+    """The position of each prompt's last token, counted from the beginning of the text."""
+    text: Bool[Tensor, "batch pos"]
+    """False at padding behind a prompt, and behind a text whose generation has ended."""
     keys: Int[Tensor, "batch pos"]
     """A random key per position, of the real tokens up to it: independent of batch, padding and cache."""
     continues: bool
     """Whether this pass goes on with a generation, so that what was decided at the prompt stays."""
     carry: Int[Tensor, "batch 2"]
+    over: Bool[Tensor, "batch"]
+    """Where the text that is generated has ended."""
 
     @classmethod
     def of(
-        cls, tokens: Tensor, cached: int, last: "Rows | None", pad: int | None, prompt_ends: Tensor | None
+        cls,
+        tokens: Int[Tensor, "batch pos"],
+        cached: int,
+        last: "Rows | None",
+        pad: int | None = None,
+        prompt_ends: Int[Tensor, "batch"] | None = None,
+        stop: Collection[int] = (),
     ) -> "Rows":
         """Read one pass, given the one before it.
 
-        A pass goes on with the one before if it has that one's keys and values in its cache, or if its tokens are that
-        one's and one more for each row.
+        A pass goes on with the one before if it has that one's positions and no others in its cache, or if it has no
+        cache, and its tokens are that one's and one more for each row.
         """
         rows, width = tokens.shape
-        grown = last is not None and last.tokens.shape == (rows, width - 1) and torch.equal(last.tokens, tokens[:, :-1])
-        cached_on = last is not None and cached > 0 and len(last.tokens) == rows
+        if last is not None and (len(last.tokens) != rows or not last._goes_on(tokens, cached)):
+            last = None
         blank = tokens == pad if pad is not None else torch.zeros_like(tokens, dtype=torch.bool)
-        if cached:
-            # A pad in the middle of a generation stands behind a row's end.
-            real, after = ~blank, torch.zeros_like(blank)
+        known = 0 if last is None else last._width - cached  # of these tokens, in the pass before
+        before = last.carry if last is not None and cached else tokens.new_zeros(rows, 2, dtype=torch.int64)
+        # Padding on the right is followed by nothing that has a key, so that only padding on the left matters.
+        leading = blank.long().cumprod(1).bool() & (before[:, :1] == 0)
+        keys, carry = prefixes(tokens.long(), (~leading).long(), before)
+        if last is not None:
+            ends = last.ends
+            ended = torch.isin(tokens[:, known:], tokens.new_tensor(sorted(stop))).long().cummax(1).values.bool()
+            ended |= last.over[:, None]
+            text, over = torch.cat([last.text[:, :known], ~ended], dim=1), ended[:, -1]
         else:
             after = blank.flip(1).long().cumprod(1).flip(1).bool()
-            real = ~(after | blank.long().cumprod(1).bool())
-        before = last.carry if last is not None and cached_on else tokens.new_zeros(rows, 2, dtype=torch.int64)
-        keys, carry = prefixes(tokens.long(), real.long(), before)
-        if prompt_ends is not None and not cached:
-            ends = prompt_ends.to(tokens.device)
-        elif grown and last is not None:
-            ends = last.ends
-        elif cached_on:
-            ends = torch.full((rows,), -1, device=tokens.device)  # before this pass
-        else:
-            ends = torch.where(after.all(1), width - 1, width - 1 - after.sum(1))
-        return cls(tokens, ends, ~after, keys, grown or cached_on, carry)
+            text, over = ~after, torch.zeros_like(after[:, 0])
+            ends = cached + torch.where(after.all(1), width - 1, width - 1 - after.sum(1))
+            if prompt_ends is not None:
+                if prompt_ends.shape != ends.shape:
+                    raise LensUnlearnError(f"{len(prompt_ends)} ends of prompts were given for {rows} rows")
+                ends = prompt_ends.to(tokens.device)
+        return cls(tokens, cached, ends, text, keys, last is not None, carry, over)
+
+    @property
+    def _width(self) -> int:
+        return self.cached + self.tokens.shape[1]
+
+    def _goes_on(self, tokens: Tensor, cached: int) -> bool:
+        if cached:
+            return cached == self._width
+        return not self.cached and self._width == tokens.shape[1] - 1 and torch.equal(self.tokens, tokens[:, :-1])
+
+    def check(self, activation: Tensor) -> None:
+        """Refuse an activation that is not of these tokens.
+
+        Raises:
+            LensUnlearnError: Naming both shapes.
+        """
+        if activation.shape[:2] != self.tokens.shape:
+            raise LensUnlearnError(
+                f"activations of shape {tuple(activation.shape)} are not those of tokens of shape "
+                f"{tuple(self.tokens.shape)}: run the model on tokens, from its first layer"
+            )
 
 
 def _pad_of(model: Model) -> int | None:
     return getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+
+
+def _ends_of_text(model: Model) -> set[int]:
+    known = (getattr(m, "eos_token_id", None) for m in (getattr(model, "tokenizer", None), model.cfg))
+    return {t for one in known if one is not None for t in ([one] if isinstance(one, int) else one)}
 
 
 class _Finish:
@@ -182,6 +249,9 @@ class Intervention(ABC):
         """Whether it can withhold an answer."""
         return any(isinstance(member, Abstain) for member in _members(self))
 
+    def settle(self, live: Live) -> None:  # noqa: B027 - most have nothing to decide
+        """Decide on what the hooks saw in a forward pass that is over; only called where `looks_at_rows`."""
+
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Change the logits at the end of a forward pass; only called where `looks_at_rows`."""
         return logits
@@ -204,7 +274,10 @@ class Intervention(ABC):
             ModelError: If the model is in training mode.
         """
         hooks = list(self.hooks())
-        points = resolve(model, [site for site, _ in hooks]) if hooks else {}
+        with ExitStack() as outer:
+            for live in acting(model):  # the probe is no text of theirs
+                outer.enter_context(live._aside())
+            points = resolve(model, [site for site, _ in hooks]) if hooks else {}
         self.check(points)
         live = Live(self, model)
         removers: list[Callable[[], bool]] = []
@@ -238,7 +311,9 @@ class Intervention(ABC):
 
 
 def _members(intervention: Intervention) -> tuple[Intervention, ...]:
-    return intervention.members if isinstance(intervention, Chain) else (intervention,)
+    if not isinstance(intervention, Chain):
+        return (intervention,)
+    return tuple(one for member in intervention.members for one in _members(member))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -461,13 +536,15 @@ class Adjust(Intervention):
             mf, sf, mr, sr, up = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, lift))
             chosen = flat.index_select(2, where).float()
             z = (chosen - mf) / sf
-            odds = 0.5 * (((chosen - mr) / sr).square() - z.square()) + up  # log p_f / p_r
+            away = (chosen - mr) / sr
+            odds = 0.5 * (away - z) * (away + z) + up  # log p_f / p_r; the squares' difference, before they overflow
             flip = odds >= 0
             if random:
                 if live.rows is None:
                     raise LensUnlearnError(
                         "rule='random' needs token ids: run the model on tokens, or take 'deterministic'"
                     )
+                live.rows.check(x)
                 flip &= uniform(live.rows.keys[:, :, None] + live.like(neuron, x)) < odds.sigmoid()
             new = torch.where(flip, (mr - sr * z).to(x.dtype), flat.index_select(2, where))
             return flat.index_copy(2, where, new).reshape(x.shape)
@@ -545,41 +622,48 @@ class Abstain(Intervention):
 
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         """Return one hook per site: it only looks."""
-        return [(site, self._hook(region)) for site, region in self.regions.items()]
+        return [(site, self._hook(site, region)) for site, region in self.regions.items()]
 
-    def _hook(self, region: Region) -> HookFunction:
+    def _hook(self, site: Site, region: Region) -> HookFunction:
         def look(x: Tensor, live: Live) -> Tensor:
             rows = live.rows
             if rows is None:
                 raise LensUnlearnError("Abstain needs token ids: run the model on tokens")
+            rows.check(x)
             keys = x.detach().flatten(2)
+            ends, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
             if self.when == "every_token":
-                place = torch.arange(x.shape[1], device=x.device)
-                inside = region.contains(keys) & (place >= rows.ends[:, None]) & rows.real
-                self._count(live, inside)
-            elif not rows.continues:
-                at = keys[torch.arange(len(keys), device=x.device), rows.ends]
-                self._count(live, region.contains(at)[:, None])
+                inside = region.contains(keys) & (torch.arange(width, device=x.device) >= ends[:, None]) & rows.text
+            else:
+                fresh = (ends >= (width - 1 if rows.continues and not rows.cached else 0)) & (ends < width)
+                at = keys[torch.arange(len(keys), device=x.device), ends.clamp(0, width - 1)]
+                inside = (region.contains(at) & fresh)[:, None]
+            live.notes.setdefault(id(self), {}).setdefault("votes", {})[site] = inside
             return x
 
         return look
 
-    def _count(self, live: Live, inside: Bool[Tensor, "batch pos"]) -> None:
-        note = live.notes.setdefault(id(self), {})
-        note["votes"] = note.get("votes", 0) + inside.long()
+    def settle(self, live: Live) -> None:
+        """Count the votes of the pass that is over: where in it is silence, and which rows keep silent from then on."""
+        note = live.notes.get(id(self), {})
+        votes = note.pop("votes", None)
+        if not votes:
+            return
+        fired = torch.stack(list(votes.values())).sum(0) >= self.vote
+        silent, before = fired.long().cummax(1).values.bool(), note.get("silent")
+        if before is not None:
+            # Without a cache, a generation's next pass holds the positions of the one before again.
+            again = self.when == "every_token" and live.rows is not None and not live.rows.cached
+            silent = silent | (torch.cat([before, before[:, -1:]], dim=1) if again else before[:, -1:])
+        note["silent"] = silent
+        live.withhold(silent[:, -1], self.refusal)
 
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Make the logits of abstained rows constant."""
-        note = live.notes.setdefault(id(self), {})
-        silent = note.get("silent")
-        votes = note.pop("votes", None)
-        if votes is not None:
-            fired = (votes >= self.vote).long().cummax(1).values.bool()
-            silent = fired if silent is None else fired | silent[:, -1:]
-            note["silent"] = silent
+        self.settle(live)
+        silent = live.notes.get(id(self), {}).get("silent")
         if silent is None:
             return logits
-        live.abstained = live.abstained | silent.any(1)
         # The model may have kept the logits of the last positions only.
         where = silent[:, -1:] if silent.shape[1] < logits.shape[1] else silent[:, -logits.shape[1] :]
         constant = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
@@ -611,7 +695,9 @@ class Abstain(Intervention):
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Abstain":
         """Rebuild from `parts`."""
         regions = {
-            Site.parse(site): region_from_parts(told, {n: tensors[f"{n}/{site}"] for n in ("centres", "scale")})
+            Site.parse(site): region_from_parts(
+                told, {n.removesuffix(f"/{site}"): t for n, t in tensors.items() if n.endswith(f"/{site}")}
+            )
             for site, told in header["regions"].items()
         }
         return cls(regions, int(header["vote"]), header["when"], str(header["refusal"]), header["rates"])

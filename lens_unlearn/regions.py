@@ -1,11 +1,14 @@
-"""Regions of key space: `Box`, `Ellipsoid`, `Clusters`. Each is fitted on keys of one skill and says which keys are inside.
+"""Regions of key space: `Box`, `Ellipsoid`, `Clusters`, `Contrast`.
+
+Each is fitted on keys of one skill, and says which keys are inside.
 
 Every region has a score that is 0 at a centre and grows outwards; a key is inside while its score is at most `limit`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -14,14 +17,14 @@ from torch import Tensor
 
 from lens_unlearn.errors import LensUnlearnError
 
-__all__ = ["Box", "Clusters", "Ellipsoid", "Region", "fit_region", "region_from_parts"]
+__all__ = ["Box", "Clusters", "Contrast", "Ellipsoid", "Region", "fit_region", "region_from_parts"]
 
 FLOOR = 0.1
 """The smallest scale of a coordinate, as a share of the median positive standard deviation of the layer."""
 FEWEST = 8
 """The fewest keys a region is fitted on."""
 
-Shape = Literal["box", "ellipsoid", "clusters"]
+Shape = Literal["box", "ellipsoid", "clusters", "contrast"]
 R = TypeVar("R", bound="Region")
 
 
@@ -57,7 +60,7 @@ class Region(ABC):
 
     def score(self, keys: Float[Tensor, "*keys n"]) -> Float[Tensor, "*keys"]:
         """Return how far keys are from the nearest centre, in units of the scale; NaN for a key with a NaN."""
-        keys = keys.float()
+        keys = keys.float().contiguous()  # sums over another layout differ in the last digit
         scale = self.scale.to(keys.device)
         scores = [self._norm((keys - centre.to(keys.device)) / scale) for centre in self.centres]
         return scores[0] if len(scores) == 1 else torch.stack(scores).amin(0)
@@ -72,7 +75,7 @@ class Region(ABC):
     @property
     def alpha(self) -> float:
         """The limit in units of the score that covers the fit."""
-        return self.limit / self.k
+        return self.limit / self.k if self.k > 0 else math.inf
 
     def at(self: R, limit: float) -> R:
         """Return the same region with another limit."""
@@ -122,13 +125,47 @@ class Clusters(Ellipsoid):
     shape = "clusters"
 
 
-_SHAPES: dict[str, type[Region]] = {kind.shape: kind for kind in (Box, Ellipsoid, Clusters)}
+@dataclass(frozen=True, eq=False, repr=False)
+class Contrast(Ellipsoid):
+    """Score = distance from the skill's ellipsoid over the distance from the ellipsoid of everything else.
+
+    Not published: the other regions look at the skill's own keys alone, this one also at what it is to be told from.
+
+    Args:
+        other_centre: Mean of the other keys.
+        other_scale: Their standard deviations, floored like `scale`.
+    """
+
+    shape = "contrast"
+
+    other_centre: Float[Tensor, "n"] = field(default_factory=lambda: torch.zeros(0))
+    other_scale: Float[Tensor, "n"] = field(default_factory=lambda: torch.ones(0))
+
+    def __post_init__(self) -> None:
+        """Check the other side too."""
+        super().__post_init__()
+        Ellipsoid(self.other_centre[None], self.other_scale, self.limit)
+        if len(self.other_scale) != len(self.scale):
+            raise LensUnlearnError("the two sides of a contrast have different numbers of coordinates")
+
+    def score(self, keys: Float[Tensor, "*keys n"]) -> Float[Tensor, "*keys"]:
+        """Return the ratio of the two distances; NaN for a key with a NaN."""
+        return super().score(keys) / Ellipsoid(self.other_centre[None], self.other_scale, 1.0).score(keys)
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what a file keeps."""
+        header, tensors = super().parts()
+        return header, {**tensors, "other_centre": self.other_centre, "other_scale": self.other_scale}
+
+
+_SHAPES: dict[str, type[Region]] = {kind.shape: kind for kind in (Box, Ellipsoid, Clusters, Contrast)}
 
 
 def fit_region(
     keys: Float[Tensor, "keys n"],
     shape: Shape = "box",
     *,
+    others: Float[Tensor, "others n"] | None = None,
     coverage: float = 1.0,
     alpha: float = 1.0,
     clusters: int = 4,
@@ -138,15 +175,16 @@ def fit_region(
 
     mu and sigma are each coordinate's mean and sample standard deviation (n - 1); sigma is raised to a tenth of the median
     of the positive ones where it is smaller, since hundreds of coordinates of a ReLU layer can be constant. k is the
-    `coverage` quantile of the keys' scores, the largest score for coverage 1; in closed form for the box: k = max_i max_d
-    |v_id - mu_d| / sigma_d. The limit is alpha k.
+    smallest score that covers the share `coverage` of the keys, the largest for coverage 1; in closed form for the box:
+    k = max_i max_d |v_id - mu_d| / sigma_d. The limit is alpha k.
 
     Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (2025), whose released code finds
     k by bisection and has no floor.
 
     Args:
         keys: One row per query.
-        shape: "box" (published), "ellipsoid" or "clusters".
+        shape: "box" (published), "ellipsoid", "clusters", or "contrast".
+        others: Keys of other skills; needed for "contrast", and not looked at else.
         coverage: Share of the keys that alpha = 1 covers, in (0, 1]. Below 1, one outlier does not set the limit.
         alpha: The limit in units of k.
         clusters: Centres of "clusters".
@@ -163,19 +201,34 @@ def fit_region(
         raise LensUnlearnError(f"alpha={alpha} is out of range: above 0")
     if len(keys) < FEWEST:
         raise LensUnlearnError(f"{len(keys)} queries are too few to fit a region: at least {FEWEST}")
+    centres, sigma, floored = _spread(keys, clusters if shape == "clusters" else 1, seed)
+    told: dict[str, Any] = {}
+    if shape == "contrast":
+        if others is None or len(others) < FEWEST:
+            raise LensUnlearnError(f"a contrast needs {FEWEST} queries of other skills at least: give retain queries")
+        centre, told["other_scale"], _ = _spread(others, 1, seed)
+        told["other_centre"] = centre[0]
+    region = _SHAPES[shape](centres, sigma, 1.0, 1.0, floored, **told)
+    # The smallest that covers so many: a quantile that interpolates between n - 1 gaps would cover one more.
+    k = float(region.score(keys).sort().values[math.ceil(coverage * len(keys) - 1e-9) - 1])
+    return replace(region, limit=alpha * k, k=k)
+
+
+def _spread(
+    keys: Float[Tensor, "keys n"], clusters: int, seed: int
+) -> tuple[Float[Tensor, "centres n"], Float[Tensor, "n"], int]:
+    """Return centres, the standard deviation about them with its floor, and how many coordinates that touched."""
     values = keys.double()
     if not bool(torch.isfinite(values).all()):
         raise LensUnlearnError("a key to fit on holds NaN or infinity")
-    centres = _centres(values, clusters, seed) if shape == "clusters" else values.mean(0, keepdim=True)
+    centres = values.mean(0, keepdim=True) if clusters == 1 else _centres(values, clusters, seed)
     nearest = centres[torch.cdist(values, centres).argmin(1)]
     sigma = ((values - nearest).square().sum(0) / (len(values) - len(centres))).sqrt()
     positive = sigma[sigma > 1e-12 * values.abs().amax(0)]
     if len(positive) == 0:
         raise LensUnlearnError("every coordinate of the keys is constant: these queries all end in the same state")
     floor = FLOOR * positive.median()
-    region = _SHAPES[shape](centres.float(), sigma.clamp_min(floor).float(), 1.0, 1.0, int((sigma < floor).sum()))
-    k = float(torch.quantile(region.score(keys).double(), coverage, interpolation="higher"))
-    return replace(region, limit=alpha * k, k=k)
+    return centres.float(), sigma.clamp_min(floor).float(), int((sigma < floor).sum())
 
 
 def _centres(values: Float[Tensor, "keys n"], count: int, seed: int) -> Float[Tensor, "centres n"]:
@@ -199,4 +252,5 @@ def region_from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if header["shape"] not in _SHAPES:
         raise LensUnlearnError(f"{header['shape']!r} is not a region this version knows: upgrade to read it")
     told = {name: header[name] for name in ("limit", "k", "floored")}
-    return _SHAPES[header["shape"]](tensors["centres"].float(), tensors["scale"].float(), **told)
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    return _SHAPES[header["shape"]](**floats, **told)

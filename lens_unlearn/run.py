@@ -19,25 +19,31 @@ from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.next_token import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.interventions import Ablate, Intervention
+from lens_unlearn.interventions import Ablate, Adjust, Intervention
 from lens_unlearn.maps import NeuronMap
+from lens_unlearn.methods.key_space import key_space_detection
+from lens_unlearn.methods.neuron_adjust import adjust_score, neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.models import load_model
 from lens_unlearn.sites import Model, Site
-from lens_unlearn.statistics import Histogram, Moments
-from lens_unlearn.tuning import controls_for, prepare, tune, with_progress
+from lens_unlearn.statistics import Histogram, KeySample, Moments
+from lens_unlearn.tuning import Method, controls_for, prepare, prompted, strength_of, tune, with_progress
 
 __all__ = ["METHODS", "Experiment", "Plan", "new_folder"]
 
 METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
     "selective-pruning": (selective_pruning, {"site": "mlp.post"}),
     "selective-pruning-attention": (selective_pruning, {"site": "attn.z"}),
+    "neuron-adjust": (neuron_adjust, {}),
+    "key-space-detection": (key_space_detection, {}),
 }
 """Methods by the name that the command line and the report use, with what the name fixes."""
 
 READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
+QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
 SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
-_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference")
+FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference", "held_out")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,10 @@ class Plan:
     controls: int = 5
     """Random controls per method, each with a seed of its own."""
     sweep: bool = True
+    fractions: tuple[float, ...] = SWEEP
+    """Shares of neurons to sweep over."""
+    false_alarms: tuple[float, ...] = FALSE_ALARMS
+    """Shares of false alarms to sweep over, for methods that judge prompts."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -112,6 +122,8 @@ class Parts:
     fit: dict[str, Corpus]
     tune: dict[str, Corpus]
     test: dict[str, Corpus]
+    queries: dict[str, Corpus]
+    """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
     removed: dict[str, int]
     """Documents taken out of the fit because they also stand in a test source."""
 
@@ -135,7 +147,8 @@ class Experiment:
         self.parts = self._read()
         self.edits: dict[str, Intervention] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
-        self.moments: dict[str, tuple[Moments, Moments]] = {}
+        self.fitted: dict[str, tuple[Any, Any]] = {}
+        """What each method was fitted to: moments, keys, or the corpora themselves."""
 
     def _corpus(self, source: str) -> Corpus:
         plan = self.plan
@@ -157,19 +170,36 @@ class Experiment:
             "retain": self._sources(plan.test_retain),
         }
         known = [*also.values(), *tests["forget"], *tests["retain"]]
-        fit, tuning, test, removed = {}, {}, {}, {}
+        fit, tuning, test, queries, removed = {}, {}, {}, {}, {}
         for name, wholes in given.items():
             shares = (0.6, 0.4) if tests[name] else (0.4, 0.25, 0.35)
             cleaned = [whole.without(*known) for whole in wholes]
             removed[name] = sum(count for _, count in cleaned)
             parts = list(zip(*(whole.split(*shares, seed=plan.seed) for whole, _ in cleaned), strict=True))
             fit[name] = self._pool(name, parts[0], plan.tokens)
-            tuning[name] = self._pool(name, parts[1], plan.tokens // 2)
-            test[name] = self._pool(name, tests[name] or parts[2], plan.tokens)
+            tuning[name] = self._pool(name, self._prompted(parts[1]), plan.tokens // 2)
+            test[name] = self._pool(name, self._prompted(tests[name] or parts[2]), plan.tokens)
+            if self.judges_prompts:
+                queries[name] = self._queries(name, parts[0])
         if set(fit["forget"].keys) == set(fit["retain"].keys):
             raise CorpusError("forget and retain hold the same documents: nothing could tell them apart")
-        test |= {name: self._pool(name, [corpus], plan.tokens) for name, corpus in also.items()}
-        return Parts(fit, tuning, test, removed)
+        test |= {name: self._pool(name, self._prompted([corpus]), plan.tokens) for name, corpus in also.items()}
+        return Parts(fit, tuning, test, queries, removed)
+
+    @property
+    def judges_prompts(self) -> bool:
+        """Whether a method looks at prompts, so that plain texts are cut into prompts and what follows."""
+        return any(METHODS[name][0] is key_space_detection for name in self.plan.methods)
+
+    def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
+        functions = [METHODS[method][0] for method in self.plan.methods]
+        return [prompted({"": corpus}, functions, self.plan.seed)[""] for corpus in corpora]
+
+    def _queries(self, name: str, corpora: Sequence[Corpus]) -> Corpus:
+        """Draw prompts of every source, in equal numbers."""
+        cut = self._prompted(corpora)
+        per_source = -(-QUERIES // len(cut))
+        return self._pool(name, cut, sum(per_source * c.n_tokens // c.n_rows for c in cut))
 
     def _pool(self, name: str, corpora: Sequence[Corpus], tokens: int) -> Corpus:
         """Join sources, each with an equal share of the tokens, drawn over all of its documents."""
@@ -185,14 +215,12 @@ class Experiment:
             function, _ = METHODS[name]
             options = self.plan.options(name)
             told = with_progress(function, options, self.progress)
-            got, kept = prepare(function, self.model, *self._fit_pair(), told)
-            if isinstance(got, Moments) and isinstance(kept, Moments):
-                self.moments[name] = (got, kept)
+            got, kept = self.fitted[name] = prepare(function, self.model, *self._fit_pair(function), told)
             if self.plan.retain_drop is None:
                 self.edits[name] = function(self.model, got, kept, **told)
                 self.chosen[name] = {"options": options}
                 continue
-            options.pop("fraction", None)
+            options.pop(strength_of(function), None)
             held_out = (self.parts.tune["forget"], self.parts.tune["retain"])
             found = tune(
                 function, self.model, got, kept, retain_drop=self.plan.retain_drop, held_out=held_out,
@@ -201,19 +229,30 @@ class Experiment:
             self.edits[name] = found.intervention
             self.chosen[name] = {
                 "options": options,
-                "fraction": found.fraction,
+                strength_of(function): found.fraction,
                 "tuning": {"forget_drop": found.forget_drop, "retain_drop": found.retain_drop},
             }
 
-    def _fit_pair(self) -> tuple[Corpus, Corpus]:
-        return self.parts.fit["forget"], self.parts.fit["retain"]
+    def _fit_pair(self, function: Method) -> tuple[Corpus, Corpus]:
+        part = self.parts.queries if function is key_space_detection else self.parts.fit
+        return part["forget"], part["retain"]
+
+    def _control(self, name: str, edit: Intervention, seeds: Sequence[int], **strength: float) -> list[Intervention]:
+        """Make the random controls: random neurons; of a method that judges prompts, one fitted to shuffled labels."""
+        got, kept = self.fitted[name]
+        if not (isinstance(got, KeySample) and isinstance(kept, KeySample)):
+            return controls_for(self.model, edit, seeds)
+        options = {**self.plan.options(name), **strength, "progress": False}
+        return [METHODS[name][0](self.model, *got.shuffled(kept, seed), **options) for seed in seeds]
 
     def report(self) -> Report:
         """Evaluate everything on the test documents, and gather figures and samples."""
         conditions: dict[str, Condition] = {}
         for name, edit in self.edits.items():
             conditions[name] = edit
-            control = controls_for(self.model, edit, range(self.plan.seed, self.plan.seed + self.plan.controls))
+            strength = {key: self.chosen[name][key] for key in ("false_alarms",) if key in self.chosen[name]}
+            seeds = range(self.plan.seed, self.plan.seed + self.plan.controls)
+            control = self._control(name, edit, seeds, **strength)
             if control:
                 conditions[f"{name}:control"] = control
         told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
@@ -241,12 +280,17 @@ class Experiment:
         conditions: dict[str, Condition] = {}
         for name in self.plan.methods:
             function, options = METHODS[name][0], self.plan.options(name)
-            options = {key: value for key, value in options.items() if key not in ("fraction", "steps")}
-            got, kept = self.moments.get(name) or prepare(function, self.model, *self._fit_pair(), options)
-            for fraction in SWEEP:
-                edit = function(self.model, got, kept, fraction=fraction, **options)
-                conditions[f"{name}@{fraction:g}"] = edit
-                conditions[f"{name}:control@{fraction:g}"] = controls_for(self.model, edit, [self.plan.seed])
+            strength = strength_of(function)
+            options = {key: value for key, value in options.items() if key not in (strength, "steps")}
+            got, kept = self.fitted[name]
+            if isinstance(got, Corpus):  # what is fitted in several steps shares nothing, but one step of it does
+                got, kept = prepare(function, self.model, *self._fit_pair(function), options)
+            for share in self.plan.false_alarms if strength == "false_alarms" else self.plan.fractions:
+                edit = function(self.model, got, kept, **{strength: share}, **with_progress(function, options, False))
+                conditions[f"{name}@{share:g}"] = edit
+                control = self._control(name, edit, [self.plan.seed], **{strength: share})
+                if control:
+                    conditions[f"{name}:control@{share:g}"] = control
         # The same texts and seed as the main evaluation, so that both have the same base and the same resamples.
         texts = {name: self.parts.test[name] for name in ("forget", "retain")}
         told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
@@ -255,31 +299,45 @@ class Experiment:
     def _figures(self, report: Report, curves: Report | None) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         if curves is not None:
-            drawn["Trade-off over the fraction of neurons"] = figures.tradeoff(report + curves)
-            drawn["What is left as more neurons are ablated"] = figures.sweep_curves(curves)
+            drawn["Trade-off over strengths"] = figures.tradeoff(report + curves)
+            drawn["What is left as more is taken out"] = figures.sweep_curves(curves)
+        same: dict[str, NeuronMap] = {}
         for name, edit in self.edits.items():
-            if not isinstance(edit, Ablate) or name not in self.moments:
-                continue
-            got, kept = self.moments[name]
-            chosen = edit.selection
-            drawn[f"Where {name} found the skill"] = figures.layer_importance(
-                got.mean_abs / (kept.mean_abs + 1e-3), chosen, title=f"{name}: share selected and mean score per layer"
+            if isinstance(edit, Ablate | Adjust):
+                drawn |= self._neurons(name, edit)
+                same[name] = _at_keys(edit.selection)
+                control = controls_for(self.model, edit, [self.plan.seed])[0]
+                if isinstance(control, Ablate | Adjust):
+                    same[f"{name}:control"] = _at_keys(control.selection)
+        if same:
+            drawn["Overlap of selections"] = figures.selection_overlap(same)
+        return drawn
+
+    def _neurons(self, name: str, edit: Ablate | Adjust) -> dict[str, Any]:
+        got, kept = self.fitted[name]
+        if not (isinstance(got, Moments) and isinstance(kept, Moments)):
+            return {}
+        chosen = edit.selection
+        if isinstance(edit, Adjust):
+            score = adjust_score(
+                got, kept, rank_by=self.plan.options(name).get("rank_by", "signed"), site=chosen.kinds[0]
             )
-            drawn[f"Specialization of neurons ({name})"] = figures.specialization_map(got, kept, selection=chosen)
+        else:
+            score = got.mean_abs / (kept.mean_abs + 1e-3)
+        title = f"{name}: share selected and mean score per layer"
+        drawn: dict[str, Any] = {
+            f"Where {name} found the skill": figures.layer_importance(score, chosen, title=title),
+            f"Specialization of neurons ({name})": figures.specialization_map(got, kept, selection=chosen),
+        }
+        if isinstance(edit, Ablate):
             drawn[f"Every neuron's score ({name})"] = figures.neuron_heatmap(
                 (got.mean_abs + 1e-3) / (kept.mean_abs + 1e-3), selection=chosen
             )
-            drawn[f"Activations of the most specialized neurons ({name})"] = self._distribution(edit, got, kept)
-        same = {name: edit.selection for name, edit in self.edits.items() if isinstance(edit, Ablate)}
-        for name, chosen in list(same.items()):
-            control = controls_for(self.model, Ablate(chosen), [self.plan.seed])[0]
-            same[f"{name}:control"] = control.selection if isinstance(control, Ablate) else chosen
-        drawn["Overlap of selections"] = figures.selection_overlap(same)
+        drawn[f"Activations of the most specialized neurons ({name})"] = self._distribution(score, chosen)
         return drawn
 
-    def _distribution(self, edit: Ablate, got: Moments, kept: Moments) -> Any:
-        score = (got.mean_abs / (kept.mean_abs + 1e-3)).where(edit.selection, 0.0)
-        best = strongest(score, 6)
+    def _distribution(self, score: NeuronMap, chosen: NeuronMap) -> Any:
+        best = strongest(score.where(chosen, float("-inf")), 6)
         sites = sorted({site for site, _ in best})
         read = {
             name: collect(
@@ -314,6 +372,13 @@ class Experiment:
         for name, edit in self.edits.items():
             edit.save(folder / f"{name}.safetensors", self.model, note=json.dumps(self.chosen[name], default=str))
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+
+
+def _at_keys(selection: NeuronMap) -> NeuronMap:
+    """Name MLP neurons by their keys, so that selections made at pre-activations and at keys can be compared."""
+    return NeuronMap(
+        {Site(s.layer, "mlp.post") if s.kind.startswith("mlp.") else s: value for s, value in selection.items()}
+    )
 
 
 def strongest(score: NeuronMap, count: int) -> list[tuple[Site, int]]:

@@ -12,10 +12,11 @@ __all__ = ["showcase"]
 
 SKILLS = ("python", "english", "arithmetic", "esperanto", "facts")
 BUDGET = 0.05
+FRACTIONS, FALSE_ALARMS = (0.05, 0.1, 0.2, 0.4, 0.7), (0.01, 0.02, 0.05, 0.1, 0.3)
 
 
 def showcase(
-    out: str | os.PathLike[str], *, tokens: int = 4000, seed: int = 0, overwrite: bool = False, progress: bool = True
+    out: str | os.PathLike[str], *, tokens: int = 2500, seed: int = 0, overwrite: bool = False, progress: bool = True
 ) -> Report:
     """Run every method and its control on two skills of the embedded model, and write one folder.
 
@@ -53,7 +54,9 @@ def showcase(
             tokens=tokens,
             retain_drop=BUDGET,
             seed=seed,
-            controls=3,
+            controls=2,
+            fractions=FRACTIONS,
+            false_alarms=FALSE_ALARMS,
         )
         experiment = Experiment(plan, model, progress=progress, known=known)
         experiment.fit()

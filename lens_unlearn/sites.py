@@ -238,12 +238,14 @@ def attach(hook: Any, function: Callable[[Tensor], Tensor | None]) -> Callable[[
     def run(tensor: Tensor, hook: Any) -> Tensor | None:
         return function(tensor)
 
-    before = len(hook.fwd_hooks)
+    before, known = len(hook.fwd_hooks), set(hook._forward_hooks)
     try:
         hook.add_hook(run, is_permanent=True)
     except BaseException:  # interrupted between registering and returning
         for handle in hook.fwd_hooks[before:]:
             _remove(hook, handle)
+        for key in set(hook._forward_hooks) - known:  # or before TransformerLens noted it
+            del hook._forward_hooks[key]
         raise
     handle = hook.fwd_hooks[-1]
     if len(hook.fwd_hooks) != before + 1:  # pragma: no cover - a TransformerLens that keeps hooks elsewhere
@@ -275,34 +277,55 @@ def detach_all(removers: Sequence[Callable[[], bool]]) -> None:
         )
 
 
-def on_forward(model: Model, function: Callable[[Tensor, int], None]) -> Callable[[], bool]:
+def on_forward(model: Model, function: Callable[[Tensor | None, int], None]) -> Callable[[], bool]:
     """Call a function at the beginning of every forward pass, with its token ids and how many positions are cached.
+
+    The ids are None where a pass begins with embeddings.
 
     Returns:
         A callable that ends this; it returns False if the hooks were already gone.
     """
     seen: list[Tensor] = []
+    last: list[Tensor] = []
 
     def embed(module: Any, args: Any, kwargs: Any) -> None:
         ids = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point()]
         seen[:] = ids[:1]
 
     def begin(module: Any, args: Any, kwargs: Any) -> None:
-        if seen:
-            function(seen.pop(), max((_cached(value) for value in (*args, *kwargs.values())), default=0))
+        given = (*args, *kwargs.values())
+        ids = seen.pop() if seen else None
+        x = next((t for t in given if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3), None)
+        if ids is not None and x is not None and x.shape[:2] != ids.shape:
+            # HookedTransformer generates without a cache by embedding the new token, and running all embeddings.
+            ids = torch.cat([*last, ids], dim=1) if last and len(last[0]) == len(ids) else ids
+            ids = ids if ids.shape == x.shape[:2] else None
+        last[:] = [] if ids is None else [ids]
+        function(ids, max(map(_cached, given), default=0))
 
-    handles = [
-        (module, module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, hook in ((model.embed, embed), (model.blocks[0], begin))
-    ]
+    places = [(model.embed, embed), (model.blocks[0], begin)]
 
     def remove() -> bool:
-        there = all(handle.id in module._forward_pre_hooks for module, handle in handles)
-        for _, handle in handles:
-            handle.remove()
-        return there
+        there = [_unhook(module, "_forward_pre_hooks", hook) for module, hook in places]
+        return all(there)
 
+    try:
+        for module, hook in places:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    except BaseException:  # interrupted between registering and returning
+        remove()
+        raise
     return remove
+
+
+def _unhook(module: Any, kind: str, function: Callable[..., Any]) -> bool:
+    """Take a function out of a module's hooks of a kind, by identity; return False if it was gone."""
+    hooks = getattr(module, kind)
+    found = [key for key, other in hooks.items() if other is function]
+    for key in found:
+        del hooks[key]
+        getattr(module, f"{kind}_with_kwargs").pop(key, None)
+    return bool(found)
 
 
 def _cached(value: Any) -> int:
@@ -324,19 +347,18 @@ def on_logits(model: Model, function: Callable[[Tensor], Tensor]) -> Callable[[]
         return function(logits)
 
     run.function = function  # type: ignore[attr-defined]
-    handle = module.register_forward_hook(run)
-
-    def remove() -> bool:
-        there = handle.id in module._forward_hooks
-        handle.remove()
-        return there
-
-    return remove
+    try:
+        module.register_forward_hook(run)
+    except BaseException:
+        _unhook(module, "_forward_hooks", run)
+        raise
+    return lambda: _unhook(module, "_forward_hooks", run)
 
 
 def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
     """Return the functions that `on_logits` has put on a model, in the order in which they act."""
-    return [hook.function for hook in model.unembed._forward_hooks.values() if hasattr(hook, "function")]
+    hooks = getattr(getattr(model, "unembed", None), "_forward_hooks", {})
+    return [hook.function for hook in hooks.values() if hasattr(hook, "function")]
 
 
 def device_of(model: Model) -> torch.device:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lens_unlearn.errors import CorpusError
 
-__all__ = ["Opened", "Source", "open_source"]
+__all__ = ["Opened", "Pair", "Source", "open_source"]
 
 Source = str | os.PathLike[str] | Iterable[Any]
 """A path or name as in the command line, a `datasets` object, or any iterable of strings or rows."""
@@ -20,13 +20,24 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 _SEPARATOR = "<|endoftext|>"
 
 
+class Pair(NamedTuple):
+    """A prompt and its answer, as a row gives them."""
+
+    prompt: Any
+    answer: Any
+    tests: tuple[str, ...] = ()
+    """Where the answer is a program: statements that fail if it is wrong, from the field "test_list"."""
+    setup: str = ""
+    """What the tests need before them, from "test_setup_code" or "test_imports"."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A source whose fields were checked."""
 
     name: str
-    texts: Iterable[str | tuple[str, str] | None]
-    """Texts, or (prompt, answer) pairs; None for a row without text."""
+    texts: Iterable[str | Pair | None]
+    """Texts, or prompts with answers; None for a row without text."""
     is_pairs: bool
 
 
@@ -124,7 +135,8 @@ def _open_demo(source: str, field: str | None) -> Opened:
     from lens_unlearn import demo
 
     # "dev" by default: for looking and fitting. "test" is kept apart, and "train" is what the model was trained on.
-    _, name, split = (source.split(":") + ["dev"])[:3]
+    _, name, split, within = (source.split(":", 3) + ["", ""])[:4]
+    field = within or field
     try:
         rows = demo.corpus(name, split or "dev")
     except ValueError as error:
@@ -134,7 +146,7 @@ def _open_demo(source: str, field: str | None) -> Opened:
 
 
 def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
-    """Check the fields on the first row, then stream texts, or (prompt, answer) pairs for ``question>answer``."""
+    """Check the fields on the first row, then stream texts, or prompts with answers for ``question>answer``."""
     stream = iter(rows)
     try:
         first = next(stream)
@@ -158,11 +170,20 @@ def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
     if len(names) == 1:
         return Opened(name, (_get(row, names[0]) for row in whole), is_pairs=False)
     prompt, answer = names
-    return Opened(name, ((_get(row, prompt), _get(row, answer)) for row in whole), is_pairs=True)
+    return Opened(name, (Pair(_get(row, prompt), _get(row, answer), *_tests(row)) for row in whole), is_pairs=True)
 
 
 def _get(row: Any, name: str) -> Any:
     return row.get(name) if isinstance(row, Mapping) else None
+
+
+def _tests(row: Any) -> tuple[tuple[str, ...], str]:
+    """Return a row's unit tests and what they need before them, in the fields of MBPP; nothing where there are none."""
+    tests, imports = _get(row, "test_list"), _get(row, "test_imports")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        return (), ""
+    setup = [_get(row, "test_setup_code"), *(imports if isinstance(imports, list) else [])]
+    return tuple(tests), "\n".join(part for part in setup if isinstance(part, str) and part)
 
 
 def _guard(name: str, rows: Iterator[Any]) -> Iterator[Any]:

@@ -416,6 +416,8 @@ class KeySample:
         counted = weight > 0
         if not bool(counted.any()):
             return
+        if self._now.shape[1] != len(weight):
+            raise LensUnlearnError(f"say with locate() which {len(weight)} tokens these are, before update()")
         keys = values.detach()[counted.to(values.device)]
         _require_finite(site, keys.reshape(len(keys), -1), tuple(keys.shape[1:]))
         self._add(site, keys.float().cpu(), self._now[:, counted.cpu()])
@@ -423,9 +425,8 @@ class KeySample:
     def _add(self, site: Site, keys: Tensor, ids: Tensor) -> None:
         if site in self._keys:
             keys, ids = torch.cat([self._keys[site], keys]), torch.cat([self._ids[site], ids], dim=1)
-        order = range(ids.shape[1])
-        priority, document, place = ids.tolist()
-        order = sorted(order, key=lambda i: (priority[i], document[i], place[i]))[: self.capacity]
+        numbers = {one: i for i, one in reversed([*enumerate(zip(*ids.tolist()))])}  # a token counts once
+        order = [numbers[one] for one in sorted(numbers)[: self.capacity]]
         self._keys[site], self._ids[site] = keys[order], ids[:, order]
 
     def merge(self, other: "KeySample") -> "KeySample":
@@ -438,12 +439,9 @@ class KeySample:
             raise LensUnlearnError("samples of different capacity or seed do not merge")
         whole = self.fresh()
         whole.provenance = dict(self.provenance or other.provenance)
-        for site in {**self._keys, **other._keys}:
-            for part in (self, other):
-                if site in part._keys:
-                    seen = set(map(tuple, whole._ids[site].T.tolist())) if site in whole._ids else set()
-                    new = [i for i, one in enumerate(part._ids[site].T.tolist()) if tuple(one) not in seen]
-                    whole._add(site, part._keys[site][new], part._ids[site][:, new])
+        for part in (self, other):
+            for site, keys in part._keys.items():
+                whole._add(site, keys, part._ids[site])
         return whole
 
     def state(self) -> dict[str, Tensor]:
@@ -483,6 +481,42 @@ class KeySample:
             raise EmptyStatisticError(f"this sample has no key of {site}: collect over it first")
         return self._keys[site]
 
+    def split(self, *shares: float, seed: int = 0) -> "list[KeySample]":
+        """Split by document into parts of about the given shares of the documents.
+
+        Raises:
+            EmptyStatisticError: If there are fewer documents than parts.
+        """
+        documents = torch.cat([torch.zeros(0, dtype=torch.int64), *(ids[1] for ids in self._ids.values())]).unique()
+        if len(documents) < len(shares):
+            raise EmptyStatisticError(
+                f"{len(documents)} documents are too few to split into {len(shares)} parts: give more queries"
+            )
+        shuffled = documents[mix(documents + key_of("split", seed)).argsort()]
+        ends = [round(len(shuffled) * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+        # Every part gets a document at least.
+        ends = [min(max(end, i + 1), len(shuffled) - len(shares) + i + 1) for i, end in enumerate(ends)]
+        return [self._only(shuffled[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def shuffled(self, other: "KeySample", seed: int = 0) -> "tuple[KeySample, KeySample]":
+        """Deal the documents of both at random into two samples of the same numbers of documents: a control."""
+        documents = [next(iter(part._ids.values()))[1].unique() for part in (self, other)]
+        both = torch.cat(documents).unique()
+        both = both[mix(both + key_of("shuffled", seed)).argsort()]
+        whole = KeySample(self.capacity + other.capacity, seed=self.seed)
+        for part in (self, other):
+            for site, keys in part._keys.items():
+                whole._add(site, keys, part._ids[site])
+        return whole._only(both[: len(documents[0])]), whole._only(both[len(documents[0]) :])
+
+    def _only(self, documents: Int[Tensor, "documents"]) -> "KeySample":
+        new = self.fresh()
+        new.provenance = dict(self.provenance)
+        for site, ids in self._ids.items():
+            keep = torch.isin(ids[1], documents)
+            new._keys[site], new._ids[site] = self._keys[site][keep], ids[:, keep]
+        return new
+
     def documents(self, site: Site) -> Int[Tensor, "keys"]:
         """Return a key of each key's document: equal for keys of one document."""
         self[site]
@@ -490,7 +524,8 @@ class KeySample:
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(site.kind for site in self._keys)) or "empty"
-        return f"KeySample({self.n:,} of at most {self.capacity:,} keys, {len(self._keys)} sites, {kinds})"
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"KeySample({self.n:,} of at most {self.capacity:,} keys, {len(self._keys)} sites, {kinds}{seed})"
 
 
 class Histogram:

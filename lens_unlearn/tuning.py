@@ -5,21 +5,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lens_unlearn.collecting import collect
 from lens_unlearn.corpora import Corpus
 from lens_unlearn.errors import LensUnlearnError, SelectionError
 from lens_unlearn.evaluation.next_token import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.interventions import Ablate, Intervention
+from lens_unlearn.interventions import Ablate, Adjust, Intervention
 from lens_unlearn.maps import check_fraction
 from lens_unlearn.methods.controls import random_pruning
+from lens_unlearn.methods.key_space import key_space_detection, query_keys
+from lens_unlearn.methods.neuron_adjust import neuron_adjust
 from lens_unlearn.methods.selective_pruning import pruning_moments, selective_pruning
 from lens_unlearn.sites import Model
-from lens_unlearn.statistics import Moments
+from lens_unlearn.statistics import KeySample, Moments
 
 __all__ = ["Tuned", "controls_for", "sweep", "tune"]
 
 Method = Callable[..., Intervention]
-Fitted = Corpus | Moments
+Fitted = Corpus | Moments | KeySample
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 _SHARED = ("importance", "site", "unit", "reference", "batch_size", "progress")
 
@@ -33,13 +36,34 @@ def prepare(
     method: Method, model: Model, forget: Fitted, retain: Fitted, options: Mapping[str, Any]
 ) -> tuple[Fitted, Fitted]:
     """Collect once what a method needs at every strength; corpora pass through where nothing can be shared."""
-    if method is not selective_pruning or options.get("steps", 1) != 1:
+    told = {key: value for key, value in options.items() if key in ("batch_size", "progress")}
+    if method is neuron_adjust:
+        share = lambda part: collect(model, part, options.get("site", "mlp.pre"), **told)  # noqa: E731
+    elif method is key_space_detection:
+        told |= {key: value for key, value in options.items() if key == "seed"}
+        share = lambda part: query_keys(model, part, options.get("site", "mlp.post"), **told)  # noqa: E731
+    elif method is selective_pruning and options.get("steps", 1) == 1:
+        told |= {key: value for key, value in options.items() if key in _SHARED}
+        share = lambda part: pruning_moments(model, part, **told)  # noqa: E731
+    else:
         return forget, retain
-    shared = {key: value for key, value in options.items() if key in _SHARED}
-    got, kept = (
-        part if isinstance(part, Moments) else pruning_moments(model, part, **shared) for part in (forget, retain)
-    )
+    got, kept = (share(part) if isinstance(part, Corpus) else part for part in (forget, retain))
     return got, kept
+
+
+def strength_of(method: Method) -> str:
+    """Return the option that says how much is taken out: the fraction of neurons, or the share of false alarms."""
+    return "false_alarms" if method is key_space_detection else "fraction"
+
+
+def prompted(corpora: Mapping[str, Corpus], methods: Sequence[Method], seed: int = 0) -> dict[str, Corpus]:
+    """Cut plain texts into prompts and what follows, if a method judges prompts; others pass through.
+
+    Then every condition is measured on the same tokens: those behind the prompts.
+    """
+    if key_space_detection not in methods:
+        return dict(corpora)
+    return {name: c if c.has_prompts else c.with_prompts(seed=seed) for name, c in corpora.items()}
 
 
 def with_progress(method: Method, options: Mapping[str, Any], progress: bool) -> dict[str, Any]:
@@ -49,7 +73,14 @@ def with_progress(method: Method, options: Mapping[str, Any], progress: bool) ->
 
 
 def controls_for(model: Model, intervention: Intervention, seeds: Sequence[int] = range(5)) -> list[Intervention]:
-    """Return random selections of equal per-layer counts, one per seed; none for what is not an ablation."""
+    """Return random selections of equal per-layer counts, one per seed; none for what selects no neurons.
+
+    Of an `Adjust`, random neurons are adjusted by their own means and standard deviations.
+    """
+    if isinstance(intervention, Adjust):
+        like = Ablate(intervention.selection)
+        drawn = [random_pruning(model, like=like, seed=s) for s in seeds]
+        return [replace(intervention, selection=one.selection, floored=0) for one in drawn]
     return [random_pruning(model, like=intervention, seed=s) for s in seeds] if isinstance(intervention, Ablate) else []
 
 
@@ -74,7 +105,7 @@ def sweep(
         forget: Texts to fit on.
         retain: Texts to fit on.
         test: Corpora to report on, by name; "forget" and "retain" among them for `separability`.
-        fractions: Shares of the units, weak to strong.
+        fractions: Shares of the units, weak to strong; of `key_space_detection`, shares of false alarms.
         options: Further options of the method.
         control_seeds: Seeds of the controls; empty for none.
         batch_size: Full-length rows per forward.
@@ -92,6 +123,7 @@ def sweep(
         control = controls_for(model, edit, control_seeds)
         if control:
             conditions[f"{name_of(method)}:control@{fraction:g}"] = control
+    test = prompted(test, [method])
     report = evaluate(model, test, conditions, batch_size=batch_size, progress=progress)
     told = {key: value for key, value in told.items() if key not in ("reference", "progress")}
     return replace(report, provenance={**report.provenance, "sweep": {"method": name_of(method), "options": told}})
@@ -102,7 +134,7 @@ def _at(
 ) -> Iterator[tuple[float, Intervention]]:
     got, kept = prepare(method, model, forget, retain, options)
     for fraction in fractions:
-        yield fraction, method(model, got, kept, fraction=fraction, **options)
+        yield fraction, method(model, got, kept, **{strength_of(method): fraction}, **options)
 
 
 @dataclass(frozen=True)
@@ -112,6 +144,7 @@ class Tuned:
     intervention: Intervention
     """Fitted on the fit part, at the chosen fraction."""
     fraction: float
+    """The share of neurons; of `key_space_detection`, the share of false alarms that was allowed."""
     report: Report
     """Every fraction that was tried, on the tuning part."""
     forget_drop: float
@@ -165,20 +198,22 @@ def tune(
     budget = check_fraction(retain_drop, "retain_drop")
     told = with_progress(method, options or {}, progress)
     if held_out is None:
-        if isinstance(forget, Moments) or isinstance(retain, Moments):
-            raise LensUnlearnError("moments hold no texts to tune on: pass corpora, or held_out=(forget, retain)")
+        if not isinstance(forget, Corpus) or not isinstance(retain, Corpus):
+            raise LensUnlearnError(
+                "moments and keys hold no texts to tune on: pass corpora, or held_out=(forget, retain)"
+            )
         forget, tune_forget = forget.split(0.6, 0.4, seed=seed)
         retain, tune_retain = retain.split(0.6, 0.4, seed=seed)
     else:
         tune_forget, tune_retain = held_out
-    corpora = {"forget": tune_forget, "retain": tune_retain}
+    corpora = prompted({"forget": tune_forget, "retain": tune_retain}, [method], seed)
     got, kept = prepare(method, model, forget, retain, told)
     tried: dict[float, tuple[float, float]] = {}
     edits: dict[float, Intervention] = {}
     whole, nothing = Report({}), None
     for fraction in _search(budget, tried, evaluations):
         try:
-            edits[fraction] = method(model, got, kept, fraction=fraction, **told)
+            edits[fraction] = method(model, got, kept, **{strength_of(method): fraction}, **told)
         except SelectionError as error:  # less than a single unit: there are few heads, say
             tried[fraction], nothing = (0.0, 0.0), error
             continue

@@ -110,6 +110,31 @@ def test_run_writes_report_table_artefact_and_settings(
     assert "Ablate(zero" in capsys.readouterr().out
 
 
+def test_run_with_methods_that_adjust_and_abstain(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = [*run_arguments(model_dir, texts, out), "--method", "neuron-adjust", "--method", "key-space-detection"]
+    arguments += ["--set", "neuron-adjust.fraction=0.3", "--set", "rule=deterministic", "--set", "false_alarms=0.2"]
+    assert call(*arguments) == 0
+    table = pd.read_csv(out / "metrics.csv")
+    silent = table[table.metric == "abstained"].set_index(["condition", "corpus"]).value
+    assert silent["key-space-detection", "forget"] > silent["base", "forget"] == 0
+    told = json.loads((out / "run.json").read_text())
+    assert told["corpora"]["forget"]["source"].endswith("cut into prompts)")
+    capsys.readouterr()
+    assert call("show", out / "neuron-adjust.safetensors") == 0
+    assert "Adjust(deterministic" in capsys.readouterr().out
+    assert call("show", out / "key-space-detection.safetensors") == 0
+    assert "held-out queries" in capsys.readouterr().out
+    both = [
+        part
+        for name in ("neuron-adjust", "key-space-detection")
+        for part in ("--intervention", out / f"{name}.safetensors")
+    ]
+    assert call("generate", "--model", model_dir, *both, "--prompt", "the quick brown", "--max-new-tokens", 3) == 0
+
+
 def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dict[str, Path], model: Any) -> None:
     lines = texts["forget"].read_text().splitlines()
     test_file = texts["forget"].with_name("test.jsonl")
@@ -336,3 +361,34 @@ def test_bad_artefacts_are_refused_by_name(
     assert str(path) in told
     assert {"other model": "weights", "pickle": "pickle", "missing": "cannot be read"}.get(kind, "") in told
     assert not out.exists()
+
+
+def test_evaluate_answers_questions_and_runs_code_only_where_allowed(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": f"add {n}", "a": "def f(): pass", "test_list": ["assert f() == 1"]} for n in range(4)]
+    source = tmp_path / "tasks.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers"
+    arguments = ["evaluate", "--model", model_dir, "--corpus", f"c={source}:q>a", "--out", out, "--quiet"]
+    arguments += ["--answers", 3, "--max-new-tokens", 4, "--overwrite"]
+    assert call(*arguments) == 0
+    assert "unit tests were not run: that takes --allow-code-execution" in capsys.readouterr().out
+    table = pd.read_csv(out / "metrics.csv").set_index("metric")
+    assert {"exact_match", "rouge_l", "rouge_l_f"} <= set(table.index)
+    assert "unit_tests" not in table.index
+    assert table.n["exact_match"] == 3
+    told = json.loads((out / "run.json").read_text())["answers"]
+    assert told["questions"] == {"c": 3}
+    assert told["unit_tests"] == {"c": "not run: not allowed"}
+    assert "true answer" in (out / "report.html").read_text()
+    assert call(*arguments, "--allow-code-execution") == 0
+    assert "not run" not in capsys.readouterr().out
+    assert pd.read_csv(out / "metrics.csv").set_index("metric").value["unit_tests"] == 0
+    before = sorted(tmp_path.iterdir())
+    texts = write_texts(tmp_path / "texts.jsonl", 1)
+    assert (
+        call("evaluate", "--model", model_dir, "--corpus", f"c={texts}", "--out", tmp_path / "x", "--answers", 3) == 2
+    )
+    assert "no corpus has true answers" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == sorted([*before, texts])

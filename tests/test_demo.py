@@ -32,18 +32,18 @@ def test_the_demo_model_knows_its_skills() -> None:
 
 
 def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lens_unlearn import run
-
-    monkeypatch.setattr(run, "SWEEP", (0.1, 0.4))
+    monkeypatch.setattr(showcase, "FRACTIONS", (0.1, 0.4))
+    monkeypatch.setattr(showcase, "FALSE_ALARMS", (0.02, 0.1))
     out = tmp_path / "demo"
     report = showcase.showcase(out, tokens=800, progress=False)
-    names = [
-        "base",
-        *(f"{m}{c}" for m in ("selective-pruning", "selective-pruning-attention") for c in ("", ":control")),
-    ]
+    methods = ("selective-pruning", "selective-pruning-attention", "neuron-adjust", "key-space-detection")
+    names = ["base", *(f"{method}{end}" for method in methods for end in ("", ":control"))]
     for part in (report, *report.parts):
         assert part.conditions == names
-        assert part.selectivity("selective-pruning").value > part.selectivity("selective-pruning:control").value
+        for method in ("selective-pruning", "neuron-adjust", "key-space-detection"):
+            assert part.selectivity(method).value > part.selectivity(f"{method}:control").value
+        assert part["key-space-detection", "forget", "abstained"].value > 0.5
+        assert part["key-space-detection", "retain", "abstained"].value < 0.2
     assert len(report.parts) == 1
     assert {"report.html", "metrics.csv", "run.json", "selective-pruning.safetensors", "the-other-way-round"} <= set(
         os.listdir(out)

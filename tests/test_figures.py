@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import lens_unlearn as lu
+from lens_unlearn import keyspace, separation
 from lens_unlearn.errors import LensUnlearnError
 from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.figures import theme
 from lens_unlearn.figures.conditions import Condition
 from lens_unlearn.figures.distribution import density, merged
+from lens_unlearn.keyspace import KeySpace
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.sites import Site
 from lens_unlearn.statistics import Histogram, Moments
@@ -83,6 +86,34 @@ def report(values: dict[str, dict[str, float]], sd=0.01, draws=200, metric="top1
     return Report(measures, {"model": "tiny", "corpora": corpora})
 
 
+def keys(layers=3, skills=("code", "prose", "math"), n=12, width=8, kinds=("mlp.post",), name="tiny") -> KeySpace:
+    """Make a key space of random keys whose centres are apart."""
+    random = torch.Generator().manual_seed(0)
+    values, scores, planes = {}, {}, {}
+    weights = {skill: separation.document_weights(torch.arange(n), i) for i, skill in enumerate(skills)}
+    for site in [Site(layer, kind) for kind in kinds for layer in range(layers)]:
+        halves = [{s: torch.randn(n, width, generator=random) + 2 * i for i, s in enumerate(skills)} for _ in range(2)]
+        found, distances, planes[site] = keyspace._at_site(site, *halves, weights, 0)
+        values |= {(site, *key): value for key, value in found.items()}
+        scores |= {(site, *key): value for key, value in distances.items()}
+    corpora = {skill: f"{skill}.jsonl, cut into prompts" for skill in skills}
+    return KeySpace(
+        tuple(skills), values, scores, planes, {"model": name, "corpora": corpora, "fitted": n, "held_out": n}
+    )
+
+
+def of_keys(space: KeySpace) -> dict[str, go.Figure]:
+    return {
+        "key_space": lu.plot.key_space(space),
+        "key_clusters": lu.plot.key_clusters(space),
+        "key_volume": lu.plot.key_volume(space),
+        "key_coverage": lu.plot.key_coverage(space),
+        "key_roc": lu.plot.key_roc(space),
+        "key_map": lu.plot.key_map(space),
+        "key_shadow": lu.plot.key_map(space, outline="shadow"),
+    }
+
+
 @pytest.fixture(scope="module")
 def swept() -> Report:
     values = {"base": {"forget": 0.5, "retain": 0.4, "other": 0.3}, "m": {"forget": 0.2, "retain": 0.38, "other": 0.3}}
@@ -110,6 +141,7 @@ def every_figure(swept: Report) -> dict[str, go.Figure]:
         "sweep": lu.plot.sweep_curves(swept, others=("other",)),
         "overlap": lu.plot.selection_overlap({"a": top, "b": control, "c": ~top}),
         "bars": lu.plot.condition_bars(swept),
+        **of_keys(keys()),
     }
 
 
@@ -140,6 +172,9 @@ def test_layer_zero_is_at_the_bottom(figures):
         assert (low, high) == (-0.5, 3.5), name
         assert figs[name].layout.yaxis.title.text == "layer", name
     assert tuple(figs["overlap"].layout.yaxis2.range) == (-0.5, 3.5)
+    for name in ("key_space", "key_clusters", "key_volume"):
+        assert tuple(figs[name].layout.yaxis.range) == (-0.5, 2.5), name
+        assert figs[name].layout.yaxis.title.text == "layer", name
 
 
 def test_axes_name_their_quantity(figures):
@@ -329,6 +364,138 @@ def test_overlap_is_jaccard():
     assert layers.z[0][0] == pytest.approx(1 / 3)
 
 
+def test_key_figures_say_of_what_they_are():
+    for name, fig in of_keys(keys()).items():
+        title = fig.layout.title.text
+        assert "model tiny" in title, name
+        assert "code: code.jsonl" in title, name
+        assert "all cut into prompts" in title, name
+        assert "12 queries a skill fitted, 12 held out" in fig.layout.meta["lens_unlearn"]["about"], name
+    mixed = keys()
+    mixed.provenance["corpora"]["prose"] = "prose.jsonl"
+    assert "code.jsonl, cut into prompts · prose: prose.jsonl" in lu.plot.key_map(mixed).layout.title.text
+
+
+def test_key_coverage_draws_the_shares_inside():
+    space = keys()
+    site = space.sites[1]
+    fig = lu.plot.key_coverage(space, "prose", "L1.mlp.post")
+    assert fig.layout.xaxis.type == "log"
+    assert {trace.name.split(",")[0]: trace.line.color for trace in fig.data} == {
+        "prose": theme.FORGET,
+        "code": theme.RETAIN,
+        "math": theme.OTHERS[0],
+        "all others": theme.CONTROL,
+    }
+    for trace in fig.data:
+        name = {"all others": space.others}.get(trace.name.split(",")[0], trace.name.split(",")[0])
+        scores = space.scores_of(site, "box", "prose", name)
+        assert list(trace.y) == pytest.approx([float((scores <= c).double().mean()) for c in trace.x])
+        assert (trace.y[0], trace.y[-1]) == (0, 1)
+    area = space.value(site, "area_between", "prose", space.others)
+    assert f"{area.value:.2f} [{area.low:.2f}, {area.high:.2f}]" in fig.layout.title.text
+    assert f"best: {space.value(site, 'best_scale', 'prose', space.others).value:.3g}" in [
+        note.text for note in fig.layout.annotations
+    ]
+
+
+def test_key_roc_encloses_its_auc():
+    space = keys()
+    fig = lu.plot.key_roc(space, "code", space.sites[0])
+    curves = [trace for trace in fig.data if trace.name == "against all others"]
+    assert len(curves) == 4
+    for trace, distance in zip(curves, space.distances, strict=True):
+        auc = space.value(space.sites[0], f"auc_{distance}", "code", space.others).value
+        assert np.trapezoid(trace.y, trace.x) == pytest.approx(auc)
+        assert (trace.x[0], trace.y[0], trace.x[-1], trace.y[-1]) == (0, 0, 1, 1)
+    two = lu.plot.key_roc(keys(skills=("a", "b")))
+    assert [trace.name for trace in two.data if trace.showlegend] == ["against b"]
+
+
+def test_key_map_shows_held_out_queries_and_boxes_in_range():
+    space = keys(n=30)
+    plane = space.planes[space.sites[-1]]
+    for outline in ("plane", "shadow"):
+        fig = lu.plot.key_map(space, outline=outline)
+        points = {trace.name: trace for trace in fig.data if trace.mode == "markers"}
+        assert list(points) == ["math", "prose", "code"]  # the first is on top
+        assert list(points["code"].x) == pytest.approx(plane.points["code"][:, 0].tolist())
+        assert points["code"].marker.line.color == theme.FORGET
+        assert len({trace.marker.symbol for trace in points.values()}) == 3
+        for axis, ends in (("x", fig.layout.xaxis.range), ("y", fig.layout.yaxis.range)):
+            drawn = np.concatenate([trace[axis] for trace in fig.data])
+            assert ends[0] <= drawn.min()
+            assert drawn.max() <= ends[1]
+    assert fig.layout.xaxis.title.text.startswith("first main axis (")
+
+
+def test_layer_figures_draw_the_measures():
+    space = keys(kinds=("mlp.post", "attn.z"))
+    fig = lu.plot.key_space(space)
+    drawn = [trace for trace in fig.data if trace.name.startswith("box")]
+    assert len(drawn) == 3 * 2  # skills by kinds of site
+    for trace, skill in zip(drawn, space.skills, strict=False):
+        values = [space.value(Site(layer, "mlp.post"), "auc_box", skill, space.others) for layer in range(3)]
+        assert list(trace.x) == [v.value for v in values]
+        assert list(trace.y) == [0, 1, 2]
+        assert list(trace.error_x.array) == pytest.approx([v.high - v.value for v in values])
+    assert {trace.name for trace in lu.plot.key_clusters(space).data} >= {"silhouette of the skills"}
+    volume = {trace.name: trace for trace in lu.plot.key_volume(space, skill="math").data}
+    assert volume["math"].line.color == theme.FORGET
+    assert volume["code to math"].marker.color == theme.FORGET
+
+
+def with_parts(**changed) -> KeySpace:
+    return replace(keys(layers=1, n=8), **changed)
+
+
+def scored(factor: float, constant: float) -> dict:
+    scores = keys(layers=1, n=8).scores
+    return {key: {name: factor * part + constant for name, part in parts.items()} for key, parts in scores.items()}
+
+
+def one_point() -> separation.Plane:
+    points, corners = ({skill: torch.zeros(n, 2) for skill in ("code", "prose", "math")} for n in (1, 4))
+    return separation.Plane(points, corners, corners, (0.0, 0.0))
+
+
+AWKWARD_SPACES = {
+    "one layer": lambda: keys(layers=1),
+    "two skills": lambda: keys(layers=1, skills=("a", "b")),
+    "nine skills": lambda: keys(layers=1, n=8, skills=tuple("abcdefghi")),
+    "no value": lambda: with_parts(values={key: separation.Value(math.nan) for key in keys(layers=1).values}),
+    "values missing": lambda: with_parts(values={}),
+    "equal scores": lambda: with_parts(scores=scored(0, 1)),
+    "scores of zero": lambda: with_parts(scores=scored(0, 0)),
+    "no provenance": lambda: with_parts(provenance={}),
+    "one point": lambda: with_parts(planes={Site(0, "mlp.post"): one_point()}),
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD_SPACES)
+def test_awkward_key_spaces_are_drawn(case):
+    for fig in of_keys(AWKWARD_SPACES[case]()).values():
+        assert data(fig)["data"]
+
+
+def test_key_figures_stay_small_and_change_nothing():
+    one = keys(layers=1, skills=("a", "b", "c", "d", "e", "f"), n=400, width=4)
+    sites = [Site(layer, "mlp.post") for layer in range(80)]
+    values = {(site, *key[1:]): value for site in sites for key, value in one.values.items()}
+    scores = {(site, *key[1:]): parts for site in sites for key, parts in one.scores.items()}
+    planes = {site: one.planes[one.sites[0]] for site in sites}
+    space = KeySpace(one.skills, values, scores, planes, one.provenance)
+    before = (space.to_frame(), {key: part.clone() for key, part in space.scores[space.sites[0], "box", "a"].items()})
+    for name, fig in of_keys(space).items():
+        assert len(fig.to_json()) < BUDGET, name
+    points = [trace for trace in lu.plot.key_map(space).data if trace.mode == "markers"]
+    assert sum(len(trace.x) for trace in points) <= theme.MAX_MARKS
+    assert "queries of each skill shown" in lu.plot.key_map(space).layout.meta["lens_unlearn"]["subtitle"]
+    assert space.to_frame().equals(before[0])
+    after = space.scores[space.sites[0], "box", "a"]
+    assert all(torch.equal(after[key], part) for key, part in before[1].items())
+
+
 def test_two_megabytes_at_most():
     big = NeuronMap({Site(layer, kind): rand(14336) for layer in range(80) for kind in ("mlp.post", "mlp.pre")})
     chosen = big.top(0.02)
@@ -445,6 +612,8 @@ def test_names_from_data_cannot_write_tags(swept):
         lu.plot.activation_distribution({evil: histogram()}, NEURONS),
         lu.plot.tradeoff(renamed),
         lu.plot.condition_bars(renamed),
+        *of_keys(keys(layers=1, skills=(evil, "b"), name=evil)).values(),
+        *of_keys(keys(layers=1, skills=("b", evil, "c"))).values(),
     ):
         told = fig.to_dict()
         del told["layout"]["meta"]
@@ -520,6 +689,12 @@ def test_a_condition_knows_its_control():
         (lambda r: lu.plot.selection_overlap({"a": scores().top(0.1)}), "2 to"),
         (lambda r: lu.plot.selection_overlap({"a": scores().top(0.1), "b": scores(width=9).top(0.1)}), "one model"),
         (lambda r: lu.plot.selection_overlap({"a": scores(), "b": scores()}), "boolean"),
+        (lambda r: lu.plot.key_space({}), "not a dict"),
+        (lambda r: lu.plot.key_clusters(KeySpace((), {}, {}, {}, {})), "nothing to draw"),
+        (lambda r: lu.plot.key_coverage(keys(1), "fiction"), "there are code, prose, math"),
+        (lambda r: lu.plot.key_roc(keys(1), "code", "L7.mlp.post"), "there are L0.mlp.post"),
+        (lambda r: lu.plot.key_map(keys(1), outline="hull"), "'plane' or 'shadow'"),
+        (lambda r: lu.plot.key_volume(keys(1), skill="fiction"), "no skill 'fiction'"),
     ],
 )
 def test_bad_input_gets_a_sentence(swept, call, told):

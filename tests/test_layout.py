@@ -17,7 +17,7 @@ ORDER = [
     {"errors", "coins"},
     {"sites"},
     {"maps"},
-    {"statistics", "regions"},
+    {"statistics", "regions", "separation"},
     {"artefacts"},
     {"demo"},  # the embedded model's place and texts; its recipe, below, is a program
     {"models"},
@@ -25,6 +25,7 @@ ORDER = [
     {"collecting", "attribution"},
     {"interventions"},
     {"methods"},
+    {"keyspace"},
     {"figures"},
     {"evaluation"},
     {"tuning"},

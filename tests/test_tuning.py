@@ -10,9 +10,11 @@ from test_selective_pruning import PROSE, TEXTS_CODE, TEXTS_PROSE, planted
 from lens_unlearn.collecting import collect
 from lens_unlearn.errors import LensUnlearnError, SelectionError
 from lens_unlearn.evaluation.report import separability
-from lens_unlearn.interventions import Ablate
+from lens_unlearn.interventions import Ablate, Abstain, Adjust
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.controls import random_pruning
+from lens_unlearn.methods.key_space import key_space_detection, query_keys
+from lens_unlearn.methods.neuron_adjust import neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.sites import Site
 from lens_unlearn.tuning import _search, controls_for, sweep, tune
@@ -103,7 +105,7 @@ def test_held_out_texts_are_used_where_they_are_given() -> None:
     assert one.fraction == other.fraction
     assert one.intervention.selection.equals(other.intervention.selection)
     assert one.report.provenance["corpora"]["forget"]["fingerprint"] == held[0].fingerprint
-    with pytest.raises(LensUnlearnError, match="moments hold no texts to tune on"):
+    with pytest.raises(LensUnlearnError, match="hold no texts to tune on"):
         tune(selective_pruning, model, *fits, **QUIET)
 
 
@@ -257,3 +259,51 @@ def test_controls_are_of_ablations_alone() -> None:
     controls = controls_for(model, prune, range(4))
     assert len({tuple(c.selection.flat().tolist()) for c in controls}) == 4
     assert controls_for(model, prune + prune) == []
+
+
+# --- the other methods ---------------------------------------------------------------------------------------------------
+
+
+def test_tune_finds_a_fraction_for_neuron_adjust_and_false_alarms_for_detection() -> None:
+    model = tiny.model("gpt2")
+    held = texts(range(10, 60), 5, 30), texts(PROSE, 6, 30)
+    told: dict[str, Any] = {"held_out": held, "retain_drop": 1, "metric": "top10", "evaluations": 2, **QUIET}
+    adjusted = tune(neuron_adjust, model, TEXTS_CODE, TEXTS_PROSE, **told)
+    moments = [collect(model, corpus, "mlp.pre", **QUIET) for corpus in (TEXTS_CODE, TEXTS_PROSE)]
+    again = neuron_adjust(model, *moments, fraction=adjusted.fraction)
+    assert isinstance(adjusted.intervention, Adjust)
+    assert adjusted.intervention.selection.equals(again.selection)
+
+    many = texts(range(10, 60), 7, 60), texts(PROSE, 8, 60)
+    silent = tune(key_space_detection, model, *many, **told)
+    assert isinstance(silent.intervention, Abstain)
+    assert silent.fraction in (0.01, 0.02)
+    keys = [query_keys(model, corpus, **QUIET) for corpus in many]
+    other = key_space_detection(model, *keys, false_alarms=silent.fraction, **QUIET)
+    assert repr(other) == repr(silent.intervention)
+    assert silent.report["base", "forget", "abstained"].value == 0
+    assert silent.report.provenance["corpora"]["forget"]["source"].endswith("cut into prompts")
+
+
+def test_sweep_measures_detection_behind_prompts() -> None:
+    model = tiny.model("gpt2")
+    many = texts(range(10, 60), 7, 60), texts(PROSE, 8, 60)
+    test = {"forget": texts(range(10, 60), 9, 20), "retain": texts(PROSE, 10, 20)}
+    report = sweep(key_space_detection, model, *many, test, fractions=(0.05, 0.5), **QUIET)
+    assert report.conditions == ["base", "key-space-detection@0.05", "key-space-detection@0.5"]
+    shares = [report[f"key-space-detection@{f}", "retain", "abstained"].value for f in (0.05, 0.5)]
+    assert shares[0] < shares[1]
+    assert report["base", "forget", "top1"].n < test["forget"].n_tokens
+
+
+def test_the_control_of_an_adjustment_has_as_many_neurons_per_layer_and_their_own_statistics() -> None:
+    model = tiny.model("gpt2")
+    edit = neuron_adjust(model, TEXTS_CODE, TEXTS_PROSE, fraction=0.2, rule="deterministic", progress=False)
+    one, other = controls_for(model, edit, [0, 1])
+    assert isinstance(one, Adjust)
+    assert isinstance(other, Adjust)
+    assert one.selection.per_layer() == edit.selection.per_layer() == other.selection.per_layer()
+    assert not one.selection.equals(edit.selection)
+    assert not one.selection.equals(other.selection)
+    assert one.rule == "deterministic"
+    assert one.forget_mean.equals(edit.forget_mean)

@@ -139,6 +139,8 @@ PROCESSED = [*[(name, f"{name}-compat") for name in FOLDED], *([("hooked-gpt2", 
 """A model, and the same one after TransformerLens folded its value biases away."""
 ALL = [*DENSE, *[f"{name}-compat" for name in FOLDED], *NATIVE, *HOOKED]
 """Every model that neurons can be looked at in."""
+SPEAKING = [*DENSE, *[f"{name}-compat" for name in FOLDED], *HOOKED]
+"""Those that can have a tokenizer."""
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -183,13 +185,17 @@ def hugging_face(name: str, seed: int = 0) -> Any:
     return copy.deepcopy(_plain(name, seed))
 
 
-def to_bridge(model: Any, name: str) -> Any:
+def to_bridge(model: Any, name: str, tokenizer: Any = None) -> Any:
     """Bridge a plain model (which changes it)."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     with quiet():
         made = build_bridge_from_module(
-            model, architecture=ARCHITECTURES[name].name, hf_config=model.config, tokenizer=None, device="cpu"
+            model,
+            architecture=ARCHITECTURES[name].name,
+            hf_config=model.config,
+            tokenizer=tokenizer,
+            device="cpu",
         )
     made.eval()
     for parameter in made.parameters():
@@ -197,13 +203,13 @@ def to_bridge(model: Any, name: str) -> Any:
     return made
 
 
-def build(name: str, seed: int = 0) -> Any:
+def build(name: str, seed: int = 0, tokenizer: Any = None) -> Any:
     """Build a fresh model by its name in `ALL`, or "mixtral"."""
     if name.startswith("native-"):
         return _native(name.removeprefix("native-"), seed)
     if name.startswith("hooked-"):
         return _hooked(name.removeprefix("hooked-"), seed)
-    made = to_bridge(hugging_face(name.removesuffix("-compat"), seed), name.removesuffix("-compat"))
+    made = to_bridge(hugging_face(name.removesuffix("-compat"), seed), name.removesuffix("-compat"), tokenizer)
     if name.endswith("-compat"):
         with quiet(), contextlib.redirect_stdout(None):
             made.enable_compatibility_mode()
@@ -286,6 +292,19 @@ def share(name: str, made: Any) -> None:
     _found[name] = (weights_hash(made), hooks_of(made))
 
 
+def speaking(name: str) -> Any:
+    """Return a shared model that has a tokenizer, by its name in `SPEAKING`."""
+    if name.startswith("hooked-"):
+        return model(name)
+    key = f"speaking {name}"
+    if key not in _shared:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            save_tokenizer(folder)
+            share(key, build(name, tokenizer=load_tokenizer(folder)))
+    used.add(key)
+    return _shared[key]
+
+
 def left_behind(name: str) -> str:
     """Say what differs in a shared model from how it was built; empty where nothing does."""
     digest, hooks = _found[name]
@@ -297,7 +316,7 @@ def left_behind(name: str) -> str:
         found.append("parameters")
     if now.training:
         found.append("training mode")
-    if found and name in ALL:  # the next test shall not pay for it
+    if found and name.removeprefix("speaking ") in ALL:  # the next test shall not pay for it
         del _shared[name], _found[name]
     return ", ".join(found)
 
@@ -308,6 +327,8 @@ def hooks_of(made: torch.nn.Module) -> list[Any]:
     for path, module in made.named_modules():
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found += [(path, kind, id(function)) for function in getattr(module, kind).values()]
+        for kind in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+            found += [(path, kind, key) for key in getattr(module, kind)]
         for kind in ("fwd_hooks", "bwd_hooks"):
             found += [(path, kind, id(handle)) for handle in getattr(module, kind, [])]
     return found

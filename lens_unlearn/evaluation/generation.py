@@ -1,11 +1,13 @@
 """`generate`: what a model writes, with and without an intervention."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from lens_unlearn.coins import key_of
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.sites import Model, device_of, require_eval
@@ -75,13 +77,15 @@ def continue_rows(
     use_cache: bool = True,
     batch_size: int = 16,
     seed: int = 0,
+    stop: Sequence[int] = (),
 ) -> list[Written]:
-    """Continue rows of token ids; `generate` for what is tokenized already."""
+    """Continue rows of token ids; `generate` for what is tokenized already. A text may also end with a token of `stop`."""
     if max_new_tokens < 1:
         raise LensUnlearnError(f"max_new_tokens={max_new_tokens} leaves nothing to write: at least 1")
     if batch_size < 1:
         raise LensUnlearnError(f"batch_size={batch_size} is too small: at least 1")
     tokenizer, context = model.tokenizer, int(model.cfg.n_ctx)
+    ends = [*_end_tokens(model), *stop]
     for ids in rows:
         if not 0 < len(ids) < context:
             told = repr(tokenizer.decode(list(ids))[:40])
@@ -95,13 +99,18 @@ def continue_rows(
         else:
             groups.append([i])
     written: dict[int, Written] = {}
-    with nullcontext() if intervention is None else intervention.on(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    device, drawn = device_of(model), Counter[tuple[int, ...]]()
+    forked = [device] if device.type == "cuda" else []
+    with nullcontext() if intervention is None else intervention.on(model), torch.random.fork_rng(devices=forked):
         for group in groups:
-            tokens = torch.tensor([list(rows[i]) for i in group], device=device_of(model))
+            tokens = torch.tensor([list(rows[i]) for i in group], device=device)
             width = tokens.shape[1]
+            if temperature > 0:  # draws of its own for each prompt, and for each time it is asked
+                ids = tuple(rows[group[0]])
+                torch.manual_seed(key_of("generate", seed, ids, drawn[ids]))
+                drawn[ids] += 1
             for live in acting(model):
-                live.expect(None)
+                live.expect(None, stop)
             with torch.no_grad():
                 out = model.generate(
                     tokens,
@@ -109,7 +118,8 @@ def continue_rows(
                     do_sample=temperature > 0,
                     temperature=temperature or 1.0,
                     use_past_kv_cache=use_cache,
-                    stop_at_eos=tokenizer.eos_token_id is not None,
+                    stop_at_eos=bool(ends),
+                    eos_token_id=ends or None,
                     return_type="tokens",
                     verbose=False,
                 )
@@ -119,3 +129,10 @@ def continue_rows(
                 text = tokenizer.decode(out[place, width:].tolist(), skip_special_tokens=True)
                 written[i] = Written(text if refusal is None else refusal, refusal is not None)
     return [written[i] for i in range(len(rows))]
+
+
+def _end_tokens(model: Model) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, or those that TransformerLens knows of a chat model."""
+    known = getattr(model.cfg, "eos_token_id", None)
+    known = model.tokenizer.eos_token_id if known is None else known
+    return [] if known is None else [known] if isinstance(known, int) else list(known)

@@ -1,4 +1,4 @@
-"""`evaluate`: next-token loss, accuracy and divergence of a model with and without interventions."""
+"""`evaluate`: loss, accuracy, divergence and generated answers of a model with and without interventions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
+from lens_unlearn.evaluation.asking import ANSWER_METRICS, Asking
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
 from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.models import fingerprint, model_name
@@ -35,9 +36,12 @@ def evaluate(
     batch_size: int = 8,
     resamples: int = 1000,
     seed: int = 0,
+    answers: int = 0,
+    max_new_tokens: int = 100,
+    allow_code_execution: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Measure what a model predicts on corpora, with and without interventions.
+    """Measure what a model predicts and answers on corpora, with and without interventions.
 
     Sums are over all counted tokens of a corpus, never means of batch means:
 
@@ -49,6 +53,15 @@ def evaluate(
       end of its prompt, or, where a corpus has no prompts, at its last token. An abstained row's logits are constant, so it
       adds log(vocabulary) to the loss and 1 / vocabulary to top-1.
 
+    With `answers`, questions of the corpora that were read as "question>answer" are also answered, greedily, and compared
+    with the true answers; where an answer ends and how it is compared is said in `lens_unlearn.evaluation.answers`:
+
+    - `exact_match`: share of answers that are the true one, both normalized.
+    - `numeric_match`: share that end with the true answer's number; where the true answers end in numbers.
+    - `rouge_l`, `rouge_l_f`: mean ROUGE-L, recall (as TOFU reports it) and F-measure.
+    - `unit_tests`: share that pass their unit tests; where rows have some, and with `allow_code_execution` only.
+    - `refused`: share withheld; where any intervention can abstain. An answer that was withheld scores 0 in all others.
+
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
         corpora: By the name under which the report gives them.
@@ -57,11 +70,16 @@ def evaluate(
             model is always measured, as "base".
         batch_size: Full-length rows per forward.
         resamples: Bootstrap resamples over documents.
-        seed: Of the bootstrap.
+        seed: Of the bootstrap and of the choice of questions.
+        answers: Questions to answer per corpus, at most, drawn at random and the same for every condition; 0 for none.
+        max_new_tokens: The longest answer.
+        allow_code_execution: Whether to run answers that are programs, in a subprocess with limits; see
+            `lens_unlearn.evaluation.execution.passes_tests`. Otherwise the report says that unit tests were not run.
         progress: Whether to show a bar.
 
     Raises:
-        CorpusError: If a corpus fits another model, or has no token that anything predicts.
+        CorpusError: If a corpus fits another model, or has no token that anything predicts; if answers are wanted and no
+            corpus has any.
         LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention.
     """
     require_model(model)
@@ -71,6 +89,8 @@ def evaluate(
         raise LensUnlearnError("there is no corpus to evaluate on: give at least one, by name")
     for corpus in corpora.values():
         corpus.check(model)
+    asking = Asking(answers, max_new_tokens, batch_size, allow_code_execution, seed, progress)
+    chosen = asking.choose(corpora)
     total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
     measures: dict[tuple[str, str, str], Measure] = {}
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress, desc="evaluate") as bar:
@@ -78,11 +98,20 @@ def evaluate(
             sums = _measure(model, corpus, runs, batch_size, bar)
             for condition, metric, measure in _summaries(sums, resamples, seed):
                 measures[condition, name, metric] = measure
-    metrics = ["loss", "perplexity", *METRICS[1:]]
+    samples: list[dict[str, Any]] = []
+    for name, asked in asking.ask(model, corpora, chosen, runs):
+        sums = {condition: [_Sums(part, asked.counts) for part in parts] for condition, parts in asked.scores.items()}
+        for condition, metric, measure in _summaries(sums, resamples, seed, asked.metrics, {"unit_tests": 1}):
+            measures[condition, name, metric] = measure
+        samples += asked.samples
+    metrics = ["loss", "perplexity", *METRICS[1:], *ANSWER_METRICS]
     if not any(one is not None and one.abstains for run in runs.values() for one in run):
         metrics.remove("abstained")
-    ordered = {(c, n, m): measures[c, n, m] for c in runs for n in corpora for m in metrics}
-    return Report(ordered, provenance_of(_settings(model, corpora, conditions, resamples, seed)))
+    ordered = {k: measures[k] for c in runs for n in corpora for m in metrics if (k := (c, n, m)) in measures}
+    settings = _settings(model, corpora, conditions, resamples, seed)
+    if chosen:
+        settings["answers"] = asking.settings(corpora, chosen)
+    return Report(ordered, provenance_of(settings), samples=samples)
 
 
 def _replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervention | None]]:
@@ -101,10 +130,10 @@ def _replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervent
 
 @dataclass
 class _Sums:
-    """Per document: sums of each metric, and how many tokens they are over."""
+    """Per document: sums of each metric, and how many tokens (or answers) they are over."""
 
     values: np.ndarray  # [documents, metrics]
-    counts: np.ndarray  # [documents, 3]: all tokens, rare tokens, rows
+    counts: np.ndarray  # [documents, 3]: all tokens, rare tokens, rows; or [questions, 2]: answers, those with tests
 
 
 def _measure(
@@ -212,7 +241,13 @@ def _common_targets(corpus: Corpus, vocabulary: int) -> Bool[Tensor, "vocabulary
     return common & (counts > 0)
 
 
-def _summaries(sums: Mapping[str, list[_Sums]], resamples: int, seed: int) -> Iterator[tuple[str, str, Measure]]:
+def _summaries(
+    sums: Mapping[str, list[_Sums]],
+    resamples: int,
+    seed: int,
+    metrics: Sequence[str] = METRICS,
+    over: Mapping[str, int] = _PER,
+) -> Iterator[tuple[str, str, Measure]]:
     """Turn per-document sums into values and bootstrap draws; all conditions share the resampled documents."""
     first = next(iter(sums.values()))[0]
     seen = first.counts[:, 0] > 0
@@ -222,8 +257,8 @@ def _summaries(sums: Mapping[str, list[_Sums]], resamples: int, seed: int) -> It
     weights = random.multinomial(documents, np.full(documents, 1 / documents), size=draws).astype(np.float64)
     for condition, run in sums.items():
         pick = random.integers(len(run), size=draws) if len(run) > 1 else np.zeros(draws, dtype=np.int64)
-        for column, metric in enumerate(METRICS):
-            per = _PER.get(metric, 0)
+        for column, metric in enumerate(metrics):
+            per = over.get(metric, 0)
             n = int(first.counts[:, per].sum())
             with np.errstate(invalid="ignore", divide="ignore"):
                 ratios = [_ratio(part, column, per, weights, seen) for part in run]

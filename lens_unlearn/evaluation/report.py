@@ -49,7 +49,7 @@ class Report:
     """What an evaluation measured: condition by corpus by metric, with bootstrap 95 % intervals over documents.
 
     Metrics: `loss` (nats per token), `perplexity` = exp(loss), `top1`, `top10` and `top1_rare` (fractions), `kl` to the
-    unedited model (nats per token).
+    unedited model (nats per token), and those of generated answers; `evaluate` says what each is.
     """
 
     measures: dict[tuple[str, str, str], Measure]

@@ -8,6 +8,8 @@ from lens_unlearn.figures.bars import condition_bars
 from lens_unlearn.figures.distribution import activation_distribution
 from lens_unlearn.figures.heatmap import neuron_heatmap
 from lens_unlearn.figures.importance import layer_importance
+from lens_unlearn.figures.key_layers import key_clusters, key_space, key_volume
+from lens_unlearn.figures.key_queries import key_coverage, key_map, key_roc
 from lens_unlearn.figures.overlap import selection_overlap
 from lens_unlearn.figures.specialization import specialization_map
 from lens_unlearn.figures.sweeps import sweep_curves
@@ -16,6 +18,12 @@ from lens_unlearn.figures.tradeoff import tradeoff
 __all__ = [
     "activation_distribution",
     "condition_bars",
+    "key_clusters",
+    "key_coverage",
+    "key_map",
+    "key_roc",
+    "key_space",
+    "key_volume",
     "layer_importance",
     "neuron_heatmap",
     "selection_overlap",

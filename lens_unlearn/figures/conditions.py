@@ -26,7 +26,11 @@ WORDS = {
     "kl": "divergence from the unedited model (nats per token)",
     "abstained": "share of answers withheld",
     "exact_match": "share of exactly matching answers",
-    "rouge_l": "ROUGE-L of the answers",
+    "numeric_match": "share of answers with the right number",
+    "rouge_l": "ROUGE-L of the answers (recall)",
+    "rouge_l_f": "ROUGE-L of the answers (F-measure)",
+    "unit_tests": "share of answers that pass their unit tests",
+    "refused": "share of generated answers withheld",
     "answer_probability": "probability of the true answer",
     "truth_ratio": "truth ratio",
     "exact_memorization": "exact memorization",
@@ -35,6 +39,10 @@ WORDS = {
 FRACTIONS = ("top1", "top10", "top1_rare", "abstained", "exact_match", "rouge_l", "answer_probability") + (
     "exact_memorization",
     "extraction_strength",
+    "numeric_match",
+    "rouge_l_f",
+    "unit_tests",
+    "refused",
 )
 PREFERRED = ("top1", "rouge_l", "exact_match", "answer_probability", "top10", "exact_memorization")
 """What the page summarizes by: the first of these that was measured."""

@@ -94,7 +94,7 @@ def _strength_axis(fig: go.Figure, strengths: list[float]) -> None:
     if min(strengths) > 0 and max(strengths) > LOG_SPAN * min(strengths):
         # Otherwise the weak end, where methods are used, is a few pixels wide.
         fig.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
-    fig.update_xaxes(title_text="strength (fraction of the neurons)")
+    fig.update_xaxes(title_text="strength (share of neurons, or of false alarms)")
 
 
 def _curve(

@@ -125,6 +125,12 @@ def _maps(got: Moments, kept: Moments, kind: str) -> tuple[tuple[NeuronMap, ...]
     for moments in (got, kept):
         if not any(site.kind == kind for site in moments.sites):
             raise SelectionError(f"these moments have nothing of {kind}: collect at {kind}")
+    shapes = [{site: value.shape for site, value in moments.mean[kind].items()} for moments in (got, kept)]
+    if shapes[0] != shapes[1]:
+        raise SelectionError(
+            "the moments of the two sides differ in their layers or neurons: collect both with one model"
+        )
+    for moments in (got, kept):
         floors: dict[Site, Tensor] = {}
         std = moments.std[kind]
         for site, value in std.items():

@@ -1,0 +1,193 @@
+r"""Neuron Adjust and Key Space Detection on the skills of a model: the tables of docs/results.md.
+
+    python benchmarks/effective.py adjust --model ../shared/models/skillmix \
+        --skill code=../shared/data/skillmix_fit/code.jsonl=../shared/data/skillmix_heldout/code.jsonl --skill ...
+    python benchmarks/effective.py detect --model demo --skill python=demo:python=demo:python:test --skill ...
+
+Each skill names a source to fit on and a source to test on. Documents of the test source are taken out of the fit. The retain
+side is all other skills, in equal parts. Nothing is chosen on the test texts.
+"""
+
+import argparse
+import functools
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+import lens_unlearn as lu
+from lens_unlearn.evaluation.report import provenance_of
+from lens_unlearn.methods.key_space import auc, query_keys
+from lens_unlearn.sites import Site
+from lens_unlearn.sources import open_source
+from lens_unlearn.tuning import sweep
+
+FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+QUERIES, ASKED = 400, 200  # prompts of each skill to fit on, and to test on
+
+
+def percent(measure: Any) -> str:
+    low, high = measure.interval()
+    return f"{measure.value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def pooled(corpora: Iterable[lu.Corpus]) -> lu.Corpus:
+    return functools.reduce(lambda a, b: a + b, corpora)
+
+
+def read(args: argparse.Namespace, model: Any, prompts: str) -> tuple[dict[str, lu.Corpus], dict[str, lu.Corpus]]:
+    """Read fit and test corpora by skill: whole texts, or texts cut into prompts ("cut" or "natural")."""
+    fit, test = {}, {}
+    for skill, (source, held_out) in args.skills.items():
+        told: dict[str, Any] = {"window": args.window, "template": args.template, "tokens": args.read}
+        if prompts == "natural":
+            parts = [
+                lu.read_corpus(
+                    list(natural(s, args.template)),
+                    model,
+                    field="prompt>rest",
+                    **{**told, "template": "{prompt}{answer}"},
+                )
+                for s in (source, held_out)
+            ]
+        else:
+            parts = [lu.read_corpus(s, model, count="all", **told) for s in (source, held_out)]
+        parts[0] = parts[0].without(parts[1])[0]
+        fit[skill], test[skill] = parts
+    return fit, test
+
+
+def natural(source: str, template: str) -> Iterable[dict[str, str]]:
+    """Cut texts where a prompt ends by nature: at the question's end, the answer's mark, a sentence's or line's end."""
+    opened = open_source(source)
+    for text in opened.texts:
+        if isinstance(text, tuple):
+            prompt, rest = template.split("{answer}")[0].replace("{prompt}", text[0]).rstrip(), " " + text[1]
+        else:
+            text = (text or "")[:1500]
+            marks = [m.end() for m in re.finditer(r"Answer:|A:|\?(?=\s)", text)] or [
+                m.end() for m in re.finditer(r"[.!?](?=\s)|:?\n", text) if m.end() > 20
+            ]
+            if not marks:
+                continue
+            prompt, rest = text[: marks[0]], text[marks[0] :]
+        if len(prompt) <= 400 and prompt.strip() and rest[:100].strip():
+            yield {"prompt": prompt, "rest": rest[: 500 - len(prompt)]}
+
+
+def rows(corpus: lu.Corpus, count: int, seed: int) -> lu.Corpus:
+    """Draw about so many rows."""
+    return corpus.sample(max(2, count * corpus.n_tokens // corpus.n_rows), seed)
+
+
+def adjust(args: argparse.Namespace, model: Any) -> None:
+    """Print the frontier over fractions, beside Selective Pruning's and the controls of equal size."""
+    fit, test = read(args, model, "texts")
+    print("| forget | seed | method | " + " | ".join(f"{f:.0%}" for f in args.fractions) + " |")
+    print("| --- | --- | --- |" + " --- |" * len(args.fractions))
+    for skill in args.forget or fit:
+        others = [other for other in fit if other != skill]
+        for seed in args.seeds:
+            forget = fit[skill].sample(args.tokens, seed)
+            retain = pooled(fit[o].sample(args.tokens // len(others), seed) for o in others)
+            texts = {
+                "forget": test[skill].sample(args.tokens, seed),
+                "retain": pooled(test[o].sample(args.tokens // len(others), seed) for o in others),
+            }
+            for name, method, options in (
+                ("neuron-adjust, random", lu.neuron_adjust, {"rule": "random", "seed": seed}),
+                ("neuron-adjust, deterministic", lu.neuron_adjust, {"rule": "deterministic"}),
+                ("selective-pruning", lu.selective_pruning, {}),
+            ):
+                report = sweep(
+                    method, model, forget, retain, texts, fractions=args.fractions, options=options,
+                    control_seeds=range(seed, seed + 3), progress=False,
+                )  # fmt: skip
+                told = method.__name__.replace("_", "-")
+                for label, condition in ((name, told), (f"{name}: control", f"{told}:control")):
+                    cells = [
+                        " / ".join(
+                            percent(report.drop(f"{condition}@{f:g}", corpus)) for corpus in ("forget", "retain")
+                        )
+                        for f in args.fractions
+                    ]
+                    print(f"| {skill} | {seed} | {label} | " + " | ".join(cells) + " |", flush=True)
+
+
+def detect(args: argparse.Namespace, model: Any) -> None:
+    """Print AUC, detection and false alarms, and what is lost, as published and with everything chosen automatically."""
+    heads = ["forget", "prompts", "seed", "AUC, box, last layer", "method", "abstained", "lost"]
+    heads += ["most abstained of another", "most lost of another", "chosen"]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    last = Site(int(model.cfg.n_layers) - 1, "mlp.post")
+    for prompts in args.prompts:
+        fit, test = read(args, model, prompts)
+        for seed in args.seeds:
+            if prompts == "cut":
+                queries, asked = ({s: c.with_prompts(seed=seed) for s, c in part.items()} for part in (fit, test))
+            else:
+                queries, asked = fit, test
+            asked = {s: rows(c, ASKED, seed) for s, c in asked.items()}
+            for skill in args.forget or fit:
+                others = [other for other in fit if other != skill]
+                forget = query_keys(model, rows(queries[skill], QUERIES, seed), progress=False)
+                retain = query_keys(model, pooled(rows(queries[o], QUERIES, seed) for o in others), progress=False)
+                published = lu.key_space_detection(model, forget, retain, layer=-1, seed=seed, progress=False)
+                keys = {s: query_keys(model, c, last, progress=False)[last] for s, c in asked.items()}
+                scores = {s: published.regions[last].score(k) for s, k in keys.items()}
+                area = auc(scores[skill], torch.cat([scores[o] for o in others]))
+                edits = {
+                    "box, last layer, 5 %": published,
+                    "box, automatic, 2 %": lu.key_space_detection(
+                        model, forget, retain, false_alarms=0.02, seed=seed, progress=False
+                    ),
+                    "automatic, 2 %": lu.key_space_detection(
+                        model, forget, retain, region="auto", false_alarms=0.02, seed=seed, progress=False
+                    ),
+                }
+                report = lu.evaluate(model, asked, edits, progress=False, seed=seed)
+                for name, edit in edits.items():
+                    worst = max(others, key=lambda o: report[name, o, "abstained"].value)
+                    most = max(others, key=lambda o: report.drop(name, o).value)
+                    shape = next(iter(edit.regions.values())).shape
+                    layers = ",".join(str(s.layer) for s in edit.regions)
+                    print(
+                        f"| {skill} | {prompts} | {seed} | {area:.3f} | {name} | {percent(report[name, skill, 'abstained'])} | "
+                        f"{percent(report.drop(name, skill))} | {worst} {percent(report[name, worst, 'abstained'])} | "
+                        f"{most} {percent(report.drop(name, most))} | {shape}, {edit.vote} of layers {layers} |",
+                        flush=True,
+                    )
+
+
+def skill(text: str) -> tuple[str, tuple[str, str]]:
+    name, source, held_out = text.split("=")
+    return name, (source, held_out)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("adjust", "detect"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--skill", type=skill, action="append", required=True, dest="skills", metavar="NAME=FIT=TEST")
+    parser.add_argument("--forget", nargs="+", default=[], help="skills to forget, each in turn; default all")
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--prompts", nargs="+", default=["cut", "natural"], choices=("cut", "natural"))
+    parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--read", type=int, default=200_000)
+    parser.add_argument("--window", type=int, default=160)
+    parser.add_argument("--template", default="{prompt} {answer}")
+    args = parser.parse_args(given)
+    args.skills = dict(args.skills)
+    args.template = args.template.replace("\\n", "\n")
+    model = lu.load_model(args.model)
+    start = time.time()
+    print(f"{args.model}, {args.tokens:,} tokens a side, window {args.window}; {provenance_of({})['versions']}\n")
+    {"adjust": adjust, "detect": detect}[args.what](args, model)
+    print(f"\n{time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+r"""Compare the keys of several skills in every layer, and print the tables of docs/key_space.md.
+
+    python benchmarks/key_space.py --model demo --corpus python=demo:python --corpus english=demo:english \
+        --corpus arithmetic=demo:arithmetic --corpus facts=demo:facts
+    python benchmarks/key_space.py --model ../shared/models/skillmix --window 160 --template "Q: {prompt}\nA: {answer}" \
+        --corpus code=../shared/data/skillmix_heldout/code.jsonl:text \
+        --corpus prose=../shared/data/skillmix_heldout/prose.jsonl:text \
+        --corpus math=../shared/data/skillmix_heldout/math.jsonl:text \
+        --corpus "facts=../shared/data/tofu/full.jsonl:question>answer"
+
+Every corpus is cut into prompts at random places. Where a corpus has prompts of its own, the comparison is made again
+with their natural endings. A seed changes the split into halves, the cuts and the draws; rates are means over seeds, with
+the lowest and the highest.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+
+from lens_unlearn.corpora import Corpus, read_corpus
+from lens_unlearn.keyspace import KeySpace, key_space
+from lens_unlearn.models import load_model
+from lens_unlearn.sites import Site
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def measured(spaces: Sequence[KeySpace], site: Site, measure: str, skill: str = "", other: str = "") -> list[float]:
+    return [space.value(site, measure, skill, other).value for space in spaces]
+
+
+def inside(spaces: Sequence[KeySpace], site: Site, skill: str, other: str) -> list[float]:
+    """Return the shares of held-out queries inside the box that covers the fitted ones."""
+    scales = [torch.tensor([space.value(site, "k", skill).value]) for space in spaces]
+    return [float(space.coverage(site, skill, other, k)[0]) for space, k in zip(spaces, scales, strict=True)]
+
+
+def shadows(spaces: Sequence[KeySpace], site: Site, skill: str) -> list[float]:
+    """Return how many times as wide as the skill's held-out keys the projection of its box is, on the first main axis."""
+    planes = [space.planes[site] for space in spaces]
+    widths = [
+        [float(part[skill][:, 0].max() - part[skill][:, 0].min()) for part in (p.shadows, p.points)] for p in planes
+    ]
+    return [shadow / keys for shadow, keys in widths]
+
+
+def aucs(spaces: Sequence[KeySpace]) -> str:
+    first = spaces[0]
+    rows = [
+        [skill, distance, *(spread(measured(spaces, s, f"auc_{distance}", skill, first.others)) for s in first.sites)]
+        for skill in first.skills
+        for distance in first.distances
+    ]
+    return table(["skill", "distance", *map(str, first.sites)], rows)
+
+
+def pairs(spaces: Sequence[KeySpace]) -> str:
+    first = spaces[0]
+    rows = [
+        [f"{skill} against {other}", *(spread(measured(spaces, s, "auc_box", skill, other)) for s in first.sites)]
+        for skill in first.skills
+        for other in first.skills
+        if other != skill
+    ]
+    return table(["box", *map(str, first.sites)], rows)
+
+
+def boxes(spaces: Sequence[KeySpace], site: Site) -> str:
+    first, rows = spaces[0], []
+    for skill in first.skills:
+        pooled = {name: measured(spaces, site, name, skill, first.others) for name in ("area_between", "best_scale")}
+        others = [measured(spaces, site, "centre_distance", skill, other) for other in first.skills if other != skill]
+        rows.append(
+            [
+                skill,
+                spread(measured(spaces, site, "k", skill), 1),
+                spread(inside(spaces, site, skill, skill)),
+                spread(inside(spaces, site, skill, first.others)),
+                spread(pooled["best_scale"], 1),
+                spread(pooled["area_between"]),
+                spread(measured(spaces, site, "log_volume", skill), 0),
+                spread(measured(spaces, site, "floored", skill), 0),
+                spread([min(distances) for distances in zip(*others, strict=True)]),
+                spread(shadows(spaces, site, skill), 0),
+            ]
+        )
+    names = ["k", "own inside k", "others inside k", "best scale", "area between", "log volume", "at the floor"]
+    return table(["box of", *names, "nearest centre", "width of shadow"], rows)
+
+
+def clusters(spaces: Sequence[KeySpace]) -> str:
+    names = ("adjusted_rand", "silhouette", "silhouette_skills")
+    rows = [[str(s), *(spread(measured(spaces, s, name)) for name in names)] for s in spaces[0].sites]
+    return table(["site", "adjusted Rand index", "silhouette of clusters", "silhouette of skills"], rows)
+
+
+def show(title: str, model: object, corpora: dict[str, Corpus], args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    spaces = [
+        key_space(model, corpora, args.sites, capacity=args.capacity, seed=seed, progress=False) for seed in args.seeds
+    ]
+    seconds = (time.monotonic() - started) / len(spaces)
+    print(f"\n## {title}\n\n{'; '.join(space.queries for space in spaces)} ({seconds:.0f} s each)\n")
+    print(f"AUC against all other skills\n\n{aucs(spaces)}\n")
+    print(f"AUC of the box, by pair\n\n{pairs(spaces)}\n")
+    print(f"Boxes at {spaces[0].sites[-1]}\n\n{boxes(spaces, spaces[0].sites[-1])}\n\nClusters\n\n{clusters(spaces)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--corpus", action="append", required=True, help="NAME=SOURCE, two or more")
+    parser.add_argument("--template", default="{prompt} {answer}")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--capacity", type=int, default=400)
+    parser.add_argument("--sites", default="mlp.post")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = parser.parse_args()
+    model, given = load_model(args.model), {}
+    template = args.template.replace("\\n", "\n")
+    for entry in args.corpus:
+        name, _, source = entry.partition("=")
+        given[name] = read_corpus(source, model, tokens=args.tokens, window=args.window, template=template, name=name)
+    natural = [name for name, corpus in given.items() if corpus.has_prompts]
+    cut = {name: corpus.with_prompts() if corpus.has_prompts else corpus for name, corpus in given.items()}
+    show("Cut at random places", model, cut, args)
+    if natural:
+        show(f"Natural endings of {', '.join(natural)}", model, given, args)
+
+
+if __name__ == "__main__":
+    main()
