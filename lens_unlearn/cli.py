@@ -242,7 +242,7 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
 
 
 def _per_layer(edit: Any) -> dict[str, str]:
-    from lens_unlearn.interventions import Abstain, Ablate, Adjust, Chain
+    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain
 
     told: dict[str, str] = {}
     for member in edit.members if isinstance(edit, Chain) else (edit,):

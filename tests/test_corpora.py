@@ -533,6 +533,145 @@ def test_a_sum_holds_the_documents_of_both(model: Any) -> None:
         one + read_corpus(TEXTS, model, prepend_bos=not one.prepend_bos)
 
 
+# --- prompts -------------------------------------------------------------------------------------------------------------
+
+documents_of = st.lists(st.integers(1, 60), min_size=1, max_size=20)
+
+
+def cuts(corpus: Corpus) -> dict[tuple[int, ...], int]:
+    """Where each row's prompt ends, by the row's tokens."""
+    return {tuple(corpus.row(row).tolist()): len(corpus.prompt(row)) for row in range(corpus.n_rows)}
+
+
+@given(documents_of, st.booleans(), st.integers(0, 5), st.floats(0, 0.5))
+def test_a_prompt_is_a_rows_beginning_and_leaves_something_to_predict(
+    lengths: list[int], bos: bool, seed: int, uncounted: float
+) -> None:
+    corpus = tiny.corpus(lengths, bos=bos, uncounted=uncounted)
+    if max(lengths) < 2:
+        with pytest.raises(CorpusError, match="no row of tiny is longer than a prompt of 1 tokens: give longer texts"):
+            corpus.with_prompts(seed=seed)
+        return
+    cut = corpus.with_prompts(seed=seed)
+    assert cut.has_prompts
+    long = [row for row in range(corpus.n_rows) if lengths[row] > 1]
+    assert [cut.row(row).tolist() for row in range(cut.n_rows)] == [corpus.row(row).tolist() for row in long]
+    assert cut.keys == tuple(corpus.keys[row] for row in long)
+    for row in range(cut.n_rows):
+        counted = cut.counted[int(cut.starts[row]) : int(cut.starts[row + 1])]
+        length, prompt = lengths[long[row]], len(cut.prompt(row)) - bos
+        assert cut.prompt(row).tolist() == cut.row(row)[: bos + prompt].tolist()
+        assert counted.tolist() == [False] * (bos + prompt) + [True] * (length - prompt)
+        room = min(4, length // 2)
+        assert room <= prompt
+        assert length - prompt >= 1
+        assert length - prompt >= room or length < 8
+    assert cut.n_tokens == int(cut.counted.sum())
+
+
+@given(documents_of, st.booleans(), st.integers(1, 20))
+def test_prompts_of_a_length_leave_out_the_rows_that_are_no_longer(lengths: list[int], bos: bool, tokens: int) -> None:
+    corpus = tiny.corpus(lengths, bos=bos)
+    longer = [length for length in lengths if length > tokens]
+    if not longer:
+        with pytest.raises(CorpusError, match=f"is longer than a prompt of {tokens} tokens"):
+            corpus.with_prompts(tokens)
+        return
+    cut = corpus.with_prompts(tokens)
+    assert [len(cut.prompt(row)) for row in range(cut.n_rows)] == [tokens + bos] * len(longer)
+    assert cut.n_tokens == sum(longer) - tokens * len(longer)
+
+
+@given(st.integers(0, 100), st.integers(0, 100))
+def test_a_rows_cut_depends_on_the_row_and_the_seed_and_not_on_what_else_is_there(seed: int, other: int) -> None:
+    from dataclasses import replace
+
+    corpus = tiny.corpus([12, 30, 9, 60, 25, 31, 8, 17])
+    corpus = replace(corpus, document=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]), keys=("a", "b", "c"))
+    whole = cuts(corpus.with_prompts(seed=seed))
+    reordered = corpus.only([2]) + corpus.only([0, 1])
+    for part in (*corpus.split(0.5, 0.5, seed=other), corpus.sample(60, seed=other), corpus.only([1]), reordered):
+        found = cuts(part.with_prompts(seed=seed))
+        assert found == {row: whole[row] for row in found}
+        assert len(found) == part.n_rows
+    before = cuts(corpus.with_prompts(seed=seed).sample(20, seed=other))
+    assert before == {row: whole[row] for row in before}
+
+
+def test_cuts_are_spread_over_the_row_and_other_seeds_cut_elsewhere() -> None:
+    corpus = tiny.corpus([23] * 800)
+    places = [length - 1 for length in cuts(corpus.with_prompts()).values()]
+    counts = [places.count(place) for place in range(4, 20)]
+    assert sum(counts) == 800
+    assert sum((count - 50) ** 2 / 50 for count in counts) < 15 + 4 * 30**0.5
+    others = [length - 1 for length in cuts(corpus.with_prompts(seed=1)).values()]
+    assert sum(a == b for a, b in zip(places, others, strict=True)) < 100
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_queries_are_the_prompts_alone_and_their_last_tokens_count(model: Any, bos: bool) -> None:
+    pairs = [{"q": question, "a": answer} for question, answer in PAIRS]
+    for corpus in (
+        read_corpus(pairs, model, field="q>a", template="Q: {prompt}\nA: {answer}", prepend_bos=bos),
+        read_corpus(TEXTS, model, prepend_bos=bos).with_prompts(seed=3),
+    ):
+        assert corpus.has_prompts
+        queries = corpus.queries()
+        assert queries.n_rows == corpus.n_rows
+        assert queries.keys == corpus.keys
+        assert queries.n_tokens == queries.n_rows
+        for row in range(corpus.n_rows):
+            assert queries.row(row).tolist() == corpus.prompt(row).tolist()
+            counted = queries.counted[int(queries.starts[row]) : int(queries.starts[row + 1])]
+            assert counted.tolist() == [False] * (len(counted) - 1) + [True]
+        assert "prompts of" in queries.name
+    question = read_corpus(pairs, model, field="q>a", template="Q: {prompt}\nA: {answer}", prepend_bos=bos).queries()
+    assert model.tokenizer.decode(question.row(0)[bos:].tolist()).startswith("Q: who wrote it?\nA:")
+
+
+def test_texts_have_no_prompts_and_say_so(model: Any) -> None:
+    for bos in (True, False):
+        texts = read_corpus(TEXTS, model, prepend_bos=bos)
+        assert not texts.has_prompts
+        with pytest.raises(CorpusError, match=r"has no prompts: read it as 'question>answer', or cut its texts with"):
+            texts.queries()
+    mixed = read_corpus(TEXTS, model) + read_corpus(TEXTS, model).with_prompts(seed=1)
+    assert not mixed.has_prompts, "not every row has one"
+    assert mixed.queries().n_rows == len(TEXTS)
+    for tokens in (0, -3):
+        with pytest.raises(CorpusError, match=f"tokens={tokens} makes no prompt: at least 1"):
+            texts.with_prompts(tokens)
+
+
+def test_a_text_that_is_cut_has_no_true_answer_any_more(model: Any) -> None:
+    pairs = [{"q": f"what is the number after {n}?", "a": "it is the next one, of course"} for n in range(3)]
+    corpus = read_corpus(pairs, model, field="q>a")
+    assert corpus.answer(0) is not None
+    cut = corpus.with_prompts(3)
+    assert cut.answer(0) is None
+    assert corpus.queries().answer(0) is None
+    assert cut.fingerprint != corpus.fingerprint
+
+
+@given(documents_of, st.integers(1, 9))
+def test_places_name_every_token_and_no_two_alike(lengths: list[int], batch_size: int) -> None:
+    corpus = tiny.corpus(lengths)
+    named: dict[int, set[tuple[int, int]]] = {}
+    for batch in corpus.batches(batch_size):
+        documents, places = corpus.places(batch)
+        assert len(documents) == len(places) == batch.tokens.numel()
+        pairs = list(zip(documents.tolist(), places.tolist(), strict=True))
+        width = batch.tokens.shape[1]
+        for i, row in enumerate(batch.rows.tolist()):
+            length = int(corpus.starts[row + 1] - corpus.starts[row])
+            named[row] = set(pairs[i * width : i * width + length])
+            assert len(named[row]) == length
+            assert len({document for document, _ in named[row]}) == 1
+    assert len(set().union(*named.values())) == len(corpus.tokens)
+    [again] = [corpus.places(batch) for batch in corpus.only([0]).batches(1)]
+    assert set(zip(*(part.tolist() for part in again), strict=True)) == named[0]
+
+
 # --- batches -------------------------------------------------------------------------------------------------------------
 
 

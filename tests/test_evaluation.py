@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_interventions import POST, selection_of, under
+from test_rows import LAST, around, everywhere
+from test_rows import key as key_of
 
 from lens_unlearn.errors import CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.evaluation import next_token
 from lens_unlearn.evaluation.next_token import evaluate
 from lens_unlearn.evaluation.report import Measure, Report, separability
-from lens_unlearn.interventions import Ablate, Chain, Intervention
+from lens_unlearn.interventions import Ablate, Abstain, Chain, Intervention
 from lens_unlearn.maps import NeuronMap
 
 QUIET = {"progress": False, "resamples": 50}
@@ -542,3 +544,104 @@ def test_the_ablated_model_in_the_report_is_the_ablated_model() -> None:
     loss = F.cross_entropy(under(model, prune, tokens)[0, :-1], tokens[0, 1:])
     report = evaluate(model, {"c": corpus}, {"cut": prune}, **QUIET)
     assert report["cut", "c", "loss"].value == pytest.approx(float(loss), rel=1e-6)
+
+
+# --- abstained -----------------------------------------------------------------------------------------------------------
+
+
+def silent_at(model: Any, corpus: Any, rows: list[int]) -> Chain:
+    """Abstain from the prompts of some rows, and from no others."""
+    return Chain(tuple(Abstain({LAST: around(key_of(model, corpus.prompt(row).tolist()))}) for row in rows))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", *tiny.HOOKED[:1]])
+def test_an_abstained_rows_tokens_are_predicted_by_chance_and_the_others_as_ever(name: str) -> None:
+    model = tiny.speaking(name)
+    corpus = tiny.corpus([12, 20, 9, 30, 15, 18]).with_prompts(seed=1)
+    silent = [0, 3]
+    report = evaluate(model, {"c": corpus}, {"silent": silent_at(model, corpus, silent)}, batch_size=3, **QUIET)
+    assert report["silent", "c", "abstained"].value == pytest.approx(2 / 6)
+    assert report["silent", "c", "abstained"].n == 6
+    assert report["base", "c", "abstained"].value == 0
+    counts = [int(corpus.counted[int(a) : int(b)].sum()) for a, b in zip(corpus.starts[:-1], corpus.starts[1:])]
+    losses = []
+    for row in range(corpus.n_rows):
+        alone = evaluate(model, {"c": corpus.only([row])}, {}, **QUIET)
+        losses.append(alone["base", "c", "loss"].value)
+    expected = [math.log(tiny.VOCABULARY) if row in silent else losses[row] for row in range(6)]
+    total = sum(n * loss for n, loss in zip(counts, expected)) / sum(counts)
+    assert report["silent", "c", "loss"].value == pytest.approx(total, abs=1e-4)
+    assert report["base", "c", "loss"].value == pytest.approx(
+        sum(n * loss for n, loss in zip(counts, losses)) / sum(counts), abs=1e-5
+    )
+
+
+def test_all_rows_abstained_lose_what_chance_loses() -> None:
+    model = tiny.speaking("gpt2")
+    corpus = tiny.corpus([12, 20, 9]).with_prompts(seed=1)
+    act = Abstain({LAST: everywhere(model)})
+    report = evaluate(model, {"c": corpus}, {"silent": act}, **QUIET)
+    assert report["silent", "c", "abstained"].value == 1
+    assert report["silent", "c", "loss"].value == pytest.approx(math.log(tiny.VOCABULARY), abs=1e-4)
+    assert report["silent", "c", "perplexity"].value == pytest.approx(tiny.VOCABULARY, rel=1e-3)
+    assert report["silent", "c", "top1"].value <= 2 / tiny.VOCABULARY
+    assert report["silent", "c", "kl"].value > 0
+
+
+def test_rows_without_prompts_are_judged_at_their_last_token_whatever_stands_in_the_padding() -> None:
+    model = tiny.speaking("gpt2")
+    texts = tiny.corpus([12, 20, 9, 30])
+    act = Abstain({LAST: around(key_of(model, texts.row(2).tolist()))})
+    for size in (1, 2, 64):
+        report = evaluate(model, {"c": texts}, {"silent": act}, batch_size=size, **QUIET)
+        assert report["silent", "c", "abstained"].value == 1 / 4
+
+
+def test_the_batch_size_and_other_conditions_do_not_matter_to_who_abstains() -> None:
+    model = tiny.speaking("gpt2")
+    corpora = {"a": tiny.corpus([12, 20, 9, 30, 15]).with_prompts(seed=1), "b": tiny.corpus([9, 8, 7], seed=5)}
+    act = silent_at(model, corpora["a"], [1, 4])
+    prune = Ablate(selection_of(model))
+    base = evaluate(model, corpora, {"silent": act}, batch_size=1, **QUIET)
+    several = {"pruned": prune, "other": silent_at(model, corpora["a"], [0]), "silent": act, "twice": act + act}
+    for size in (2, 64):
+        report = evaluate(model, corpora, several, batch_size=size, **QUIET)
+        for name in ("a", "b"):
+            for metric in ("loss", "abstained", "top10"):
+                expected = base["silent", name, metric].value
+                assert report["silent", name, metric].value == pytest.approx(expected, abs=1e-5)
+                assert report["twice", name, metric].value == pytest.approx(expected, abs=1e-5)
+            assert report["pruned", name, "abstained"].value == 0
+            assert report["base", name, "abstained"].value == 0
+        assert report["other", "a", "abstained"].value == pytest.approx(1 / 5)
+    report = evaluate(model, corpora, {"pruned": prune}, **QUIET)
+    with pytest.raises(LensUnlearnError, match="abstained'. was not measured"):
+        report["pruned", "a", "abstained"]
+
+
+def test_inside_a_block_everything_is_measured_with_it_and_the_block_goes_on_as_before() -> None:
+    model = tiny.speaking("gpt2")
+    corpus = tiny.corpus([12, 20, 9, 30]).with_prompts(seed=1)
+    prompt = corpus.prompt(1)[None]
+    with silent_at(model, corpus, [1]).on(model) as live:
+        report = evaluate(model, {"c": corpus}, {"more": silent_at(model, corpus, [2])}, **QUIET)
+        tiny.logits(model, prompt)
+        assert live.abstained.tolist() == [True], "judged at its own end, not at that of the last batch"
+        tiny.logits(model, corpus.row(1)[None])
+        assert live.abstained.tolist() == [False]
+    assert report["base", "c", "abstained"].value == 1 / 4
+    assert report["more", "c", "abstained"].value == 2 / 4
+    outside = evaluate(model, {"c": corpus}, {"both": silent_at(model, corpus, [1, 2])}, **QUIET)
+    assert report["more", "c", "loss"].value == pytest.approx(outside["both", "c", "loss"].value, abs=1e-6)
+
+
+def test_the_share_that_abstains_has_an_interval_over_documents() -> None:
+    model = tiny.speaking("gpt2")
+    corpus = tiny.corpus([9] * 40).with_prompts(seed=1)
+    act = silent_at(model, corpus, list(range(0, 40, 4)))
+    report = evaluate(model, {"c": corpus}, {"silent": act}, resamples=400, progress=False)
+    measure = report["silent", "c", "abstained"]
+    assert measure.value == pytest.approx(0.25)
+    low, high = measure.interval()
+    assert 0.08 < low < 0.2
+    assert 0.3 < high < 0.45

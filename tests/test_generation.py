@@ -1,18 +1,20 @@
 """generate: the same greedy text with and without a cache, under interventions as of the edited weights."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from test_interventions import random_selection, selection_of, unchanged
+from test_rows import around, ids, key
 from torch import Tensor
 
 from lens_unlearn.errors import CorpusError, LensUnlearnError, ModelError
-from lens_unlearn.evaluation.generation import generate
-from lens_unlearn.interventions import Ablate, Intervention
+from lens_unlearn.evaluation.generation import continue_rows, generate
+from lens_unlearn.interventions import Ablate, Abstain, Intervention
 from lens_unlearn.methods.attention import ov_basis
-from lens_unlearn.sites import resolve
+from lens_unlearn.sites import Site, resolve
 
 PROMPTS = ["def add(a, b):", "the quick brown", "1 + 2 ="]
 
@@ -101,6 +103,64 @@ def test_drawn_texts_come_back_with_their_seed_and_leave_the_global_state(model:
     assert generate(model, PROMPTS, max_new_tokens=10, temperature=1.0, seed=3) == first
     assert torch.equal(torch.get_rng_state(), state)
     assert generate(model, PROMPTS, max_new_tokens=10, temperature=1.0, seed=4) != first
+
+
+def test_drawn_texts_do_not_depend_on_one_another_either(model: Any) -> None:
+    drawn = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    together = generate(model, PROMPTS, **drawn)
+    assert together == [generate(model, prompt, **drawn)[0] for prompt in PROMPTS]
+    assert together == generate(model, PROMPTS[::-1], **drawn)[::-1]
+    again = generate(model, [PROMPTS[0]] * 4, **drawn)
+    assert again[0] == together[0]
+    assert len(set(again)) > 1, "a prompt that is asked several times is answered several times"
+    # Nor on whether another's answer is withheld, which is over sooner.
+    site = Site(1, "mlp.post")
+    silent = Abstain({site: around(key(model, ids(model, PROMPTS[0])))})
+    assert generate(model, PROMPTS, intervention=silent, **drawn) == [silent.refusal, *together[1:]]
+
+
+def test_prompts_of_one_length_run_together_and_no_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["the slow", "1 + 2", "def", "4 + 5", "the quick brown fox", "the lazy", "1 + 4", "the quick"]
+    sizes = [len(ids(model, prompt)) for prompt in prompts]
+    told: list[tuple[int, int]] = []
+    real = model.generate
+
+    def spy(tokens: Tensor, **options: Any) -> Any:
+        told.append((tokens.shape[1], len(tokens)))
+        return real(tokens, **options)
+
+    monkeypatch.setattr(model, "generate", spy, raising=False)
+    together = generate(model, prompts, max_new_tokens=3)
+    assert sorted(told) == sorted(Counter(sizes).items())
+    told.clear()
+    assert generate(model, prompts, max_new_tokens=3, batch_size=2) == together
+    assert max(rows for _, rows in told) == 2
+    told.clear()
+    assert generate(model, prompts, max_new_tokens=3, batch_size=1) == together
+    assert [rows for _, rows in told] == [1] * len(prompts)
+    told.clear()
+    generate(model, prompts[:2] * 2, max_new_tokens=2, temperature=0.5)
+    assert [rows for _, rows in told] == [1] * 4, "draws are each row's own"
+    assert generate(model, [], max_new_tokens=3) == []
+    with pytest.raises(LensUnlearnError, match="batch_size=0 is too small: at least 1"):
+        generate(model, "a", batch_size=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+def test_a_text_ends_at_its_own_end_token_also_beside_others(model: Any, use_cache: bool) -> None:
+    rows = [ids(model, prompt) for prompt in ("the slow", "1 + 2", "4 + 5")]
+    assert len(set(map(len, rows))) == 1
+    written = [greedy(tiny.hugging_face("gpt2"), torch.tensor([row]), 6)[0, len(row) :].tolist() for row in rows]
+    for number, at in ((0, 2), (1, 0), (2, 4)):
+        end = written[number][at]
+        expected = []
+        for tokens in written:
+            stops = [i for i, token in enumerate(tokens) if token in (end, tiny.EOS)]
+            kept = tokens if not stops else tokens[: stops[0] + (tokens[stops[0]] == end)]
+            expected.append(model.tokenizer.decode(kept, skip_special_tokens=True))
+        found = continue_rows(model, rows, max_new_tokens=6, use_cache=use_cache, stop=[end])
+        assert [one.text for one in found] == expected
+        assert not any(one.abstained for one in found)
 
 
 def test_the_text_stops_at_the_end_of_the_context(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -409,7 +409,7 @@ def parameters_of(name: str, forget: Any, retain: Any) -> tuple[list[Site], list
 def hellinger(mf: float, sf: float, mr: float, sr: float) -> float:
     """The root of half the integral of (sqrt p - sqrt q)^2, by adding up."""
     low, high = min(mf - 12 * sf, mr - 12 * sr), max(mf + 12 * sf, mr + 12 * sr)
-    x = np.linspace(low, high, 200_001)
+    x = np.linspace(low, high, 20_001)
     p, q = (np.exp(-0.5 * ((x - m) / s) ** 2) / (s * math.sqrt(2 * math.pi)) for m, s in ((mf, sf), (mr, sr)))
     return math.sqrt(0.5 * np.trapezoid((np.sqrt(p) - np.sqrt(q)) ** 2, x))
 

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lens_unlearn.collecting import collect
 from lens_unlearn.errors import ActivationError, EmptyStatisticError, LensUnlearnError
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.sites import Site
-from lens_unlearn.statistics import Histogram, Moments
+from lens_unlearn.statistics import Histogram, KeySample, Moments
 
 A, B, Z = Site(0, "mlp.post"), Site(3, "mlp.post"), Site(1, "attn.z")
 EXTRA = ("sqrt", "extrema")
@@ -401,3 +403,234 @@ def test_the_extra_state_is_what_the_mean_absolute_value_is_made_of() -> None:
     x = normal(4096, mean=300.0)
     np.testing.assert_allclose(gathered(x).mean_abs[A].numpy(), oracle(x)["mean_abs"], rtol=1e-6)
     assert math.isfinite(float(gathered(x).mean_abs[A].sum()))
+
+
+# --- samples of keys -----------------------------------------------------------------------------------------------------
+
+
+def key_of_token(document: Tensor, place: Tensor) -> Tensor:
+    """A key that says which token it is of."""
+    return torch.stack([document, place, document * 1000 + place], dim=1).float()
+
+
+def sampled(
+    tokens: list[tuple[int, int]], capacity: int = 20, seed: int = 0, chunk: int = 7, sites: tuple[Site, ...] = (A, B)
+) -> KeySample:
+    """A sample of tokens (document, place), in batches, as `collect` makes it."""
+    total = KeySample(capacity, seed=seed)
+    for start in range(0, len(tokens), chunk):
+        document, place = torch.tensor(tokens[start : start + chunk]).T
+        part = total.fresh()
+        part.locate(document, place)
+        for site in sites:
+            part.update(site, key_of_token(document, place) + site.layer, torch.ones(len(document)))
+        total = total.merge(part)
+    return total
+
+
+def same(one: KeySample, other: KeySample) -> bool:
+    mine, theirs = one.state(), other.state()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+many_tokens = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=40)
+
+
+@given(many_tokens, st.integers(1, 30), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_a_sample_does_not_depend_on_batches_or_order(
+    tokens: list[tuple[int, int]], capacity: int, chunk: int, shuffle: Any
+) -> None:
+    """Also where a token comes twice, in one batch or in two: it counts once."""
+    once = sampled(tokens, capacity, chunk=1)
+    mixed = list(tokens)
+    shuffle.shuffle(mixed)
+    assert same(sampled(mixed, capacity, chunk=chunk), once)
+    assert once.n == min(capacity, len(set(tokens)))
+    places = [tuple(map(int, key[:2])) for key in once[A]]
+    assert len(set(places)) == len(places)
+    assert set(places) <= set(tokens)
+    assert torch.equal(once[A] + B.layer, once[B]), "the same tokens at every site"
+    assert torch.equal(once.documents(A).float(), once[A][:, 0])
+
+
+@given(many_tokens, many_tokens, many_tokens, st.integers(1, 30))
+def test_merging_is_associative_commutative_and_idempotent_on_overlap(
+    x: list[tuple[int, int]], y: list[tuple[int, int]], z: list[tuple[int, int]], capacity: int
+) -> None:
+    a, b, c = (sampled(part, capacity) for part in (x, y, z))
+    kept = a.state()
+    whole = sampled(x + y + z, capacity)
+    assert same(a.merge(b).merge(c), whole)
+    assert same(a.merge(b.merge(c)), whole)
+    assert same(c.merge(a).merge(b), whole)
+    assert same(a.merge(a), a)
+    assert same(a.merge(KeySample(capacity)), a)
+    assert same(KeySample(capacity).merge(a), a)
+    assert all(torch.equal(a.state()[name], kept[name]) for name in kept), "merging changes no part"
+
+
+def test_a_sample_is_uniform_over_tokens_and_pairs_of_them() -> None:
+    documents, places, capacity, runs = 20, 5, 25, 400
+    tokens = [(document, place) for document in range(documents) for place in range(places)]
+    counts, pairs = torch.zeros(documents, places), torch.zeros(documents)
+    for seed in range(runs):
+        kept = sampled(tokens, capacity, seed, chunk=100, sites=(A,))[A][:, :2].long()
+        assert len(kept) == capacity
+        counts[kept[:, 0], kept[:, 1]] += 1
+        inside = torch.zeros(documents, places)
+        inside[kept[:, 0], kept[:, 1]] = 1
+        pairs += inside[:, 0] * inside[:, 1]  # neighbours of one document
+    share = capacity / len(tokens)
+    z = (counts / runs - share) / math.sqrt(share * (1 - share) / runs)
+    chi_square = float(z.square().sum())
+    assert abs(chi_square - len(tokens)) < 4 * math.sqrt(2 * len(tokens))
+    assert float(z.abs().max()) < 4.5
+    both = share * (capacity - 1) / (len(tokens) - 1)
+    assert abs(float(pairs.mean()) / runs - both) < 4.5 * math.sqrt(both * (1 - both) / (runs * documents))
+
+
+def test_a_smaller_sample_is_the_beginning_of_a_larger_one_and_other_seeds_keep_others() -> None:
+    tokens = [(document, place) for document in range(9) for place in range(9)]
+    large, small = sampled(tokens, 50), sampled(tokens, 10)
+    assert torch.equal(large[A][:10], small[A])
+    assert not torch.equal(sampled(tokens, 10, seed=1)[A], small[A])
+    # A part of the tokens keeps, of those, what the whole would keep first.
+    part = sampled(tokens[:40], 10)
+    ranked = [tuple(map(int, key[:2])) for key in sampled(tokens, 81)[A]]
+    assert [tuple(map(int, key[:2])) for key in part[A]] == [one for one in ranked if one in tokens[:40]][:10]
+
+
+def test_a_samples_state_goes_out_and_in_again_and_goes_on() -> None:
+    tokens = [(document, place) for document in range(9) for place in range(4)]
+    first, rest = sampled(tokens[:20]), sampled(tokens[20:])
+    again = KeySample(20).with_state(first.state())
+    assert same(again, first)
+    assert same(again.merge(rest), sampled(tokens))
+    assert again.sites == [A, B]
+    state = first.state()
+    for bad in (state[f"{A}.ids"][:, :3], state[f"{A}.ids"][:2], state[f"{A}.ids"].reshape(-1)):
+        with pytest.raises(LensUnlearnError, match="keys, and ids of shape"):
+            KeySample(20).with_state({**state, f"{A}.ids": bad})
+
+
+def test_only_counted_tokens_are_kept_and_what_is_no_number_is_refused() -> None:
+    document, place = torch.arange(6), torch.zeros(6, dtype=torch.long)
+    keys = key_of_token(document, place)
+    keys[2] = math.nan
+    made = KeySample()
+    made.locate(document, place)
+    made.update(A, keys, torch.tensor([1.0, 0, 0, 1, 1, 0]))
+    made.update(B, keys, torch.zeros(6))
+    assert sorted(made[A][:, 0].tolist()) == [0, 3, 4]
+    assert made.sites == [A]
+    with pytest.raises(ActivationError, match=r"L0\.mlp\.post\[0\] is nan"):
+        made.update(A, keys, torch.ones(6))
+    half = KeySample()
+    half.locate(document, place)
+    half.update(Z, torch.ones(6, 2, 3, dtype=torch.bfloat16), torch.ones(6))
+    assert half[Z].shape == (6, 2, 3)
+    assert half[Z].dtype == torch.float32
+
+
+def test_a_sample_has_to_know_which_tokens_it_is_given() -> None:
+    made = KeySample()
+    with pytest.raises(LensUnlearnError, match=r"say with locate\(\) which 4 tokens these are"):
+        made.update(A, torch.ones(4, 3), torch.ones(4))
+    made.locate(torch.arange(3), torch.arange(3))
+    with pytest.raises(LensUnlearnError, match="which 4 tokens"):
+        made.update(A, torch.ones(4, 3), torch.ones(4))
+
+
+def test_samples_of_other_settings_do_not_merge_and_show_themselves_apart() -> None:
+    for other in (KeySample(7), KeySample(seed=1)):
+        with pytest.raises(LensUnlearnError, match="different capacity or seed do not merge"):
+            KeySample().merge(other)
+        assert repr(other) != repr(KeySample()), "a checkpoint knows them apart by this"
+    with pytest.raises(LensUnlearnError, match="capacity=0 keeps no key: at least 1"):
+        KeySample(0)
+    with pytest.raises(EmptyStatisticError, match=r"no key of L1\.attn\.z"):
+        sampled([(0, 0)])[Z]
+    assert repr(sampled([(0, 0), (0, 1)])) == "KeySample(2 of at most 20 keys, 2 sites, mlp.post)"
+    assert repr(KeySample(9, seed=3)) == "KeySample(0 of at most 9 keys, 0 sites, empty, seed 3)"
+
+
+def test_a_sample_is_split_by_document() -> None:
+    tokens = [(document, place) for document in range(50) for place in range(3)]
+    whole = sampled(tokens, 150)
+    parts = whole.split(0.6, 0.4, seed=2)
+    documents = [set(part.documents(A).tolist()) for part in parts]
+    assert [len(found) for found in documents] == [30, 20]
+    assert not documents[0] & documents[1]
+    assert documents[0] | documents[1] == set(range(50))
+    assert same(parts[0].merge(parts[1]), whole)
+    assert torch.equal(parts[0].documents(A), parts[0].documents(B))
+    assert all(same(x, y) for x, y in zip(whole.split(0.6, 0.4, seed=2), parts, strict=True))
+    assert not same(whole.split(0.6, 0.4, seed=3)[0], parts[0])
+    assert [part.n for part in sampled(tokens[:6], 9).split(0.999, 0.001)] == [3, 3], "no part is left without"
+    with pytest.raises(EmptyStatisticError, match="1 documents are too few to split into 2 parts"):
+        sampled(tokens[:3], 9).split(0.6, 0.4)
+    with pytest.raises(EmptyStatisticError, match="0 documents"):
+        KeySample().split(1.0)
+
+
+def test_the_keys_that_are_collected_are_those_of_the_documents_they_name(each: str) -> None:
+    from lens_unlearn.coins import key_of
+    from lens_unlearn.sites import attach, detach_all, resolve
+
+    model, corpus = tiny.model(each), tiny.corpus((9, 3, 14, 5), uncounted=0.3)
+    made = collect(model, corpus, ("mlp.post", "attn.z"), statistic=KeySample(1000), batch_size=3, progress=False)
+    assert made.n == corpus.n_tokens
+    seen: dict[Site, Tensor] = {}
+    points = resolve(model, ("mlp.post", "attn.z"))
+    removers = [attach(point.hook, lambda t, s=site: seen.update({s: t.clone()})) for site, point in points.items()]
+    try:
+        for row in range(corpus.n_rows):
+            start, end = int(corpus.starts[row]), int(corpus.starts[row + 1])
+            with torch.no_grad():
+                model(corpus.row(row)[None])
+            for site, values in seen.items():
+                own = made[site][made.documents(site) == key_of(corpus.keys[row])]
+                expected = values[0][corpus.counted[start:end]]
+                distance = torch.cdist(own.flatten(1), expected.flatten(1))
+                assert len(own) == len(expected)
+                assert float(distance.amin(1).max()) < 1e-4
+                assert float(distance.amin(0).max()) < 1e-4
+    finally:
+        detach_all(removers)
+
+
+def test_what_is_collected_does_not_depend_on_the_batch_size_nor_on_how_the_corpus_is_cut() -> None:
+    model = tiny.model("gpt2")
+    corpus = tiny.corpus((9, 3, 14, 5, 6, 11, 8))
+    told = {"statistic": KeySample(15, seed=1), "progress": False}
+    whole = collect(model, corpus, **told)
+    for size in (1, 2, 64):
+        again = collect(model, corpus, batch_size=size, **told)
+        assert all(torch.equal(again.documents(s), whole.documents(s)) for s in whole.sites)
+        assert all(torch.allclose(again[s], whole[s], atol=1e-5) for s in whole.sites)
+    for parts in (corpus.split(0.5, 0.5), [corpus.only([0, 1, 2]), corpus.only([2, 3, 4, 5, 6])]):
+        one, other = (collect(model, part, **told) for part in parts)
+        for site, keys in one.merge(other)._keys.items():
+            assert torch.allclose(keys, whole[site], atol=1e-5)
+
+
+def test_documents_that_come_twice_count_once_and_a_part_of_the_rows_names_tokens_as_the_whole_does() -> None:
+    """Long documents have several rows; which row it is may not depend on whether an earlier one was sampled."""
+    from dataclasses import replace
+
+    model = tiny.model("gpt2")
+    base = tiny.corpus((9, 8, 7, 9, 8, 7))
+    # The six rows are those of two documents.
+    corpus = replace(base, document=torch.tensor([0, 0, 0, 1, 1, 1]), keys=("a", "b"))
+    told = {"statistic": KeySample(1000), "progress": False}
+    whole = collect(model, corpus, **told)
+    assert whole.n == corpus.n_tokens
+    for seed in range(4):
+        parts = [corpus.sample(15, seed=seed), corpus]
+        one, other = (collect(model, part, **told) for part in parts)
+        merged = one.merge(other)
+        assert torch.equal(merged._ids[A], whole._ids[A]), "the part's tokens are among the whole's"
+    twice = corpus + corpus
+    for size in (1, 2, 100):
+        again = collect(model, twice, batch_size=size, **told)
+        assert torch.equal(again._ids[A], whole._ids[A])

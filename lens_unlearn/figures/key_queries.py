@@ -43,8 +43,8 @@ def key_coverage(
     scales = torch.cat([scales[:1] / 1.1, scales, scales[-1:] * 1.1])
     fig = go.Figure()
     others = [name for name in space.skills if name != skill]
-    # The area between two lines is filled from the second: first all others together, then the skill.
-    for name in [space.others, skill, *others]:
+    # The skill's line is drawn second, and the area down to the first is filled.
+    for name in [space.others, skill, *others] if len(others) > 1 else [*others, skill]:
         own, pooled = name == skill, name == space.others
         auc = "" if own else f", AUC {space.value(site, 'auc_box', skill, name).value:.2f}"
         label = "all others" if pooled else theme.plain(name)
@@ -64,15 +64,16 @@ def key_coverage(
             legendrank=900 if own else 1100 if pooled else 1000,
             hovertemplate=f"<b>{label}</b><br>%{{y:.1%}} inside at c = %{{x:.3g}}<extra></extra>",
         )
-    for measure, other, told, dash in (
-        ("k", "", "covers the fit", "dot"),
-        ("best_scale", space.others, "best", "dash"),
-    ):
-        at = space.value(site, measure, skill, other).value
+    marks = [
+        (space.value(site, "k", skill).value, "covers the fit", "dot"),
+        (space.value(site, "best_scale", skill, space.others).value, "best", "dash"),
+    ]
+    # Outwards, since the two can be close together.
+    for anchor, (at, told, dash) in zip(("right", "left"), sorted(marks), strict=True):
         if np.isfinite(at) and at > 0:
             fig.add_vline(x=at, line={"dash": dash, "width": 1.3, "color": theme.TEXT})
-            where = {"x": np.log10(at), "y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-            fig.add_annotation(**where, text=f"{told}: {at:.3g}")
+            where = {"x": np.log10(at), "y": 1.0, "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
+            fig.add_annotation(**where, text=f"{told}: {at:.3g}", showarrow=False)
     ticks = [digit * 10**power for power in range(-6, 7) for digit in (1, 2, 5)]
     extent = [float(scales[0].log10()), float(scales[-1].log10())]
     fig.update_xaxes(type="log", range=extent, tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
@@ -143,7 +144,7 @@ def key_roc(
                 line={
                     "color": theme.FORGET if name == space.others else colours[name],
                     "width": 3 if name == names[0] else 1.5,
-                    "dash": "solid" if name == space.others else styles[name][0],
+                    "dash": "solid" if name == names[0] else styles[name][0],
                 },
                 name=label,
                 legendgroup=label,
