@@ -35,7 +35,7 @@ Template = Annotated[str, typer.Option(help="How question and answer are joined;
 @app.command()
 def demo(
     out: Out = Path("demo-report"),
-    tokens: Tokens = 2500,
+    tokens: Tokens = 2000,
     seed: Annotated[int, typer.Option(help="Of splits and controls.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

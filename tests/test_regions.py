@@ -290,7 +290,7 @@ def test_regions_come_back_from_a_file_bit_for_bit(shape: Any, tmp_path: Path) -
 def test_the_volume_is_the_sum_of_log_sigmas_and_another_limit_leaves_the_rest() -> None:
     region = fitted("box", alpha=2.0)
     assert region.log_volume == pytest.approx(float(cloud().double().std(0).log().sum()), rel=1e-6)
-    moved = region.at(3)
+    moved = region.at(3.0)
     assert (moved.limit, moved.k) == (3.0, region.k)
     assert moved.centres is region.centres
     assert isinstance(Ellipsoid(region.centres, region.scale, 1.0).at(2.0), Ellipsoid)

@@ -201,7 +201,7 @@ class _Scores:
     """Held-out queries' scores at every site."""
 
     forget: Mapping[Site, Float[Tensor, "queries"]]
-    retain: Mapping[Site, Float[Tensor, "queries"]]
+    retain: Mapping[Site, Float[Tensor, "others"]]
 
     def ranked(self, regions: Mapping[Site, Region], alpha: float | None, budget: float) -> list[Site]:
         """Order the sites: by detection within the budget, or by the difference of the rates at a given alpha; then by AUC."""
