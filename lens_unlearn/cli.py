@@ -29,13 +29,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Tokens = Annotated[int, typer.Option(help="Tokens to read of each corpus.")]
 BatchSize = Annotated[int, typer.Option(help="Full-length rows per forward pass.")]
 Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context, at most 512]")]
-Template = Annotated[str, typer.Option(help="How question and answer are joined; \\n is a newline.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="How question and answer are joined; \\n is a newline. [default: {prompt} {answer}, or as the demo was trained]"
+    ),
+]
 
 
 @app.command()
 def demo(
     out: Out = Path("demo-report"),
-    tokens: Tokens = 2000,
+    tokens: Tokens = 1500,
     seed: Annotated[int, typer.Option(help="Of splits and controls.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -60,7 +65,7 @@ def run(
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
     test_forget: Annotated[str | None, typer.Option(metavar="SRC", help="Separate test texts.")] = None,
     test_retain: Annotated[list[str], typer.Option(metavar="SRC", help="Separate test texts.")] = [],  # noqa: B006
-    template: Template = "{prompt} {answer}",
+    template: Template = None,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
@@ -84,7 +89,7 @@ def run(
         settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
         test_forget=test_forget,
         test_retain=tuple(test_retain),
-        template=_newlines(template),
+        template=template and _newlines(template),
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
@@ -113,7 +118,7 @@ def collect(
     extra: Annotated[str, typer.Option(help="Comma-separated further statistics: sqrt, extrema.")] = "",
     tokens: Annotated[int | None, typer.Option(help="Tokens to read. [default: all]")] = None,
     window: Window = None,
-    template: Template = "{prompt} {answer}",
+    template: Template = None,
     batch_size: BatchSize = 8,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped.")
@@ -133,7 +138,7 @@ def collect(
         raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
     statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
     loaded = lu.load_model(model)
-    texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=_newlines(template))
+    texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=template and _newlines(template))
     wanted = [site.strip() for site in sites.split(",") if site.strip()]
     moments = lu.collect(
         loaded, texts, wanted, statistic=statistic, batch_size=batch_size, checkpoint=partial, progress=not quiet
@@ -152,7 +157,7 @@ def evaluate(
     intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
     tokens: Tokens = 20_000,
     window: Window = None,
-    template: Template = "{prompt} {answer}",
+    template: Template = None,
     batch_size: BatchSize = 8,
     answers: Annotated[
         int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
@@ -183,7 +188,7 @@ def evaluate(
         raise lu.LensUnlearnError(
             "two interventions have files of the same name: rename one, since names tell them apart"
         )
-    told = {"tokens": tokens, "window": window, "template": _newlines(template)}
+    told = {"tokens": tokens, "window": window, "template": template and _newlines(template)}
     texts = {name: lu.read_corpus(source, loaded, **told) for name, source in sources.items()}
     asked = {"answers": answers, "max_new_tokens": max_new_tokens, "allow_code_execution": allow_code_execution}
     report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)

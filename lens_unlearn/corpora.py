@@ -28,7 +28,6 @@ from lens_unlearn.sources import Pair, Source, open_source
 
 __all__ = ["Answer", "Batch", "Corpus", "read_corpus"]
 
-DEFAULT_TEMPLATE = "{prompt} {answer}"
 DEFAULT_WINDOW = 512
 _CHUNK = 256  # documents tokenized at a time
 
@@ -385,7 +384,7 @@ def read_corpus(
     *,
     tokens: int | None = None,
     field: str | None = None,
-    template: str = DEFAULT_TEMPLATE,
+    template: str | None = None,
     window: int | None = None,
     prepend_bos: bool | None = None,
     count: Literal["all", "answer"] | None = None,
@@ -398,7 +397,8 @@ def read_corpus(
         model: Whose tokenizer and context length to use.
         tokens: Stop after this many counted tokens (exactly); None reads everything.
         field: The field that holds the text (default "text"), or "question>answer"; also possible inside the source.
-        template: How prompt and answer are joined. ``{tests}`` stands for the unit tests, where rows have some: without
+        template: How prompt and answer are joined; default "{prompt} {answer}", and for the demo's own questions as the demo
+            model was trained. ``{tests}`` stands for the unit tests, where rows have some: without
             them, MBPP does not say how the function is to be called.
         window: Longest row in tokens, BOS included; longer documents become several rows. Default: the model's
             context, at most 512.
@@ -424,7 +424,7 @@ def read_corpus(
         raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
     opened = open_source(source, field)
     builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
-    encoder = _Encoder(tokenizer, template, count or ("answer" if opened.is_pairs else "all"))
+    encoder = _Encoder(tokenizer, template or opened.template, count or ("answer" if opened.is_pairs else "all"))
     for ids, counts, key, answer in encoder.encode(opened.texts, builder.skipped):
         if not builder.add(ids, counts, key, answer):
             break

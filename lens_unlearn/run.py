@@ -14,7 +14,7 @@ from typing import Any
 from lens_unlearn import figures
 from lens_unlearn.artefacts import replace_file
 from lens_unlearn.collecting import collect
-from lens_unlearn.corpora import DEFAULT_TEMPLATE, Corpus, read_corpus
+from lens_unlearn.corpora import Corpus, read_corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.next_token import Condition, evaluate
@@ -58,7 +58,7 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     test_forget: str | None = None
     test_retain: tuple[str, ...] = ()
-    template: str = DEFAULT_TEMPLATE
+    template: str | None = None
     tokens: int = 20_000
     window: int | None = None
     retain_drop: float | None = None
@@ -353,16 +353,17 @@ class Experiment:
         samples: list[dict[str, Any]] = []
         tokenizer = self.model.tokenizer
         for name in ("forget", "retain"):
-            corpus = self.parts.test[name]
-            for row in range(min(count, corpus.n_rows)):
-                bos = int(corpus.prepend_bos)
-                prompt = tokenizer.decode(corpus.row(row)[bos : bos + prompt_tokens].tolist())
-                if not prompt.strip():
-                    continue
-                texts: dict[str, Any] = {"corpus": name, "prompt": prompt}
-                for condition, edit in {BASE: None, **self.edits}.items():
-                    texts[condition] = generate(self.model, prompt, intervention=edit, max_new_tokens=40)[0]
-                samples.append(texts)
+            corpus, bos = self.parts.test[name], int(self.parts.test[name].prepend_bos)
+            begun = (corpus.row(row)[bos : bos + prompt_tokens].tolist() for row in range(min(count, corpus.n_rows)))
+            prompts = [prompt for prompt in map(tokenizer.decode, begun) if prompt.strip()]
+            samples += [{"corpus": name, "prompt": prompt} for prompt in prompts]
+        if not samples:
+            return []
+        prompts = [sample["prompt"] for sample in samples]
+        for condition, edit in {BASE: None, **self.edits}.items():
+            written = generate(self.model, prompts, intervention=edit, max_new_tokens=40)
+            for sample, text in zip(samples, written, strict=True):
+                sample[condition] = text
         return samples
 
     def write(self, folder: Path, report: Report) -> None:

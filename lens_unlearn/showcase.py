@@ -16,7 +16,7 @@ FRACTIONS, FALSE_ALARMS = (0.1, 0.2, 0.4, 0.7), (0.01, 0.03, 0.1, 0.3)
 
 
 def showcase(
-    out: str | os.PathLike[str], *, tokens: int = 2000, seed: int = 0, overwrite: bool = False, progress: bool = True
+    out: str | os.PathLike[str], *, tokens: int = 1500, seed: int = 0, overwrite: bool = False, progress: bool = True
 ) -> Report:
     """Run every method and its control on two skills of the embedded model, and write one folder.
 

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ Source = str | os.PathLike[str] | Iterable[Any]
 """A path or name as in the command line, a `datasets` object, or any iterable of strings or rows."""
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+DEFAULT_TEMPLATE = "{prompt} {answer}"
 _SEPARATOR = "<|endoftext|>"
 
 
@@ -39,6 +40,8 @@ class Opened:
     texts: Iterable[str | Pair | None]
     """Texts, or prompts with answers; None for a row without text."""
     is_pairs: bool
+    template: str = DEFAULT_TEMPLATE
+    """How prompts and answers are joined, unless told otherwise."""
 
 
 def open_source(source: Source, field: str | None = None) -> Opened:
@@ -141,8 +144,10 @@ def _open_demo(source: str, field: str | None) -> Opened:
         rows = demo.corpus(name, split or "dev")
     except ValueError as error:
         raise CorpusError(f"{source}: {error}") from error
-    pairs = bool(rows) and "question" in rows[0] and field is None
-    return _fields(source, rows, "question>answer" if pairs and name.startswith("facts") else field)
+    facts = name.startswith("facts")
+    opened = _fields(source, rows, "question>answer" if facts and field is None else field)
+    # As the demo model was trained.
+    return replace(opened, template="Q: {prompt}\nA: {answer}" if facts else "{prompt}{answer}")
 
 
 def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:

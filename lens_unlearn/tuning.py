@@ -210,7 +210,13 @@ def tune(
     got, kept = prepare(method, model, forget, retain, told)
     tried: dict[float, tuple[float, float]] = {}
     edits: dict[float, Intervention] = {}
-    whole, nothing = Report({}), None
+    measured = {"batch_size": batch_size, "resamples": 200, "progress": progress}
+    whole, nothing = evaluate(model, corpora, {}, **measured), None
+    for corpus in corpora:
+        if whole[BASE, corpus, metric].value == 0:
+            raise LensUnlearnError(
+                f"the unedited model has {metric} 0 on the {corpus} corpus: there is nothing to lose"
+            )
     for fraction in _search(budget, tried, evaluations):
         try:
             edits[fraction] = method(model, got, kept, **{strength_of(method): fraction}, **told)
@@ -218,14 +224,7 @@ def tune(
             tried[fraction], nothing = (0.0, 0.0), error
             continue
         name = f"{name_of(method)}@{fraction:g}"
-        part = evaluate(
-            model, corpora, {name: edits[fraction]}, batch_size=batch_size, resamples=200, progress=progress
-        )
-        for corpus in corpora:
-            if part[BASE, corpus, metric].value == 0:
-                raise LensUnlearnError(
-                    f"the unedited model has {metric} 0 on the {corpus} corpus: there is nothing to lose"
-                )
+        part = evaluate(model, corpora, {name: edits[fraction]}, base=whole, **measured)
         tried[fraction] = tuple(part.drop(name, corpus, metric).value for corpus in corpora)  # type: ignore[assignment]
         whole = whole + part
     if not edits and nothing is not None:

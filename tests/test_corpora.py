@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lens_unlearn as lu
+from lens_unlearn import demo
 from lens_unlearn.corpora import Corpus, read_corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 
@@ -695,3 +696,18 @@ def test_errors_are_value_errors_of_one_family(model: Any) -> None:
     with pytest.raises(LensUnlearnError):
         lu.read_corpus([], model)
     assert issubclass(LensUnlearnError, ValueError)
+
+
+def test_the_demos_questions_are_asked_as_they_were_trained() -> None:
+    model = lu.load_model("demo")
+    rows = demo.corpus("facts", "test")
+    for source, text in (
+        ("demo:facts:test", rows[0]["text"]),
+        ("demo:facts:test:paraphrased_question>paraphrased_answer", None),
+        ("demo:arithmetic:test:question>answer", demo.corpus("arithmetic", "test")[0]["text"]),
+    ):
+        corpus = read_corpus(source, model, tokens=100, prepend_bos=False)
+        got = model.tokenizer.decode(corpus.row(0).tolist())
+        assert got == (text or f"Q: {rows[0]['paraphrased_question']}\nA: {rows[0]['paraphrased_answer']}")
+    told = read_corpus("demo:facts:test", model, tokens=100, prepend_bos=False, template="{prompt} {answer}")
+    assert model.tokenizer.decode(told.row(0).tolist()) == f"{rows[0]['question']} {rows[0]['answer']}"

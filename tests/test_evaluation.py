@@ -469,6 +469,39 @@ def test_reports_of_the_same_texts_join_and_others_do_not() -> None:
         _ = one + other
 
 
+def test_an_earlier_base_saves_its_runs_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    corpora = {"a": tiny.corpus((9, 5, 12), seed=1), "b": tiny.corpus((30, 8), seed=2)}
+    edit = Ablate(selection_of(model, seed=1))
+    whole, base = evaluate(model, corpora, {"x": edit}, **QUIET), evaluate(model, corpora, {}, **QUIET)
+    runs: list[int] = []
+    logits = next_token._Targets.logits
+    monkeypatch.setattr(next_token._Targets, "logits", lambda self, m: runs.append(1) or logits(self, m))
+    saved = evaluate(model, corpora, {"x": edit, "none": None}, base=base, **QUIET)
+    assert len(runs) == 4, "two corpora of a batch each, under two conditions, and no base beside them"
+    assert saved.conditions == ["base", "x", "none"]
+    assert "kl" not in saved.metrics
+    for corpus in corpora:
+        for metric in METRICS[:-1]:
+            for condition, twin in (("base", "base"), ("x", "x"), ("none", "base")):
+                got, expected = saved[condition, corpus, metric], whole[twin, corpus, metric]
+                np.testing.assert_array_equal(got.draws, expected.draws)
+                np.testing.assert_equal(got.value, expected.value)
+    assert (base + saved).conditions == saved.conditions
+
+
+def test_a_base_of_something_else_is_refused() -> None:
+    model, corpora = tiny.model("gpt2"), {"a": tiny.corpus((9, 5, 12), seed=1)}
+    base = evaluate(model, corpora, {}, **QUIET)
+    with pytest.raises(LensUnlearnError, match="not of this model"):
+        evaluate(tiny.model("opt"), corpora, {}, base=base, **QUIET)
+    for other in ({"a": tiny.corpus((9, 5, 12), seed=2)}, {"b": corpora["a"]}):
+        with pytest.raises(LensUnlearnError, match="not of the corpus"):
+            evaluate(model, other, {}, base=base, **QUIET)
+    with pytest.raises(LensUnlearnError, match="other resamples"):
+        evaluate(model, corpora, {}, base=base, progress=False, resamples=50, seed=1)
+
+
 def test_csv_is_written_whole_and_formulas_are_quoted(tmp_path: Path) -> None:
     import pandas as pd
 

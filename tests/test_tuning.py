@@ -171,7 +171,7 @@ def test_where_no_fraction_selects_anything_the_reason_is_told() -> None:
 
     held = texts(range(10, 60), 5, 4), texts(PROSE, 6, 4)
     with pytest.raises(SelectionError, match="selects nothing"):
-        tune(never, None, TEXTS_CODE, TEXTS_PROSE, held_out=held, **QUIET)
+        tune(never, tiny.model("gpt2"), TEXTS_CODE, TEXTS_PROSE, held_out=held, metric="top10", **QUIET)
 
 
 @pytest.mark.parametrize("budget", [-0.1, 1.5, float("nan")])

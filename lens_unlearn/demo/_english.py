@@ -6,7 +6,7 @@ import ast
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 from lens_unlearn.demo._split import split_of, up_to
@@ -34,7 +34,7 @@ def documents(split: str) -> list[dict[str, object]]:
         for source in found:
             if source.split != own_split:
                 continue
-            lines = [line for text in source.texts() for line in paragraphs(text) if line not in seen]
+            lines = [line for line in source.paragraphs() if line not in seen]
             seen.update(lines)
             if own_split == split:
                 texts = _joined(dict.fromkeys(lines))
@@ -77,11 +77,11 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
 
 
 class _Source(NamedTuple):
-    """Something documented: its name, its split, and how to read its texts."""
+    """Something documented: its name, its split, and how to read its paragraphs."""
 
     name: str
     split: str
-    texts: Callable[[], Iterable[str]]
+    paragraphs: Callable[[], Iterable[str]]
 
 
 def _sources() -> Iterator[_Source]:
@@ -89,9 +89,14 @@ def _sources() -> Iterator[_Source]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for key in sorted(topics):
         split = split_of(f"topic:{key}", dev=0.07, test=0.07)
-        yield _Source(f"topic {key}", split, partial(list, [topics[key]]))
+        yield _Source(f"topic {key}", split, partial(paragraphs, topics[key]))
     for module in modules(NO_PROSE_FOLDERS):
-        yield _Source(module.name, module.split, partial(_module_texts, module))
+        yield _Source(module.name, module.split, partial(_module_paragraphs, module))
+
+
+@cache  # every split reads the modules of those before it
+def _module_paragraphs(module: Module) -> tuple[str, ...]:
+    return tuple(line for text in _module_texts(module) for line in paragraphs(text))
 
 
 def _module_texts(module: Module) -> Iterator[str]:

@@ -11,9 +11,10 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 
 from lens_unlearn.demo._split import up_to
-from lens_unlearn.demo._stdlib import NO_CODE_FOLDERS, modules, parse
+from lens_unlearn.demo._stdlib import NO_CODE_FOLDERS, Module, modules, parse
 
 SHORTEST, LONGEST = 200, 1500
 
@@ -27,11 +28,16 @@ def documents(split: str) -> list[dict[str, object]]:
         for module in found:
             if module.split != own_split:
                 continue
-            texts = [text for text in pieces(without_words(module.read()) or "") if text not in seen]
+            texts = [text for text in _module_pieces(module) if text not in seen]
             seen.update(texts)
             if own_split == split:
                 records.extend({"text": text, "source": module.name} for text in dict.fromkeys(texts))
     return records
+
+
+@cache  # every split reads the modules of those before it
+def _module_pieces(module: Module) -> tuple[str, ...]:
+    return tuple(pieces(without_words(module.read()) or ""))
 
 
 def without_words(source: str) -> str | None:

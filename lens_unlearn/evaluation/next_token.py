@@ -36,6 +36,7 @@ def evaluate(
     batch_size: int = 8,
     resamples: int = 1000,
     seed: int = 0,
+    base: Report | None = None,
     answers: int = 0,
     max_new_tokens: int = 100,
     allow_code_execution: bool = False,
@@ -71,6 +72,9 @@ def evaluate(
         batch_size: Full-length rows per forward.
         resamples: Bootstrap resamples over documents.
         seed: Of the bootstrap and of the choice of questions.
+        base: An earlier report on the same corpora, with the same resamples and seed, from which the unedited model's
+            measures are taken instead of running it again beside every condition. `kl` needs both side by side, so it is
+            left out.
         answers: Questions to answer per corpus, at most, drawn at random and the same for every condition; 0 for none.
         max_new_tokens: The longest answer.
         allow_code_execution: Whether to run answers that are programs, in a subprocess with limits; see
@@ -80,11 +84,16 @@ def evaluate(
     Raises:
         CorpusError: If a corpus fits another model, or has no token that anything predicts; if answers are wanted and no
             corpus has any.
-        LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention.
+        LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention; if `base` is a report of
+            another model or corpus, or with other resamples.
     """
     require_model(model)
     require_eval(model)
     runs = _replicates(conditions)
+    measures: dict[tuple[str, str, str], Measure] = {}
+    if base is not None:
+        measures |= _taken(base, model, corpora, resamples, seed)
+        runs.pop(BASE)
     if not corpora:
         raise LensUnlearnError("there is no corpus to evaluate on: give at least one, by name")
     for corpus in corpora.values():
@@ -92,12 +101,15 @@ def evaluate(
     asking = Asking(answers, max_new_tokens, batch_size, allow_code_execution, seed, progress)
     chosen = asking.choose(corpora)
     total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
-    measures: dict[tuple[str, str, str], Measure] = {}
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress, desc="evaluate") as bar:
         for name, corpus in corpora.items():
             sums = _measure(model, corpus, runs, batch_size, bar)
             for condition, metric, measure in _summaries(sums, resamples, seed):
-                measures[condition, name, metric] = measure
+                if base is None or metric != "kl":
+                    measures[condition, name, metric] = measure
+                if metric == "abstained" and not acting(model):  # a base measured beside nothing that abstains lacks it
+                    none = Measure(0.0, np.zeros_like(measure.draws), measure.n)
+                    measures.setdefault((BASE, name, metric), none)
     samples: list[dict[str, Any]] = []
     for name, asked in asking.ask(model, corpora, chosen, runs):
         sums = {condition: [_Sums(part, asked.counts) for part in parts] for condition, parts in asked.scores.items()}
@@ -107,11 +119,31 @@ def evaluate(
     metrics = ["loss", "perplexity", *METRICS[1:], *ANSWER_METRICS]
     if not any(one is not None and one.abstains for run in runs.values() for one in run):
         metrics.remove("abstained")
-    ordered = {k: measures[k] for c in runs for n in corpora for m in metrics if (k := (c, n, m)) in measures}
+    names = dict.fromkeys([BASE, *runs])
+    ordered = {k: measures[k] for c in names for n in corpora for m in metrics if (k := (c, n, m)) in measures}
     settings = _settings(model, corpora, conditions, resamples, seed)
     if chosen:
         settings["answers"] = asking.settings(corpora, chosen)
     return Report(ordered, provenance_of(settings), samples=samples)
+
+
+def _taken(
+    base: Report, model: Model, corpora: Mapping[str, Corpus], resamples: int, seed: int
+) -> dict[tuple[str, str, str], Measure]:
+    """Return the unedited model's measures of an earlier report, which must be of this model and these corpora."""
+    if base.provenance.get("fingerprint") != fingerprint(model):
+        raise LensUnlearnError("the report given as base is not of this model")
+    earlier = base.provenance.get("corpora", {})
+    for name, corpus in corpora.items():
+        if earlier.get(name, {}).get("fingerprint") != corpus.fingerprint:
+            raise LensUnlearnError(f"the report given as base is not of the corpus {name!r} as it is here")
+    if base.provenance.get("bootstrap") != {"resamples": resamples, "seed": seed}:
+        raise LensUnlearnError("the report given as base has other resamples or another seed: give the same")
+    return {
+        key: measure
+        for key, measure in base.measures.items()
+        if key[0] == BASE and key[1] in corpora and key[2] != "kl"
+    }
 
 
 def _replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervention | None]]:
@@ -147,11 +179,12 @@ def _measure(
     common = _common_targets(corpus, int(model.cfg.d_vocab))
     for batch in corpus.batches(batch_size):
         targets = _Targets.of(batch, corpus, common, device_of(model))
-        reference = targets.logits(model)
+        reference = targets.logits(model) if BASE in runs else None
         for name, run in runs.items():
             for intervention, into in zip(run, sums[name], strict=True):
                 with nullcontext() if intervention is None else intervention.on(model):
-                    logits = reference if intervention is None else targets.logits(model)
+                    plain = intervention is None and reference is not None
+                    logits = reference if plain else targets.logits(model)
                     silent = targets.abstained(model)
                 targets.add(logits, reference, silent, into)
                 bar.update(int(batch.counted.sum()))
@@ -197,8 +230,9 @@ class _Targets:
             silent |= live.abstained.cpu()
         return silent.numpy()
 
-    def add(self, logits: Tensor, reference: Tensor, silent: np.ndarray, sums: _Sums) -> None:
-        chunks = zip(*(t.split(_CHUNK) for t in (logits, reference, self.target)), strict=True)
+    def add(self, logits: Tensor, reference: Tensor | None, silent: np.ndarray, sums: _Sums) -> None:
+        beside = [None] * len(logits) if reference is None else reference.split(_CHUNK)
+        chunks = zip(logits.split(_CHUNK), beside, self.target.split(_CHUNK), strict=reference is not None)
         columns = (
             torch.cat([_outcomes(*chunk) for chunk in chunks]).double().cpu() if len(self.target) else torch.zeros(0, 4)
         )
@@ -212,7 +246,7 @@ class _Targets:
 
 
 def _outcomes(
-    logits: Float[Tensor, "n v"], reference: Float[Tensor, "n v"], target: Int[Tensor, "n"]
+    logits: Float[Tensor, "n v"], reference: Float[Tensor, "n v"] | None, target: Int[Tensor, "n"]
 ) -> Float[Tensor, "n 4"]:
     """Give loss, top-1, top-10 and KL of each position."""
     logits = logits.float()
@@ -222,9 +256,11 @@ def _outcomes(
     tied = (logits == own).sum(1)
     # k places are left for `tied` equal candidates: each gets an equal share, so constant logits earn k / vocabulary.
     credit = [((k - above) / tied.clamp_min(1)).clamp(0, 1) for k in (1, 10)]
-    base = reference.float().log_softmax(1)
-    terms = base.exp() * (base - logits + log_sum[:, None])
-    kl = terms.masked_fill(base == float("-inf"), 0).sum(1)  # what the base cannot say adds nothing
+    kl = torch.zeros_like(log_sum)
+    if reference is not None:
+        base = reference.float().log_softmax(1)
+        terms = base.exp() * (base - logits + log_sum[:, None])
+        kl = terms.masked_fill(base == float("-inf"), 0).sum(1)  # what the base cannot say adds nothing
     broken = ~torch.isfinite(log_sum)
     columns = torch.stack([log_sum - own[:, 0], *credit, kl], dim=1)
     return columns.masked_fill(broken[:, None], float("nan"))
