@@ -16,7 +16,7 @@ ORDER = [
     {"lens_unlearn"},
     {"errors", "coins"},
     {"sites"},
-    {"maps"},
+    {"maps", "rows"},
     {"statistics", "regions", "separation"},
     {"artefacts"},
     {"demo"},  # the embedded model's place and texts; its recipe, below, is a program

@@ -20,9 +20,10 @@ from torch import Tensor
 from lens_unlearn.coins import key_of
 from lens_unlearn.collecting import collect
 from lens_unlearn.errors import ArtefactError, LensUnlearnError, SelectionError
-from lens_unlearn.interventions import Ablate, Adjust, Chain, Live, Rows, load_intervention
+from lens_unlearn.interventions import Ablate, Adjust, Chain, Live, load_intervention
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.neuron_adjust import FLOOR, RANKINGS, adjust_score, neuron_adjust
+from lens_unlearn.rows import Rows
 from lens_unlearn.sites import Site, resolve
 from lens_unlearn.statistics import Moments
 
