@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 from test_interventions import random_selection, selection_of, unchanged
 from torch import Tensor
 
-import lens_unlearn.interventions as interventions
+import lens_unlearn.rows as rows_module
+from lens_unlearn.coins import key_of, mix, uniform
 from lens_unlearn.collecting import collect
 from lens_unlearn.errors import LensUnlearnError
 from lens_unlearn.evaluation.generation import generate
-from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Intervention, Live, Rows, acting
+from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Intervention, Live, acting
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.regions import Box
+from lens_unlearn.rows import Rows
 from lens_unlearn.sites import Site, attach, detach_all, on_forward, on_logits, resolve
 
 LAST = Site(1, "mlp.post")
@@ -831,7 +833,7 @@ def test_when_our_part_of_a_forward_raises_none_stays(where: str, monkeypatch: p
 
     model = tiny.speaking("gpt2")
     act = about(model, ROWS[0]) + adjust_of(model, "L1.mlp.post")
-    owner: Any = {"begin": Live, "finish": Abstain, "check": Rows, "contains": Box, "prefixes": interventions}[where]
+    owner: Any = {"begin": Live, "finish": Abstain, "check": Rows, "contains": Box, "prefixes": rows_module}[where]
     failing = FailingAt(getattr(owner, where), 0, Fault)
 
     def go() -> None:
@@ -1002,8 +1004,8 @@ def test_coins_differ_by_layer_and_neuron_and_position() -> None:
     with act.on(model) as live:
         for site in full:
             index = torch.arange(64)
-            neuron = interventions.mix(index + interventions.key_of("neuron adjust", 0, str(site)))
+            neuron = mix(index + key_of("neuron adjust", 0, str(site)))
             run(model, tokens)
             assert live.rows is not None
-            drawn.append(interventions.uniform(live.rows.keys[:, :, None] + neuron))
+            drawn.append(uniform(live.rows.keys[:, :, None] + neuron))
     assert abs(float(torch.corrcoef(torch.stack([d.reshape(-1) for d in drawn]))[0, 1])) < 0.1
