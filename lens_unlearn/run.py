@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,8 @@ from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.next_token import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.interventions import Ablate, Adjust, Intervention
+from lens_unlearn.interventions import Ablate, Abstain, Adjust, Intervention
+from lens_unlearn.keyspace import key_space
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.key_space import key_space_detection
 from lens_unlearn.methods.neuron_adjust import adjust_score, neuron_adjust
@@ -303,7 +305,9 @@ class Experiment:
             drawn["What is left as more is taken out"] = figures.sweep_curves(curves)
         same: dict[str, NeuronMap] = {}
         for name, edit in self.edits.items():
-            if isinstance(edit, Ablate | Adjust):
+            if isinstance(edit, Abstain):
+                drawn |= self._keys(name, edit)
+            elif isinstance(edit, Ablate | Adjust):
                 drawn |= self._neurons(name, edit)
                 same[name] = _at_keys(edit.selection)
                 control = controls_for(self.model, edit, [self.plan.seed])[0]
@@ -312,6 +316,23 @@ class Experiment:
         if same:
             drawn["Overlap of selections"] = figures.selection_overlap(same)
         return drawn
+
+    def _keys(self, name: str, edit: Abstain) -> dict[str, Any]:
+        """Draw how the fitted queries lie in key space: all layers, then the first that votes."""
+        place = min(edit.regions)
+        try:
+            space = key_space(
+                self.model, self.parts.queries, place.kind,
+                seed=self.plan.seed, batch_size=self.plan.batch_size, progress=self.progress,
+            )  # fmt: skip
+        except CorpusError as error:  # enough to fit one region, not to fit and judge four at every layer
+            warnings.warn(f"the report has no figures of the key space: {error}", RuntimeWarning, stacklevel=2)
+            return {}
+        return {
+            f"Which layers tell the queries apart ({name})": figures.key_space(space),
+            f"Finding the queries at {place} ({name})": figures.key_roc(space, "forget", place),
+            f"The queries' keys at {place} ({name})": figures.key_map(space, place, skill="forget"),
+        }
 
     def _neurons(self, name: str, edit: Ablate | Adjust) -> dict[str, Any]:
         got, kept = self.fitted[name]

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
+import sklearn.cluster  # noqa: F401 - its import draws random numbers, which no test may
 import tiny
 import torch
 from hypothesis import HealthCheck, settings

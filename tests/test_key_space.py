@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sklearn.cluster  # noqa: F401 - its import draws random numbers, which no test may
 import tiny
 import torch
 from hypothesis import given
