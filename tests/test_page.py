@@ -149,6 +149,13 @@ def test_a_fuller_trade_off_replaces_that_of_the_page(told):
     assert text.index("All strengths") < text.index("by condition") < text.index("First")
 
 
+def test_every_figure_of_a_report_is_shown_once(told, swept_figures):
+    single = {key: measure for key, measure in told.measures.items() if "@" not in key[0]}
+    text = page(Report(single, told.provenance, {f"Figure {name}": fig for name, fig in swept_figures.items()}))
+    for name in swept_figures:
+        assert text.count(f"<h3>Figure {name}<") == 1, name
+
+
 def test_figures_from_elsewhere_are_shown_as_they_are(told):
     figure = go.Figure(go.Bar(x=[1, 2], y=[3, 4]), layout={"title": "Mine", "height": 300})
     document = page(Report(told.measures, told.provenance, {"Another": figure}))

@@ -37,6 +37,12 @@ another choice of forget and retain texts, or another seed of the method.</p>
 """
 
 
+CONTROLS = (
+    ", each beside its control: as many neurons of every layer, chosen at random, or, for a method that judges prompts, "
+    "the same method fitted to shuffled labels. "
+)
+
+
 def page(report: "Report") -> str:
     """Write a report as one self-contained HTML document.
 
@@ -96,7 +102,7 @@ def _lead(report: "Report") -> str:
     swept = families([c for c in parsed if c.strength is not None and not c.control])
     methods = [*single, *(f"{name(method)} over a range of strengths" for method in swept)]
     compared = f"The unedited model against {', '.join(methods)}" if methods else "The unedited model alone"
-    compared += ", beside random edits of the same size (controls). " if any(c.control for c in parsed) else ". "
+    compared += CONTROLS if any(c.control for c in parsed) else ". "
     return f"{compared}Texts: {'; '.join(told)}." if told else "This report is empty: nothing was evaluated."
 
 
@@ -121,7 +127,8 @@ def _figures(report: "Report") -> Iterator[tuple[str, Any]]:
             # Such as no sweep, or no corpus of that name.
             with suppress(LensUnlearnError):
                 yield "", make(metric)
-    yield from ((key, figure) for key, figure in report.figures.items() if brought.get(_own(figure).get("name")) != key)
+    above = {brought[name] for name in makers if name in brought}
+    yield from ((key, figure) for key, figure in report.figures.items() if key not in above)
 
 
 def _own(figure: Any) -> dict[str, Any]:
