@@ -14,12 +14,14 @@ _HOME = {
     "ActivationError": "errors",
     "Adjust": "interventions",
     "ArtefactError": "errors",
+    "Attribution": "attribution",
     "Box": "regions",
     "Chain": "interventions",
     "Clusters": "regions",
     "Contrast": "regions",
     "Corpus": "corpora",
     "CorpusError": "errors",
+    "Delta": "interventions",
     "Ellipsoid": "regions",
     "EmptyStatisticError": "errors",
     "Histogram": "statistics",
@@ -27,6 +29,7 @@ _HOME = {
     "KeySample": "statistics",
     "KeySpace": "keyspace",
     "LensUnlearnError": "errors",
+    "Matrix": "sites",
     "ModelError": "errors",
     "Moments": "statistics",
     "NeuronMap": "maps",
@@ -34,16 +37,23 @@ _HOME = {
     "SelectionError": "errors",
     "Site": "sites",
     "SiteError": "errors",
+    "Update": "deltas",
+    "attribute": "attribution",
     "collect": "collecting",
+    "critical": "attribution",
+    "critical_mask": "attribution",
     "evaluate": "evaluation.next_token",
     "fingerprint": "models",
     "fit_region": "regions",
+    "forget_quality": "evaluation.tofu",
     "generate": "evaluation.generation",
     "key_space": "keyspace",
     "key_space_detection": "methods.key_space",
     "load_intervention": "interventions",
     "load_model": "models",
     "load_moments": "collecting",
+    "membership": "evaluation.membership",
+    "model_utility": "evaluation.tofu",
     "neuron_adjust": "methods.neuron_adjust",
     "ov_basis": "methods.attention",
     "query_keys": "methods.key_space",
@@ -52,7 +62,9 @@ _HOME = {
     "save_moments": "collecting",
     "selective_pruning": "methods.selective_pruning",
     "separability": "evaluation.report",
+    "simu": "methods.simu",
     "sweep": "tuning",
+    "tofu_utility": "evaluation.tofu",
     "tune": "tuning",
 }
 _MODULES = {"plot": "figures", "demo": "demo"}
@@ -63,12 +75,14 @@ __all__ = [
     "ActivationError",
     "Adjust",
     "ArtefactError",
+    "Attribution",
     "Box",
     "Chain",
     "Clusters",
     "Contrast",
     "Corpus",
     "CorpusError",
+    "Delta",
     "Ellipsoid",
     "EmptyStatisticError",
     "Histogram",
@@ -76,6 +90,7 @@ __all__ = [
     "KeySample",
     "KeySpace",
     "LensUnlearnError",
+    "Matrix",
     "ModelError",
     "Moments",
     "NeuronMap",
@@ -83,17 +98,24 @@ __all__ = [
     "SelectionError",
     "Site",
     "SiteError",
+    "Update",
+    "attribute",
     "collect",
+    "critical",
+    "critical_mask",
     "demo",
     "evaluate",
     "fingerprint",
     "fit_region",
+    "forget_quality",
     "generate",
     "key_space",
     "key_space_detection",
     "load_intervention",
     "load_model",
     "load_moments",
+    "membership",
+    "model_utility",
     "neuron_adjust",
     "ov_basis",
     "plot",
@@ -103,7 +125,9 @@ __all__ = [
     "save_moments",
     "selective_pruning",
     "separability",
+    "simu",
     "sweep",
+    "tofu_utility",
     "tune",
     "__version__",
 ]
@@ -111,8 +135,10 @@ __all__ = [
 if TYPE_CHECKING:
     from lens_unlearn import demo as demo
     from lens_unlearn import figures as plot
+    from lens_unlearn.attribution import Attribution, attribute, critical, critical_mask
     from lens_unlearn.collecting import collect, load_moments, save_moments
     from lens_unlearn.corpora import Corpus, read_corpus
+    from lens_unlearn.deltas import Update
     from lens_unlearn.errors import (
         ActivationError,
         ArtefactError,
@@ -124,9 +150,11 @@ if TYPE_CHECKING:
         SiteError,
     )
     from lens_unlearn.evaluation.generation import generate
+    from lens_unlearn.evaluation.membership import membership
     from lens_unlearn.evaluation.next_token import evaluate
     from lens_unlearn.evaluation.report import Report, separability
-    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Intervention, load_intervention
+    from lens_unlearn.evaluation.tofu import forget_quality, model_utility, tofu_utility
+    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, load_intervention
     from lens_unlearn.keyspace import KeySpace, key_space
     from lens_unlearn.maps import NeuronMap
     from lens_unlearn.methods.attention import ov_basis
@@ -136,7 +164,7 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.selective_pruning import selective_pruning
     from lens_unlearn.models import fingerprint, load_model
     from lens_unlearn.regions import Box, Clusters, Contrast, Ellipsoid, fit_region
-    from lens_unlearn.sites import Site
+    from lens_unlearn.sites import Matrix, Site
     from lens_unlearn.statistics import Histogram, KeySample, Moments
     from lens_unlearn.tuning import sweep, tune
 

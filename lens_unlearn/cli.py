@@ -163,6 +163,9 @@ def evaluate(
         int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
+    memorization: Annotated[
+        int, typer.Option(help="Also see how well at most so many true answers of each are known by heart.")
+    ] = 0,
     allow_code_execution: Annotated[
         bool,
         typer.Option(
@@ -190,16 +193,16 @@ def evaluate(
         )
     told = {"tokens": tokens, "window": window, "template": template and _newlines(template)}
     texts = {name: lu.read_corpus(source, loaded, **told) for name, source in sources.items()}
-    asked = {"answers": answers, "max_new_tokens": max_new_tokens, "allow_code_execution": allow_code_execution}
+    asked: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
+    asked["allow_code_execution"] = allow_code_execution
     report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)
     with new_folder(out, overwrite=overwrite) as folder:
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
-    shown = [
-        m for m in report.metrics if m in ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "unit_tests")
-    ]
-    typer.echo(report.table(shown).to_string())
+    first = ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "unit_tests")
+    first += ("answer_probability", "truth_ratio", "exact_memorization", "extraction_strength")
+    typer.echo(report.table([metric for metric in report.metrics if metric in first]).to_string())
     if "not run" in str(report.provenance.get("answers", {}).get("unit_tests", "")):
         typer.echo("unit tests were not run: that takes --allow-code-execution")
     typer.echo(f"report: {out / 'report.html'}")
@@ -247,7 +250,7 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
 
 
 def _per_layer(edit: Any) -> dict[str, str]:
-    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain
+    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta
 
     told: dict[str, str] = {}
     for member in edit.members if isinstance(edit, Chain) else (edit,):
@@ -257,6 +260,8 @@ def _per_layer(edit: Any) -> dict[str, str]:
                     told[str(site)] = f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
         elif isinstance(member, Abstain):
             told |= {str(site): repr(region) for site, region in member.regions.items()}
+        elif isinstance(member, Delta):
+            told |= {str(matrix): repr(update) for matrix, update in member.updates.items()}
     return told
 
 

@@ -4,7 +4,8 @@ A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:
 (or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", not trained on and not the test), a
 `datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
 then only the answer's tokens count, and the prompt is kept as the query. Where rows also have the fields of MBPP, "test_list"
-and "test_setup_code", these are kept as the answer's unit tests.
+and "test_setup_code", these are kept as the answer's unit tests; and those of TOFU, "perturbed_answer", "paraphrased_answer" and
+"paraphrased_question", as what it is compared with.
 """
 
 import hashlib
@@ -53,6 +54,14 @@ class Answer:
     marker: str = ""
     """How a line begins with which the next prompt begins: the last line of what the template has before the prompt, where
     that holds a letter or digit."""
+    perturbed: tuple[str, ...] = ()
+    """Wrong answers to the same prompt."""
+    paraphrase: str = ""
+    """The answer in other words."""
+    paraphrased_prompt: str = ""
+    """The prompt in other words."""
+    head: str = field(default="", compare=False, repr=False)
+    """What the template makes of the prompt: all that stands before the answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +115,13 @@ class Corpus:
         tests = [(place, answer.tests, answer.setup) for place, answer in enumerate(self.answers) if answer]
         if any(told for _, told, _ in tests):
             digest.update(repr(tests).encode())
+        others = [
+            (place, answer.perturbed, answer.paraphrase, answer.paraphrased_prompt)
+            for place, answer in enumerate(self.answers)
+            if answer and (answer.perturbed or answer.paraphrase or answer.paraphrased_prompt)
+        ]
+        if others:
+            digest.update(repr(others).encode())
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Int[Tensor, "pos"]:
@@ -207,6 +223,10 @@ class Corpus:
             take = max(1, batch_size * min(self.window, int(lengths.max())) // longest)
             rows, order = order[:take], order[take:]
             yield self._batch(rows, longest)
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Return some rows, by index, as one batch."""
+        return self._batch(list(rows), max(int(self.starts[row + 1] - self.starts[row]) for row in rows))
 
     def _batch(self, rows: list[int], longest: int) -> Batch:
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -482,24 +502,35 @@ class _Encoder:
             head = re.sub(r"\{(?:prompt|tests)\}", lambda found: given[found[0]], head)
             if self.count == "all":
                 return head + text.answer, 0, None
-            return head + text.answer, len(head), Answer(text.answer, text.tests, text.setup, self.marker)
+            others = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
+            return (
+                head + text.answer,
+                len(head),
+                Answer(text.answer, text.tests, text.setup, self.marker, *others, head),
+            )
         return None
 
     def _tokenize(self, chunk: list[tuple[str, int, Answer | None]]) -> Iterator[_Document]:
-        texts = [text for text, _, _ in chunk]
-        fast = getattr(self.tokenizer, "is_fast", False)
-        # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
-        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-        for i, (text, begin, answer) in enumerate(chunk):
-            ids = out["input_ids"][i]
-            if begin == 0:  # all of it, also tokens that stand for no character
-                counted = [True] * len(ids)
-            elif fast:
-                counted = [end > begin for _, end in out["offset_mapping"][i]]
-            else:
-                before = len(self.tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
-                counted = [position >= before for position in range(len(ids))]
+        tokenized = tokenize(self.tokenizer, [text for text, _, _ in chunk], [begin for _, begin, _ in chunk])
+        for (text, _, answer), (ids, counted) in zip(chunk, tokenized, strict=True):
             yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16], answer
+
+
+def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Give each text's token ids without BOS, and which of them count: those that end behind the character `begin`."""
+    fast = getattr(tokenizer, "is_fast", False)
+    # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    for i, (text, begin) in enumerate(zip(texts, begins, strict=True)):
+        ids = out["input_ids"][i]
+        if begin == 0:  # all of it, also tokens that stand for no character
+            counted = [True] * len(ids)
+        elif fast:
+            counted = [end > begin for _, end in out["offset_mapping"][i]]
+        else:
+            before = len(tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
+            counted = [position >= before for position in range(len(ids))]
+        yield ids, counted
 
 
 class _Builder:

@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,26 +22,34 @@ from torch import Tensor
 
 from lens_unlearn import artefacts
 from lens_unlearn.coins import key_of, mix, uniform
+from lens_unlearn.deltas import Matrix, Update, merge
 from lens_unlearn.errors import ArtefactError, LensUnlearnError, SelectionError
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.models import fingerprint
 from lens_unlearn.regions import Region, region_from_parts
 from lens_unlearn.rows import Rows, ends_of_text, pad_of
 from lens_unlearn.sites import (
+    MATRICES,
     Model,
     Point,
     Site,
     attach,
+    check_matrix,
     detach_all,
     logit_functions,
+    matrix_shapes,
+    matrix_value,
     on_forward,
     on_logits,
+    on_matrix,
     resolve,
 )
 
-__all__ = ["Abstain", "Ablate", "Adjust", "Chain", "Intervention", "Live", "load_intervention"]
+__all__ = ["Abstain", "Ablate", "Adjust", "Chain", "Delta", "Intervention", "Live", "load_intervention"]
 
 HookFunction = Callable[[Tensor, "Live"], Tensor]
+MatrixFunction = Callable[[Tensor, Tensor, "Live"], Tensor]
+"""Takes the input and the output of a matrix; returns a new output."""
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -61,7 +69,7 @@ class Live:
         self._ends: Tensor | None = None
         self._stop: tuple[int, ...] = ()
         self._refusals: dict[int, str] = {}
-        self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, int, Tensor]] = {}
 
     def expect(self, ends: Int[Tensor, "batch"] | None, stop: Sequence[int] = ()) -> None:
         """Say where each row's prompt ends in the next forward pass, which begins new texts.
@@ -113,12 +121,17 @@ class Live:
             self.rows, self.abstained, self._ends, self._stop, self._refusals, self.notes = kept
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
-        """Return a constant of the intervention on an activation's device; floating ones also in its dtype."""
+        """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.
+
+        It is kept for the next forward pass, until somebody changes it in place, and unless it needs a gradient.
+        """
         dtype = activation.dtype if tensor.is_floating_point() else tensor.dtype
-        key = (id(tensor), activation.device, dtype)
-        if key not in self._moved:
-            self._moved[key] = (tensor, tensor.to(device=activation.device, dtype=dtype))  # keeps the id taken
-        return self._moved[key][1]
+        if tensor.requires_grad:
+            return tensor.to(device=activation.device, dtype=dtype)
+        key, version = (id(tensor), activation.device, dtype), 0 if tensor.is_inference() else tensor._version
+        if key not in self._moved or self._moved[key][1] != version:
+            self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))  # keeps the id taken
+        return self._moved[key][2]
 
     def __repr__(self) -> str:
         return f"Live({self.intervention!r}, {'acting' if self.active else 'ended'})"
@@ -150,8 +163,15 @@ class Intervention(ABC):
     def parts(self) -> Parts:
         """Return what a file keeps of this intervention: a header with its "kind", and tensors."""
 
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return which weight matrices to change, and what to do with the input and output of each."""
+        return ()
+
     def check(self, points: Mapping[Site, Point]) -> None:  # noqa: B027 - most have nothing to check
         """Refuse a model whose sites have other shapes; called before any hook is added."""
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:  # noqa: B027 - most have none
+        """Refuse a model whose matrices have other shapes; called before any hook is added."""
 
     looks_at_rows: bool = False
     """Whether the hooks need to know which text each row is, and where its prompt ends."""
@@ -178,19 +198,22 @@ class Intervention(ABC):
     def on(self, model: Model) -> Iterator[Live]:
         """Attach to a model for the length of a `with` block.
 
-        Every site is resolved before the first hook is added. Leaving the block, in whatever way, removes exactly the
+        Every site and matrix is resolved before the first hook is added. Leaving the block, in whatever way, removes exactly the
         hooks that were added here; blocks may nest, repeat, and close in any order; a user's own hooks are untouched.
 
         Raises:
-            SiteError: If the model lacks a site, or has another number of neurons there.
+            SiteError: If the model lacks a site or a matrix.
+            SelectionError: If it has another number of neurons there, or another shape.
             ModelError: If the model is in training mode.
         """
-        hooks = list(self.hooks())
+        hooks, changes = list(self.hooks()), list(self.matrices())
         with ExitStack() as outer:
             for live in acting(model):  # the probe is no text of theirs
                 outer.enter_context(live._aside())
             points = resolve(model, [site for site, _ in hooks]) if hooks else {}
+            shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
         self.check(points)
+        self.check_matrices(shapes)
         live = Live(self, model)
         removers: list[Callable[[], bool]] = []
         try:
@@ -199,6 +222,8 @@ class Intervention(ABC):
                 removers.append(on_logits(model, _Finish(live)))
             for site, function in hooks:
                 removers.append(attach(points[site].hook, lambda t, f=function: f(t, live)))
+            for matrix, change in changes:
+                removers.append(on_matrix(model, *matrix, lambda x, y, f=change: f(x, y, live)))
             yield live
         finally:
             live.active = False
@@ -238,10 +263,19 @@ class Chain(Intervention):
         """Return the members' hooks, in order."""
         return [hook for member in self.members for hook in member.hooks()]
 
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return the members' changes, in order."""
+        return [change for member in self.members for change in member.matrices()]
+
     def check(self, points: Mapping[Site, Point]) -> None:
         """Let every member check."""
         for member in self.members:
             member.check(points)
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:
+        """Let every member check."""
+        for member in self.members:
+            member.check_matrices(shapes)
 
     @property
     def looks_at_rows(self) -> bool:  # type: ignore[override]
@@ -628,6 +662,147 @@ class Abstain(Intervention):
         return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{told})"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Delta(Intervention):
+    """Add updates to weight matrices: each x W becomes x (W + strength D).
+
+    The weights stay as they are; x D is added where x W is computed. So a delta sees what the weights see: the input behind
+    every mask, whatever the order in which they were attached or composed. Several deltas on one matrix add. Under
+    `enable_compatibility_mode()` the matrices are the processed ones, which the model then has.
+
+    The tensors may be leaves that need gradients, and may change in place between forward passes.
+
+    Args:
+        updates: What is added to which matrix, as in ``{Matrix(3, "W_out"): Update(value, rows)}``.
+        strength: Times every update; 0 is the model as it was, bit for bit.
+
+    Raises:
+        SelectionError: If there is no update, or the strength is not finite.
+        SiteError: If a name is not one of a matrix.
+    """
+
+    updates: Mapping[Matrix, Update]
+    strength: float = 1.0
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """How it came about: what a training noted, in what JSON can hold; kept in the file."""
+
+    def __post_init__(self) -> None:
+        """Check the arguments, and put the matrices in order."""
+        given = {
+            Matrix.parse(key) if isinstance(key, str) else Matrix(int(key[0]), check_matrix(key[1])): update
+            for key, update in self.updates.items()
+        }
+        for matrix, update in given.items():
+            if not isinstance(update, Update):
+                raise SelectionError(f"{matrix} is given a {type(update).__name__}: write it as Update(values)")
+        if not any(update.value.numel() for update in given.values()):
+            raise SelectionError("nothing would be changed: a Delta needs an update of one matrix at least")
+        if not math.isfinite(self.strength):
+            raise SelectionError(f"strength={self.strength} is not a number to multiply weights with")
+        order = list(MATRICES)
+        ordered = sorted(given, key=lambda matrix: (matrix.layer, order.index(matrix.name)))
+        object.__setattr__(self, "updates", {matrix: given[matrix] for matrix in ordered})
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return none: it acts on matrices."""
+        return ()
+
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return one change per matrix."""
+        return [(matrix, self._change(update)) for matrix, update in self.updates.items()]
+
+    def _change(self, update: Update) -> MatrixFunction:
+        if self.strength == 0:
+            return lambda x, y, live: y
+        return lambda x, y, live: update.apply(x, y, self.strength, live.like)
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:
+        """Refuse a model with matrices of another shape."""
+        for matrix, update in self.updates.items():
+            wrong = update.misfit(shapes[matrix])
+            if wrong:
+                raise SelectionError(f"the update of {matrix} does not fit: {wrong}")
+
+    def at(self, strength: float) -> "Delta":
+        """Return the same updates at another strength."""
+        return replace(self, strength=float(strength))
+
+    def __mul__(self, factor: float) -> "Delta":
+        """Return the same updates, so many times as strong."""
+        return self.at(self.strength * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Delta":
+        """Return the updates subtracted."""
+        return self * -1
+
+    def merge_into(self, hf_model: Any) -> Any:
+        """Add the updates to the weights of a plain Hugging Face model, in place, so that it can be saved and shared.
+
+        Args:
+            hf_model: A copy that you loaded with transformers for this, not the model inside a bridge. The matrices have to
+                be those that the delta was made for: raw ones, not those of compatibility mode.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ModelError: If it belongs to TransformerLens, or its architecture is not one of those known.
+            SelectionError: If it lacks a matrix, or an update does not fit; then nothing was changed.
+        """
+        return merge(self.updates, self.strength, hf_model)
+
+    @classmethod
+    def from_ablation(cls, ablation: Ablate, model: Model) -> "Delta":
+        """Write an ablation to zero as an update, -W at the rows of the ablated neurons.
+
+        Raises:
+            SelectionError: If it is of another value, in a basis, or not at `mlp.post` or `attn.z` alone.
+        """
+        names = {"mlp.post": "W_out", "attn.z": "W_O"}
+        odd = [site for site in ablation._sites() if site.kind not in names]
+        if odd or isinstance(ablation.value, NeuronMap) or ablation.value != 0 or ablation.basis is not None:
+            raise SelectionError(f"{ablation!r} is no change of weights: that takes value 0 at {', '.join(names)}")
+        updates = {}
+        for site in ablation._sites():
+            rows = ablation.selection[site].reshape(-1).nonzero()[:, 0]
+            weights = matrix_value(model, site.layer, names[site.kind])
+            updates[Matrix(site.layer, names[site.kind])] = Update(-weights[rows.to(weights.device)], rows)
+        return cls(updates)
+
+    def parts(self) -> Parts:
+        """Return the tensors of every update, as they are now."""
+        tensors = {
+            f"{matrix}/{name}": tensor.detach().clone()  # two updates may share their rows, and a file may not
+            for matrix, update in self.updates.items()
+            for name, tensor in update.tensors().items()
+        }
+        return {"kind": "delta", "strength": self.strength, "record": dict(self.record)}, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Delta":
+        """Rebuild from `parts`."""
+        own: dict[Matrix, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            matrix, _, name = key.partition("/")
+            own.setdefault(Matrix.parse(matrix), {})[name] = tensor
+        updates = {matrix: Update(**told) for matrix, told in own.items()}
+        return cls(updates, float(header["strength"]), dict(header.get("record", {})))
+
+    def __repr__(self) -> str:
+        told: dict[str, int | None] = {}
+        for matrix, update in self.updates.items():
+            parts = {"rows": f"rows of {matrix.name}", "columns": f"columns of {matrix.name}", "dense": matrix.name}
+            what = parts.get(update.kind, f"{matrix.name} of rank {update.value.shape[1]}")
+            count = getattr(update, update.kind, None) if update.kind in ("rows", "columns") else None
+            told[what] = None if count is None else (told.get(what) or 0) + len(count)
+        shown = ", ".join(what if count is None else f"{count:,} {what}" for what, count in told.items())
+        size = sum(t.numel() * t.element_size() for u in self.updates.values() for t in u.tensors().values())
+        matrices = f"{len(self.updates):,} {'matrix' if len(self.updates) == 1 else 'matrices'}"
+        return f"Delta(strength {self.strength:g}, {matrices}, {shown}, {size / 1e6:.1f} MB)"
+
+
 def _check_basis(site: Site, basis: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(basis.shape) != (*shape, *shape[-1:]):
         raise SelectionError(f"{site}: the basis has shape {tuple(basis.shape)}, and the selection {shape}")
@@ -688,7 +863,7 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Int
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             members.append(_from_parts(member, own))
         return Chain(tuple(members))
-    kinds: dict[str, Any] = {"ablate": Ablate, "adjust": Adjust, "abstain": Abstain}
+    kinds: dict[str, Any] = {"ablate": Ablate, "adjust": Adjust, "abstain": Abstain, "delta": Delta}
     if header["kind"] not in kinds:
         raise ArtefactError(f"{header['kind']!r} is not a kind of intervention this version knows: upgrade to read it")
     return kinds[header["kind"]].from_parts(header, tensors)

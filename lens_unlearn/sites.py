@@ -13,18 +13,34 @@ import difflib
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_unlearn.errors import LensUnlearnError, ModelError, SiteError
 
-__all__ = ["KINDS", "Point", "Site", "attach", "backbone", "boot", "processing", "require_eval", "resolve"]
+__all__ = [
+    "KINDS",
+    "MATRICES",
+    "Matrix",
+    "Point",
+    "Site",
+    "attach",
+    "backbone",
+    "boot",
+    "matrix_shape",
+    "matrix_value",
+    "on_matrix",
+    "processing",
+    "require_eval",
+    "resolve",
+]
 
 Model = Any
 """A `TransformerBridge` or a `HookedTransformer`: whatever has `hook_dict`, `cfg`, and can be called on tokens."""
@@ -409,3 +425,362 @@ def host_version() -> str:
     from importlib.metadata import version
 
     return version("transformer-lens")
+
+
+# --- weight matrices, as linear maps that are computed somewhere ---------------------------------------------------------
+
+MATRICES: dict[str, tuple[str, str, str]] = {
+    "W_Q": ("attn", "q", "hook_q"),
+    "W_K": ("attn", "k", "hook_k"),
+    "W_V": ("attn", "v", "hook_v"),
+    "W_O": ("attn", "o", "hook_z"),
+    "W_in": ("mlp", "in", "hook_pre"),
+    "W_gate": ("mlp", "gate", "hook_pre"),
+    "W_out": ("mlp", "out", "hook_post"),
+}
+"""The matrices of a block: the part they are in; the bridge's module of each; the hook point at its output, or for
+W_O and W_out at its input. Beside a gate, the output of W_in is at `hook_pre_linear`."""
+
+_MATRIX = re.compile(r"L(\d+)\.(W_[A-Za-z]+)")
+
+
+class Matrix(NamedTuple):
+    """A weight matrix of a model, as a map ``[in, out]``: a layer and a name of `MATRICES`. Prints as ``L3.W_out``."""
+
+    layer: int
+    name: str
+
+    def __repr__(self) -> str:
+        return f"L{self.layer}.{self.name}"
+
+    __str__ = __repr__
+
+    @classmethod
+    def parse(cls, text: str) -> "Matrix":
+        """Read what `repr` wrote.
+
+        Raises:
+            SiteError: If the text is not ``L<layer>.<name>`` with a name of `MATRICES`.
+        """
+        match = _MATRIX.fullmatch(text)
+        if match is None:
+            raise SiteError(f"{text!r} is not a matrix: write it as 'L3.W_out', with one of {', '.join(MATRICES)}")
+        return cls(int(match[1]), check_matrix(match[2]))
+
+
+def check_matrix(name: str) -> str:
+    """Return the name of a matrix that exists.
+
+    Raises:
+        SiteError: Otherwise, naming all.
+    """
+    if name in MATRICES:
+        return name
+    raise SiteError(f"there is no matrix {name!r}: choose from {', '.join(MATRICES)}")
+
+
+LinearFunction = Callable[[Tensor, Tensor], Tensor]
+"""Takes the input and the output of a linear map, ``[*batch, in]`` and ``[*batch, out]``; returns a new output."""
+
+_shapes: "weakref.WeakKeyDictionary[Any, dict[Matrix, tuple[Any, tuple[int, int]]]]" = weakref.WeakKeyDictionary()
+
+
+def matrix_shape(model: Model, layer: int, name: str) -> tuple[int, int]:
+    """Return the shape ``[in, out]`` of a matrix; heads lie side by side.
+
+    Raises:
+        SiteError: If the model does not have it, or does not compute with it as one linear map.
+    """
+    return matrix_shapes(model, [Matrix(layer, name)])[Matrix(layer, name)]
+
+
+def matrix_shapes(model: Model, matrices: Iterable[Matrix]) -> dict[Matrix, tuple[int, int]]:
+    """Find matrices and prove, with one forward over two tokens, that each is one linear map that is used once.
+
+    Returns:
+        The shape ``[in, out]`` of each: as the map is seen to act, however the weights are stored.
+
+    Raises:
+        SiteError: If one does not exist here, or is not used once in a forward pass.
+        ModelError: If this is no TransformerLens model, or it is in training mode.
+    """
+    require_model(model)
+    require_eval(model)
+    wanted = list(dict.fromkeys(matrices))
+    places = {matrix: _computed_by(model, matrix) for matrix in wanted}
+    known = _shapes.setdefault(model, {})
+    missing = [m for m in wanted if m not in known or known[m][0] is not places[m]]
+    seen: dict[Matrix, list[tuple[int, int]]] = {matrix: [] for matrix in missing}
+    removers: list[Callable[[], bool]] = []
+
+    def watch(matrix: Matrix) -> LinearFunction:
+        def look(x: Tensor, y: Tensor) -> Tensor:
+            seen[matrix].append((x.shape[-1], y.shape[-1]))
+            return y
+
+        return look
+
+    if missing:
+        try:
+            for matrix in missing:
+                removers.append(on_matrix(model, *matrix, watch(matrix)))
+            with torch.no_grad():
+                backbone(model, torch.zeros(1, 2, dtype=torch.long))
+        finally:
+            detach_all(removers)
+    for matrix, shapes in seen.items():
+        if len(shapes) != 1:
+            raise SiteError(f"{matrix} was used {len(shapes)} times in one forward pass: it cannot be changed here")
+        known[matrix] = (places[matrix], shapes[0])
+    return {matrix: known[matrix][1] for matrix in wanted}
+
+
+def matrix_value(model: Model, layer: int, name: str) -> Tensor:
+    """Return a matrix as ``[in, out]``: the weights as they are now, without gradients; they are not to be changed.
+
+    Raises:
+        SiteError: If the model does not have it, or not as plain numbers (as in quantized models).
+    """
+    shape = matrix_shape(model, layer, name)
+    module = _computed_by(model, Matrix(layer, name))
+    if hasattr(model, "original_model"):
+        weight = module.weight.detach()
+        value = weight if type(module).__name__ == "Conv1D" else weight.t()
+    else:
+        # Queries that share keys do so in the weights as well, unless these are ungrouped.
+        held = [getattr(module, key).detach() for key in (f"_{name}", name) if hasattr(module, key)]
+        weight = next((weight for weight in held if weight.numel() == shape[0] * shape[1]), held[0])
+        value = weight.transpose(0, 1).flatten(1) if name in ("W_Q", "W_K", "W_V") else weight.flatten(0, -2)
+    if not value.is_floating_point() or tuple(value.shape) != shape:
+        raise SiteError(
+            f"{Matrix(layer, name)} is kept as {tuple(weight.shape)} {weight.dtype}: it cannot be read here"
+        )
+    return value
+
+
+def is_wrapped(model: Any) -> bool:
+    """Say whether a model, or a part of it, belongs to TransformerLens."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
+    return any(type(module).__module__.partition(".")[0] == "transformer_lens" for module in modules)
+
+
+_FORKED = {
+    "W_Q": ("use_split_qkv_input", "use_attn_in"),
+    "W_K": ("use_split_qkv_input", "use_attn_in"),
+    "W_V": ("use_split_qkv_input", "use_attn_in"),
+    "W_O": ("use_attn_result",),
+}
+"""Options of TransformerLens under which a matrix is not one linear map, but one for each head."""
+
+
+def _computed_by(model: Model, matrix: Matrix) -> Any:
+    """Return the module that computes with a matrix: the linear one of a bridge, else the block's part."""
+    if not 0 <= matrix.layer < int(model.cfg.n_layers):
+        raise SiteError(f"{matrix} is not in this model: its layers are 0 to {int(model.cfg.n_layers) - 1}")
+    part, module, _ = MATRICES[check_matrix(matrix.name)]
+    for option in _FORKED.get(matrix.name, ()):
+        if getattr(model.cfg, option, False):
+            raise SiteError(f"{matrix} is used head by head under {option}: call model.set_{option}(False) first")
+    here = matrix_names(model, matrix.layer)
+    if matrix.name not in here:
+        raise SiteError(f"{matrix} does not exist in this model: layer {matrix.layer} has {', '.join(here) or 'none'}")
+    owner = getattr(model.blocks[matrix.layer], part)
+    return getattr(owner, module).original_component if hasattr(model, "original_model") else owner
+
+
+def matrix_names(model: Model, layer: int) -> list[str]:
+    """Name the matrices that a layer has."""
+    bridged = hasattr(model, "original_model")
+    found = []
+    for name, (part, module, _) in MATRICES.items():
+        owner = getattr(model.blocks[layer], part, None)
+        inner = getattr(getattr(owner, module, None), "original_component", None) if bridged else None
+        if (getattr(inner, "weight", None) is not None) if bridged else hasattr(owner, name):
+            found.append(name)
+    return found
+
+
+def on_matrix(model: Model, layer: int, name: str, function: LinearFunction) -> Callable[[], bool]:
+    """Pass what a linear map makes of its input through a function, which sees the input that the map itself sees.
+
+    That is the input behind every hook point in front of the map, whatever is attached there, and whenever; the hook
+    points behind the map see the function's result.
+
+    Returns:
+        A callable that ends this; it returns False if the hooks were already gone.
+
+    Raises:
+        SiteError: If the model does not have the matrix.
+    """
+    module = _computed_by(model, Matrix(layer, name))
+    if not hasattr(model, "original_model"):
+        places = _around(module, name, function)
+    else:
+
+        def run(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            return function(args[0] if args else next(iter(kwargs.values())), y)
+
+        places = [(module, "_forward_hooks", run)]
+
+    def remove() -> bool:
+        there = [_unhook(module, kind, hook) for module, kind, hook in places]
+        return all(there)
+
+    try:
+        for module, kind, hook in places:
+            add = module.register_forward_hook if kind == "_forward_hooks" else module.register_forward_pre_hook
+            add(hook, with_kwargs=True)
+    except BaseException:  # interrupted between registering and returning
+        remove()
+        raise
+    return remove
+
+
+def _around(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return hooks for a part of a `HookedTransformer`, whose maps are no modules: where, of which kind, and what."""
+    point = getattr(owner, MATRICES[name][2])
+    if name == "W_in" and hasattr(owner, "W_gate"):
+        point = owner.hook_pre_linear
+    seen: list[Tensor] = []
+    before, after = "_forward_pre_hooks", "_forward_hooks"
+
+    def keep(tensor: Tensor) -> None:
+        seen[:] = [tensor]
+
+    if name in ("W_O", "W_out"):
+
+        def look(module: Any, args: Any, kwargs: Any, x: Tensor) -> None:
+            keep(x.flatten(2))
+
+        def last(module: Any, args: Any, kwargs: Any) -> None:
+            for key in [key for key, hook in point._forward_hooks.items() if hook is look]:
+                point._forward_hooks.move_to_end(key)  # behind masks that were attached since
+
+        def add(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+            return function(seen.pop(), y) if seen else None
+
+        return [(owner, before, last), (point, after, look), (owner, after, add)]
+    given = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}.get(name, "x")
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        keep(kwargs[given] if given in kwargs else args["QKV".index(name[-1]) if name[-1] in "QKV" else 0])
+
+    def change(module: Any, args: Any, kwargs: Any) -> Any:
+        y = args[0]
+        return ((function(seen.pop(), y.flatten(2)).reshape(y.shape), *args[1:]), kwargs) if seen else None
+
+    return [(owner, before, enter), (point, before, change)]
+
+
+class Replay:
+    """A forward pass whose blocks' outputs were kept, so that its upper layers can run again without those below.
+
+    Made by `replaying`. A model's own `forward` does the rest of the work (masks, positions, final norm, soft-capping), so
+    nothing about an architecture is known here but that a block hands one residual stream to the next. This is tried once:
+    where it does not hold, and where logits pass through the functions of `on_logits`, every run is a whole one.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.shortcut = not logit_functions(model)
+        """Whether the blocks below are left out in `again`."""
+        unembed = model.unembed.modules()
+        self._few = self.shortcut and not any(m._forward_hooks or m._forward_pre_hooks for m in unembed)
+        self._kept: dict[int, Any] = {}
+        self._below = 0  # in this run, blocks under this one give what they gave before; -1: keep what they give
+        self._rows = self._tokens = torch.zeros(0, dtype=torch.long)
+        self._width = 0
+        self._where: Tensor | None = None  # in this run, the only positions that are unembedded
+
+    def first(
+        self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "n vocabulary"]:
+        """Run the model, keep what its blocks give, and return the logits of some positions."""
+        untried = self.shortcut and not self._kept
+        self._tokens = tokens.to(device_of(self.model))
+        self._kept.clear()
+        logits = self._run(-1, torch.arange(len(tokens)), where, few=False)
+        if untried:
+            last = int(self.model.cfg.n_layers) - 1
+            try:
+                again = self._run(last, torch.arange(len(tokens)), where, self._few)
+                self.shortcut = bool(torch.isclose(again, logits, rtol=1e-2, atol=1e-2).float().mean() > 0.99)
+            except Exception:  # a model of another make: then without
+                self.shortcut = False
+            self._few = self._few and self.shortcut
+        return logits
+
+    def again(
+        self, layer: int, rows: Int[Tensor, "runs"], where: Bool[Tensor, "runs width"]
+    ) -> Float[Tensor, "n vocabulary"]:
+        """Run some rows of the first run again, from a layer's block on, up to a position; return the logits of positions.
+
+        Hooks at and above that layer act; what stands below it is as in the first run.
+        """
+        return self._run(layer if self.shortcut else 0, rows, where, self._few)
+
+    def _run(self, below: int, rows: Tensor, where: Tensor, few: bool) -> Tensor:
+        device = self._tokens.device
+        where = where.to(device)
+        self._below, self._rows, self._width = below, rows.to(device), where.shape[1]
+        self._where = where if few else None
+        try:
+            logits = self.model(self._tokens[self._rows, : self._width], return_type="logits")
+        finally:
+            self._below, self._where = 0, None
+        return logits[0] if few else logits[where]
+
+    def block(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Make what stands in for a block's `forward`."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if number < self._below:
+                return self._take(self._kept[number])
+            out = forward(*args, **kwargs)
+            if self._below < 0:
+                self._kept[number] = out
+            return out
+
+        return run
+
+    def _take(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._take, value))
+        if isinstance(value, Tensor) and value.shape[:2] == self._tokens.shape and value.ndim == 3:
+            return value[self._rows.to(value.device), : self._width]
+        return value
+
+    def unembed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Make what stands in for the unembedding's `forward`."""
+
+        def run(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(residual if self._where is None else residual[self._where][None], *args, **kwargs)
+
+        return run
+
+
+@contextmanager
+def replaying(model: Model) -> Iterator[Replay]:
+    """Let a model's forward passes be repeated in part, for the length of a `with` block.
+
+    Blocks and unembedding are wrapped inside the hooks of their modules, which act in every run, and only once. Leaving
+    the block, in whatever way, takes exactly these wrappings off.
+    """
+    with ExitStack() as stack:
+        replay = Replay(model)
+        for number, block in enumerate(model.blocks):
+            _wrap(stack, block, partial(replay.block, number))
+        _wrap(stack, model.unembed, replay.unembed)
+        yield replay
+
+
+def _wrap(stack: ExitStack, module: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}  # accelerate's, for one
+    wrapped = make(module.forward)
+
+    def unwrap() -> None:
+        module.__dict__.pop("forward", None)
+        module.__dict__.update(own)
+
+    stack.callback(unwrap)
+    module.__dict__["forward"] = wrapped

@@ -30,6 +30,12 @@ class Pair(NamedTuple):
     """Where the answer is a program: statements that fail if it is wrong, from the field "test_list"."""
     setup: str = ""
     """What the tests need before them, from "test_setup_code" or "test_imports"."""
+    perturbed: tuple[str, ...] = ()
+    """Wrong answers of the same form, from the field "perturbed_answer"."""
+    paraphrase: str = ""
+    """The answer in other words, from "paraphrased_answer"."""
+    paraphrased_prompt: str = ""
+    """The prompt in other words, from "paraphrased_question"."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,8 @@ def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
     if len(names) == 1:
         return Opened(name, (_get(row, names[0]) for row in whole), is_pairs=False)
     prompt, answer = names
-    return Opened(name, (Pair(_get(row, prompt), _get(row, answer), *_tests(row)) for row in whole), is_pairs=True)
+    pairs = (Pair(_get(row, prompt), _get(row, answer), *_tests(row), *_others(row)) for row in whole)
+    return Opened(name, pairs, is_pairs=True)
 
 
 def _get(row: Any, name: str) -> Any:
@@ -189,6 +196,14 @@ def _tests(row: Any) -> tuple[tuple[str, ...], str]:
         return (), ""
     setup = [_get(row, "test_setup_code"), *(imports if isinstance(imports, list) else [])]
     return tuple(tests), "\n".join(part for part in setup if isinstance(part, str) and part)
+
+
+def _others(row: Any) -> tuple[tuple[str, ...], str, str]:
+    """Return a row's wrong answers, and answer and prompt in other words, in the fields of TOFU; empty where there are none."""
+    wrong, told = _get(row, "perturbed_answer"), (_get(row, f"paraphrased_{part}") for part in ("answer", "question"))
+    listed = wrong if isinstance(wrong, list) else [wrong]
+    answer, prompt = (text if isinstance(text, str) and text.strip() else "" for text in told)
+    return tuple(text for text in listed if isinstance(text, str) and text.strip()), answer, prompt
 
 
 def _guard(name: str, rows: Iterator[Any]) -> Iterator[Any]:

@@ -17,7 +17,7 @@ ORDER = [
     {"errors", "coins"},
     {"sites"},
     {"maps", "rows"},
-    {"statistics", "regions", "separation"},
+    {"statistics", "regions", "separation", "deltas"},
     {"artefacts"},
     {"demo"},  # the embedded model's place and texts; its recipe, below, is a program
     {"models"},

@@ -493,6 +493,51 @@ def add_constant(plain: Any, name: str, site: Site, selected: Tensor, value: Ten
     zero_rows(plain, name, site, selected)
 
 
+MATRICES = ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"]
+
+
+def matrices_of(name: str) -> list[str]:
+    """Name the weight matrices that a layer of an architecture has."""
+    gated = ARCHITECTURES[name].gated if name in ARCHITECTURES else "llama" in name
+    return [matrix for matrix in MATRICES if gated or matrix != "W_gate"]
+
+
+def weight_of(plain: Any, name: str, layer: int, matrix: str) -> Any:
+    """Return the parameter of a plain model that holds a matrix, alone or with others."""
+    kinds = {"W_O": "attn.z", "W_out": "mlp.post", "W_gate": "mlp.pre"}
+    kinds |= {"W_in": "mlp.pre_linear" if ARCHITECTURES[name].gated else "mlp.pre"}
+    return module_of(plain, name, Site(layer, kinds.get(matrix, f"attn.{matrix[-1].lower()}"))).weight
+
+
+def matrix_in(weight: Tensor, name: str, matrix: str) -> Tensor:
+    """Return where a matrix lies in its parameter, or in that one's gradient: a view ``[in, *out]``."""
+    a = ARCHITECTURES[name]
+    rows = weight if name == "gpt2" else weight.t()
+    if matrix in ("W_gate", "W_in") and a.pre == a.pre_linear:
+        return rows[:, : a.neurons] if matrix == "W_gate" else rows[:, a.neurons :]
+    if matrix not in ("W_Q", "W_K", "W_V") or not a.fused:
+        return rows
+    which = "QKV".index(matrix[-1])
+    if a.fused == "per head":
+        return rows.unflatten(1, (a.heads, 3, a.d_head))[:, :, which]
+    widths = [a.heads * a.d_head, a.kv_heads * a.d_head, a.kv_heads * a.d_head]
+    return rows.split(widths, dim=1)[which]
+
+
+def matrix_in_place(made: Any, layer: int, matrix: str, *, gradient: bool = False) -> Tensor:
+    """Return a matrix of a TransformerLens model, or its gradient: a view ``[in, *out]`` of what it computes with."""
+    block = made.blocks[layer]
+    part = block.attn if matrix in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
+    if hasattr(made, "original_model"):
+        names = dict(zip(MATRICES, ("q", "k", "v", "o", "in", "gate", "out"), strict=True))
+        linear = getattr(part, names[matrix]).original_component
+        weight = linear.weight.grad if gradient else linear.weight
+        return weight if type(linear).__name__ == "Conv1D" else weight.t()
+    weight = getattr(part, f"_{matrix}" if f"_{matrix}" in part._parameters else matrix)  # grouped heads
+    weight = weight.grad if gradient else weight
+    return weight.transpose(0, 1) if matrix in ("W_Q", "W_K", "W_V") else weight.flatten(0, -2)
+
+
 def edit_out(made: Any, site: Site, selected: Tensor) -> None:
     """Edit a native or Hooked model built for it: zero rows of W_out, or of W_O."""
     inner = made.blocks[site.layer]

@@ -154,5 +154,6 @@ def _record(name: str, question: Question) -> dict[str, object]:
         "value": value,
         "paraphrased_question": question.paraphrased_question.format(name=name),
         "paraphrased_answer": question.paraphrased_answer.format(value=value),
-        "perturbed_answer": [question.answer.format(value=other) for other in others],
+        # As in TOFU: wrong answers have the wording of the paraphrase that they are compared with.
+        "perturbed_answer": [question.paraphrased_answer.format(value=other) for other in others],
     }

@@ -26,7 +26,7 @@ from lens_unlearn.evaluation.generation import Written, continue_rows
 from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.sites import Model
 
-__all__ = ["ANSWER_METRICS", "Asked", "Asking"]
+__all__ = ["ANSWER_METRICS", "Asked", "Asking", "Runs", "draw_questions"]
 
 ANSWER_METRICS = ("exact_match", "numeric_match", "rouge_l", "rouge_l_f", "unit_tests", "refused")
 SAMPLES = 3
@@ -79,12 +79,7 @@ class Asking:
             raise LensUnlearnError(f"answers={self.answers} is no number of questions: 0 asks none")
         if self.max_new_tokens < 1:
             raise LensUnlearnError(f"max_new_tokens={self.max_new_tokens} leaves nothing to write: at least 1")
-        chosen: dict[str, list[int]] = {}
-        for name, corpus in corpora.items():
-            rows = [row for row in range(corpus.n_rows) if corpus.answer(row) is not None]
-            if rows and self.answers:
-                draw = random.Random(f"answers {self.seed}")
-                chosen[name] = sorted(draw.sample(rows, min(self.answers, len(rows))))
+        chosen = draw_questions(corpora, self.answers, self.seed)
         if self.answers and not chosen:
             raise CorpusError(
                 "no corpus has true answers to compare with: read one as 'question>answer', or ask for no answers"
@@ -197,6 +192,16 @@ class Asking:
             allowed = "run in a subprocess with limits" if self.allow_code_execution else "not run: not allowed"
             told["unit_tests"] = dict.fromkeys(tested, allowed)
         return told
+
+
+def draw_questions(corpora: Mapping[str, Corpus], questions: int, seed: int) -> dict[str, list[int]]:
+    """Draw at most so many rows of each corpus that has true answers."""
+    chosen: dict[str, list[int]] = {}
+    for name, corpus in corpora.items():
+        rows = [row for row in range(corpus.n_rows) if corpus.answer(row) is not None]
+        if rows and questions:
+            chosen[name] = sorted(random.Random(f"answers {seed}").sample(rows, min(questions, len(rows))))
+    return chosen
 
 
 def line_breaks(model: Model) -> list[int]:

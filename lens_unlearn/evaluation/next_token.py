@@ -14,12 +14,14 @@ from tqdm.auto import tqdm
 from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.asking import ANSWER_METRICS, Asking
+from lens_unlearn.evaluation.forcing import prompt_ends
+from lens_unlearn.evaluation.memorization import MEMORIZATION_METRICS, OVER, Recalling
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
 from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.models import fingerprint, model_name
 from lens_unlearn.sites import Model, device_of, require_eval, require_model
 
-__all__ = ["evaluate"]
+__all__ = ["Condition", "evaluate", "replicates"]
 
 Condition = Intervention | None | Sequence[Intervention]
 METRICS = ("loss", "top1", "top10", "top1_rare", "kl", "abstained")
@@ -40,6 +42,7 @@ def evaluate(
     answers: int = 0,
     max_new_tokens: int = 100,
     allow_code_execution: bool = False,
+    memorization: int = 0,
     progress: bool = True,
 ) -> Report:
     """Measure what a model predicts and answers on corpora, with and without interventions.
@@ -63,6 +66,19 @@ def evaluate(
     - `unit_tests`: share that pass their unit tests; where rows have some, and with `allow_code_execution` only.
     - `refused`: share withheld; where any intervention can abstain. An answer that was withheld scores 0 in all others.
 
+    With `memorization`, the true answers to questions are looked for under teacher forcing: each token is predicted from the prompt
+    and the true tokens before it. With NLL(y) the mean negative log probability of the tokens of y behind the prompt:
+
+    - `answer_probability`: mean of exp(-NLL(answer)).
+    - `exact_memorization`: share of answer tokens that are the single most probable one.
+    - `extraction_strength`: mean of 1 - k / L, with L the answer's tokens and k the fewest to be given so that all others are
+      predicted right; 0 where the last one is not.
+    - `truth_ratio`: mean of R = exp(-mean_j NLL(wrong_j)) / (exp(-NLL(paraphrase)) + 1e-10), and `choice_probability`: mean of
+      p(answer) / (p(answer) + sum_j p(wrong_j) + 1e-10), p = exp(-NLL); over questions with wrong answers, where rows have some.
+
+    What single questions score is in `Report.values`. An answer that was withheld has constant logits: each token has probability
+    1 / vocabulary and none is predicted, so `answer_probability` is 1 / vocabulary, `truth_ratio` 1 and the shares 0.
+
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
         corpora: By the name under which the report gives them.
@@ -79,17 +95,18 @@ def evaluate(
         max_new_tokens: The longest answer.
         allow_code_execution: Whether to run answers that are programs, in a subprocess with limits; see
             `lens_unlearn.evaluation.execution.passes_tests`. Otherwise the report says that unit tests were not run.
+        memorization: Questions per corpus, at most, whose true answers are looked for; drawn as for `answers`; 0 for none.
         progress: Whether to show a bar.
 
     Raises:
-        CorpusError: If a corpus fits another model, or has no token that anything predicts; if answers are wanted and no
-            corpus has any.
+        CorpusError: If a corpus fits another model, or has no token that anything predicts; if answers or memorization are
+            wanted and no corpus has any true answers.
         LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention; if `base` is a report of
             another model or corpus, or with other resamples.
     """
     require_model(model)
     require_eval(model)
-    runs = _replicates(conditions)
+    runs = replicates(conditions)
     measures: dict[tuple[str, str, str], Measure] = {}
     if base is not None:
         measures |= _taken(base, model, corpora, resamples, seed)
@@ -99,7 +116,8 @@ def evaluate(
     for corpus in corpora.values():
         corpus.check(model)
     asking = Asking(answers, max_new_tokens, batch_size, allow_code_execution, seed, progress)
-    chosen = asking.choose(corpora)
+    recalling = Recalling(memorization, batch_size, seed, progress)
+    chosen, known = asking.choose(corpora), recalling.choose(corpora)
     total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress, desc="evaluate") as bar:
         for name, corpus in corpora.items():
@@ -116,7 +134,17 @@ def evaluate(
         for condition, metric, measure in _summaries(sums, resamples, seed, asked.metrics, {"unit_tests": 1}):
             measures[condition, name, metric] = measure
         samples += asked.samples
-    metrics = ["loss", "perplexity", *METRICS[1:], *ANSWER_METRICS]
+    values = {} if base is None else {key: one for key, one in base.values.items() if key in measures}
+    left_out: dict[str, int] = {}
+    for name, recalled in recalling.recall(model, corpora, known, runs):
+        sums = {
+            condition: [_Sums(part, recalled.counts) for part in parts] for condition, parts in recalled.scores.items()
+        }
+        for condition, metric, measure in _summaries(sums, resamples, seed, recalled.metrics, OVER):
+            measures[condition, name, metric] = measure
+            values[condition, name, metric] = recalled.values(metric)[condition]
+        left_out[name] = recalled.left_out
+    metrics = ["loss", "perplexity", *METRICS[1:], *ANSWER_METRICS, *MEMORIZATION_METRICS]
     if not any(one is not None and one.abstains for run in runs.values() for one in run):
         metrics.remove("abstained")
     names = dict.fromkeys([BASE, *runs])
@@ -124,7 +152,9 @@ def evaluate(
     settings = _settings(model, corpora, conditions, resamples, seed)
     if chosen:
         settings["answers"] = asking.settings(corpora, chosen)
-    return Report(ordered, provenance_of(settings), samples=samples)
+    if known:
+        settings["memorization"] = recalling.settings(known, left_out)
+    return Report(ordered, provenance_of(settings), samples=samples, values=values)
 
 
 def _taken(
@@ -146,7 +176,8 @@ def _taken(
     }
 
 
-def _replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervention | None]]:
+def replicates(conditions: Mapping[str, Condition]) -> dict[str, list[Intervention | None]]:
+    """Return the interventions of each condition, beginning with the unedited model."""
     if conditions.get(BASE) is not None:
         raise LensUnlearnError("the condition 'base' is the unedited model: give the intervention another name")
     runs: dict[str, list[Intervention | None]] = {BASE: [None]}
@@ -183,8 +214,8 @@ def _measure(
         for name, run in runs.items():
             for intervention, into in zip(run, sums[name], strict=True):
                 with nullcontext() if intervention is None else intervention.on(model):
-                    plain = intervention is None and reference is not None
-                    logits = reference if plain else targets.logits(model)
+                    plain = reference if intervention is None else None
+                    logits = targets.logits(model) if plain is None else plain
                     silent = targets.abstained(model)
                 targets.add(logits, reference, silent, into)
                 bar.update(int(batch.counted.sum()))
@@ -212,9 +243,7 @@ class _Targets:
         target = batch.tokens[:, 1:][where]
         documents = corpus.document[batch.rows]
         rows = documents[:, None].expand_as(where)[where]
-        lengths = corpus.starts.diff()[batch.rows]
-        first = torch.where(batch.counted.any(1), batch.counted.int().argmax(1), lengths)
-        ends = torch.where(first > int(corpus.prepend_bos), first, lengths) - 1
+        ends = prompt_ends(batch, corpus)
         tokens, where, target = batch.tokens.to(device), where.to(device), target.to(device)
         return cls(tokens, where, target, ~common[target], rows.numpy(), documents.numpy(), ends)
 

@@ -62,6 +62,8 @@ class Report:
     """What was done, in a few words; heads the page."""
     parts: "tuple[Report, ...]" = ()
     """Further reports that `to_html` shows below this one."""
+    values: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
+    """[interventions, questions] of what single questions score, where `evaluate` was asked for memorization."""
 
     @property
     def conditions(self) -> list[str]:
@@ -174,6 +176,7 @@ class Report:
             [*self.samples, *other.samples],
             self.title or other.title,
             (*self.parts, *other.parts),
+            {**self.values, **other.values},
         )
 
     def __repr__(self) -> str:

@@ -35,10 +35,17 @@ WORDS = {
     "truth_ratio": "truth ratio",
     "exact_memorization": "exact memorization",
     "extraction_strength": "extraction strength",
+    "choice_probability": "probability of the true answer among the options",
+    "mia_loss": "membership AUC (loss)",
+    "mia_zlib": "membership AUC (loss per compressed byte)",
+    "mia_min_k": "membership AUC (Min-K%)",
+    "mia_min_k_plus_plus": "membership AUC (Min-K%++)",
+    "privacy_leak": "privacy leak",
 }
 FRACTIONS = ("top1", "top10", "top1_rare", "abstained", "exact_match", "rouge_l", "answer_probability") + (
     "exact_memorization",
     "extraction_strength",
+    "choice_probability",
     "numeric_match",
     "rouge_l_f",
     "unit_tests",

@@ -1,0 +1,115 @@
+r"""SIMU and what it is compared with, on facts that a model has memorized: the tables of docs/results.md.
+
+    python benchmarks/forgetting.py --model ../shared/models/skillmix-tofu --template 'Q: {prompt}\nA: {answer}' \
+        --forget '../shared/data/tofu/forget10.jsonl:question>answer@0:100' \
+        --retain '../shared/data/tofu/retain90.jsonl:question>answer@0:200' \
+        --neighbours '../shared/data/tofu/retain90.jsonl:question>answer@200:280' \
+        --unseen '../shared/data/tofu/holdout10.jsonl:question>answer' --skill code=... --seeds 0 1 2
+
+SOURCE@BEGIN:END takes some of its documents. Half of the unseen facts sets the floor and the aim of forgetting, the other half
+is reported. Neighbours are known to the model and not in the retain loss. Values are shares of answer tokens (of all tokens,
+for skills) that are the most probable ones.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lens_unlearn as lu
+from lens_unlearn.evaluation.report import provenance_of
+from lens_unlearn.methods.objectives import known
+
+ADAMW = {"optimizer": "adamw", "lr": 5e-4}
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "simu, AdamW": ADAMW,
+    "simu, Sophia": {"optimizer": "sophia"},
+    "all weights": ADAMW | {"mask": "all", "inner": True},
+    "attention alone": ADAMW | {"mask": "none"},
+    "critical rows alone": ADAMW | {"attention": "none", "lr": 4e-3},
+    "random rows alone": ADAMW | {"attention": "none", "lr": 4e-3, "mask": "random"},
+    "random rows and attention": ADAMW | {"mask": "random"},
+    "no forget term": ADAMW | {"forget_weight": 0.0},
+}
+
+
+def read(source: str, model: Any, args: argparse.Namespace, tokens: int | None = None) -> lu.Corpus:
+    source, _, part = source.partition("@")
+    corpus = lu.read_corpus(source, model, template=args.template, tokens=tokens, window=args.window)
+    if not part:
+        return corpus
+    begin, end = map(int, part.split(":"))
+    return corpus.only(range(begin, min(end, corpus.n_documents)))
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    for name in ("forget", "retain", "neighbours", "unseen"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--skill", action="append", default=[], metavar="NAME=SRC")
+    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--retain-weight", type=float, default=2.0)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--tokens", type=int, default=4000, help="of each skill")
+    parser.add_argument("--window", type=int, default=160)
+    parser.add_argument("--template")
+    args = parser.parse_args(given)
+    args.template = args.template and args.template.replace("\\n", "\n")
+    model = lu.load_model(args.model)
+    start = time.time()
+    told = {name: read(getattr(args, name), model, args) for name in ("forget", "retain", "neighbours", "unseen")}
+    aim, told["unseen"] = told["unseen"].split(0.5, 0.5, seed=0)
+    skills = {name: read(source, model, args, args.tokens) for name, source in (s.split("=", 1) for s in args.skill)}
+    base = {name: known(model, corpus, 8)[0] for name, corpus in (told | skills).items()}
+    print(f"{args.model}; {provenance_of({})['versions']}")
+    print({name: f"{c.n_documents:,} documents, {c.n_tokens:,} tokens" for name, c in (told | skills).items()}, "\n")
+    heads = [*told, *(f"{name} lost" for name in skills), "trained", "step", "clipped", "s"]
+    print("| condition | seed | " + " | ".join(heads) + " |\n|" + " --- |" * (len(heads) + 2))
+    print(
+        "| unedited | | " + " | ".join(f"{base[n]:.3f}" for n in told) + " |" + " |" * (len(heads) - len(told)),
+        flush=True,
+    )
+    critical = lu.critical(lu.attribute(model, told["forget"], progress=False))
+    trajectories = []
+    for name in args.conditions:
+        for seed in args.seeds:
+            options = {"retain_weight": args.retain_weight, "mask": critical} | CONDITIONS[name]
+            if options["mask"] == "random":
+                options["mask"] = lu.random_pruning(model, like=lu.Ablate(critical), seed=seed).selection
+            if args.lr and options.get("attention") != "none":
+                options["lr"] = args.lr
+            began = time.time()
+            delta = lu.simu(
+                model,
+                told["forget"],
+                told["retain"],
+                unseen=aim,
+                steps=args.steps,
+                seed=seed,
+                progress=False,
+                **options,
+            )
+            seconds = time.time() - began
+            with delta.on(model):
+                now = {key: known(model, corpus, 8)[0] for key, corpus in (told | skills).items()}
+            record = delta.record
+            cells = [f"{now[key]:.3f}" for key in told] + [f"{1 - now[key] / base[key]:.1%}" for key in skills]
+            clipped = record["losses"][-1].get("clipped")
+            cells += [
+                f"{record['trained']:,}",
+                f"{record['chosen']}",
+                f"{clipped:.0%}" if clipped else "",
+                f"{seconds:.0f}",
+            ]
+            print(f"| {name} | {seed} | " + " | ".join(cells) + " |", flush=True)
+            checks = " ".join(f"{c['step']}: {c['forget']:.2f}/{c['retain']:.2f}" for c in record["checks"])
+            trajectories.append(f"- {name}, seed {seed}: {checks}")
+    print("\nOn the way (step: forget/retain kept out of the loss):\n\n" + "\n".join(trajectories))
+    print(f"\n{time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What a training of updates is made of: batches in a fixed order, the loss of answers, and the objectives of unlearning."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_unlearn.coins import key_of
+from lens_unlearn.corpora import Batch, Corpus
+from lens_unlearn.errors import CorpusError, LensUnlearnError
+from lens_unlearn.sites import Model, device_of
+
+__all__ = [
+    "LOSSES",
+    "Answers",
+    "clip_norm",
+    "curvature_of",
+    "forget_term",
+    "gradients_of",
+    "known",
+    "read_answers",
+    "refusals",
+    "rows_at",
+]
+
+LOSSES = ("graddiff", "npo", "po", "gradient_ascent")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model gives the answer tokens of some rows."""
+
+    logits: Float[Tensor, "n vocabulary"]
+    target: Int[Tensor, "n"]
+    nll: Float[Tensor, "n"]
+    row: Int[Tensor, "n"]
+    """Which row of the batch each token is of."""
+    rows: int
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """Mean negative log-likelihood per answer token, in nats."""
+        return self.nll.mean()
+
+    def per_row(self) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+        """Return each row's mean negative log-likelihood per answer token, and its number of answer tokens."""
+        count = torch.zeros(self.rows, dtype=self.nll.dtype, device=self.nll.device)
+        count = count.index_add(0, self.row, torch.ones_like(self.nll))
+        total = torch.zeros_like(count).index_add(0, self.row, self.nll)
+        return total / count.clamp_min(1), count
+
+
+def read_answers(model: Model, batch: Batch) -> Answers:
+    """Run a model on a batch of rows and look at its counted tokens, teacher-forced."""
+    device = device_of(model)
+    where = batch.counted[:, 1:]
+    logits = model(batch.tokens.to(device), return_type="logits")[:, :-1][where.to(device)]
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    target = batch.tokens[:, 1:][where].to(device)
+    row = where.nonzero()[:, 0].to(device)
+    return Answers(logits, target, F.cross_entropy(logits, target, reduction="none"), row, len(batch.tokens))
+
+
+@torch.no_grad()
+def known(model: Model, corpus: Corpus, batch_size: int) -> tuple[float, float]:
+    """Return the share of a corpus' answer tokens that are the most probable ones, and the mean loss in nats."""
+    right = loss = count = 0.0
+    for batch in corpus.batches(batch_size):
+        found = read_answers(model, batch)
+        right += float((found.logits.argmax(1) == found.target).sum())
+        loss += float(found.nll.sum(dtype=torch.float64))
+        count += len(found.nll)
+    if not count:
+        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
+    return right / count, loss / count
+
+
+def rows_at(corpus: Corpus, step: int, size: int, seed: int) -> Batch:
+    """Return the batch of a step: rows without replacement until all were had, then in another order.
+
+    It depends on the step and the seed alone, so that a training can go on where it was interrupted.
+    """
+    size = min(size, corpus.n_rows)
+    epochs = range(step * size // corpus.n_rows, ((step + 1) * size - 1) // corpus.n_rows + 1)
+    seeds = {epoch: torch.Generator().manual_seed(key_of("rows", seed, epoch) % 2**63) for epoch in epochs}
+    orders = torch.cat([torch.randperm(corpus.n_rows, generator=seeds[epoch]) for epoch in epochs])
+    begin = step * size - epochs[0] * corpus.n_rows
+    return corpus.take(list(dict.fromkeys(orders[begin : begin + size].tolist())))
+
+
+def refusals(corpus: Corpus, model: Model, text: str) -> Corpus:
+    """Return the prompts of a corpus, each with a refusal as its answer.
+
+    Raises:
+        CorpusError: If the corpus has no prompts, or the refusal is no token, or too long for the window.
+    """
+    if not corpus.has_prompts:
+        raise CorpusError(f"{corpus.name} has no prompts to refuse: read it as 'question>answer'")
+    words = torch.tensor(model.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"], dtype=torch.int32)
+    rows = [torch.cat([corpus.prompt(row).int(), words]) for row in range(corpus.n_rows)]
+    lengths = torch.tensor([len(row) for row in rows])
+    if not len(words) or int(lengths.max()) > int(model.cfg.n_ctx):
+        raise CorpusError(f"the refusal {text!r} has {len(words)} tokens: too few, or too many behind these prompts")
+    counted = [torch.arange(len(row)) >= len(row) - len(words) for row in rows]
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    return replace(
+        corpus, name=f"refusals of {corpus.name}", tokens=torch.cat(rows), counted=torch.cat(counted), starts=starts
+    )
+
+
+def forget_term(
+    loss: str, found: Answers, *, floor: float, beta: float = 1.0, before: Float[Tensor, "rows"] | None = None
+) -> Float[Tensor, ""]:
+    r"""Return what is minimized on the forget rows, L_i being a row's mean loss per answer token.
+
+    - "graddiff", "gradient_ascent": -mean min(L_i, floor), weighted by tokens: a row that is forgotten pushes no further.
+    - "npo": (2 / beta) mean(-log sigmoid(beta (L_i - L_i of the unedited model))); per-token means, not sums, so that beta
+      means the same for short and long answers.
+    - "po": the loss of the refusal.
+    """
+    if loss == "po":
+        return found.loss
+    rows, count = found.per_row()
+    if loss == "npo":
+        assert before is not None
+        return -(2 / beta) * F.logsigmoid(beta * (rows - before))[count > 0].mean()
+    return -(rows.clamp(max=floor) * count).sum() / count.sum()
+
+
+def curvature_of(
+    estimate: str, found: Sequence[Answers], tensors: Sequence[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    """Estimate the diagonal of the curvature of the mean loss over some answer tokens.
+
+    - "gnb" (Gauss-Newton-Bartlett): labels y drawn from the model's own distribution, B of them; B g * g, with g the
+      gradient of the mean loss of y.
+    - "hutchinson": u * (H u), u of random signs; may be negative.
+    """
+    logits = torch.cat([one.logits for one in found])
+    if estimate == "gnb":
+        with torch.no_grad():
+            noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
+            # The Gumbel trick: the largest of log p - log(-log u) is a draw from p.
+            drawn = (logits.double() - (-noise.clamp_min(1e-300).log()).log()).argmax(1)
+        gradients = gradients_of(F.cross_entropy(logits, drawn), tensors)
+        return [len(drawn) * g.square() for g in gradients]
+    target = torch.cat([one.target for one in found])
+    first = torch.autograd.grad(F.cross_entropy(logits, target), tensors, create_graph=True, materialize_grads=True)
+    signs = [(torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x) for x in tensors]
+    along = torch.stack([(g * u).sum() for g, u in zip(first, signs, strict=True)]).sum()
+    return [u * h for u, h in zip(signs, gradients_of(along, tensors), strict=True)]
+
+
+def gradients_of(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients for these tensors and no others: none is kept in any parameter."""
+    return list(torch.autograd.grad(value, list(tensors), materialize_grads=True))
+
+
+def clip_norm(gradients: Sequence[Tensor], largest: float | None) -> Iterator[Tensor]:
+    """Scale gradients so that their norm, over all that is trained, is at most so much.
+
+    Raises:
+        LensUnlearnError: If the bound is not positive.
+    """
+    if largest is None:
+        yield from gradients
+        return
+    if largest <= 0:
+        raise LensUnlearnError(f"max_norm={largest:g} leaves nothing of a gradient: give a positive one, or None")
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    scale = (largest / norm.clamp_min(1e-30)).clamp(max=1.0)
+    yield from (g * scale for g in gradients)
