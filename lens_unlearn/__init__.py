@@ -162,6 +162,7 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.key_space import key_space_detection, query_keys
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.selective_pruning import selective_pruning
+    from lens_unlearn.methods.simu import simu
     from lens_unlearn.models import fingerprint, load_model
     from lens_unlearn.regions import Box, Clusters, Contrast, Ellipsoid, fit_region
     from lens_unlearn.sites import Matrix, Site
