@@ -20,10 +20,10 @@ import lens_unlearn as lu
 from lens_unlearn.evaluation.report import provenance_of
 from lens_unlearn.methods.objectives import known
 
-ADAMW = {"optimizer": "adamw", "lr": 5e-4}
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.5}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "simu, AdamW": ADAMW,
-    "simu, Sophia": {"optimizer": "sophia"},
+    "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.5},
     "all weights": ADAMW | {"mask": "all", "inner": True},
     "attention alone": ADAMW | {"mask": "none"},
     "critical rows alone": ADAMW | {"attention": "none", "lr": 4e-3},
@@ -50,7 +50,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--skill", action="append", default=[], metavar="NAME=SRC")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--retain-weight", type=float, default=2.0)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--tokens", type=int, default=4000, help="of each skill")
@@ -77,7 +77,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for name in args.conditions:
         for seed in args.seeds:
             options = {"retain_weight": args.retain_weight, "mask": critical} | CONDITIONS[name]
-            if options["mask"] == "random":
+            if isinstance(options["mask"], str) and options["mask"] == "random":
                 options["mask"] = lu.random_pruning(model, like=lu.Ablate(critical), seed=seed).selection
             if args.lr and options.get("attention") != "none":
                 options["lr"] = args.lr

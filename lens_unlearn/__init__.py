@@ -33,11 +33,13 @@ _HOME = {
     "ModelError": "errors",
     "Moments": "statistics",
     "NeuronMap": "maps",
+    "Relearning": "evaluation.relearning",
     "Report": "evaluation.report",
     "SelectionError": "errors",
     "Site": "sites",
     "SiteError": "errors",
     "Update": "deltas",
+    "anamnesis_index": "evaluation.relearning",
     "attribute": "attribution",
     "collect": "collecting",
     "critical": "attribution",
@@ -57,8 +59,10 @@ _HOME = {
     "neuron_adjust": "methods.neuron_adjust",
     "ov_basis": "methods.attention",
     "query_keys": "methods.key_space",
+    "random_delta": "methods.controls",
     "random_pruning": "methods.controls",
     "read_corpus": "corpora",
+    "relearn": "evaluation.relearning",
     "save_moments": "collecting",
     "selective_pruning": "methods.selective_pruning",
     "separability": "evaluation.report",
@@ -94,11 +98,13 @@ __all__ = [
     "ModelError",
     "Moments",
     "NeuronMap",
+    "Relearning",
     "Report",
     "SelectionError",
     "Site",
     "SiteError",
     "Update",
+    "anamnesis_index",
     "attribute",
     "collect",
     "critical",
@@ -120,8 +126,10 @@ __all__ = [
     "ov_basis",
     "plot",
     "query_keys",
+    "random_delta",
     "random_pruning",
     "read_corpus",
+    "relearn",
     "save_moments",
     "selective_pruning",
     "separability",
@@ -152,13 +160,14 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.generation import generate
     from lens_unlearn.evaluation.membership import membership
     from lens_unlearn.evaluation.next_token import evaluate
+    from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, relearn
     from lens_unlearn.evaluation.report import Report, separability
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, tofu_utility
     from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, load_intervention
     from lens_unlearn.keyspace import KeySpace, key_space
     from lens_unlearn.maps import NeuronMap
     from lens_unlearn.methods.attention import ov_basis
-    from lens_unlearn.methods.controls import random_pruning
+    from lens_unlearn.methods.controls import random_delta, random_pruning
     from lens_unlearn.methods.key_space import key_space_detection, query_keys
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.selective_pruning import selective_pruning

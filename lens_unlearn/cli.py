@@ -74,6 +74,12 @@ def run(
     seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of fractions for the trade-off figure.")] = True,
+    answers: Annotated[
+        int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
+    ] = 0,
+    memorization: Annotated[
+        int, typer.Option(help="Also see how well at most so many true answers of each are known by heart.")
+    ] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -96,6 +102,8 @@ def run(
         seed=seed,
         batch_size=batch_size,
         sweep=sweep,
+        answers=answers,
+        memorization=memorization,
     )
     check_folder(out, overwrite=overwrite)
     experiment = Experiment(plan, progress=not quiet)

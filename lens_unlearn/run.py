@@ -20,12 +20,13 @@ from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.next_token import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.interventions import Ablate, Abstain, Adjust, Intervention
+from lens_unlearn.interventions import Ablate, Abstain, Adjust, Delta, Intervention
 from lens_unlearn.keyspace import key_space
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.key_space import key_space_detection
 from lens_unlearn.methods.neuron_adjust import adjust_score, neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
+from lens_unlearn.methods.simu import simu
 from lens_unlearn.models import load_model
 from lens_unlearn.sites import Model, Site
 from lens_unlearn.statistics import Histogram, KeySample, Moments
@@ -38,14 +39,16 @@ METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
     "selective-pruning-attention": (selective_pruning, {"site": "attn.z"}),
     "neuron-adjust": (neuron_adjust, {}),
     "key-space-detection": (key_space_detection, {}),
+    "simu": (simu, {}),
 }
 """Methods by the name that the command line and the report use, with what the name fixes."""
 
 READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
 QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
 SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference", "held_out")
+_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ class Plan:
     """Shares of neurons to sweep over."""
     false_alarms: tuple[float, ...] = FALSE_ALARMS
     """Shares of false alarms to sweep over, for methods that judge prompts."""
+    strengths: tuple[float, ...] = STRENGTHS
+    """Strengths of a trained update to sweep over."""
+    answers: int = 0
+    """Questions of each question-answer corpus to answer."""
+    memorization: int = 0
+    """Questions of each question-answer corpus whose true answers' probabilities are measured."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -190,7 +199,7 @@ class Experiment:
 
     @property
     def judges_prompts(self) -> bool:
-        """Whether a method looks at prompts, so that plain texts are cut into prompts and what follows."""
+        """Whether a method looks at prompts."""
         return any(METHODS[name][0] is key_space_detection for name in self.plan.methods)
 
     def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
@@ -237,6 +246,8 @@ class Experiment:
 
     def _fit_pair(self, function: Method) -> tuple[Corpus, Corpus]:
         part = self.parts.queries if function is key_space_detection else self.parts.fit
+        if function is simu:
+            part = prompted(part, [simu], self.plan.seed)
         return part["forget"], part["retain"]
 
     def _control(self, name: str, edit: Intervention, seeds: Sequence[int], **strength: float) -> list[Intervention]:
@@ -258,14 +269,15 @@ class Experiment:
             if control:
                 conditions[f"{name}:control"] = control
         told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
-        report = evaluate(self.model, self.parts.test, conditions, **told)
+        asked = {"answers": self.plan.answers, "memorization": self.plan.memorization}
+        report = evaluate(self.model, self.parts.test, conditions, **told, **asked)
         provenance = {
             **report.provenance,
             "plan": asdict(self.plan),
             "chosen": self.chosen,
             "documents": self._documents(),
         }
-        report = replace(report, provenance=provenance, samples=self._samples())
+        report = replace(report, provenance=provenance, samples=[*self._samples(), *report.samples])
         curves = self.curves() if self.plan.sweep else None
         return replace(report, figures=self._figures(report, curves))
 
@@ -287,7 +299,8 @@ class Experiment:
             got, kept = self.fitted[name]
             if isinstance(got, Corpus):  # what is fitted in several steps shares nothing, but one step of it does
                 got, kept = prepare(function, self.model, *self._fit_pair(function), options)
-            for share in self.plan.false_alarms if strength == "false_alarms" else self.plan.fractions:
+            grids = {"false_alarms": self.plan.false_alarms, "strength": self.plan.strengths}
+            for share in grids.get(strength, self.plan.fractions):
                 edit = function(self.model, got, kept, **{strength: share}, **with_progress(function, options, False))
                 conditions[f"{name}@{share:g}"] = edit
                 control = self._control(name, edit, [self.plan.seed], **{strength: share})
@@ -305,7 +318,9 @@ class Experiment:
             drawn["What is left as more is taken out"] = figures.sweep_curves(curves)
         same: dict[str, NeuronMap] = {}
         for name, edit in self.edits.items():
-            if isinstance(edit, Abstain):
+            if isinstance(edit, Delta) and edit.record:
+                drawn[f"How {name} was trained"] = figures.training_curves(edit)
+            elif isinstance(edit, Abstain):
                 drawn |= self._keys(name, edit)
             elif isinstance(edit, Ablate | Adjust):
                 drawn |= self._neurons(name, edit)

@@ -10,19 +10,20 @@ from lens_unlearn.corpora import Corpus
 from lens_unlearn.errors import LensUnlearnError, SelectionError
 from lens_unlearn.evaluation.next_token import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.interventions import Ablate, Adjust, Intervention
+from lens_unlearn.interventions import Ablate, Adjust, Delta, Intervention
 from lens_unlearn.maps import check_fraction
-from lens_unlearn.methods.controls import random_pruning
+from lens_unlearn.methods.controls import random_delta, random_pruning
 from lens_unlearn.methods.key_space import key_space_detection, query_keys
 from lens_unlearn.methods.neuron_adjust import neuron_adjust
 from lens_unlearn.methods.selective_pruning import pruning_moments, selective_pruning
+from lens_unlearn.methods.simu import simu
 from lens_unlearn.sites import Model
 from lens_unlearn.statistics import KeySample, Moments
 
 __all__ = ["Tuned", "controls_for", "sweep", "tune"]
 
 Method = Callable[..., Intervention]
-Fitted = Corpus | Moments | KeySample
+Fitted = Corpus | Moments | KeySample | Delta | None
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 _SHARED = ("importance", "site", "unit", "reference", "batch_size", "progress")
 
@@ -36,6 +37,9 @@ def prepare(
     method: Method, model: Model, forget: Fitted, retain: Fitted, options: Mapping[str, Any]
 ) -> tuple[Fitted, Fitted]:
     """Collect once what a method needs at every strength; corpora pass through where nothing can be shared."""
+    if method is simu and isinstance(forget, Corpus):
+        told = {key: value for key, value in options.items() if key != "strength"}
+        return simu(model, forget, retain, **told), None  # type: ignore[arg-type]
     told = {key: value for key, value in options.items() if key in ("batch_size", "progress")}
     if method is neuron_adjust:
         share = lambda part: collect(model, part, options.get("site", "mlp.pre"), **told)  # noqa: E731
@@ -52,16 +56,16 @@ def prepare(
 
 
 def strength_of(method: Method) -> str:
-    """Return the option that says how much is taken out: the fraction of neurons, or the share of false alarms."""
-    return "false_alarms" if method is key_space_detection else "fraction"
+    """Return the option that says how much is taken out: a share of neurons or of false alarms, or a delta's strength."""
+    return {key_space_detection: "false_alarms", simu: "strength"}.get(method, "fraction")
 
 
 def prompted(corpora: Mapping[str, Corpus], methods: Sequence[Method], seed: int = 0) -> dict[str, Corpus]:
-    """Cut plain texts into prompts and what follows, if a method judges prompts; others pass through.
+    """Cut plain texts into prompts and what follows, if a method judges prompts or unlearns answers; others pass through.
 
     Then every condition is measured on the same tokens: those behind the prompts.
     """
-    if key_space_detection not in methods:
+    if key_space_detection not in methods and simu not in methods:
         return dict(corpora)
     return {name: c if c.has_prompts else c.with_prompts(seed=seed) for name, c in corpora.items()}
 
@@ -75,8 +79,11 @@ def with_progress(method: Method, options: Mapping[str, Any], progress: bool) ->
 def controls_for(model: Model, intervention: Intervention, seeds: Sequence[int] = range(5)) -> list[Intervention]:
     """Return random selections of equal per-layer counts, one per seed; none for what selects no neurons.
 
-    Of an `Adjust`, random neurons are adjusted by their own means and standard deviations.
+    Of an `Adjust`, random neurons are adjusted by their own means and standard deviations; of a `Delta`, the controls are
+    random updates of the same norm.
     """
+    if isinstance(intervention, Delta):
+        return [random_delta(intervention, seed=s) for s in seeds]
     if isinstance(intervention, Adjust):
         like = Ablate(intervention.selection)
         drawn = [random_pruning(model, like=like, seed=s) for s in seeds]
@@ -105,7 +112,7 @@ def sweep(
         forget: Texts to fit on.
         retain: Texts to fit on.
         test: Corpora to report on, by name; "forget" and "retain" among them for `separability`.
-        fractions: Shares of the units, weak to strong; of `key_space_detection`, shares of false alarms.
+        fractions: Shares of the units, weak to strong; of `key_space_detection`, shares of false alarms; of `simu`, strengths.
         options: Further options of the method.
         control_seeds: Seeds of the controls; empty for none.
         batch_size: Full-length rows per forward.
@@ -144,7 +151,7 @@ class Tuned:
     intervention: Intervention
     """Fitted on the fit part, at the chosen fraction."""
     fraction: float
-    """The share of neurons; of `key_space_detection`, the share of false alarms that was allowed."""
+    """The share of neurons; of `key_space_detection`, the share of false alarms that was allowed; of `simu`, the strength."""
     report: Report
     """Every fraction that was tried, on the tuning part."""
     forget_drop: float

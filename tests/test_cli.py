@@ -135,6 +135,21 @@ def test_run_with_methods_that_adjust_and_abstain(
     assert call("generate", "--model", model_dir, *both, "--prompt", "the quick brown", "--max-new-tokens", 3) == 0
 
 
+@pytest.mark.filterwarnings("ignore:less than 10%", "ignore:nothing has a positive")
+def test_run_with_a_trained_update(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = [*run_arguments(model_dir, texts, out), "--method", "simu"]
+    assert call(*arguments, "--set", "simu.steps=2", "--set", "attention=none", "--set", "mask=all") == 0
+    table = pd.read_csv(out / "metrics.csv")
+    assert {"base", "simu", "simu:control"} <= set(table.condition)
+    assert "How simu was trained" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert call("show", out / "simu.safetensors") == 0
+    assert "rows of W_out" in capsys.readouterr().out
+
+
 def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dict[str, Path], model: Any) -> None:
     lines = texts["forget"].read_text().splitlines()
     test_file = texts["forget"].with_name("test.jsonl")

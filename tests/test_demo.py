@@ -38,16 +38,27 @@ def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkey
     report = showcase.showcase(out, tokens=800, progress=False)
     methods = ("selective-pruning", "selective-pruning-attention", "neuron-adjust", "key-space-detection")
     names = ["base", *(f"{method}{end}" for method in methods for end in ("", ":control"))]
-    for part in (report, *report.parts):
+    for part in (report, report.parts[0]):
         assert part.conditions == names
         for method in ("selective-pruning", "neuron-adjust", "key-space-detection"):
             assert part.selectivity(method).value > part.selectivity(f"{method}:control").value
         withheld = {name: part["key-space-detection", name, "abstained"].value for name in ("forget", "retain")}
         assert withheld["forget"] > withheld["retain"] + 0.2, "few and short texts: about nine rows"
-    assert len(report.parts) == 1
-    assert {"report.html", "metrics.csv", "run.json", "selective-pruning.safetensors", "the-other-way-round"} <= set(
-        os.listdir(out)
-    )
+    persons = report.parts[1]
+    known = {name: persons["simu", name, "exact_memorization"].value for name in ("forget", "retain", "never seen")}
+    assert known["forget"] < persons["base", "forget", "exact_memorization"].value - 0.1
+    assert known["retain"] > known["forget"] + 0.05
+    assert persons.provenance["forget_quality"]["simu"] > persons.provenance["forget_quality"]["base"]
+    assert (out / "persons" / "simu.safetensors").exists()
+    assert {
+        "report.html",
+        "metrics.csv",
+        "run.json",
+        "selective-pruning.safetensors",
+        "the-other-way-round",
+        "persons",
+    } <= set(os.listdir(out))
     page = (out / "report.html").read_text()
     assert "Forget python, keep english and the rest" in page
     assert "Forget english, keep python and the rest" in page
+    assert "Forget eight persons" in page

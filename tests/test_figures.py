@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,11 +14,15 @@ import torch
 
 import lens_unlearn as lu
 from lens_unlearn import keyspace, separation
+from lens_unlearn.attribution import Attribution, Completeness, critical
 from lens_unlearn.errors import LensUnlearnError
 from lens_unlearn.evaluation.report import Measure, Report
+from lens_unlearn.evaluation.tofu import ForgetQuality, Utility
 from lens_unlearn.figures import theme
 from lens_unlearn.figures.conditions import Condition
 from lens_unlearn.figures.distribution import density, merged
+from lens_unlearn.figures.ranks import Ranks
+from lens_unlearn.figures.training import MAX_COMPARED, MAX_POINTS
 from lens_unlearn.keyspace import KeySpace
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.sites import Site
@@ -114,8 +119,54 @@ def of_keys(space: KeySpace) -> dict[str, go.Figure]:
     }
 
 
+def attributions(layers=4, width=24, kinds=("mlp.post",), seed=0) -> Attribution:
+    """Make attributions whose layers differ in size by orders of magnitude, complete to 0.8."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {kind: (2, 3) if kind == "attn.z" else (width,) for kind in kinds}
+    values = {
+        Site(layer, kind): (torch.randn(shape, generator=random, dtype=torch.float64) + 0.5) * 10.0**-layer
+        for kind, shape in shapes.items()
+        for layer in range(layers)
+    }
+    complete = {site: Completeness(float(value.sum()), float(value.sum()) / 0.8) for site, value in values.items()}
+    told = {"model": "tiny", "corpus": "facts.jsonl", "tokens": 99, "steps": 5, "objective": "prob"}
+    return Attribution(values, complete, told)
+
+
+def trained(steps=12, every=4, **changed) -> SimpleNamespace:
+    """Make what a training leaves behind: a record, as `simu` writes it."""
+    losses = [{"step": i, "forget": i / 5, "retain": 1 / i, "clipped": 1 - i / 99} for i in range(1, steps + 1)]
+    checks = [{"step": i, "forget": 0.9 - i / 20, "retain": 0.9 - i / 90} for i in range(0, steps + 1, every)]
+    record = {
+        "settings": {"optimizer": "sophia", "loss": "graddiff"},
+        "forget": {"name": "facts.jsonl", "fingerprint": "1"},
+        "retain": {"name": "others.jsonl", "fingerprint": "2"},
+        "floor": 1.5,
+        "aim": 0.5,
+        "chosen": 8,
+        "stopped": None,
+        "losses": losses,
+        "checks": checks,
+    }
+    return SimpleNamespace(record=record | changed)
+
+
+QUALITIES = {
+    "base": (ForgetQuality(0.0, 0.9), Utility(0.6, {"retain probability": 0.7})),
+    "retrained": (1.0, 0.58),
+    "m@0.2": (1e-3, 0.4),
+    "m@0.1": (ForgetQuality(1e-9, 0.7), 0.5),
+    "m:control@0.1": (1e-12, 0.3),
+    "simu": (0.2, 0.55),
+}
+
+
 @pytest.fixture(scope="module")
 def swept() -> Report:
+    return swept_report()
+
+
+def swept_report() -> Report:
     values = {"base": {"forget": 0.5, "retain": 0.4, "other": 0.3}, "m": {"forget": 0.2, "retain": 0.38, "other": 0.3}}
     for strength in (0.2, 0.05, 0.1):  # not in order
         values[f"m@{strength:g}"] = {"forget": 0.5 - strength, "retain": 0.4 - strength / 10, "other": 0.3}
@@ -141,6 +192,11 @@ def every_figure(swept: Report) -> dict[str, go.Figure]:
         "sweep": lu.plot.sweep_curves(swept, others=("other",)),
         "overlap": lu.plot.selection_overlap({"a": top, "b": control, "c": ~top}),
         "bars": lu.plot.condition_bars(swept),
+        "training": lu.plot.training_curves(trained()),
+        "trainings": lu.plot.training_curves({"a": trained(), "b": trained(chosen=4)}),
+        "attributions": lu.plot.attribution_map(attributions(), critical(attributions())),
+        "attributions of two kinds": lu.plot.attribution_map(attributions(kinds=("mlp.post", "attn.z"))),
+        "quality": lu.plot.forget_quality(QUALITIES),
         **of_keys(keys()),
     }
 
@@ -167,7 +223,7 @@ def test_every_figure_has_the_house_style_and_says_what_it_is(figures):
 
 def test_layer_zero_is_at_the_bottom(figures):
     figs = figures
-    for name in ("importance", "selections", "heatmap"):
+    for name in ("importance", "selections", "heatmap", "attributions"):
         low, high = figs[name].layout.yaxis.range
         assert (low, high) == (-0.5, 3.5), name
         assert figs[name].layout.yaxis.title.text == "layer", name
@@ -196,6 +252,9 @@ def test_signed_scales_are_symmetric_and_magnitudes_start_at_zero():
     assert axis.cmin == 0
     axis = lu.plot.selection_overlap({"a": scores().top(0.1), "b": scores().top(0.2)}).layout.coloraxis
     assert (axis.cmin, axis.cmax) == (0, 1)
+    axis = lu.plot.attribution_map(attributions()).layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (-1, 1)
+    assert axis.colorscale[0][1] == go.Heatmap(colorscale="RdBu_r").colorscale[0][1]
 
 
 def test_a_ratio_is_shown_as_its_log2():
@@ -214,7 +273,7 @@ def names_in(fig: go.Figure) -> list[str]:
 def test_hover_names_read_back_to_a_site(figures):
     score = scores()
     figs = figures
-    for name in ("specialization", "heatmap", "distribution"):
+    for name in ("specialization", "heatmap", "distribution", "attributions of two kinds"):
         found = names_in(figs[name])
         assert found, name
         for text in found:
@@ -260,6 +319,14 @@ def test_colours_have_one_meaning(swept):
         for t in lu.plot.layer_importance({"a": scores().top(0.1), "a:control": scores().top(0.1)}).data
     }
     assert bars["a:control"] == theme.CONTROL
+    for trainings in (trained(), {"a": trained(), "b": trained()}):
+        lines = {
+            t.name: t.line.color for t in lu.plot.training_curves(trainings).data if t.name in ("forget", "retain")
+        }
+        assert lines == {"forget": theme.FORGET, "retain": theme.RETAIN}
+    points = {t.name: t.marker.color for t in lu.plot.forget_quality(QUALITIES).data}
+    assert points["m, control"] == theme.CONTROL
+    assert points["m"] not in (theme.FORGET, theme.RETAIN, theme.CONTROL)
 
 
 def test_tradeoff_draws_the_drops_of_the_report(swept):
@@ -362,6 +429,128 @@ def test_overlap_is_jaccard():
     assert whole.z[2][0] == 0
     assert math.isnan(whole.z[2][2])
     assert layers.z[0][0] == pytest.approx(1 / 3)
+
+
+def test_training_curves_draw_the_record():
+    fig = lu.plot.training_curves(trained())
+    losses, checks = ({t.name: t for t in fig.data if t.yaxis == axis} for axis in ("y", "y2"))
+    assert list(losses["retain"].x) == list(range(1, 13))
+    assert list(losses["retain"].y) == pytest.approx([1 / i for i in range(1, 13)])
+    assert set(losses["floor: no push beyond"].y) == {1.5}
+    assert list(checks["forget"].x) == [0, 4, 8, 12]
+    assert list(checks["forget"].y) == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    assert (list(checks["step returned"].x), list(checks["step returned"].y)) == (
+        [8, 8],
+        pytest.approx([0.5, 0.9 - 8 / 90]),
+    )
+    aim = next(trace for name, trace in checks.items() if name.startswith("aim"))
+    assert set(aim.y) == {0.5}
+    clipped = next(trace for trace in fig.data if trace.yaxis == "y3")
+    assert clipped.y[0] == pytest.approx(1 - 1 / 99)
+    assert "forget: facts.jsonl · retain: others.jsonl · sophia · graddiff" in fig.layout.title.text
+
+
+def test_trainings_differ_by_dash_and_their_noise_is_averaged():
+    fig = lu.plot.training_curves({"a": trained(), "b": trained(400), "c": trained(stopped="it became NaN")})
+    dashes = {t.name: t.line.dash for t in fig.data if t.name in "abc"}
+    assert len(set(dashes.values())) == 3
+    for trace in (t for t in fig.data if t.name == "forget"):
+        name = re.match("<b>(.): forget", trace.hovertemplate)[1]
+        assert trace.line.dash == dashes[name]
+    long = next(t for t in fig.data if t.name == "forget" and t.hovertemplate.startswith("<b>b"))
+    assert len(long.x) == len(long.y) == MAX_COMPARED
+    assert np.mean(long.y) == pytest.approx(np.mean([i / 5 for i in range(1, 401)]))
+    assert "averaged" in fig.layout.title.text
+    assert "c stopped early: it became NaN" in fig.layout.title.text
+    assert len(lu.plot.training_curves(trained(4000)).data[0].x) == MAX_POINTS
+
+
+@pytest.mark.parametrize(
+    ("changed", "there", "absent"),
+    [
+        ({"losses": [{"step": 1, "forget": 0.5, "retain": 0.4}]}, "forget", "clipped"),
+        ({"retain": None, "checks": [{"step": 0, "forget": 0.5}]}, "forget", "retain"),
+        ({"losses": []}, "forget", "clipped"),
+        ({"checks": []}, "forget", "step returned"),
+        ({"losses": [], "checks": [{"step": 0, "forget": 0.5}], "chosen": 0}, "step returned", "retain"),
+        ({"aim": None}, "forget", "aim: known hardly better than what was never seen"),
+        ({"settings": {"loss": "npo"}}, "forget", "floor: no push beyond"),
+        ({"losses": [{"step": 1, "forget": float("nan"), "retain": float("inf")}]}, "forget", "clipped"),
+    ],
+)
+def test_what_a_training_did_not_record_is_left_out(changed, there, absent):
+    fig = lu.plot.training_curves(trained(**changed))
+    names = [trace["name"] for trace in data(fig)["data"]]
+    assert there in names
+    assert absent not in names
+
+
+def test_attribution_map_ranks_each_layer_by_its_own_highest():
+    told = attributions()
+    heat = lu.plot.attribution_map(told).data[0]
+    for z, means, labels, (site, value) in zip(heat.z, heat.customdata, heat.text, told.items(), strict=True):
+        ranked = value.sort(descending=True).values.numpy()
+        assert means[0] == pytest.approx(ranked[0])
+        assert list(z) == pytest.approx(np.clip(means / ranked[0], -1, 1))
+        assert (np.diff(means) <= 0).all()
+        assert labels[0] == f"{site}[{int(value.argmax())}], rank 1"
+        assert labels[-1] == f"{site}[{int(value.argmin())}], rank 24"
+
+
+def test_attribution_map_marks_the_critical_and_says_how_complete_it_is():
+    told = attributions()
+    chosen = critical(told)
+    fig = lu.plot.attribution_map(told, chosen)
+    marks = next(t for t in fig.data if t.name == "selected")
+    for layer, count in enumerate(int(value.sum()) for _, value in chosen.items()):
+        # They are the highest of their layer, and no cell is skipped.
+        cells = [x for x, y in zip(marks.x, marks.y, strict=True) if y == layer]
+        assert cells == list(range(len(cells)))
+        assert 1 <= len(cells) <= count
+    bars, whole = (next(t for t in fig.data if t.name.startswith(name)) for name in ("attributed", "to be attributed"))
+    assert list(bars.x) == pytest.approx([both.attributed for both in told.completeness.values()])
+    assert list(whole.x) == pytest.approx([both.difference for both in told.completeness.values()])
+    assert {text.strip() for text in whole.text} == {"0.80"}
+    assert "tiny" in fig.layout.title.text
+    assert "99 tokens" in fig.layout.title.text
+    difference = told - attributions(seed=1)
+    assert [t.type for t in lu.plot.attribution_map(difference).data] == ["heatmap"]  # arithmetic leaves no sums
+
+
+@pytest.mark.parametrize("neurons", [1, 2, 3, 24, 577, 14336])
+@pytest.mark.parametrize("limit", [0, 40, 10_000])
+def test_ranks_hold_every_neuron_once_and_the_ends_alone(neurons, limit):
+    ranks = Ranks.of(neurons, limit)
+    for width in (neurons, neurons + 7):
+        parts = ranks.cut(np.arange(width))
+        assert len(parts) == ranks.cells
+        assert all(len(part) for part in parts)
+        assert np.concatenate(parts).tolist() == list(range(width))
+    parts = ranks.cut(np.arange(neurons))
+    assert len(parts[0]) == len(parts[-1]) == 1
+    at, text = ranks.ticks()
+    for cell, rank in zip(at, text, strict=True):
+        rank = int(rank.replace(",", ""))
+        assert rank - 1 in parts[cell] or neurons - rank in parts[cell]
+    assert ranks.cells <= max(limit, 60)
+
+
+def test_forget_quality_is_log10_p_against_utility():
+    fig = lu.plot.forget_quality(QUALITIES)
+    points = {trace.name: trace for trace in fig.data}
+    assert set(points["p = 0.05"].y) == {math.log10(0.05)}
+    assert (points["simu"].x[0], points["simu"].y[0]) == pytest.approx((0.55, math.log10(0.2)))
+    assert (points["base"].x[0], points["base"].y[0]) == (0.6, -20)  # p = 0
+    assert "p below 1e-20 is drawn there: base" in fig.layout.meta["lens_unlearn"]["subtitle"]
+    assert "p 0, distance 0.900" in points["base"].hovertext[0]
+    assert "retain probability 0.700" in points["base"].hovertext[0]
+    assert (points["m"].x, points["m"].mode) == ((0.5, 0.4), "lines+markers")  # in order of strength
+    assert points["base"].marker.symbol != points["retrained"].marker.symbol
+    low, high = fig.layout.yaxis.range
+    assert low < -20 < 0 < high
+    assert "drawn there" not in lu.plot.forget_quality({"a": (1e-20, 0.5)}).layout.meta["lens_unlearn"]["subtitle"]
+    marked = lu.plot.forget_quality({"before": (0.1, 0), "never": (1, 1)}, base="before", retrained="never")
+    assert [trace.marker.symbol for trace in marked.data[1:]] == ["cross", "star"]
 
 
 def test_key_figures_say_of_what_they_are():
@@ -503,7 +692,11 @@ def test_two_megabytes_at_most():
         "importance": lu.plot.layer_importance(big, chosen),
         "heatmap": lu.plot.neuron_heatmap(big, selection=chosen),
         "overlap": lu.plot.selection_overlap({f"selection {i}": chosen for i in range(8)}),
+        "trainings": lu.plot.training_curves({f"run {i}": trained(3000, 10) for i in range(6)}),
+        "training": lu.plot.training_curves(trained(30_000, 10)),
     }
+    complete = {site: Completeness(1.0, 1.0) for site in big}
+    told["attributions"] = lu.plot.attribution_map(Attribution(dict(big.items()), complete, {}), chosen)
     forget, retain = (moments(seed, layers=8, width=4000) for seed in (0, 1))
     told["specialization"] = lu.plot.specialization_map(forget, retain, selection=forget.mean_abs.top(0.5))
     for name, fig in told.items():
@@ -542,6 +735,11 @@ def test_awkward_maps_are_drawn(case):
         lu.plot.neuron_heatmap(score, selection=empty, signed=True),
         lu.plot.neuron_heatmap(score, signed=False),
         lu.plot.selection_overlap({"a": empty, "b": ~empty}),
+        lu.plot.attribution_map(score),
+        lu.plot.attribution_map(-score, empty),
+        lu.plot.attribution_map(
+            Attribution(dict(score.items()), {site: Completeness(0.0, 0.0) for site in score}, {}), ~empty
+        ),
     ):
         assert data(fig)["data"]
 
@@ -612,6 +810,12 @@ def test_names_from_data_cannot_write_tags(swept):
         lu.plot.activation_distribution({evil: histogram()}, NEURONS),
         lu.plot.tradeoff(renamed),
         lu.plot.condition_bars(renamed),
+        lu.plot.training_curves({evil: trained(), "b": trained(forget={"name": evil}, stopped=evil)}),
+        lu.plot.training_curves(trained(forget={"name": evil}, settings={"loss": evil})),
+        lu.plot.attribution_map(
+            Attribution(dict(attributions().items()), attributions().completeness, {"model": evil})
+        ),
+        lu.plot.forget_quality({evil: (0.0, Utility(0.5, {evil: 0.5})), "b": (0.1, 0.5)}),
         *of_keys(keys(layers=1, skills=(evil, "b"), name=evil)).values(),
         *of_keys(keys(layers=1, skills=("b", evil, "c"))).values(),
     ):
@@ -693,6 +897,17 @@ def test_a_condition_knows_its_control():
         (lambda r: lu.plot.key_clusters(KeySpace((), {}, {}, {}, {})), "nothing to draw"),
         (lambda r: lu.plot.key_coverage(keys(1), "fiction"), "there are code, prose, math"),
         (lambda r: lu.plot.key_roc(keys(1), "code", "L7.mlp.post"), "there are L0.mlp.post"),
+        (lambda r: lu.plot.training_curves({}), "1 to 6 trainings"),
+        (lambda r: lu.plot.training_curves({str(i): trained() for i in range(7)}), "not 7"),
+        (lambda r: lu.plot.training_curves(SimpleNamespace(record={})), "without a record of a training"),
+        (lambda r: lu.plot.training_curves({"mine": scores()}), "'mine' is a NeuronMap"),
+        (lambda r: lu.plot.attribution_map([1, 2]), "NeuronMap"),
+        (lambda r: lu.plot.attribution_map(attributions(), scores(width=9).top(0.1)), "another shape"),
+        (lambda r: lu.plot.attribution_map(attributions(), scores()), "boolean"),
+        (lambda r: lu.plot.forget_quality({}), "nothing to draw"),
+        (lambda r: lu.plot.forget_quality({"a": 0.5}), "'a' is no pair"),
+        (lambda r: lu.plot.forget_quality({"a": (1.5, 0.5)}), "from 0 to 1"),
+        (lambda r: lu.plot.forget_quality({"a": (0.5, math.nan)}), "utility of 'a' is nan"),
         (lambda r: lu.plot.key_map(keys(1), outline="hull"), "'plane' or 'shadow'"),
         (lambda r: lu.plot.key_volume(keys(1), skill="fiction"), "no skill 'fiction'"),
     ],

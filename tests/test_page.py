@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from test_figures import report, scores
+from test_figures import every_figure, report, scores, swept_report
 
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Measure, Report
@@ -149,7 +149,8 @@ def test_a_fuller_trade_off_replaces_that_of_the_page(told):
     assert text.index("All strengths") < text.index("by condition") < text.index("First")
 
 
-def test_every_figure_of_a_report_is_shown_once(told, swept_figures):
+def test_every_figure_of_a_report_is_shown_once(told):
+    swept_figures = every_figure(swept_report())
     single = {key: measure for key, measure in told.measures.items() if "@" not in key[0]}
     text = page(Report(single, told.provenance, {f"Figure {name}": fig for name, fig in swept_figures.items()}))
     for name in swept_figures:

@@ -22,6 +22,8 @@ from lens_unlearn.methods import training
 from lens_unlearn.methods.objectives import Answers, clip_norm, curvature_of, forget_term, known, refusals, rows_at
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.methods.sophia import Sophia
+from lens_unlearn.sites import matrix_shape
+from lens_unlearn.tuning import controls_for, prepare, strength_of
 
 FORGET = tiny.corpus([9, 12, 7, 10, 8, 11], seed=1).with_prompts(4)
 RETAIN = tiny.corpus([8, 13, 9, 7, 12, 10, 9, 8, 11, 10], seed=2).with_prompts(4)
@@ -417,3 +419,37 @@ def test_the_demo_model_forgets_persons() -> None:
     with delta.on(model):
         assert known(model, forget, 8)[0] < 0.8
         assert known(model, retain, 8)[0] > known(model, forget, 8)[0] + 0.1
+
+
+def test_the_control_of_a_delta_has_its_rows_and_norms_and_nothing_else_of_it() -> None:
+    model = tiny.model("gpt2")
+    delta = simu(model, FORGET, RETAIN, mask=some_rows(), attention="lora", **QUICK)
+    one, two, again = (lu.random_delta(delta, seed=seed) for seed in (0, 1, 0))
+    for matrix, update in delta.updates.items():
+        drawn = one.updates[matrix]
+        shape = matrix_shape(model, *matrix)
+        torch.testing.assert_close(drawn.dense(shape).norm(), update.dense(shape).norm(), rtol=1e-4, atol=1e-9)
+        if update.rows is not None:
+            assert drawn.rows is not None
+            assert torch.equal(drawn.rows, update.rows)
+        assert torch.equal(drawn.value, again.updates[matrix].value)
+        assert not torch.allclose(drawn.value, two.updates[matrix].value)
+    assert len(controls_for(model, delta, [0, 1, 2])) == 3
+
+
+def test_one_training_serves_every_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    told: dict[str, Any] = {**QUICK, "mask": some_rows()}
+    times: list[int] = []
+    go = training.Training.go
+    monkeypatch.setattr(training.Training, "go", lambda self, *a: times.append(1) or go(self, *a))
+    got, kept = prepare(lu.simu, model, FORGET, RETAIN, told)
+    assert kept is None
+    assert isinstance(got, Delta)
+    assert strength_of(lu.simu) == "strength"
+    losses = []
+    for strength in (0.0, 0.5, 1.0):
+        with lu.simu(model, got, kept, strength=strength, **told).on(model):
+            losses.append(known(model, FORGET, 8)[1])
+    assert losses == sorted(losses)
+    assert len(times) == 1

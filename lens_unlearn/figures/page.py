@@ -39,7 +39,7 @@ another choice of forget and retain texts, or another seed of the method.</p>
 
 CONTROLS = (
     ", each beside its control: as many neurons of every layer, chosen at random, or, for a method that judges prompts, "
-    "the same method fitted to shuffled labels. "
+    "the same method fitted to shuffled labels, or, for a trained update, random numbers of the same norm in each matrix. "
 )
 
 

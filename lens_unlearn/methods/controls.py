@@ -1,4 +1,4 @@
-"""The control: random selections with the same number of neurons in every layer."""
+"""The controls: random selections with the same number of neurons in every layer, and random updates of the same size."""
 
 import hashlib
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.corpora import Corpus
+from lens_unlearn.deltas import Matrix, Update
 from lens_unlearn.errors import SelectionError
-from lens_unlearn.interventions import Ablate
+from lens_unlearn.interventions import Ablate, Delta
 from lens_unlearn.maps import NeuronMap, check_fraction
 from lens_unlearn.sites import Model, Site, resolve
 from lens_unlearn.statistics import Moments
 
-__all__ = ["random_pruning"]
+__all__ = ["random_delta", "random_pruning"]
 
 
 def random_pruning(
@@ -60,6 +61,28 @@ def random_pruning(
         block = chosen.shape[-1] if whole else 1
         drawn[at] = _draw(at, tuple(chosen.shape), int(chosen.sum()) // block, block, seed)
     return Ablate(NeuronMap(drawn), like.value, like.basis)
+
+
+def random_delta(like: Delta, *, seed: int = 0) -> Delta:
+    """Change the same rows and columns of the same matrices, by normal numbers of the same norm.
+
+    Args:
+        like: What it is the control of. Of a product of two thin matrices, the product's norm is kept.
+        seed: The same seed gives the same update.
+
+    Returns:
+        A `Delta` of the same strength; in each matrix its norm is that of `like`.
+    """
+    return Delta({m: _drawn_like(m, update, seed) for m, update in like.updates.items()}, like.strength)
+
+
+def _drawn_like(matrix: Matrix, update: Update, seed: int) -> Update:
+    digest = hashlib.sha256(f"random_delta {seed} {matrix}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    change = (update.value if update.right is None else update.value @ update.right).detach()
+    noise = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change.device)
+    noise = (noise * (change.double().norm() / noise.norm().clamp_min(1e-30))).to(change.dtype)
+    return Update(noise, update.rows, update.columns)
 
 
 def _draw(site: Site, shape: tuple[int, ...], count: int, block: int, seed: int) -> Tensor:

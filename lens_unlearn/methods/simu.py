@@ -31,7 +31,7 @@ from lens_unlearn.sites import Model, matrix_names, matrix_value, require_eval, 
 
 __all__ = ["critical_neurons", "simu"]
 
-LEARNING_RATES = {"sophia": 1e-3, "adamw": 2e-3}
+LEARNING_RATES = {"sophia": 1e-4, "adamw": 3e-4}
 KEPT_APART = 0.2
 
 
@@ -101,7 +101,7 @@ def simu(
         floor: The loss of a row, in nats per answer token, up to which forgetting pushes. Default: that of `unseen`, else
             0.9 log(vocabulary).
         optimizer: "sophia", or "adamw" (torch) for comparison.
-        lr: Default 1e-3 for Sophia, 2e-3 for AdamW.
+        lr: Default 1e-4 for Sophia, 3e-4 for AdamW.
         rho: Of Sophia.
         weight_decay: Towards the weights as they were, per step and lr. The paper's decays the edited weights.
         curvature: Sophia's estimate, over the forget and retain rows of a step.
