@@ -20,10 +20,10 @@ import lens_unlearn as lu
 from lens_unlearn.evaluation.report import provenance_of
 from lens_unlearn.methods.objectives import known
 
-ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.5}
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "simu, AdamW": ADAMW,
-    "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.5},
+    "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.4},
     "all weights": ADAMW | {"mask": "all", "inner": True},
     "attention alone": ADAMW | {"mask": "none"},
     "critical rows alone": ADAMW | {"attention": "none", "lr": 4e-3},

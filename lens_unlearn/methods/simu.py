@@ -26,7 +26,7 @@ from lens_unlearn.errors import CorpusError, LensUnlearnError, ModelError, Selec
 from lens_unlearn.interventions import Delta
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.objectives import LOSSES, known, refusals
-from lens_unlearn.methods.training import NEAR, Training
+from lens_unlearn.methods.training import Training
 from lens_unlearn.sites import Model, matrix_names, matrix_value, require_eval, require_model, resolve
 
 __all__ = ["critical_neurons", "simu"]
@@ -74,9 +74,10 @@ def simu(
     """Train a removable update that forgets the answers of one corpus and keeps those of another.
 
     A fifth of the retain documents is kept out of the loss. Every `check_every` steps, the share of answer tokens still
-    right is measured on the forget corpus and on that fifth. Which step is returned: with `unseen`, the best on the kept-out
-    fifth among those where the forget corpus is no better known than `unseen` is, plus 5 points (or, if there is none, where
-    it is known least); without it, the last.
+    right is measured on the forget corpus and on that fifth. Which step is returned: with `unseen`, of those where the forget
+    corpus is no better known than `unseen` is, plus 5 points, the one with the largest share on the kept-out fifth, less what
+    the forget corpus falls below `unseen` (forgetting beyond what was never seen is no success); if there is none, the one
+    where the forget corpus is known least. Without `unseen`, the last.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode. Its parameters are never written, and get no
@@ -151,11 +152,11 @@ def simu(
         trained,
         options,
         highest if floor is None else floor,
-        None if right is None else right + NEAR,
+        right,
     )
     training.go(checkpoint, progress)
     counts = {str(site): int(value.sum()) for site, value in chosen.items()} if chosen is not None else {}
-    record = training.record() | {"critical": counts, "unseen": right}
+    record = training.record() | {"critical": counts}
     return Delta({matrix: update.detach() for matrix, update in updates.items()}, strength, record)
 
 

@@ -52,8 +52,8 @@ class Training:
     trained: list[Tensor]
     options: Mapping[str, Any]
     floor: float
-    aim: float | None
-    """The share of the forget corpus' answer tokens at or below which it counts as forgotten."""
+    unseen: float | None
+    """The share of answer tokens that the model gets right of what it never saw."""
     step: int = 0
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -160,18 +160,26 @@ class Training:
             for name, corpus in self.measured.items():
                 entry[name] = known(self.model, corpus, self.options["batch_size"])[0]
         self.checks.append(entry)
-        if self.aim is None or self._rank(entry) > self._rank(self.best_check):
+        if self.unseen is None or self._rank(entry) > self._rank(self.best_check):
             self.best_check = entry
             self.best = [tensor.detach().clone() for tensor in self.trained]
         return entry
 
+    @property
+    def aim(self) -> float | None:
+        """The share of the forget corpus' answer tokens at or below which it counts as forgotten."""
+        return None if self.unseen is None else self.unseen + NEAR
+
     def _rank(self, entry: dict[str, Any]) -> tuple[float, float]:
-        """Order measurements: forgotten before not, then by what is kept; not forgotten, by how little is left."""
+        """Order measurements: forgotten before not; then by what is kept, less what is forgotten beyond the never seen.
+
+        Of those not forgotten, by how little is left.
+        """
         if not entry:
             return (-math.inf, 0.0)
-        assert self.aim is not None
-        if entry["forget"] <= self.aim:
-            return (1.0, entry.get("retain", 0.0))
+        assert self.unseen is not None
+        if entry["forget"] <= self.unseen + NEAR:
+            return (1.0, entry.get("retain", 0.0) - max(0.0, self.unseen - entry["forget"]))
         return (-entry["forget"], 0.0)
 
     def record(self) -> dict[str, Any]:
@@ -188,6 +196,7 @@ class Training:
             "trained": size,
             "optimizer_state": {"numbers": moments, "share_of_full": size / whole},
             "floor": self.floor,
+            "unseen": self.unseen,
             "aim": self.aim,
             "steps": self.step,
             "chosen": self.best_check.get("step", self.step),
