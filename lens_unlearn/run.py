@@ -269,7 +269,7 @@ class Experiment:
             if control:
                 conditions[f"{name}:control"] = control
         told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
-        asked = {"answers": self.plan.answers, "memorization": self.plan.memorization}
+        asked: dict[str, Any] = {"answers": self.plan.answers, "memorization": self.plan.memorization}
         report = evaluate(self.model, self.parts.test, conditions, **told, **asked)
         provenance = {
             **report.provenance,

@@ -131,7 +131,7 @@ class Training:
         """Return what is minimized at the rows of a place in the order, and note both losses."""
         o = self.options
         batch = rows_at(self.forget, place, o["batch_size"], o["seed"])
-        before: Float[Tensor, rows] | None = None
+        before: Tensor | None = None
         if o["loss"] == "npo":
             before = self.before[batch.rows]
         found = [read_answers(self.model, batch)]
