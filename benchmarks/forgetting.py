@@ -24,6 +24,7 @@ ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "simu, AdamW": ADAMW,
     "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.4},
+    "simu, low rank": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4},
     "all weights": ADAMW | {"mask": "all", "inner": True},
     "attention alone": ADAMW | {"mask": "none"},
     "critical rows alone": ADAMW | {"attention": "none", "lr": 4e-3},
@@ -56,6 +57,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="of each skill")
     parser.add_argument("--window", type=int, default=160)
     parser.add_argument("--template")
+    parser.add_argument("--retrained", help="a model that never saw what is to be forgotten, for forget quality")
     args = parser.parse_args(given)
     args.template = args.template and args.template.replace("\\n", "\n")
     model = lu.load_model(args.model)
@@ -66,7 +68,16 @@ def main(given: Sequence[str] | None = None) -> None:
     base = {name: known(model, corpus, 8)[0] for name, corpus in (told | skills).items()}
     print(f"{args.model}; {provenance_of({})['versions']}")
     print({name: f"{c.n_documents:,} documents, {c.n_tokens:,} tokens" for name, c in (told | skills).items()}, "\n")
-    heads = [*told, *(f"{name} lost" for name in skills), "trained", "step", "clipped", "s"]
+    never = None
+    if args.retrained:
+        other = lu.load_model(args.retrained)
+        asked = {"forget": read(args.forget, other, args)}
+        never = lu.evaluate(other, asked, {}, memorization=1000, progress=False)
+        told_base = lu.evaluate(model, {"forget": told["forget"]}, {}, memorization=1000, progress=False)
+        share = never["base", "forget", "exact_memorization"].value
+        print(f"The model that never saw it knows {share:.3f}; forget quality of the unedited one: "
+              f"p = {lu.forget_quality(told_base, never, condition='base').p:.2g}\n")  # fmt: skip
+    heads = [*told, *(f"{name} lost" for name in skills), "forget quality", "trained", "step", "clipped", "s"]
     print("| condition | seed | " + " | ".join(heads) + " |\n|" + " --- |" * (len(heads) + 2))
     print(
         "| unedited | | " + " | ".join(f"{base[n]:.3f}" for n in told) + " |" + " |" * (len(heads) - len(told)),
@@ -97,6 +108,13 @@ def main(given: Sequence[str] | None = None) -> None:
                 now = {key: known(model, corpus, 8)[0] for key, corpus in (told | skills).items()}
             record = delta.record
             cells = [f"{now[key]:.3f}" for key in told] + [f"{1 - now[key] / base[key]:.1%}" for key in skills]
+            if never is not None:
+                told_now = lu.evaluate(
+                    model, {"forget": told["forget"]}, {"simu": delta}, memorization=1000, progress=False
+                )
+                cells.append(f"p = {lu.forget_quality(told_now, never, condition='simu').p:.2g}")
+            else:
+                cells.append("")
             clipped = record["losses"][-1].get("clipped")
             cells += [
                 f"{record['trained']:,}",

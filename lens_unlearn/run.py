@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lens_unlearn import figures
 from lens_unlearn.artefacts import replace_file
 from lens_unlearn.collecting import collect
@@ -28,7 +30,7 @@ from lens_unlearn.methods.neuron_adjust import adjust_score, neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.models import load_model
-from lens_unlearn.sites import Model, Site
+from lens_unlearn.sites import Model, Site, resolve
 from lens_unlearn.statistics import Histogram, KeySample, Moments
 from lens_unlearn.tuning import Method, controls_for, prepare, prompted, strength_of, tune, with_progress
 
@@ -318,6 +320,10 @@ class Experiment:
             drawn["What is left as more is taken out"] = figures.sweep_curves(curves)
         same: dict[str, NeuronMap] = {}
         for name, edit in self.edits.items():
+            if isinstance(edit, Delta):
+                rows = self._rows(edit)
+                if rows:
+                    same[name] = NeuronMap(rows)
             if isinstance(edit, Delta) and edit.record:
                 drawn[f"How {name} was trained"] = figures.training_curves(edit)
             elif isinstance(edit, Abstain):
@@ -328,9 +334,19 @@ class Experiment:
                 control = controls_for(self.model, edit, [self.plan.seed])[0]
                 if isinstance(control, Ablate | Adjust):
                     same[f"{name}:control"] = _at_keys(control.selection)
-        if same:
+        if len(same) > 1:
             drawn["Overlap of selections"] = figures.selection_overlap(same)
         return drawn
+
+    def _rows(self, edit: Delta) -> dict[Site, Any]:
+        """Mark the neurons whose output weights an update changes."""
+        marked: dict[Site, Any] = {}
+        for matrix, update in edit.updates.items():
+            if matrix.name == "W_out" and update.rows is not None:
+                site = Site(matrix.layer, "mlp.post")
+                marked[site] = torch.zeros(resolve(self.model, site)[site].shape, dtype=torch.bool)
+                marked[site][update.rows.cpu()] = True
+        return marked
 
     def _keys(self, name: str, edit: Abstain) -> dict[str, Any]:
         """Draw how the fitted queries lie in key space: all layers, then the first that votes."""
