@@ -16,36 +16,18 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from collect import corpus_of
 from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lens_unlearn.attribution import attribute
-from lens_unlearn.corpora import Corpus
 from lens_unlearn.sites import host_version
 
 SHAPES = {
     "GPT-2-small: 12 layers of 768": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "small: 6 layers of 256": {"n_layer": 6, "n_embd": 256, "n_head": 8, "vocab_size": 20000},
 }
-
-
-def corpus_of(tokens: Tensor, prompt: int) -> Corpus:
-    """Wrap random tokens: the first of each row are a prompt, the others its answer."""
-    rows, length = tokens.shape
-    counted = torch.ones(rows, length, dtype=torch.bool)
-    counted[:, :prompt] = False
-    return Corpus(
-        name="random tokens",
-        tokens=tokens.reshape(-1).int(),
-        counted=counted.reshape(-1),
-        starts=torch.arange(rows + 1) * length,
-        document=torch.arange(rows),
-        keys=tuple(map(str, range(rows))),
-        window=length,
-        prepend_bos=True,
-        vocabulary="",
-    )
 
 
 def plain(hf: GPT2LMHeadModel, batches: list[Tensor], prompt: int, steps: int) -> Tensor:

@@ -30,11 +30,11 @@ SHAPES = {
 BATCH, LENGTH = 8, 128
 
 
-def corpus_of(tokens: torch.Tensor) -> Corpus:
-    """Wrap random tokens: every position counts but the first of a row, as after BOS."""
+def corpus_of(tokens: torch.Tensor, prompt: int = 1) -> Corpus:
+    """Wrap random tokens: every position counts but the first ones of a row, such as BOS."""
     rows, length = tokens.shape
     counted = torch.ones(rows, length, dtype=torch.bool)
-    counted[:, 0] = False
+    counted[:, :prompt] = False
     return Corpus(
         name="random tokens",
         tokens=tokens.reshape(-1).int(),

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from sklearn.metrics import roc_auc_score
+from test_cli import WORDS as PROSE
 from test_interventions import selection_of, unchanged
 
 import lens_unlearn as lu
@@ -22,24 +23,7 @@ from lens_unlearn.regions import Clusters
 from lens_unlearn.sites import Site
 
 QUIET = {"progress": False, "resamples": 50}
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "green",
-    "frogs",
-    "sing",
-    "1",
-]
-WORDS += ["+", "2", "=", "3", "who", "wrote", "it"]
+WORDS = [*PROSE, "1", "+", "2", "=", "3", "who", "wrote", "it"]
 
 
 def texts(seed: int, count: int, pool: list[str]) -> list[dict[str, str]]:
