@@ -573,6 +573,20 @@ def test_a_sample_is_split_by_document() -> None:
         KeySample().split(1.0)
 
 
+def test_shuffled_labels_deal_whole_documents_and_lose_no_key() -> None:
+    forget = sampled([(document, place) for document in range(20) for place in range(3)], 60)
+    retain = sampled([(document, place) for document in range(100, 130) for place in range(2)], 60)
+    one, two = forget.shuffled(retain, seed=1)
+    documents = [set(part.documents(A).tolist()) for part in (one, two)]
+    assert [len(found) for found in documents] == [20, 30]
+    assert not documents[0] & documents[1]
+    assert documents[0] & set(range(20))
+    assert documents[0] & set(range(100, 130)), "both kinds are in both"
+    assert sorted(torch.cat([one[A], two[A]]).tolist()) == sorted(torch.cat([forget[A], retain[A]]).tolist())
+    assert all(same(x, y) for x, y in zip(forget.shuffled(retain, seed=1), (one, two), strict=True))
+    assert not same(forget.shuffled(retain, seed=2)[0], one)
+
+
 def test_the_keys_that_are_collected_are_those_of_the_documents_they_name(each: str) -> None:
     from lens_unlearn.coins import key_of
     from lens_unlearn.sites import attach, detach_all, resolve
