@@ -25,7 +25,7 @@ __all__ = ["showcase"]
 
 SKILLS = ("python", "english", "arithmetic", "esperanto", "facts")
 PERSONS = {"forget": "facts_forget:train", "retain": "facts_retain:dev", "unseen": "facts_holdout:dev"}
-MOST = 200
+STEPS, MOST = 60, 200
 BUDGET = 0.05
 FRACTIONS, FALSE_ALARMS = (0.1, 0.2, 0.4, 0.7), (0.01, 0.03, 0.1, 0.3)
 
@@ -97,7 +97,7 @@ def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> t
     """
     train = {name: read_corpus(f"demo:{source}", model) for name, source in PERSONS.items()}
     hang_on = attribute(model, train["forget"], progress=progress)
-    told: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "steps": 60, "check_every": 4, "forget_weight": 0.4}
+    told: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "steps": STEPS, "check_every": 4, "forget_weight": 0.4}
     told |= {"mask": critical(hang_on), "attention": "lora", "seed": seed, "progress": progress}
     delta = simu(model, train["forget"], train["retain"], unseen=train["unseen"], **told)
     tests = {"forget": train["forget"], "retain": read_corpus("demo:facts_retain:test", model).sample(tokens, seed)}
