@@ -40,7 +40,7 @@ Template = Annotated[
 @app.command()
 def demo(
     out: Out = Path("demo-report"),
-    tokens: Tokens = 1500,
+    tokens: Tokens = 1000,
     seed: Annotated[int, typer.Option(help="Of splits and controls.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

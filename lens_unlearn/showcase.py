@@ -25,13 +25,13 @@ __all__ = ["showcase"]
 
 SKILLS = ("python", "english", "arithmetic", "esperanto", "facts")
 PERSONS = {"forget": "facts_forget:train", "retain": "facts_retain:dev", "unseen": "facts_holdout:dev"}
-STEPS, MOST = 60, 200
+STEPS, MOST = 60, 40
 BUDGET = 0.05
 FRACTIONS, FALSE_ALARMS = (0.1, 0.2, 0.4, 0.7), (0.01, 0.03, 0.1, 0.3)
 
 
 def showcase(
-    out: str | os.PathLike[str], *, tokens: int = 1500, seed: int = 0, overwrite: bool = False, progress: bool = True
+    out: str | os.PathLike[str], *, tokens: int = 1000, seed: int = 0, overwrite: bool = False, progress: bool = True
 ) -> Report:
     """Run every method and its control on skills and facts of the embedded model, and write one folder.
 
@@ -103,7 +103,7 @@ def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> t
     tests = {"forget": train["forget"], "retain": read_corpus("demo:facts_retain:test", model).sample(tokens, seed)}
     tests["never seen"] = read_corpus("demo:facts_holdout:test", model)
     tests |= {s: read_corpus(f"demo:{s}:test", model, tokens=READ * tokens).sample(tokens, seed) for s in SKILLS[:-1]}
-    conditions = {"simu": delta, "simu:control": controls_for(model, delta, [seed, seed + 1])}
+    conditions = {"simu": delta, "simu:control": controls_for(model, delta, [seed])}
     report = evaluate(model, tests, conditions, memorization=MOST, seed=seed, progress=progress)
     unaware = load_model(str(WITHOUT_FACTS_DIR))
     told = {"memorization": MOST, "seed": seed, "progress": progress}
