@@ -45,7 +45,7 @@ def read(args: argparse.Namespace, model: Any, prompts: str) -> tuple[dict[str, 
         if prompts == "natural":
             parts = [
                 lu.read_corpus(
-                    list(natural(s, args.template)),
+                    list(natural(s, args.template or "{prompt} {answer}")),
                     model,
                     field="prompt>rest",
                     **{**told, "template": "{prompt}{answer}"},
@@ -178,10 +178,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--read", type=int, default=200_000)
     parser.add_argument("--window", type=int, default=160)
-    parser.add_argument("--template", default="{prompt} {answer}")
+    parser.add_argument("--template")
     args = parser.parse_args(given)
     args.skills = dict(args.skills)
-    args.template = args.template.replace("\\n", "\n")
+    args.template = args.template and args.template.replace("\\n", "\n")
     model = lu.load_model(args.model)
     start = time.time()
     print(f"{args.model}, {args.tokens:,} tokens a side, window {args.window}; {provenance_of({})['versions']}\n")

@@ -25,6 +25,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "simu, AdamW": ADAMW,
     "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.4},
     "simu, low rank": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4},
+    "low rank, NPO": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "loss": "npo", "beta": 1.0},
+    "low rank, refusals": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "loss": "po"},
     "all weights": ADAMW | {"mask": "all", "inner": True},
     "attention alone": ADAMW | {"mask": "none"},
     "critical rows alone": ADAMW | {"attention": "none", "lr": 4e-3},
@@ -57,6 +59,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="of each skill")
     parser.add_argument("--window", type=int, default=160)
     parser.add_argument("--template")
+    parser.add_argument("--completeness", action="store_true", help="print how complete the attribution is")
     parser.add_argument("--retrained", help="a model that never saw what is to be forgotten, for forget quality")
     args = parser.parse_args(given)
     args.template = args.template and args.template.replace("\\n", "\n")
@@ -67,6 +70,11 @@ def main(given: Sequence[str] | None = None) -> None:
     skills = {name: read(source, model, args, args.tokens) for name, source in (s.split("=", 1) for s in args.skill)}
     base = {name: known(model, corpus, 8)[0] for name, corpus in (told | skills).items()}
     print(f"{args.model}; {provenance_of({})['versions']}")
+    for rule in ("right", "midpoint") if args.completeness else ():
+        ratios = [
+            one.ratio for one in lu.attribute(model, told["forget"], rule=rule, progress=False).completeness.values()
+        ]
+        print(f"{rule} sum of 5 steps, complete to {[round(ratio, 3) for ratio in ratios]} by layer")
     print({name: f"{c.n_documents:,} documents, {c.n_tokens:,} tokens" for name, c in (told | skills).items()}, "\n")
     never = None
     if args.retrained:

@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpus", action="append", required=True, help="NAME=SOURCE, two or more")
-    parser.add_argument("--template", default="{prompt} {answer}")
+    parser.add_argument("--template")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--window", type=int)
     parser.add_argument("--capacity", type=int, default=400)
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     model, given = load_model(args.model), {}
-    template = args.template.replace("\\n", "\n")
+    template = args.template and args.template.replace("\\n", "\n")
     for entry in args.corpus:
         name, _, source = entry.partition("=")
         given[name] = read_corpus(source, model, tokens=args.tokens, window=args.window, template=template, name=name)

@@ -193,6 +193,16 @@ def require_eval(model: Model) -> None:
             raise ModelError(f"{name} is in training mode: call model.eval() first")
 
 
+def require_float(model: Model) -> None:
+    """Refuse a quantized model, through whose weights no gradient flows.
+
+    Raises:
+        ModelError: Saying so.
+    """
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        raise ModelError("this model is quantized: no gradient flows through its weights; load it unquantized")
+
+
 def _hook_point(model: Model, site: Site) -> Any:
     name = f"blocks.{site.layer}.{KINDS[site.kind]}"
     if site.kind.startswith("mlp") and mlp_width(model, site.layer) is None:

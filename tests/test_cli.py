@@ -122,6 +122,9 @@ def test_run_with_methods_that_adjust_and_abstain(
     assert silent["key-space-detection", "forget"] > silent["base", "forget"] == 0
     told = json.loads((out / "run.json").read_text())
     assert told["corpora"]["forget"]["source"].endswith("cut into prompts)")
+    page = (out / "report.html").read_text()
+    for figure in ("Which layers tell the queries apart", "Finding the queries at L", "The queries&#x27; keys at L"):
+        assert figure in page
     capsys.readouterr()
     assert call("show", out / "neuron-adjust.safetensors") == 0
     assert "Adjust(deterministic" in capsys.readouterr().out
@@ -148,6 +151,34 @@ def test_run_with_a_trained_update(
     capsys.readouterr()
     assert call("show", out / "simu.safetensors") == 0
     assert "rows of W_out" in capsys.readouterr().out
+
+
+def test_run_asks_for_answers_and_looks_how_well_they_are_known(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {}
+    for name in ("forget", "retain"):
+        lines = [json.loads(line)["text"].split() for line in texts[name].read_text().splitlines()]
+        rows = [{"q": " ".join(words[:2]), "a": f"{words[2]} {i}"} for i, words in enumerate(lines)]
+        paths[name] = tmp_path / f"{name}_pairs.jsonl"
+        paths[name].write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "asked"
+    arguments = ["--model", model_dir, "--forget", f"{paths['forget']}:q>a", "--retain", f"{paths['retain']}:q>a"]
+    arguments += ["--method", "selective-pruning", "--tokens", 300, "--window", 64]
+    arguments += ["--out", out, "--no-sweep", "--quiet"]
+    assert call("run", *arguments, "--answers", 3, "--memorization", 3) == 0
+    table = pd.read_csv(out / "metrics.csv")
+    assert {"exact_match", "rouge_l", "answer_probability", "exact_memorization", "extraction_strength"} <= set(
+        table.metric
+    )
+    told = json.loads((out / "run.json").read_text())
+    assert told["answers"]["questions"] == told["memorization"]["questions"]
+    capsys.readouterr()
+    plain = ["--model", model_dir, "--forget", texts["forget"], "--retain", texts["retain"], "--tokens", 300]
+    plain += ["--method", "selective-pruning", "--out", tmp_path / "none", "--no-sweep", "--quiet"]
+    assert call("run", *plain, "--memorization", 3) == 2
+    assert "no corpus has true answers" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dict[str, Path], model: Any) -> None:

@@ -361,6 +361,34 @@ def test_a_training_that_breaks_returns_the_last_delta_without_nan() -> None:
     assert all(bool(torch.isfinite(update.value).all()) for update in delta.updates.values())
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_update_that_breaks_in_the_last_step_is_taken_back_too(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = tiny.model("gpt2"), Sophia.step
+
+    def breaking(self: Any, gradients: Any) -> None:
+        step(self, gradients)
+        if len(taken) == steps - 1:
+            self.tensors[0].detach().fill_(float("nan"))
+        taken.append(1)
+
+    taken: list[int] = []
+    monkeypatch.setattr(Sophia, "step", breaking)
+    with pytest.warns(RuntimeWarning, match=f"the update became NaN or infinite at step {steps}:"):
+        delta = simu(model, FORGET, RETAIN, mask=some_rows(), **{**QUICK, "steps": steps})
+    assert delta.record["steps"] == steps - 1
+    assert all(bool(update.value.any()) == (steps > 1) for update in delta.updates.values())
+
+
+def test_a_gradient_that_is_broken_from_the_beginning_gives_an_update_of_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("gpt2")
+    monkeypatch.setattr(training, "forget_term", lambda loss, found, **_: found.loss * float("nan"))
+    with pytest.warns(RuntimeWarning, match="a gradient became NaN or infinite at step 1:"):
+        delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)
+    assert not any(bool(update.value.any()) for update in delta.updates.values())
+
+
 def test_the_file_keeps_the_record(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)

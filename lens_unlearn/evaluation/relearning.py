@@ -25,13 +25,21 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.corpora import Corpus
 from lens_unlearn.deltas import Matrix, Update
-from lens_unlearn.errors import CorpusError, LensUnlearnError, ModelError
+from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.forcing import force, prompt_ends
 from lens_unlearn.evaluation.report import provenance_of
 from lens_unlearn.interventions import Ablate, Chain, Delta, Intervention, acting
 from lens_unlearn.methods.objectives import gradients_of, read_answers, rows_at
 from lens_unlearn.models import fingerprint, model_name
-from lens_unlearn.sites import Model, matrix_names, matrix_shapes, matrix_value, require_eval, require_model
+from lens_unlearn.sites import (
+    Model,
+    matrix_names,
+    matrix_shapes,
+    matrix_value,
+    require_eval,
+    require_float,
+    require_model,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,6 +164,7 @@ def relearn(
     """
     require_model(model)
     require_eval(model)
+    require_float(model)
     points = _points(steps)
     if not measured:
         raise LensUnlearnError("nothing would be measured: give corpora, as in measured={'forget': facts}")
@@ -163,8 +172,6 @@ def relearn(
         raise LensUnlearnError(f"lr={lr} and batch_size={batch_size}: above 0, and at least 1")
     for corpus in (texts, *measured.values()):
         corpus.check(model)
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ModelError("this model is quantized: no gradient flows through its weights; load it unquantized")
     updates = _begin(model, None if attached else intervention)
     delta, trained = Delta(updates), [update.value for update in updates.values()]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)

@@ -22,17 +22,18 @@ from lens_unlearn.attribution import attribute, critical_mask
 from lens_unlearn.coins import key_of
 from lens_unlearn.corpora import Corpus
 from lens_unlearn.deltas import Matrix, Update
-from lens_unlearn.errors import CorpusError, LensUnlearnError, ModelError, SelectionError
+from lens_unlearn.errors import CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.interventions import Delta
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.objectives import LOSSES, known, refusals
 from lens_unlearn.methods.training import Training
-from lens_unlearn.sites import Model, matrix_names, matrix_value, require_eval, require_model, resolve
+from lens_unlearn.sites import Model, matrix_names, matrix_value, require_eval, require_float, require_model, resolve
 
 __all__ = ["critical_neurons", "simu"]
 
 LEARNING_RATES = {"sophia": 1e-4, "adamw": 3e-4}
 KEPT_APART = 0.2
+"""The share of the retain documents that is measured, and not trained on."""
 
 
 def simu(
@@ -135,7 +136,8 @@ def simu(
     }
     options = given | {"lr": LEARNING_RATES.get(optimizer) if lr is None else lr}
     _check(model, forget, retain, options)
-    kept, apart = (None, None) if retain is None or loss == "gradient_ascent" else _keep_apart(retain, seed)
+    alone = retain is None or loss == "gradient_ascent"
+    kept, apart = (None, None) if alone or retain is None else retain.split(1 - KEPT_APART, KEPT_APART, seed=seed)
     told: dict[str, Any] = {"steps": attribution_steps, "objective": objective, "mode": mode}
     told |= {"batch_size": batch_size, "progress": progress}
     chosen = mask if isinstance(mask, NeuronMap) else critical_neurons(model, forget, kept, mask, threshold, **told)
@@ -212,15 +214,10 @@ def _begin(
     return updates, trained
 
 
-def _keep_apart(retain: Corpus, seed: int) -> tuple[Corpus, Corpus]:
-    """Split off the retain documents that are measured and not trained on."""
-    kept, apart = retain.split(1 - KEPT_APART, KEPT_APART, seed=seed)
-    return kept, apart
-
-
 def _check(model: Model, forget: Corpus, retain: Corpus | None, options: Mapping[str, Any]) -> None:
     require_model(model)
     require_eval(model)
+    require_float(model)
     forget.check(model)
     if not forget.has_prompts:
         raise CorpusError(f"{forget.name} has no answers to forget: read it as 'question>answer'")
@@ -228,8 +225,6 @@ def _check(model: Model, forget: Corpus, retain: Corpus | None, options: Mapping
         retain.check(model)
     elif options["loss"] != "gradient_ascent":
         raise CorpusError(f"loss={options['loss']!r} needs a retain corpus: only 'gradient_ascent' goes without")
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ModelError("this model is quantized: no gradient flows through its weights; load it unquantized")
     choices: dict[str, tuple[str, ...]] = {
         "attention": ("full", "lora", "none"),
         "loss": LOSSES,

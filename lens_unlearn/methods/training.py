@@ -58,6 +58,8 @@ class Training:
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
+    previous: list[Tensor] = field(default_factory=list)
+    """The trained tensors before the last update."""
 
     def __post_init__(self) -> None:
         """Make the optimizer, and remember the start."""
@@ -99,14 +101,11 @@ class Training:
                 got = gradients_of(value / o["accumulation"], self.trained)
                 total = got if total is None else [a + b for a, b in zip(total, got, strict=True)]
             assert total is not None
-            bad = [name for name, loss in told.items() if not math.isfinite(loss)]
-            broken = not all(bool(torch.isfinite(g).all()) for g in total)
-            if bad or broken:
-                what = f"the {' and the '.join(bad)} loss" if bad else "a gradient"
-                self.stopped = f"{what} became NaN or infinite at step {self.step + 1}"
-                if bad:  # the last change brought it; where only the gradient is broken, the update is still good
-                    _write(self.trained, self.previous)
-                warnings.warn(f"{self.stopped}: the last delta without is returned", RuntimeWarning, stacklevel=5)
+            bad = [f"the {name} loss" for name, loss in told.items() if not math.isfinite(loss)]
+            if not bad and not all(bool(torch.isfinite(g).all()) for g in total):
+                bad = ["a gradient"]
+            if bad:  # the last update brought a broken loss; where only a gradient is, the update is still good
+                self._stop(" and ".join(bad), back=bad != ["a gradient"])
                 return
             if self.sophia is not None and self.step % o["curvature_every"] == 0:
                 generator = torch.Generator().manual_seed(key_of("labels", o["seed"], self.step) % 2**63)
@@ -121,11 +120,19 @@ class Training:
                 tensor.grad = gradient
             self.adamw.step()
             self.adamw.zero_grad(set_to_none=True)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trained):
+            self._stop("the update", back=True)
+            return
         self.step += 1
         entry = {"step": self.step, **told}
         self.trajectory.append(entry if self.sophia is None else {**entry, "clipped": self.sophia.clipped})
 
-    previous: list[Tensor] = field(default_factory=list)
+    def _stop(self, what: str, *, back: bool) -> None:
+        """End the training at something broken, with the update before the last one if the last one brought it."""
+        self.stopped = f"{what} became NaN or infinite at step {self.step + 1}"
+        if back and self.previous:
+            _write(self.trained, self.previous)
+        warnings.warn(f"{self.stopped}: the last delta without is returned", RuntimeWarning, stacklevel=6)
 
     def _objective(self, place: int, told: dict[str, float]) -> tuple[Tensor, list[Answers]]:
         """Return what is minimized at the rows of a place in the order, and note both losses."""
