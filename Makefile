@@ -1,18 +1,23 @@
 # Two commands do everything on a machine with python3 and make:
 #   make demo    the embedded model, every method and its control, one report
-#   make test    the test suite
+#   make test    the test suite; `make test-tl3` runs it again on TransformerLens 3.9
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VENV3 := .venv-tl3
+READY3 := $(VENV3)/.ready
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-tl3 lint types check clean
 
 demo: $(READY)
 	$(BIN)/lens-unlearn demo --out demo-report --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+
+test-tl3: $(READY3)
+	$(VENV3)/bin/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -28,5 +33,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	touch $(READY)
 
+$(READY3): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV3)
+	sed 's/^transformer-lens==.*/transformer-lens==3.9.0/' constraints.txt > $(VENV3)/constraints.txt
+	$(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(VENV3)/constraints.txt
+	touch $(READY3)
+
 clean:
-	rm -rf $(VENV) demo-report .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV3) demo-report .pytest_cache .ruff_cache .hypothesis

@@ -1,62 +1,34 @@
 """What `collect` costs beside the forward passes that it cannot avoid: ratios, medians of interleaved repetitions.
 
     python benchmarks/collect.py                 # GPT-2-small's shape and a small one, random weights
-    python benchmarks/collect.py --repeats 15 --threads 2
+    python benchmarks/collect.py --repeats 15 --threads 2 --batches 6
 
 Compared, over the same tokens: the logits-free Hugging Face forward (1.00), the full forward, `collect` with three sites
-at every layer and the default statistics, `run_with_cache` and reduce, and plain PyTorch hooks with naive float32 sums.
+at every layer and the default statistics, the same with a histogram of every neuron, and what one would use instead:
+`run_with_cache` and reduce, and plain PyTorch hooks with naive float32 sums; nnsight and welford-torch where installed.
 """
 
-import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import transformers
-from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import GPT2Config, GPT2LMHeadModel
+from timing import SHAPES, TINY, begin, corpus_of, gpt2, interleaved, options, show
+from torch import Tensor
 
 from lens_unlearn.collecting import collect
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.sites import host_version
+from lens_unlearn.statistics import Histogram
+
+__all__ = ["corpus_of"]
 
 SITES = ("mlp.pre", "mlp.post", "attn.z")
-SHAPES = {
-    "GPT-2-small: 12 layers of 768": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
-    "small: 6 layers of 256": {"n_layer": 6, "n_embd": 256, "n_head": 8, "vocab_size": 20000},
-}
 BATCH, LENGTH = 8, 128
+COLLECT = {"GPT-2-small: 12 layers of 768": 1.05, "small: 6 layers of 256": 1.15}
+HISTOGRAM = 1.25
 
 
-def corpus_of(tokens: torch.Tensor, prompt: int = 1) -> Corpus:
-    """Wrap random tokens: every position counts but the first ones of a row, such as BOS."""
-    rows, length = tokens.shape
-    counted = torch.ones(rows, length, dtype=torch.bool)
-    counted[:, :prompt] = False
-    return Corpus(
-        name="random tokens",
-        tokens=tokens.reshape(-1).int(),
-        counted=counted.reshape(-1),
-        starts=torch.arange(rows + 1) * length,
-        document=torch.arange(rows),
-        keys=tuple(map(str, range(rows))),
-        window=length,
-        prepend_bos=True,
-        vocabulary="",
-    )
-
-
-def naive_hooks(hf: GPT2LMHeadModel, batches: list[torch.Tensor]) -> None:
-    """What a user would write: module hooks and float32 sums of x, x^2, abs(x) and x > 0."""
-    sums: dict[object, list[torch.Tensor]] = {}
-
-    def add(key: object, x: torch.Tensor) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        parts = [flat.sum(0), flat.pow(2).sum(0), flat.abs().sum(0), (flat > 0).sum(0)]
-        sums[key] = [a.double() + b for a, b in zip(parts, sums[key])] if key in sums else parts
-
+def watched(hf: Any, batches: list[Tensor], add: Callable[[object, Tensor], None]) -> None:
+    """Run a plain model with module hooks that hand over each layer's three activations."""
     handles = []
     for layer, block in enumerate(hf.transformer.h):
         handles += [
@@ -70,75 +42,110 @@ def naive_hooks(hf: GPT2LMHeadModel, batches: list[torch.Tensor]) -> None:
         handle.remove()
 
 
-def cache_and_reduce(bridge: object, batches: list[torch.Tensor]) -> None:
+def naive_hooks(hf: Any, batches: list[Tensor]) -> None:
+    """What a user would write: module hooks and float32 sums of x, x^2, abs(x) and x > 0."""
+    sums: dict[object, list[Tensor]] = {}
+    watched(hf, batches, lambda key, x: _add(sums, key, x.reshape(-1, x.shape[-1])))
+
+
+def naive_histograms(hf: Any, batches: list[Tensor], bins: int = 128) -> None:
+    """The same with `torch.bucketize` into fixed bins, and `bincount`."""
+    counts: dict[object, Tensor] = {}
+    edges = torch.linspace(-10, 10, bins - 1)
+
+    def add(key: object, x: Tensor) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        index = torch.bucketize(flat, edges) + torch.arange(flat.shape[1]) * bins
+        found = torch.bincount(index.reshape(-1), minlength=flat.shape[1] * bins)
+        counts[key] = counts[key] + found if key in counts else found
+
+    watched(hf, batches, add)
+
+
+def cache_and_reduce(bridge: Any, batches: list[Tensor]) -> None:
     """`run_with_cache` of the same hook points, reduced batch by batch."""
     names = [
         f"blocks.{i}.{name}"
         for i in range(bridge.cfg.n_layers)
         for name in ("mlp.hook_pre", "mlp.hook_post", "attn.hook_z")
     ]
-    sums: dict[str, list[torch.Tensor]] = {}
+    sums: dict[object, list[Tensor]] = {}
     for batch in batches:
         _, cache = bridge.run_with_cache(batch, names_filter=names)
         for name in names:
-            flat = cache[name].flatten(2).flatten(0, 1) if cache[name].ndim == 4 else cache[name].flatten(0, 1)
-            parts = [flat.sum(0), flat.pow(2).sum(0), flat.abs().sum(0), (flat > 0).sum(0)]
-            sums[name] = [a.double() + b for a, b in zip(parts, sums[name])] if name in sums else parts
+            _add(
+                sums, name, cache[name].flatten(2).flatten(0, 1) if cache[name].ndim == 4 else cache[name].flatten(0, 1)
+            )
+
+
+def _add(sums: dict[object, list[Tensor]], key: object, flat: Tensor) -> None:
+    parts = [flat.sum(0), flat.pow(2).sum(0), flat.abs().sum(0), (flat > 0).sum(0)]
+    sums[key] = [a.double() + b for a, b in zip(parts, sums[key], strict=True)] if key in sums else parts
+
+
+def welford(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not installed
+    """welford-torch's `OnlineCovariance`-free running mean and variance, under module hooks."""
+    from welford_torch import Welford
+
+    kept: dict[object, Any] = {}
+    watched(hf, batches, lambda key, x: kept.setdefault(key, Welford()).add_all(x.reshape(-1, x.shape[-1])))
+
+
+def traced(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not installed
+    """Keep the three activations of each layer in an nnsight trace, and reduce them."""
+    from nnsight import NNsight
+
+    wrapped, sums = NNsight(hf.transformer), {}
+    for batch in batches:
+        with wrapped.trace(input_ids=batch, use_cache=False):
+            kept = {}
+            for layer, block in enumerate(wrapped.h):
+                kept[layer, "z"] = block.attn.c_proj.input.save()
+                kept[layer, "pre"] = block.mlp.c_fc.output.save()
+                kept[layer, "post"] = block.mlp.c_proj.input.save()
+        for key, value in kept.items():
+            _add(sums, key, value.reshape(-1, value.shape[-1]))
+
+
+OTHERS = {"welford-torch": ("welford_torch", welford), "nnsight, traced and reduced": ("nnsight", traced)}
 
 
 def measure(shape: dict[str, int], repeats: int, batches: int) -> dict[str, list[float]]:
-    """Time every way once per round, in an order that changes from round to round."""
-    torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config(n_positions=LENGTH, **shape)).eval()
-    # As `load_model` boots it: the bridge computes attention itself, and Hugging Face makes the mask once for all layers.
-    other = GPT2LMHeadModel(GPT2Config(n_positions=LENGTH, attn_implementation="eager", **shape)).eval()
-    bridge = build_bridge_from_module(
-        other, architecture="GPT2LMHeadModel", hf_config=other.config, tokenizer=None, device="cpu"
-    )
+    """Time every way."""
+    hf, bridge = gpt2(shape, LENGTH)
     tokens = torch.randint(0, shape["vocab_size"], (BATCH * batches, LENGTH))
-    rows = list(tokens.split(BATCH))
-    corpus = corpus_of(tokens)
+    rows, corpus = list(tokens.split(BATCH)), corpus_of(tokens)
     ways: dict[str, Callable[[], object]] = {
         "logits-free forward": lambda: [hf.transformer(input_ids=b, use_cache=False) for b in rows],
         "full forward": lambda: [hf(input_ids=b, use_cache=False) for b in rows],
         "collect": lambda: collect(bridge, corpus, SITES, batch_size=BATCH, progress=False),
+        "collect, histograms": lambda: collect(
+            bridge, corpus, SITES, statistic=Histogram(), batch_size=BATCH, progress=False
+        ),
         "run_with_cache and reduce": lambda: cache_and_reduce(bridge, rows),
         "plain hooks, naive sums": lambda: naive_hooks(hf, rows),
+        "plain hooks, bucketize": lambda: naive_histograms(hf, rows),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    for name, (module, way) in OTHERS.items():
+        if importlib.util.find_spec(module) is not None:
+            ways[name] = lambda way=way: way(hf, rows)
+        else:
+            print(f"{name}: not installed")
     with torch.no_grad():
-        for round_ in range(repeats + 1):
-            order = list(ways)[round_ % len(ways) :] + list(ways)[: round_ % len(ways)]
-            for name in order:
-                start = time.perf_counter()
-                ways[name]()
-                if round_:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
-    return times
+        return interleaved(ways, repeats)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
     parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=None)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, transformer-lens {host_version()}, "
-        f"python {platform.python_version()}, {torch.get_num_threads()} threads; batches of {BATCH} by {LENGTH}, float32"
-    )
-    for name, shape in SHAPES.items():
+    parser.add_argument("--shape", choices=list(SHAPES), action="append")
+    args = begin(parser, arguments)
+    for name in list(TINY) if args.tiny else args.shape or SHAPES:
+        shape = {**SHAPES, **TINY}[name]
         times = measure(shape, args.repeats, args.batches)
-        base = times["logits-free forward"]
-        print(f"\n{name}, vocabulary {shape['vocab_size']:,}; {args.repeats} interleaved repetitions")
-        print(f"{'':28} {'ms per batch':>14} {'x logits-free':>14} {'(quartiles)':>16}")
-        for way, seconds in times.items():
-            ratios = sorted(a / b for a, b in zip(seconds, base, strict=True))
-            low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
-            each = statistics.median(seconds) / args.batches * 1000
-            print(f"{way:28} {each:14.1f} {statistics.median(ratios):14.2f} {f'({low:.2f}-{high:.2f})':>16}")
+        goals = {"collect": COLLECT.get(name, 1.15), "collect, histograms": HISTOGRAM}
+        title = f"{name}, vocabulary {shape['vocab_size']:,}, float32; batches of {BATCH} by {LENGTH}"
+        show(title, times, goals=goals, per=args.batches, unit="ms per batch")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _HOME = {
     "Delta": "interventions",
     "Ellipsoid": "regions",
     "EmptyStatisticError": "errors",
+    "Generations": "looking",
     "Histogram": "statistics",
     "Intervention": "interventions",
     "KeySample": "statistics",
@@ -38,6 +39,9 @@ _HOME = {
     "SelectionError": "errors",
     "Site": "sites",
     "SiteError": "errors",
+    "TokenValues": "looking",
+    "TopExamples": "examples",
+    "TopTokens": "examples",
     "Update": "deltas",
     "anamnesis_index": "evaluation.relearning",
     "attribute": "attribution",
@@ -49,6 +53,7 @@ _HOME = {
     "fit_region": "regions",
     "forget_quality": "evaluation.tofu",
     "generate": "evaluation.generation",
+    "generations": "looking",
     "key_space": "keyspace",
     "key_space_detection": "methods.key_space",
     "load_intervention": "interventions",
@@ -69,6 +74,10 @@ _HOME = {
     "simu": "methods.simu",
     "sweep": "tuning",
     "tofu_utility": "evaluation.tofu",
+    "token_activations": "looking",
+    "token_firing": "looking",
+    "token_losses": "looking",
+    "top_examples": "examples",
     "tune": "tuning",
 }
 _MODULES = {"plot": "figures", "demo": "demo"}
@@ -89,6 +98,7 @@ __all__ = [
     "Delta",
     "Ellipsoid",
     "EmptyStatisticError",
+    "Generations",
     "Histogram",
     "Intervention",
     "KeySample",
@@ -103,6 +113,9 @@ __all__ = [
     "SelectionError",
     "Site",
     "SiteError",
+    "TokenValues",
+    "TopExamples",
+    "TopTokens",
     "Update",
     "anamnesis_index",
     "attribute",
@@ -115,6 +128,7 @@ __all__ = [
     "fit_region",
     "forget_quality",
     "generate",
+    "generations",
     "key_space",
     "key_space_detection",
     "load_intervention",
@@ -136,6 +150,10 @@ __all__ = [
     "simu",
     "sweep",
     "tofu_utility",
+    "token_activations",
+    "token_firing",
+    "token_losses",
+    "top_examples",
     "tune",
     "__version__",
 ]
@@ -163,8 +181,17 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, relearn
     from lens_unlearn.evaluation.report import Report, separability
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, tofu_utility
+    from lens_unlearn.examples import TopExamples, TopTokens, top_examples
     from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, load_intervention
     from lens_unlearn.keyspace import KeySpace, key_space
+    from lens_unlearn.looking import (
+        Generations,
+        TokenValues,
+        generations,
+        token_activations,
+        token_firing,
+        token_losses,
+    )
     from lens_unlearn.maps import NeuronMap
     from lens_unlearn.methods.attention import ov_basis
     from lens_unlearn.methods.controls import random_delta, random_pruning

@@ -14,7 +14,7 @@ All attributions of a layer together come to F(beta) - F(0), up to the error of 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import ActivationError, CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.models import model_name
-from lens_unlearn.sites import Model, Point, Replay, Site, attach, detach_all, replaying, resolve
+from lens_unlearn.sites import Model, Point, Remover, Replay, Site, attach, detach_all, replaying, resolve
 
 __all__ = ["Attribution", "Completeness", "attribute", "critical", "critical_mask"]
 
@@ -132,7 +132,7 @@ def attribute(
         CorpusError: If the corpus has no token that anything predicts, or was tokenized for another model.
         SiteError: If a site does not exist or has no neuron axis.
         ActivationError: If an activation or a gradient is NaN or infinite.
-        ModelError: If the model is in training mode.
+        ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         LensUnlearnError: If an option is unknown.
     """
     for name, given, known in (("objective", objective, Objective), ("mode", mode, Mode), ("rule", rule, Rule)):
@@ -280,13 +280,14 @@ class _Path:
             torch.set_grad_enabled(gradient)  # so that nothing below is recorded; `no_grad` ends it
             return leaf
 
-        remove = attach(self.point.hook, scaled)
+        removers: list[Remover] = []
         try:
+            attach(self.point.hook, scaled, removers, own_thread=True)
             with torch.no_grad():
                 logits = self.replay.again(self.point.site.layer, rows, where)
                 value = _objective(logits, self.samples.next[rows, :width][where], self.objective)
         finally:
-            detach_all([remove])
+            detach_all(removers)
         activation, leaf = seen
         if not gradient:
             return float(value), activation, activation
@@ -314,10 +315,10 @@ def _finite(points: Mapping[Site, Point], where: Bool[Tensor, "batch pos"]) -> I
                 "broken there; try a wider dtype, or look at that text"
             )
 
-    removers: list[Callable[[], bool]] = []
+    removers: list[Remover] = []
     try:
         for site, point in points.items():
-            removers.append(attach(point.hook, partial(look, site=site)))
+            attach(point.hook, partial(look, site=site), removers, own_thread=True)
         yield
     finally:
         detach_all(removers)

@@ -4,7 +4,10 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +28,9 @@ SRC = "a file (jsonl, json, csv, parquet, txt; FILE:FIELD), hf:NAME/CONFIG:SPLIT
 Model = Annotated[str, typer.Option(help="'demo', a Hugging Face directory, or a hub name.")]
 Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped, if there is one.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Tokens = Annotated[int, typer.Option(help="Tokens to read of each corpus.")]
 BatchSize = Annotated[int, typer.Option(help="Full-length rows per forward pass.")]
@@ -80,11 +86,17 @@ def run(
     memorization: Annotated[
         int, typer.Option(help="Also see how well at most so many true answers of each are known by heart.")
     ] = 0,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find a skill, remove it with hooks, and report what was lost beside a random control."""
-    from lens_unlearn.run import Experiment, Plan, check_folder, new_folder
+    """Find a skill, remove it with hooks, and report what was lost beside a random control.
+
+    What is finished is kept in OUT.partial until the end: a run that was interrupted or killed goes on from there with
+    --resume, to the same numbers.
+    """
+    from lens_unlearn import ranks
+    from lens_unlearn.run import Plan, carry_out
 
     plan = Plan(
         model=model,
@@ -105,15 +117,17 @@ def run(
         answers=answers,
         memorization=memorization,
     )
-    check_folder(out, overwrite=overwrite)
-    experiment = Experiment(plan, progress=not quiet)
-    experiment.fit()
-    report = experiment.report()
-    with new_folder(out, overwrite=overwrite) as folder:
-        experiment.write(folder, report)
-    for name, edit in experiment.edits.items():
-        typer.echo(f"{name}: {edit!r}")
-    typer.echo(report.table(["top1"]).to_string())
+    with _interruptible(out):
+        done = carry_out(plan, out, resume=resume, overwrite=overwrite, progress=not quiet)
+    if not ranks.is_first():
+        return
+    if done is None:
+        typer.echo(f"{out} holds this run, finished before")
+    else:
+        experiment, report = done
+        for name, edit in experiment.edits.items():
+            typer.echo(f"{name}: {edit!r}")
+        typer.echo(report.table(["top1"]).to_string())
     typer.echo(f"report: {out / 'report.html'}")
 
 
@@ -128,31 +142,33 @@ def collect(
     window: Window = None,
     template: Template = None,
     batch_size: BatchSize = 8,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Stream a corpus through a model once, and keep the moments of every neuron."""
     import lens_unlearn as lu
+    from lens_unlearn import artefacts, ranks
+    from lens_unlearn.collecting import gather, own_checkpoint
 
     if out.suffix != ".safetensors":
         raise lu.ArtefactError(f"{out} should end in .safetensors: that is the format it is written in")
     if out.exists() and not overwrite:
         raise lu.ArtefactError(f"{out} exists: give another --out, or --overwrite to replace it")
     partial = out.with_name(out.name + ".partial")
-    if partial.exists() and not resume:
+    if os.path.exists(own_checkpoint(partial)) and not resume:
         raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
     statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
     loaded = lu.load_model(model)
     texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=template and _newlines(template))
     wanted = [site.strip() for site in sites.split(",") if site.strip()]
-    moments = lu.collect(
-        loaded, texts, wanted, statistic=statistic, batch_size=batch_size, checkpoint=partial, progress=not quiet
-    )
-    lu.save_moments(out, moments, loaded)
-    typer.echo(f"{out}: {moments!r}")
+    with _interruptible(out):
+        # The checkpoint goes when the result is in its file, not before.
+        moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, progress=not quiet)
+        if ranks.is_first():
+            lu.save_moments(out, moments, loaded)
+            typer.echo(f"{out}: {moments!r}")
+    artefacts.remove(own_checkpoint(partial))
 
 
 @app.command()
@@ -188,10 +204,11 @@ def evaluate(
 ) -> None:
     """Measure a model with and without saved interventions."""
     import lens_unlearn as lu
+    from lens_unlearn import ranks
     from lens_unlearn.artefacts import replace_file
     from lens_unlearn.run import check_folder, new_folder
 
-    check_folder(out, overwrite=overwrite)
+    ranks.from_first(lambda: check_folder(out, overwrite=overwrite))
     sources = _pairs(corpus, "--corpus")
     loaded = lu.load_model(model)
     edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
@@ -204,6 +221,8 @@ def evaluate(
     asked: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
     asked["allow_code_execution"] = allow_code_execution
     report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)
+    if not ranks.is_first():
+        return
     with new_folder(out, overwrite=overwrite) as folder:
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
@@ -273,6 +292,18 @@ def _per_layer(edit: Any) -> dict[str, str]:
     return told
 
 
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Say how to go on after an interruption, where something is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        partial = out.parent / f"{out.name}.partial"
+        told = f": the same command with --resume goes on from {partial}" if partial.exists() else ""
+        typer.echo(f"lens-unlearn: interrupted{told}", err=True)
+        raise typer.Exit(130) from None
+
+
 def _pairs(given: list[str], option: str) -> dict[str, str]:
     from lens_unlearn.errors import LensUnlearnError
 
@@ -301,6 +332,11 @@ def _newlines(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
+def _process() -> str:
+    rank, several = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return f" (process {rank} of {os.environ['WORLD_SIZE']})" if rank and several else ""
+
+
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     from lens_unlearn.errors import LensUnlearnError
@@ -308,7 +344,7 @@ def main() -> None:
     try:
         app()
     except LensUnlearnError as error:
-        typer.echo(f"lens-unlearn: {error}", err=True)
+        typer.echo(f"lens-unlearn{_process()}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("lens-unlearn: interrupted", err=True)

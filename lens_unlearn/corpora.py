@@ -14,9 +14,9 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,6 +33,9 @@ DEFAULT_WINDOW = 512
 _CHUNK = 256  # documents tokenized at a time
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some rows of a corpus, padded on the right."""
@@ -40,6 +43,24 @@ class Batch:
     tokens: Int[Tensor, "batch pos"]
     counted: Bool[Tensor, "batch pos"]
     rows: Int[Tensor, "batch"]
+
+    def run(self, function: Callable[["Batch"], T]) -> list[T]:
+        """Return what a function makes of the batch; or of its halves, where the device runs out of memory over the whole.
+
+        The function is called again on each half (and so on, down to single rows), so it must not have kept anything of a call
+        that failed.
+        """
+        try:
+            return [function(self)]
+        except torch.OutOfMemoryError:
+            if len(self.rows) == 1:
+                raise
+        if torch.cuda.is_available():  # here, where the frames of the failed call are gone
+            torch.cuda.empty_cache()
+        middle = len(self.rows) // 2
+        cuts = [slice(None, middle), slice(middle, None)]
+        halves = [Batch(self.tokens[cut], self.counted[cut], self.rows[cut]) for cut in cuts]
+        return [one for half in halves for one in half.run(function)]
 
 
 @dataclass(frozen=True)
@@ -218,11 +239,13 @@ class Corpus:
             raise CorpusError(f"batch_size={batch_size} is too small: at least 1")
         lengths = self.starts.diff()
         order = torch.sort(lengths, descending=True, stable=True).indices.tolist()
-        while order:
-            longest = int(lengths[order[0]])
-            take = max(1, batch_size * min(self.window, int(lengths.max())) // longest)
-            rows, order = order[:take], order[take:]
-            yield self._batch(rows, longest)
+        budget = batch_size * min(self.window, int(lengths.max())) if order else 0
+        start = 0
+        while start < len(order):
+            longest = int(lengths[order[start]])
+            end = start + max(1, budget // longest)
+            yield self._batch(order[start:end], longest)
+            start = end
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Return some rows, by index, as one batch."""

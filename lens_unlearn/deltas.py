@@ -66,7 +66,7 @@ class Update:
             index = getattr(self, name)
             if index is None:
                 continue
-            if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
                 raise SelectionError(f"an update's {name} are their numbers, not {tuple(index.shape)} {index.dtype}")
             if len(index) != self.value.shape[axis]:
                 raise SelectionError(
@@ -172,7 +172,7 @@ _LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {
             **{"W_O": "self_attn.o_proj", "W_out": "mlp.down_proj"},
         },
     ),
-    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"), ("layers", _LLAMA)),
+    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), ("layers", _LLAMA)),
 }
 """For each `model_type` of Hugging Face: where its base model has the list of blocks, and a block its matrices."""
 

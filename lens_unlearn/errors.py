@@ -42,3 +42,7 @@ class SelectionError(LensUnlearnError):
 
 class ArtefactError(LensUnlearnError):
     """A file is truncated, altered, of another kind, or made with another model."""
+
+
+class ProcessError(LensUnlearnError):
+    """Of several processes on one job, another one has ended, or could not be reached."""

@@ -32,6 +32,7 @@ from lens_unlearn.sites import (
     MATRICES,
     Model,
     Point,
+    Remover,
     Site,
     attach,
     check_matrix,
@@ -42,6 +43,7 @@ from lens_unlearn.sites import (
     on_forward,
     on_logits,
     on_matrix,
+    one_thread,
     resolve,
 )
 
@@ -109,6 +111,11 @@ class Live:
     def _settle(self) -> None:
         for member in _members(self.intervention):
             member.settle(self)
+
+    def _end(self) -> None:
+        self.active, self.rows = False, None
+        self._moved.clear()
+        self.notes.clear()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -201,36 +208,46 @@ class Intervention(ABC):
         Every site and matrix is resolved before the first hook is added. Leaving the block, in whatever way, removes exactly the
         hooks that were added here; blocks may nest, repeat, and close in any order; a user's own hooks are untouched.
 
+        The hooks belong to the model, not to a thread: they act on every forward pass while the block is open, so that a
+        text can be streamed from a thread that was started inside it. Let that thread end before the block does, and run
+        one forward pass at a time. While one thread is inside a block, or in `collect`, `evaluate` or `attribute`, another one
+        that enters any of these for the same model is refused, since each would see the other's hooks.
+
+        An interrupt (Ctrl-C) is taken care of wherever it comes, even while hooks are added or removed. If it comes in the
+        first or last instruction of the `with` statement itself, which Python gives nobody a chance to guard, the hooks go
+        when the traceback does: in a notebook with the next error, or after `del sys.last_traceback, sys.last_value`.
+
         Raises:
             SiteError: If the model lacks a site or a matrix.
             SelectionError: If it has another number of neurons there, or another shape.
-            ModelError: If the model is in training mode.
+            ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         """
         hooks, changes = list(self.hooks()), list(self.matrices())
-        with ExitStack() as outer:
-            for live in acting(model):  # the probe is no text of theirs
-                outer.enter_context(live._aside())
-            points = resolve(model, [site for site, _ in hooks]) if hooks else {}
-            shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
-        self.check(points)
-        self.check_matrices(shapes)
         live = Live(self, model)
-        removers: list[Callable[[], bool]] = []
-        try:
-            if self.looks_at_rows:
-                removers.append(on_forward(model, live.begin))
-                removers.append(on_logits(model, _Finish(live)))
-            for site, function in hooks:
-                removers.append(attach(points[site].hook, lambda t, f=function: f(t, live)))
-            for matrix, change in changes:
-                removers.append(on_matrix(model, *matrix, lambda x, y, f=change: f(x, y, live)))
-            yield live
-        finally:
-            live.active = False
-            live._moved.clear()
-            live.notes.clear()
-            live.rows = None
-            detach_all(removers)
+        removers: list[Remover] = []
+        with one_thread(model):
+            with ExitStack() as outer:
+                for other in acting(model):  # the probe is no text of theirs
+                    outer.enter_context(other._aside())
+                points = resolve(model, [site for site, _ in hooks]) if hooks else {}
+                shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
+            self.check(points)
+            self.check_matrices(shapes)
+            try:
+                try:
+                    if self.looks_at_rows:
+                        on_forward(model, live.begin, removers)
+                        on_logits(model, _Finish(live), removers)
+                    for site, function in hooks:
+                        attach(points[site].hook, lambda t, f=function: f(t, live), removers)
+                    for matrix, change in changes:
+                        on_matrix(model, *matrix, lambda x, y, f=change: f(x, y, live), removers)
+                    yield live
+                finally:
+                    detach_all(removers)
+            finally:  # an interrupt may come in front of the line above; where all went well, nothing is left here
+                detach_all(removers)
+                live._end()
 
     def save(self, path: str | os.PathLike[str], model: Model | None = None, *, note: str = "") -> None:
         """Write a safetensors file with a header and a checksum.
@@ -491,7 +508,8 @@ class Adjust(Intervention):
                         "rule='random' needs token ids: run the model on tokens, or take 'deterministic'"
                     )
                 live.rows.check(x)
-                flip &= uniform(live.rows.keys[:, :, None] + live.like(neuron, x)) < odds.sigmoid()
+                keys = live.rows.beside(x).keys
+                flip &= uniform(keys[:, :, None] + live.like(neuron, x)) < odds.sigmoid()
             new = torch.where(flip, (mr - sr * z).to(x.dtype), flat.index_select(2, where))
             return flat.index_copy(2, where, new).reshape(x.shape)
 
@@ -565,6 +583,10 @@ class Abstain(Intervention):
             raise LensUnlearnError(f"vote={self.vote} of {len(self.regions)} sites: from 1 to the number of sites")
         if self.when not in ("prompt", "every_token"):
             raise LensUnlearnError(f"when={self.when!r} is not known: choose from prompt, every_token")
+        for name in {"detection", "false_alarms"} & set(self.rates):
+            rate = self.rates[name]
+            if len(rate) != 4 or not all(isinstance(part, int | float) for part in rate):
+                raise LensUnlearnError(f"the rate {name!r} is {rate!r}: write it as [share, low, high, queries]")
 
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         """Return one hook per site: it only looks."""
@@ -576,6 +598,7 @@ class Abstain(Intervention):
             if rows is None:
                 raise LensUnlearnError("Abstain needs token ids: run the model on tokens")
             rows.check(x)
+            rows = rows.beside(x)
             keys = x.detach().flatten(2)
             ends, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
             if self.when == "every_token":
@@ -595,7 +618,7 @@ class Abstain(Intervention):
         votes = note.pop("votes", None)
         if not votes:
             return
-        fired = torch.stack(list(votes.values())).sum(0) >= self.vote
+        fired = torch.stack([vote.to(live.abstained.device) for vote in votes.values()]).sum(0) >= self.vote
         silent, before = fired.long().cummax(1).values.bool(), note.get("silent")
         if before is not None:
             # Without a cache, a generation's next pass holds the positions of the one before again.
@@ -608,7 +631,7 @@ class Abstain(Intervention):
         """Make the logits of abstained rows constant."""
         self.settle(live)
         silent = live.notes.get(id(self), {}).get("silent")
-        if silent is None:
+        if silent is None or not bool(silent.any()):  # logits are large: they are not copied for nothing
             return logits
         # The model may have kept the logits of the last positions only.
         where = silent[:, -1:] if silent.shape[1] < logits.shape[1] else silent[:, -logits.shape[1] :]
@@ -616,7 +639,7 @@ class Abstain(Intervention):
         end = getattr(getattr(live.model, "tokenizer", None), "eos_token_id", None)
         if end is not None:
             constant[end] = 1e-3
-        return torch.where(where[..., None], constant, logits)
+        return torch.where(where.to(logits.device)[..., None], constant, logits)
 
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""
@@ -640,12 +663,11 @@ class Abstain(Intervention):
     @classmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Abstain":
         """Rebuild from `parts`."""
-        regions = {
-            Site.parse(site): region_from_parts(
-                told, {n.removesuffix(f"/{site}"): t for n, t in tensors.items() if n.endswith(f"/{site}")}
-            )
-            for site, told in header["regions"].items()
-        }
+        own: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, site = key.partition("/")
+            own.setdefault(site, {})[name] = tensor
+        regions = {Site.parse(site): region_from_parts(told, own[site]) for site, told in header["regions"].items()}
         return cls(regions, int(header["vote"]), header["when"], str(header["refusal"]), header["rates"])
 
     def __repr__(self) -> str:
@@ -772,9 +794,9 @@ class Delta(Intervention):
         return cls(updates)
 
     def parts(self) -> Parts:
-        """Return the tensors of every update, as they are now."""
+        """Return the tensors of every update, not copied."""
         tensors = {
-            f"{matrix}/{name}": tensor.detach().clone()  # two updates may share their rows, and a file may not
+            f"{matrix}/{name}": tensor.detach()
             for matrix, update in self.updates.items()
             for name, tensor in update.tensors().items()
         }
@@ -804,7 +826,7 @@ class Delta(Intervention):
 
 
 def _check_basis(site: Site, basis: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(basis.shape) != (*shape, *shape[-1:]):
+    if len(shape) != 2 or tuple(basis.shape) != (*shape, *shape[-1:]):
         raise SelectionError(f"{site}: the basis has shape {tuple(basis.shape)}, and the selection {shape}")
     if not bool(torch.isfinite(basis).all()) or bool(torch.linalg.inv_ex(basis.double()).info.any()):
         raise SelectionError(f"{site}: the basis holds a matrix that cannot be inverted")
@@ -831,8 +853,8 @@ def selection_in(tensors: Mapping[str, Tensor]) -> NeuronMap:
     """Read the selection of a file."""
     flags = maps_in(tensors, "selection")
     for site, value in flags.items():
-        if value.dtype != torch.uint8 or bool((value > 1).any()):
-            raise SelectionError(f"{site}: a selection holds something other than 0 and 1")
+        if value.dtype != torch.uint8 or bool((value > 1).any()) or value.ndim not in (1, 2):
+            raise SelectionError(f"{site}: a selection holds something other than 0 and 1 for each neuron")
     return NeuronMap({site: value.bool() for site, value in flags.items()})
 
 
@@ -849,20 +871,31 @@ def load_intervention(path: str | os.PathLike[str], model: Model | None = None) 
     header, tensors = artefacts.read(path, "intervention")
     if model is not None and "model" in header:
         artefacts.require_same(path, header["model"], fingerprint(model), "this model")
-    try:
-        return _from_parts(header["intervention"], tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ArtefactError(f"{path} holds no intervention that can be used: {error}") from error
+    with artefacts.usable(path, "intervention that can be used"):
+        found = _from_parts(header["intervention"], tensors)
+        again, names = found.parts()
+        if not _within(header["intervention"], again) or not set(tensors) <= set(names):
+            raise ArtefactError("something in it has no meaning to this version: upgrade to read it")
+        repr(found)
+    return found
+
+
+def _within(theirs: Any, ours: Any) -> bool:
+    """Say whether everything that a header says was understood: this version would write it again."""
+    if isinstance(theirs, dict) and isinstance(ours, Mapping):
+        return all(key in ours and _within(value, ours[key]) for key, value in theirs.items())
+    if isinstance(theirs, list) and isinstance(ours, Sequence) and len(theirs) == len(ours):
+        return all(map(_within, theirs, ours))
+    return theirs is ours or theirs == ours  # the same NaN is itself
 
 
 def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
     if header["kind"] == "chain":
-        members = []
-        for number, member in enumerate(header["members"]):
-            prefix = f"{number}/"
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            members.append(_from_parts(member, own))
-        return Chain(tuple(members))
+        own: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            number, _, inner = name.partition("/")
+            own.setdefault(number, {})[inner] = tensor
+        return Chain(tuple(_from_parts(member, own.get(str(n), {})) for n, member in enumerate(header["members"])))
     kinds: dict[str, Any] = {"ablate": Ablate, "adjust": Adjust, "abstain": Abstain, "delta": Delta}
     if header["kind"] not in kinds:
         raise ArtefactError(f"{header['kind']!r} is not a kind of intervention this version knows: upgrade to read it")

@@ -55,8 +55,12 @@ class Region(ABC):
                 f"centres of shape {tuple(self.centres.shape)} and a scale of shape {tuple(self.scale.shape)} make no region"
             )
         finite = bool(torch.isfinite(self.centres).all()) and bool(torch.isfinite(self.scale).all())
-        if not finite or not bool((self.scale > 0).all()) or not self.limit >= 0:
+        if not finite or not bool((self.scale > 0).all()) or not self.limit >= 0 or not self.centres.numel():
             raise LensUnlearnError("a region needs finite centres, positive scales and a limit of at least 0")
+        if not self.k >= 0 or not isinstance(self.floored, int):
+            raise LensUnlearnError(
+                f"a region with k={self.k!r} and {self.floored!r} floored coordinates: at least 0, and whole"
+            )
 
     def score(self, keys: Float[Tensor, "*keys n"]) -> Float[Tensor, "*keys"]:
         """Return how far keys are from the nearest centre, in units of the scale; NaN for a key with a NaN."""

@@ -1,7 +1,7 @@
 """`Rows`: where a forward pass stands in the texts of its rows, whatever their batch, padding and cache."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -80,6 +80,13 @@ class Rows:
         if cached:
             return cached == self._width
         return not self.cached and self._width == tokens.shape[1] - 1 and torch.equal(self.tokens, tokens[:, :-1])
+
+    def beside(self, activation: Tensor) -> "Rows":
+        """Return the rows on the device of an activation, which is another one where a model is spread over several."""
+        if activation.device == self.tokens.device:
+            return self
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{n: v.to(activation.device) for n, v in given.items() if isinstance(v, Tensor)})
 
     def check(self, activation: Tensor) -> None:
         """Refuse an activation that is not of these tokens.

@@ -7,34 +7,35 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lens_unlearn import figures
+from lens_unlearn import artefacts, figures, ranks
 from lens_unlearn.artefacts import replace_file
 from lens_unlearn.collecting import collect
 from lens_unlearn.corpora import Corpus, read_corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.next_token import Condition, evaluate
-from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.interventions import Ablate, Abstain, Adjust, Delta, Intervention
+from lens_unlearn.evaluation.report import BASE, Report, provenance_of
+from lens_unlearn.interventions import Ablate, Abstain, Adjust, Delta, Intervention, load_intervention
+from lens_unlearn.keeping import FITTED, REPORT, Form, Partial, put_in_place
 from lens_unlearn.keyspace import key_space
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.key_space import key_space_detection
 from lens_unlearn.methods.neuron_adjust import adjust_score, neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.methods.simu import simu
-from lens_unlearn.models import load_model
-from lens_unlearn.sites import Model, Site, resolve
+from lens_unlearn.models import fingerprint, load_model
+from lens_unlearn.sites import Model, Site, device_of, resolve
 from lens_unlearn.statistics import Histogram, KeySample, Moments
 from lens_unlearn.tuning import Method, controls_for, prepare, prompted, strength_of, tune, with_progress
 
-__all__ = ["METHODS", "Experiment", "Plan", "new_folder"]
+__all__ = ["METHODS", "Experiment", "Plan", "carry_out", "new_folder"]
 
 METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
     "selective-pruning": (selective_pruning, {"site": "mlp.post"}),
@@ -162,6 +163,8 @@ class Experiment:
         self.chosen: dict[str, dict[str, Any]] = {}
         self.fitted: dict[str, tuple[Any, Any]] = {}
         """What each method was fitted to: moments, keys, or the corpora themselves."""
+        self.partial: Partial | None = None
+        """Where what is finished is kept, so that the run can go on if it is interrupted."""
 
     def _corpus(self, source: str) -> Corpus:
         plan = self.plan
@@ -222,29 +225,56 @@ class Experiment:
             whole = whole + more
         return replace(whole, name=f"{name} ({whole.name})")
 
+    def texts(self) -> dict[str, Any]:
+        """Return what has to be the same besides the plan for an interrupted run to go on: texts, model, and what runs it."""
+        parts = {
+            "fit": self.parts.fit,
+            "tune": self.parts.tune,
+            "test": self.parts.test,
+            "queries of": self.parts.queries,
+        }
+        texts = {f"{use} {name}": c.fingerprint for use, corpora in parts.items() for name, c in corpora.items()}
+        host = {"device": str(device_of(self.model)), **provenance_of({})["versions"]}
+        return {**texts, "model": fingerprint(self.model), **host}
+
     def fit(self) -> None:
         """Find every method's intervention: tuned to the retain budget if there is one, else as the options say."""
         for name in self.plan.methods:
-            function, _ = METHODS[name]
-            options = self.plan.options(name)
+            self.fitted[name] = self._kept(
+                f"kept/{name}.fitted.safetensors", FITTED, lambda name=name: self._prepare(name)
+            )
+            found = Form(self._save_edit, _load_edit)
+            kept = self._kept(f"{name}.safetensors", found, lambda name=name: self._find(name))
+            self.edits[name], self.chosen[name] = kept
+
+    def _kept(self, name: str, form: Form, make: Callable[[], Any]) -> Any:
+        return make() if self.partial is None else self.partial.keep(name, form, make)
+
+    def _prepare(self, name: str) -> tuple[Any, Any]:
+        function, _ = METHODS[name]
+        told = with_progress(function, self.plan.options(name), self.progress)
+        if function is simu and self.partial is not None:
+            told["checkpoint"] = str(self.partial.kept / f"{name}.checkpoint.safetensors")
+        return prepare(function, self.model, *self._fit_pair(function), told)
+
+    def _find(self, name: str) -> tuple[Intervention, dict[str, Any]]:
+        function, options = METHODS[name][0], self.plan.options(name)
+        got, kept = self.fitted[name]
+        if self.plan.retain_drop is None:
             told = with_progress(function, options, self.progress)
-            got, kept = self.fitted[name] = prepare(function, self.model, *self._fit_pair(function), told)
-            if self.plan.retain_drop is None:
-                self.edits[name] = function(self.model, got, kept, **told)
-                self.chosen[name] = {"options": options}
-                continue
-            options.pop(strength_of(function), None)
-            held_out = (self.parts.tune["forget"], self.parts.tune["retain"])
-            found = tune(
-                function, self.model, got, kept, retain_drop=self.plan.retain_drop, held_out=held_out,
-                options=options, batch_size=self.plan.batch_size, progress=self.progress,
-            )  # fmt: skip
-            self.edits[name] = found.intervention
-            self.chosen[name] = {
-                "options": options,
-                strength_of(function): found.fraction,
-                "tuning": {"forget_drop": found.forget_drop, "retain_drop": found.retain_drop},
-            }
+            return function(self.model, got, kept, **told), {"options": options}
+        options.pop(strength_of(function), None)
+        held_out = (self.parts.tune["forget"], self.parts.tune["retain"])
+        found = tune(
+            function, self.model, got, kept, retain_drop=self.plan.retain_drop, held_out=held_out,
+            options=options, batch_size=self.plan.batch_size, progress=self.progress,
+        )  # fmt: skip
+        cost = {"forget_drop": found.forget_drop, "retain_drop": found.retain_drop}
+        return found.intervention, {"options": options, strength_of(function): found.fraction, "tuning": cost}
+
+    def _save_edit(self, path: Path, found: tuple[Intervention, dict[str, Any]]) -> None:
+        edit, chosen = found
+        edit.save(path, self.model, note=json.dumps(chosen, default=str))
 
     def _fit_pair(self, function: Method) -> tuple[Corpus, Corpus]:
         part = self.parts.queries if function is key_space_detection else self.parts.fit
@@ -262,6 +292,18 @@ class Experiment:
 
     def report(self) -> Report:
         """Evaluate everything on the test documents, and gather figures and samples."""
+        report = self._kept("kept/evaluation.safetensors", REPORT, self._evaluate)
+        provenance = {
+            **report.provenance,
+            "plan": asdict(self.plan),
+            "chosen": self.chosen,
+            "documents": self._documents(),
+        }
+        report = replace(report, provenance=provenance, samples=[*self._samples(), *report.samples])
+        curves = self._kept("kept/curves.safetensors", REPORT, self.curves) if self.plan.sweep else None
+        return replace(report, figures=self._figures(report, curves))
+
+    def _evaluate(self) -> Report:
         conditions: dict[str, Condition] = {}
         for name, edit in self.edits.items():
             conditions[name] = edit
@@ -272,16 +314,7 @@ class Experiment:
                 conditions[f"{name}:control"] = control
         told = {"batch_size": self.plan.batch_size, "progress": self.progress, "seed": self.plan.seed}
         asked: dict[str, Any] = {"answers": self.plan.answers, "memorization": self.plan.memorization}
-        report = evaluate(self.model, self.parts.test, conditions, **told, **asked)
-        provenance = {
-            **report.provenance,
-            "plan": asdict(self.plan),
-            "chosen": self.chosen,
-            "documents": self._documents(),
-        }
-        report = replace(report, provenance=provenance, samples=[*self._samples(), *report.samples])
-        curves = self.curves() if self.plan.sweep else None
-        return replace(report, figures=self._figures(report, curves))
+        return evaluate(self.model, self.parts.test, conditions, **told, **asked)
 
     def _documents(self) -> dict[str, Any]:
         parts = {"fit": self.parts.fit, "tune": self.parts.tune, "test": self.parts.test}
@@ -423,8 +456,85 @@ class Experiment:
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
         for name, edit in self.edits.items():
-            edit.save(folder / f"{name}.safetensors", self.model, note=json.dumps(self.chosen[name], default=str))
+            self._save_edit(folder / f"{name}.safetensors", (edit, self.chosen[name]))
+        # The last: where it is, everything is.
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+
+
+def _load_edit(path: Path) -> tuple[Intervention, dict[str, Any]]:
+    return load_intervention(path), json.loads(artefacts.read(path)[0]["note"])
+
+
+def told_of(plan: Plan) -> dict[str, Any]:
+    """Return a plan as `run.json` keeps it."""
+    return json.loads(json.dumps(asdict(plan), default=str))
+
+
+def carry_out(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    model: Model | None = None,
+    known: dict[Any, Corpus] | None = None,
+) -> tuple[Experiment, Report] | None:
+    """Do what a plan says, and write everything into a new folder, whole or not at all.
+
+    What is finished on the way is kept in a folder `OUT.partial`, which becomes `out` at the end: what each method was fitted
+    to and what it found, the steps of SIMU's training, and evaluations. It stays when the run is interrupted or killed, and
+    goes when the run ends with an error that the same plan would bring again.
+
+    Args:
+        plan: What to do.
+        out: A new folder.
+        resume: Whether to go on with what an interrupted run of the same plan has finished, if there is anything: to the same
+            numbers and interventions as without interruption.
+        overwrite: Whether an earlier run in `out` is replaced.
+        progress: Whether to show bars.
+        model: The plan's model, where it is loaded already.
+        known: As in `Experiment`.
+
+    Returns:
+        The experiment and its report; None where `resume` finds that the run of this plan was finished before.
+
+    Raises:
+        LensUnlearnError: If `out` holds something that would be lost, or an interrupted run is there and `resume` is not set.
+        ArtefactError: If the interrupted run was another one; the message names what differs.
+    """
+    target, partial = Path(out), Partial(out)
+    done = ranks.from_first(lambda: _ready(target, partial, plan, resume=resume, overwrite=overwrite))
+    if done:
+        return None
+    experiment = Experiment(plan, model, progress=progress and ranks.is_first(), known=known)
+    with partial.open(told_of(plan), experiment.texts()) if ranks.is_first() else nullcontext():
+        experiment.partial = partial
+        experiment.fit()
+        report = experiment.report()
+        if ranks.is_first():
+            experiment.write(partial.folder, report)
+            partial.commit()
+    return experiment, report
+
+
+def _ready(target: Path, partial: Partial, plan: Plan, *, resume: bool, overwrite: bool) -> bool:
+    """Refuse what cannot be; return whether the run was finished before."""
+    if resume and not overwrite and _finished(target, plan):
+        return True
+    check_folder(target, overwrite=overwrite)
+    partial.check(told_of(plan), resume=resume)
+    if partial.whole:
+        partial.commit()
+        return True
+    return False
+
+
+def _finished(folder: Path, plan: Plan) -> bool:
+    try:
+        return json.loads((folder / "run.json").read_text())["plan"] == told_of(plan)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _at_keys(selection: NeuronMap) -> NeuronMap:
@@ -457,17 +567,11 @@ def new_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path
     target = Path(out)
     check_folder(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    work = Path(tempfile.mkdtemp(*artefacts.temporary_name(target), target.parent))
     try:
         yield work
         os.chmod(work, 0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old)
-            os.replace(work, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(work, target)
+        put_in_place(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -478,6 +582,8 @@ def check_folder(target: Path, *, overwrite: bool) -> None:
     Raises:
         LensUnlearnError: As in `new_folder`.
     """
+    if target.name in ("", ".."):
+        raise LensUnlearnError(f"{target} has no name of its own: give a new folder as --out")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise LensUnlearnError(f"{target} is not a folder: give another --out")
     if not target.exists() or not any(target.iterdir()):

@@ -11,19 +11,20 @@ points of mixture-of-experts layers exist but carry the residual width; `cfg.d_m
 
 import difflib
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_unlearn.errors import LensUnlearnError, ModelError, SiteError
+from lens_unlearn.errors import ModelError, SiteError
 
 __all__ = [
     "KINDS",
@@ -44,6 +45,9 @@ __all__ = [
 
 Model = Any
 """A `TransformerBridge` or a `HookedTransformer`: whatever has `hook_dict`, `cfg`, and can be called on tokens."""
+
+Remover = Callable[[], bool]
+"""Takes off what was added, and nothing else; False if it was gone already. It may be interrupted, and called again."""
 
 KINDS: dict[str, str] = {
     "mlp.pre": "mlp.hook_pre",
@@ -154,25 +158,28 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
     Raises:
         SiteError: If a site does not exist here (naming those that do), does not fire exactly once, or has no neuron
             axis, as in mixture-of-experts layers.
-        ModelError: If this is no TransformerLens model, or it is in training mode.
+        ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
+            measures it.
     """
     require_model(model)
     require_eval(model)
     wanted = parse_sites(sites, int(model.cfg.n_layers))
-    hooks = {site: _hook_point(model, site) for site in wanted}
-    known = _probed.setdefault(model, {})
-    missing = [s for s in wanted if s not in known or known[s].hook is not hooks[s]]
-    if missing:
-        known.update(_probe(model, {site: hooks[site] for site in missing}))
-    return {site: known[site] for site in wanted}
+    with one_thread(model):
+        hooks = {site: _hook_point(model, site) for site in wanted}
+        known = _probed.setdefault(model, {})
+        missing = [s for s in wanted if s not in known or known[s].hook is not hooks[s]]
+        if missing:
+            known.update(_probe(model, {site: hooks[site] for site in missing}))
+        return {site: known[site] for site in wanted}
 
 
 def require_model(model: Model) -> None:
     """Refuse what is not a TransformerLens model.
 
     Raises:
-        ModelError: If the object has no hook points.
+        ModelError: If the object has no hook points, or the installed TransformerLens is not one of those supported.
     """
+    require_host()
     if not (hasattr(model, "hook_dict") and hasattr(model, "cfg")):
         raise ModelError(
             f"a {type(model).__name__} has no hook points: pass a TransformerBridge or a HookedTransformer, "
@@ -227,15 +234,17 @@ def mlp_width(model: Model, layer: int) -> int | None:
 
 def _probe(model: Model, hooks: dict[Site, Any]) -> dict[Site, Point]:
     seen: dict[Site, list[Tensor]] = {site: [] for site in hooks}
-    detach: list[Callable[[], bool]] = []
+    removers: list[Remover] = []
     try:
-        for site, hook in hooks.items():
-            detach.append(attach(hook, lambda t, s=site: seen[s].append(t.detach()[:0])))
-        with torch.no_grad():
-            backbone(model, torch.zeros(1, 2, dtype=torch.long))
-    finally:
-        for remove in detach:
-            remove()
+        try:
+            for site, hook in hooks.items():
+                attach(hook, lambda t, s=site: seen[s].append(t.detach()[:0]), removers, own_thread=True)
+            with torch.no_grad():
+                backbone(model, torch.zeros(1, 2, dtype=torch.long))
+        finally:
+            detach_all(removers)
+    finally:  # an interrupt may come in front of the line above; where all went well, nothing is left here
+        detach_all(removers)
     return {site: _check(model, site, hooks[site], tensors) for site, tensors in seen.items()}
 
 
@@ -252,48 +261,73 @@ def _check(model: Model, site: Site, hook: Any, tensors: list[Tensor]) -> Point:
     return Point(site, hook, shape, tensor.dtype, tensor.device)
 
 
-def attach(hook: Any, function: Callable[[Tensor], Tensor | None]) -> Callable[[], bool]:
+def attach(
+    hook: Any,
+    function: Callable[[Tensor], Tensor | None],
+    removers: list[Remover] | None = None,
+    *,
+    own_thread: bool = False,
+) -> Remover:
     """Add one forward hook through a hook point.
 
     It is registered as permanent, so that a user's `reset_hooks()` does not take it away.
 
+    Args:
+        hook: The hook point.
+        function: Takes its tensor; returns a new one, or None.
+        removers: A list that gets what removes this hook, before the hook is added: so there is no moment at which an
+            interrupt finds a hook that nobody knows of.
+        own_thread: Whether to act only on forward passes of the thread that attaches.
+
     Returns:
         A callable that removes this hook and no other; it returns False if the hook was already gone.
     """
+    thread, added = threading.get_ident(), False
 
     def run(tensor: Tensor, hook: Any) -> Tensor | None:
-        return function(tensor)
+        return None if own_thread and threading.get_ident() != thread else function(tensor)
 
-    before, known = len(hook.fwd_hooks), set(hook._forward_hooks)
+    def remove() -> bool:
+        # By identity, in whatever book it is by now; PyTorch's, by which it is found again, comes last.
+        found = [key for key, other in hook._forward_hooks.items() if _closes_over(other, run)]
+        hook.fwd_hooks[:] = [handle for handle in hook.fwd_hooks if handle.user_hook is not run]
+        for key in found:
+            hook._forward_hooks.pop(key, None)
+        return bool(found) or not added
+
+    if removers is not None:
+        removers.append(remove)
     try:
         hook.add_hook(run, is_permanent=True)
-    except BaseException:  # interrupted between registering and returning
-        for handle in hook.fwd_hooks[before:]:
-            _remove(hook, handle)
-        for key in set(hook._forward_hooks) - known:  # or before TransformerLens noted it
-            del hook._forward_hooks[key]
+        if not any(handle.user_hook is run for handle in hook.fwd_hooks):  # pragma: no cover - kept elsewhere
+            raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
+        added = True
+    except BaseException:
+        remove()
         raise
-    handle = hook.fwd_hooks[-1]
-    if len(hook.fwd_hooks) != before + 1:  # pragma: no cover - a TransformerLens that keeps hooks elsewhere
-        raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
-    return lambda: _remove(hook, handle)
+    return remove
 
 
-def _remove(hook: Any, handle: Any) -> bool:
-    handle.hook.remove()
-    for index, other in enumerate(hook.fwd_hooks):
-        if other is handle:  # by identity: handles compare equal by value
-            del hook.fwd_hooks[index]
-            return True
-    return False
+def _closes_over(function: Any, value: Any) -> bool:
+    """Whether a function is a closure over a value, as what TransformerLens wraps around a hook is over that hook."""
+    return any(cell.cell_contents is value for cell in getattr(function, "__closure__", None) or ())
 
 
-def detach_all(removers: Sequence[Callable[[], bool]]) -> None:
-    """Remove hooks, last added first, and say so if somebody else had removed one meanwhile."""
+def detach_all(removers: list[Remover]) -> None:
+    """Remove hooks, last added first, empty the list, and say so if somebody else had removed one meanwhile.
+
+    One that raises or is interrupted is tried once more, and does not keep the others.
+    """
     there: list[bool] = []
-    with ExitStack() as stack:  # one that fails does not keep the others
-        for remove in removers:
-            stack.callback(lambda r=remove: there.append(r()))
+    try:
+        while removers:
+            there.append(removers[-1]())
+            removers.pop()
+    except BaseException:
+        while removers:
+            with suppress(Exception):
+                removers.pop()()
+        raise
     if not all(there):
         warnings.warn(
             "hooks of this intervention were removed inside its block (reset_hooks(including_permanent=True)?): "
@@ -303,10 +337,66 @@ def detach_all(removers: Sequence[Callable[[], bool]]) -> None:
         )
 
 
-def on_forward(model: Model, function: Callable[[Tensor | None, int], None]) -> Callable[[], bool]:
+class _Use:
+    """That a thread is inside `one_thread`."""
+
+    def __init__(self, joining: bool) -> None:
+        self.thread, self.joining = threading.current_thread(), joining
+
+
+# Weak in both: a model can be freed, and a use that nobody could end is over when its frame is. No lock: an interrupt could
+# come between taking it and noting that, and then no thread would ever get it again.
+_uses: "weakref.WeakKeyDictionary[Any, list[weakref.ref[_Use]]]" = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def one_thread(model: Model, *, joining: bool = False) -> Iterator[None]:
+    """Keep a model from being changed or measured by another thread, for the length of a `with` block.
+
+    Hooks are global to a model: what one thread attaches acts in the forward passes of all. Blocks of one thread nest.
+
+    Args:
+        model: The model.
+        joining: Whether to enter also where another thread is inside (one that does not join itself), and take part in what
+            it attached: for passes that must not be changed on their way.
+
+    Raises:
+        ModelError: If another thread is inside such a block for this model.
+    """
+    require_model(model)
+    use = _Use(joining)
+    mine, uses = weakref.ref(use), _uses.setdefault(model, [])
+    try:
+        uses.append(mine)  # first said, then looked: of two that come at once both may be refused, but never none
+        other = _elsewhere(uses, use)
+        if other is not None:
+            raise ModelError(
+                f"thread {other!r} has an intervention on this model, or measures it, which would mix with what thread "
+                f"{use.thread.name!r} begins here: let it end first, or give each thread a model of its own"
+            )
+        yield
+    finally:
+        while mine in uses:
+            uses.remove(mine)
+
+
+def _elsewhere(uses: "list[weakref.ref[_Use]]", own: _Use) -> str | None:
+    """Name another thread that is inside, in the way of a use."""
+    known = [use for one in tuple(uses) if (use := one()) is not None and (use.joining or not own.joining)]
+    return next((use.thread.name for use in known if use.thread is not own.thread and use.thread.is_alive()), None)
+
+
+def on_forward(
+    model: Model, function: Callable[[Tensor | None, int], None], removers: list[Remover] | None = None
+) -> Remover:
     """Call a function at the beginning of every forward pass, with its token ids and how many positions are cached.
 
     The ids are None where a pass begins with embeddings.
+
+    Args:
+        model: The model.
+        function: What to call.
+        removers: As in `attach`.
 
     Returns:
         A callable that ends this; it returns False if the hooks were already gone.
@@ -329,16 +419,28 @@ def on_forward(model: Model, function: Callable[[Tensor | None, int], None]) -> 
         last[:] = [] if ids is None else [ids]
         function(ids, max(map(_cached, given), default=0))
 
-    places = [(model.embed, embed), (model.blocks[0], begin)]
+    before = "_forward_pre_hooks"
+    return _register([(model.embed, before, embed), (model.blocks[0], before, begin)], removers)
+
+
+def _register(
+    places: Sequence[tuple[Any, str, Callable[..., Any]]], removers: list[Remover] | None, *, with_kwargs: bool = True
+) -> Remover:
+    """Add PyTorch's hooks to modules: where, of which kind ("_forward_hooks" or "_forward_pre_hooks"), and what."""
+    added = False
 
     def remove() -> bool:
-        there = [_unhook(module, "_forward_pre_hooks", hook) for module, hook in places]
-        return all(there)
+        there = [_unhook(*place) for place in places]
+        return all(there) or not added
 
+    if removers is not None:
+        removers.append(remove)
     try:
-        for module, hook in places:
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-    except BaseException:  # interrupted between registering and returning
+        for module, kind, hook in places:
+            add = module.register_forward_hook if kind == "_forward_hooks" else module.register_forward_pre_hook
+            add(hook, with_kwargs=with_kwargs)
+        added = True
+    except BaseException:
         remove()
         raise
     return remove
@@ -349,8 +451,8 @@ def _unhook(module: Any, kind: str, function: Callable[..., Any]) -> bool:
     hooks = getattr(module, kind)
     found = [key for key, other in hooks.items() if other is function]
     for key in found:
-        del hooks[key]
         getattr(module, f"{kind}_with_kwargs").pop(key, None)
+        hooks.pop(key, None)  # last: by this it is found again after an interrupt
     return bool(found)
 
 
@@ -361,24 +463,23 @@ def _cached(value: Any) -> int:
     return int(value.past_keys.shape[1]) if hasattr(value, "past_keys") else 0
 
 
-def on_logits(model: Model, function: Callable[[Tensor], Tensor]) -> Callable[[], bool]:
+def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list[Remover] | None = None) -> Remover:
     """Pass the logits of every forward through a function.
+
+    Args:
+        model: The model.
+        function: Takes the logits; returns new ones.
+        removers: As in `attach`.
 
     Returns:
         A callable that ends this; it returns False if the hook was already gone.
     """
-    module = model.unembed
 
     def run(module: Any, args: Any, logits: Tensor) -> Tensor:
         return function(logits)
 
     run.function = function  # type: ignore[attr-defined]
-    try:
-        module.register_forward_hook(run)
-    except BaseException:
-        _unhook(module, "_forward_hooks", run)
-        raise
-    return lambda: _unhook(module, "_forward_hooks", run)
+    return _register([(model.unembed, "_forward_hooks", run)], removers, with_kwargs=False)
 
 
 def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
@@ -419,14 +520,11 @@ def boot(source: str, *, device: str, dtype: torch.dtype) -> Model:
     """Load a model by hub name or directory as a raw `TransformerBridge`.
 
     Raises:
-        LensUnlearnError: If the installed TransformerLens has no bridge.
+        ModelError: If the installed TransformerLens is not one of those supported.
     """
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError as error:  # pragma: no cover - depends on the installed version
-        raise LensUnlearnError(
-            "TransformerLens 3.9 or later is needed: pip install 'transformer-lens>=3.9,<5'"
-        ) from error
+    require_host()
+    from transformer_lens.model_bridge import TransformerBridge
+
     return TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
 
 
@@ -435,6 +533,21 @@ def host_version() -> str:
     from importlib.metadata import version
 
     return version("transformer-lens")
+
+
+@cache
+def require_host() -> None:
+    """Refuse versions of TransformerLens whose hook points nobody has looked at.
+
+    Raises:
+        ModelError: Saying what to install.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", host_version())
+    if not numbers or not (3, 9) <= (int(numbers[1]), int(numbers[2])) < (5, 0):
+        raise ModelError(
+            f"transformer-lens {host_version()} is not supported: run pip install 'transformer-lens>=3.9,<5' "
+            "and start Python again"
+        )
 
 
 # --- weight matrices, as linear maps that are computed somewhere ---------------------------------------------------------
@@ -512,37 +625,44 @@ def matrix_shapes(model: Model, matrices: Iterable[Matrix]) -> dict[Matrix, tupl
 
     Raises:
         SiteError: If one does not exist here, or is not used once in a forward pass.
-        ModelError: If this is no TransformerLens model, or it is in training mode.
+        ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
+            measures it.
     """
     require_model(model)
     require_eval(model)
     wanted = list(dict.fromkeys(matrices))
-    places = {matrix: _computed_by(model, matrix) for matrix in wanted}
-    known = _shapes.setdefault(model, {})
-    missing = [m for m in wanted if m not in known or known[m][0] is not places[m]]
-    seen: dict[Matrix, list[tuple[int, int]]] = {matrix: [] for matrix in missing}
-    removers: list[Callable[[], bool]] = []
+    with one_thread(model):
+        places = {matrix: _computed_by(model, matrix) for matrix in wanted}
+        known = _shapes.setdefault(model, {})
+        missing = [m for m in wanted if m not in known or known[m][0] is not places[m]]
+        seen: dict[Matrix, list[tuple[int, int]]] = {matrix: [] for matrix in missing}
+        removers: list[Remover] = []
+        thread = threading.get_ident()
 
-    def watch(matrix: Matrix) -> LinearFunction:
-        def look(x: Tensor, y: Tensor) -> Tensor:
-            seen[matrix].append((x.shape[-1], y.shape[-1]))
-            return y
+        def watch(matrix: Matrix) -> LinearFunction:
+            def look(x: Tensor, y: Tensor) -> Tensor:
+                if threading.get_ident() == thread:
+                    seen[matrix].append((x.shape[-1], y.shape[-1]))
+                return y
 
-        return look
+            return look
 
-    if missing:
         try:
-            for matrix in missing:
-                removers.append(on_matrix(model, *matrix, watch(matrix)))
-            with torch.no_grad():
-                backbone(model, torch.zeros(1, 2, dtype=torch.long))
-        finally:
+            try:
+                for matrix in missing:
+                    on_matrix(model, *matrix, watch(matrix), removers)
+                if missing:
+                    with torch.no_grad():
+                        backbone(model, torch.zeros(1, 2, dtype=torch.long))
+            finally:
+                detach_all(removers)
+        finally:  # as in `_probe`
             detach_all(removers)
-    for matrix, shapes in seen.items():
-        if len(shapes) != 1:
-            raise SiteError(f"{matrix} was used {len(shapes)} times in one forward pass: it cannot be changed here")
-        known[matrix] = (places[matrix], shapes[0])
-    return {matrix: known[matrix][1] for matrix in wanted}
+        for matrix, shapes in seen.items():
+            if len(shapes) != 1:
+                raise SiteError(f"{matrix} was used {len(shapes)} times in one forward pass: it cannot be changed here")
+            known[matrix] = (places[matrix], shapes[0])
+        return {matrix: known[matrix][1] for matrix in wanted}
 
 
 def matrix_value(model: Model, layer: int, name: str) -> Tensor:
@@ -610,11 +730,20 @@ def matrix_names(model: Model, layer: int) -> list[str]:
     return found
 
 
-def on_matrix(model: Model, layer: int, name: str, function: LinearFunction) -> Callable[[], bool]:
+def on_matrix(
+    model: Model, layer: int, name: str, function: LinearFunction, removers: list[Remover] | None = None
+) -> Remover:
     """Pass what a linear map makes of its input through a function, which sees the input that the map itself sees.
 
     That is the input behind every hook point in front of the map, whatever is attached there, and whenever; the hook
     points behind the map see the function's result.
+
+    Args:
+        model: The model.
+        layer: The matrix' layer.
+        name: The matrix' name.
+        function: Takes the input and the output; returns a new output.
+        removers: As in `attach`.
 
     Returns:
         A callable that ends this; it returns False if the hooks were already gone.
@@ -623,8 +752,12 @@ def on_matrix(model: Model, layer: int, name: str, function: LinearFunction) -> 
         SiteError: If the model does not have the matrix.
     """
     module = _computed_by(model, Matrix(layer, name))
+    part = MATRICES[name][0]
+    owner = getattr(model.blocks[layer], part)
     if not hasattr(model, "original_model"):
         places = _around(module, name, function)
+    elif part == "mlp" and getattr(owner, "_use_processed_weights", False) and hasattr(owner, "gate"):
+        places = _between(owner, name, function)
     else:
 
         def run(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
@@ -632,18 +765,31 @@ def on_matrix(model: Model, layer: int, name: str, function: LinearFunction) -> 
 
         places = [(module, "_forward_hooks", run)]
 
-    def remove() -> bool:
-        there = [_unhook(module, kind, hook) for module, kind, hook in places]
-        return all(there)
+    return _register(places, removers)
 
-    try:
-        for module, kind, hook in places:
-            add = module.register_forward_hook if kind == "_forward_hooks" else module.register_forward_pre_hook
-            add(hook, with_kwargs=True)
-    except BaseException:  # interrupted between registering and returning
-        remove()
-        raise
-    return remove
+
+def _between(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return hooks for a gated MLP in compatibility mode, which computes with its weights beside their modules.
+
+    The hook points before and behind the weights still fire: the input is looked at as it leaves the one (behind every
+    other hook there), and the output is changed as it enters the other.
+    """
+    linear = getattr(owner, MATRICES[name][1])
+    point, behind = (linear.hook_in if name == "W_out" else owner.hook_in), linear.hook_out
+    seen: list[Tensor] = []
+
+    def look(module: Any, args: Any, kwargs: Any, x: Tensor) -> None:
+        seen[:] = [x]
+
+    def last(module: Any, args: Any, kwargs: Any) -> None:
+        for key in [key for key, hook in point._forward_hooks.items() if hook is look]:
+            point._forward_hooks.move_to_end(key)  # behind masks that were attached since
+
+    def change(module: Any, args: Any, kwargs: Any) -> Any:
+        return ((function(seen.pop(), args[0]), *args[1:]), kwargs) if seen else None
+
+    before, after = "_forward_pre_hooks", "_forward_hooks"
+    return [(owner, before, last), (point, after, look), (behind, before, change)]
 
 
 def _around(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -701,6 +847,7 @@ class Replay:
         self._rows = self._tokens = torch.zeros(0, dtype=torch.long)
         self._width = 0
         self._where: Tensor | None = None  # in this run, the only positions that are unembedded
+        self._thread = threading.get_ident()  # whose runs these are: what other threads run passes as it is
 
     def first(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
@@ -744,6 +891,8 @@ class Replay:
         """Make what stands in for a block's `forward`."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return forward(*args, **kwargs)
             if number < self._below:
                 return self._take(self._kept[number])
             out = forward(*args, **kwargs)
@@ -764,7 +913,8 @@ class Replay:
         """Make what stands in for the unembedding's `forward`."""
 
         def run(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return forward(residual if self._where is None else residual[self._where][None], *args, **kwargs)
+            few = self._where is not None and threading.get_ident() == self._thread
+            return forward(residual[self._where][None] if few else residual, *args, **kwargs)
 
         return run
 
@@ -775,22 +925,33 @@ def replaying(model: Model) -> Iterator[Replay]:
 
     Blocks and unembedding are wrapped inside the hooks of their modules, which act in every run, and only once. Leaving
     the block, in whatever way, takes exactly these wrappings off.
+
+    Raises:
+        ModelError: If another thread has an intervention on this model, or measures it.
     """
-    with ExitStack() as stack:
+    removers: list[Remover] = []
+    with one_thread(model):
         replay = Replay(model)
-        for number, block in enumerate(model.blocks):
-            _wrap(stack, block, partial(replay.block, number))
-        _wrap(stack, model.unembed, replay.unembed)
-        yield replay
+        try:
+            try:
+                for number, block in enumerate(model.blocks):
+                    _wrap(block, partial(replay.block, number), removers)
+                _wrap(model.unembed, replay.unembed, removers)
+                yield replay
+            finally:
+                detach_all(removers)
+        finally:  # as in `_probe`
+            detach_all(removers)
 
 
-def _wrap(stack: ExitStack, module: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(module: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], removers: list[Remover]) -> None:
     own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}  # accelerate's, for one
     wrapped = make(module.forward)
 
-    def unwrap() -> None:
+    def unwrap() -> bool:
         module.__dict__.pop("forward", None)
         module.__dict__.update(own)
+        return True
 
-    stack.callback(unwrap)
+    removers.append(unwrap)
     module.__dict__["forward"] = wrapped

@@ -26,6 +26,7 @@ LIVE_RATIO = 1e-6
 """A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
 
 _TILE = 2**22  # activations reduced at a time: few enough to stay in a processor's cache between the passes
+_HISTOGRAM_TILE = (1024, 256)  # tokens and neurons put into bins at a time: likewise
 _ROWS = 128  # tokens added up in float32 at a time: few enough to keep six digits
 
 S = TypeVar("S", bound="Statistic")
@@ -213,15 +214,17 @@ class Moments:
     def with_state(self, tensors: Mapping[str, Tensor]) -> "Moments":
         """Return moments of the same settings that continue from `state`."""
         new = self.fresh()
+        rows = 5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
         for name, tensor in tensors.items():
             site, _, what = name.rpartition(".")
             if what == "moments":
-                count = int(tensors[f"{site}.count"])
-                rows = 5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
-                if count < 1 or tensor.ndim < 2 or len(tensor) != rows or not bool(torch.isfinite(tensor).all()):
+                counted = tensors[f"{site}.count"]
+                count = int(counted)
+                whole = counted.dtype == torch.int64 and counted.ndim == 0 and count >= 1
+                if not whole or tensor.dtype != torch.float64 or tensor.ndim < 2 or not _possible(tensor, count, rows):
                     raise LensUnlearnError(f"{site}: these are no moments of {count} tokens")
-                new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor.double(), count
-        return new
+                new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor, count
+        return _whole(new, tensors)
 
     @property
     def sites(self) -> list[Site]:
@@ -301,6 +304,25 @@ class Moments:
         layers = len({site.layer for site in self._state})
         source = self.provenance.get("corpus")
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _possible(state: Tensor, n: int, rows: int) -> bool:
+    """Say whether some activations of n tokens have such sums."""
+    if len(state) != rows or not state.numel() or not bool(torch.isfinite(state).all()):
+        return False
+    return bool((state[3:5] >= 0).all() and (state[4] <= n).all())
+
+
+def _whole(statistic: S, tensors: Mapping[str, Tensor]) -> S:
+    """Return a statistic that was read, if nothing in the file is left over.
+
+    Raises:
+        LensUnlearnError: If it would not write the same names.
+    """
+    odd = sorted(set(tensors) ^ set(statistic.state()))
+    if odd:
+        raise LensUnlearnError(f"{odd[0]!r:.100} is not what a {type(statistic).__name__} keeps, or twice the same")
+    return statistic
 
 
 def _mean(state: Float[Tensor, "statistics *neurons"], n: int) -> Float[Tensor, "*neurons"]:
@@ -456,10 +478,15 @@ class KeySample:
             site, _, what = name.rpartition(".")
             if what == "keys":
                 ids = tensors[f"{site}.ids"]
-                if ids.ndim != 2 or tuple(ids.shape) != (3, len(tensor)):
+                if ids.dtype != torch.int64 or tuple(ids.shape) != (3, len(tensor)) or len(tensor) > self.capacity:
                     raise LensUnlearnError(f"{site}: {len(tensor)} keys, and ids of shape {tuple(ids.shape)}")
-                new._keys[Site.parse(site)], new._ids[Site.parse(site)] = tensor.float(), ids.long()
-        return new
+                if tensor.dtype != torch.float32 or tensor.ndim < 2 or not bool(torch.isfinite(tensor).all()):
+                    raise LensUnlearnError(f"{site}: these are no keys")
+                order = list(zip(*ids.tolist()))
+                if any(a >= b for a, b in zip(order, order[1:])):
+                    raise LensUnlearnError(f"{site}: the keys are not in order, or one is there twice")
+                new._keys[Site.parse(site)], new._ids[Site.parse(site)] = tensor, ids
+        return _whole(new, tensors)
 
     @property
     def sites(self) -> list[Site]:
@@ -559,17 +586,39 @@ class Histogram:
 
     def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
         """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere."""
-        x = values.detach()[weight.to(values.device) > 0]
-        if len(x) == 0:
+        rows = weight.to(values.device).nonzero()[:, 0]
+        if len(rows) == 0:
             return
-        _require_finite(site, x.reshape(len(x), -1), tuple(x.shape[1:]))
-        flat = x.reshape(len(x), -1).float()
-        step = self.bins / 2 / math.asinh(self.limit / self.scale)
-        bins = torch.asinh(flat / self.scale).mul_(step).floor_().add_(self.bins // 2)
-        index = bins.clamp_(0, self.bins - 1).long() + torch.arange(flat.shape[1], device=x.device) * self.bins
-        counts = torch.bincount(index.reshape(-1), minlength=flat.shape[1] * self.bins)
-        counts = counts.reshape(*x.shape[1:], self.bins).cpu()
+        x = values.detach()
+        flat = x.reshape(len(x), -1)
+        counts = torch.zeros(flat.shape[1], self.bins, dtype=torch.int64)
+        tokens, neurons = _HISTOGRAM_TILE if flat.device.type == "cpu" else flat.shape
+        for some in rows.split(tokens):
+            for start in range(0, flat.shape[1], neurons):
+                part = flat[:, start : start + neurons].index_select(0, some).float()
+                if not math.isfinite(float(part.sum())):
+                    _require_finite(site, flat[rows], tuple(x.shape[1:]))
+                    part = part.nan_to_num()  # what float32 cannot hold
+                width, bins = part.shape[1], self._bins(part)
+                bins += torch.arange(width, dtype=torch.int32, device=bins.device) * self.bins
+                found = torch.bincount(bins.reshape(-1), minlength=width * self.bins)
+                counts[start : start + width] += found.view(width, self.bins).cpu()
+        counts = counts.reshape(*x.shape[1:], self.bins)
         self._counts[site] = self._counts[site] + counts if site in self._counts else counts
+
+    def _bins(self, x: Float[Tensor, "tokens n"]) -> Int[Tensor, "tokens n"]:
+        """Return the bin of each value, in a new tensor.
+
+        asinh(y) is the sign of y times log(abs(y) + sqrt(y^2 + 1)), and PyTorch's log is ten times as fast as its asinh. The
+        sign is put on the bin: next to zero the logarithm is zero, and which side it is would be lost.
+        """
+        half = self.bins // 2
+        step = half / math.asinh(self.limit / self.scale)
+        y = torch.zeros((), device=x.device).add(x, alpha=1 / self.scale)  # also makes -0 to 0, which is positive
+        negative = y.view(torch.int32) >> 31  # -1 where it is
+        y.abs_()
+        size = torch.addcmul(torch.ones((), device=x.device), y, y).sqrt_().add_(y).log_().mul_(step)
+        return size.clamp_max_(half - 1).int().bitwise_xor_(negative).add_(half)
 
     def merge(self, other: "Histogram") -> "Histogram":
         """Return the counts of both parts together.
@@ -595,7 +644,15 @@ class Histogram:
         new = self.fresh()
         ending = ".histogram"
         new._counts = {Site.parse(n.removesuffix(ending)): t for n, t in tensors.items() if n.endswith(ending)}
-        return new
+        for site, counts in new._counts.items():
+            if (
+                counts.dtype != torch.int64
+                or counts.ndim < 2
+                or counts.shape[-1] != self.bins
+                or bool((counts < 0).any())
+            ):
+                raise LensUnlearnError(f"{site}: these are no counts in {self.bins} bins")
+        return _whole(new, tensors)
 
     @property
     def sites(self) -> list[Site]:

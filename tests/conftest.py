@@ -23,6 +23,9 @@ settings.register_profile(
 settings.register_profile("nightly", max_examples=2000, deadline=None, database=None, suppress_health_check=_HEALTH)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each on a core of its own
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

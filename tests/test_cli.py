@@ -300,6 +300,39 @@ def test_collect_resumes_to_the_same_bytes(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    model_dir: Path,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert call(*run_arguments(model_dir, texts, whole)) == 0
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = run_arguments(model_dir, texts, out)
+    for place, kept in (("load_model", False), ("evaluate", True), ("evaluate", True)):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(run, place, interrupted)
+            assert call(*arguments, "--resume") == 130
+        told = capsys.readouterr().err.strip()
+        assert len(told.splitlines()) == 1
+        assert told.startswith("lens-unlearn: interrupted")
+        assert told.endswith(f": the same command with --resume goes on from {out}.partial") == kept
+        assert (tmp_path / "out.partial").exists() == kept
+        assert not out.exists()
+    assert call(*arguments) == 2
+    assert "give --resume to go on" in capsys.readouterr().err
+    assert call(*arguments, "--resume") == 0
+    for name in ("metrics.csv", "run.json", "selective-pruning.safetensors"):
+        assert (whole / name).read_bytes() == (out / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "whole"]
+
+
 BAD = {
     "unknown model": (["--model", "no/such/model/here"], "no model directory"),
     "directory without weights": (["--model", "EMPTY"], "no weights"),
@@ -320,6 +353,7 @@ BAD = {
     "budget above one": (["--retain-drop", "5"], "from 0 to 1"),
     "test of one side only": (["--test-forget", "FORGET"], "in pairs"),
     "corpus called forget": (["--also", "forget=RETAIN"], "cannot name a corpus"),
+    "folder without a name": (["--out", "."], "has no name of its own"),
     "window beyond the context": (["--window", "100000"], "does not fit"),
 }
 

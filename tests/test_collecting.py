@@ -1,5 +1,6 @@
 """collect: what it gathers is what plain hooks see, it keeps nothing, can be interrupted, and leaves no trace."""
 
+import contextlib
 import gc
 import tracemalloc
 import weakref
@@ -413,3 +414,46 @@ def test_moments_of_another_shape_or_count_are_refused(tmp_path: Path) -> None:
         save_moments(tmp_path / "m.safetensors", moments)
         with pytest.raises(ArtefactError, match="holds no moments that can be read"):
             load_moments(tmp_path / "m.safetensors")
+
+
+# --- a device without room ---------------------------------------------------------------------------------------------------
+
+
+def small_device(monkeypatch: pytest.MonkeyPatch, positions: int) -> list[int]:
+    """Let every forward pass over more positions than a number run out of memory, after its hooks have fired."""
+    seen: list[int] = []
+    real = collecting.backbone
+
+    def run(model: Any, tokens: Any) -> None:
+        seen.append(tokens.numel())
+        if tokens.numel() <= positions:
+            real(model, tokens)
+            return
+        with contextlib.suppress(BaseException):
+            real(model, tokens)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(collecting, "backbone", run)
+    return seen
+
+
+def test_a_batch_without_room_is_halved_and_nothing_is_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, corpus = tiny.model("gpt2"), tiny.corpus((9, 3, 14, 5, 6, 11), uncounted=0.2)
+    told: dict[str, Any] = {"statistic": EXTRA, "batch_size": 6, "progress": False}
+    expected = collect(model, corpus, ("mlp.post", "attn.z"), **told)
+    seen = small_device(monkeypatch, 30)
+    got = collect(model, corpus, ("mlp.post", "attn.z"), **told)
+    assert max(seen) > 30
+    assert got.n == expected.n
+    for name in READINGS:
+        for site, value in getattr(expected, name).items():
+            torch.testing.assert_close(getattr(got, name)[site], value, rtol=1e-5, atol=1e-6)
+    assert got.provenance["batches cut for lack of memory"] == 1
+    assert "batches cut for lack of memory" not in expected.provenance
+
+
+def test_a_row_without_room_says_so_and_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    small_device(monkeypatch, 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        collect(model, tiny.corpus((9, 3)), "mlp.post", progress=False)

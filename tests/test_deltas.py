@@ -193,7 +193,7 @@ def orders(model: Any, delta: Intervention, other: Intervention, act: Callable[[
             yield act()
 
 
-MASKED = ["gpt2", "neox", "opt", "llama", "gemma2", "phi3", "gpt2-compat", "native-llama", *tiny.HOOKED]
+MASKED = ["gpt2", "neox", "opt", "llama", "gemma2", "phi3", "gpt2-compat", "llama-compat", "native-llama", *tiny.HOOKED]
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -678,3 +678,27 @@ def test_the_share_that_abstains_has_an_interval_over_documents() -> None:
     low, high = measure.interval()
     assert 0.08 < low < 0.2
     assert 0.3 < high < 0.45
+
+
+def test_a_batch_without_room_is_halved_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, corpus = tiny.model("gpt2"), tiny.corpus((9, 3, 14, 5, 6, 11), uncounted=0.2)
+    conditions = {"x": Ablate(selection_of(model))}
+    told: dict[str, Any] = {"batch_size": 6, "resamples": 10, "progress": False}
+    expected = evaluate(model, {"a": corpus}, conditions, **told)
+    real, seen = next_token._Targets.logits, []
+
+    def logits(self: Any, model: Any) -> Any:
+        seen.append(self.tokens.numel())
+        if len(seen) > 1 and self.tokens.numel() > 30:  # the unedited model goes through, and then there is no room
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, model)
+
+    monkeypatch.setattr(next_token._Targets, "logits", logits)
+    got = evaluate(model, {"a": corpus}, conditions, **told)
+    assert max(seen) > 30
+    assert list(got.measures) == list(expected.measures)
+    for key, measure in expected.measures.items():
+        assert got.measures[key].n == measure.n
+        assert got.measures[key].value == pytest.approx(measure.value, rel=1e-5, abs=1e-7, nan_ok=True)
+    assert got.provenance["batches cut for lack of memory"] == {"a": 1}
+    assert "batches cut for lack of memory" not in expected.provenance

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from test_sites import values_seen
 from torch import Tensor
 
+from lens_unlearn.deltas import Update
 from lens_unlearn.errors import ModelError, SelectionError, SiteError
-from lens_unlearn.interventions import Ablate, Chain, Intervention, Live
+from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, Live
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.attention import ov_basis, value_offset
-from lens_unlearn.sites import Site, resolve
+from lens_unlearn.regions import Box
+from lens_unlearn.sites import Site, attach, detach_all, matrix_shape, resolve
 
 POST = [Site(0, "mlp.post"), Site(1, "mlp.post")]
 Z = [Site(0, "attn.z"), Site(1, "attn.z")]
@@ -36,6 +39,91 @@ def selection_of(model: Any, kinds: str | list[str] = "mlp.post", share: float =
 def under(model: Any, intervention: Intervention, tokens: Tensor | None = None) -> Tensor:
     with intervention.on(model):
         return tiny.logits(model, tokens)
+
+
+def box_around_half(model: Any, site: Site, seed: int = 0) -> Box:
+    """A box in key space that holds the last key of about half of some random rows."""
+    seen: list[Tensor] = []
+    remove = attach(resolve(model, [site])[site].hook, lambda t: seen.append(t.detach()[:, -1].flatten(1).float()))
+    try:
+        tiny.logits(model, tiny.some_tokens(16, 7, seed=seed))
+    finally:
+        detach_all([remove])
+    keys = seen[0]
+    far = (keys - keys.mean(0)).abs().amax(1)
+    return Box(keys.mean(0)[None], torch.ones(keys.shape[1]), float(far.median()))
+
+
+def zoo(model: Any, seed: int = 0) -> dict[str, Intervention]:
+    """Return one intervention of every kind and form, for a model; each changes some logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    def maps(selection: NeuronMap, *, positive: bool = False) -> NeuronMap:
+        return selection.map(lambda mask: noise(*mask.shape).abs() + 0.2 if positive else noise(*mask.shape))
+
+    post, z = selection_of(model, seed=seed), selection_of(model, "attn.z", seed=seed + 1)
+    pre = selection_of(model, "mlp.pre", seed=seed + 2)
+    normal = {
+        "forget_mean": maps(pre),
+        "forget_std": maps(pre, positive=True),
+        "retain_mean": maps(pre),
+        "retain_std": maps(pre, positive=True),
+    }
+    shape = {name: matrix_shape(model, 0, name) for name in ("W_out", "W_in", "W_O", "W_Q")}
+    return {
+        "zero": Ablate(post | selection_of(model, share=0.1, seed=seed + 3)),
+        "mean": Ablate(post, maps(post)),
+        "heads": Ablate(z, 0.5),
+        "basis": Ablate(z, maps(z), ov_basis(model)),
+        "random": Adjust(pre, **normal, rule="random", seed=seed),
+        "deterministic": Adjust(pre, **normal, rule="deterministic"),
+        "abstain": Abstain({POST[1]: box_around_half(model, POST[1], seed)}),
+        "every token": Abstain(
+            {POST[0]: box_around_half(model, POST[0], seed), POST[1]: box_around_half(model, POST[1], seed + 1)},
+            vote=2,
+            when="every_token",
+        ),
+        "rows": Delta({(0, "W_out"): Update(noise(3, shape["W_out"][1], scale=0.3), torch.tensor([5, 0, 60]))}),
+        "columns": Delta(
+            {(0, "W_in"): Update(noise(shape["W_in"][0], 2, scale=0.3), columns=torch.tensor([63, 1]))}, strength=0.7
+        ),
+        "dense": Delta({(1, "W_O"): Update(noise(*shape["W_O"], scale=0.1))}, strength=-1.5),
+        "rank": Delta(
+            {(1, "W_Q"): Update(noise(shape["W_Q"][0], 2, scale=0.3), right=noise(2, shape["W_Q"][1], scale=0.3))}
+        ),
+    }
+
+
+FORMS = [
+    "zero",
+    "mean",
+    "heads",
+    "basis",
+    "random",
+    "deterministic",
+    "abstain",
+    "every token",
+    "rows",
+    "columns",
+    "dense",
+    "rank",
+]
+"""The names in `zoo`."""
+
+
+@cache
+def _zoo(name: str, seed: int) -> dict[str, Intervention]:
+    return zoo(tiny.model(name), seed)
+
+
+def one(name: str, form: str, seed: int = 0) -> Intervention:
+    """Return an intervention of `zoo` for a shared model; "all" is the sum of them, with those that abstain last."""
+    made = _zoo(name, seed)
+    tiny.model(name)  # so that the test is guarded
+    return sum((made[other] for other in FORMS), Chain(())) if form == "all" else made[form]
 
 
 def edited(name: str, selection: NeuronMap) -> Tensor:
@@ -223,8 +311,6 @@ def test_in_a_basis_heads_without_a_selected_direction_are_bitwise_untouched() -
 
 
 def _watch(hook: Any, into: list[Tensor]) -> Any:
-    from lens_unlearn.sites import attach
-
     return attach(hook, lambda t: into.append(t.clone()))
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import lens_unlearn
 ROOT = Path(lens_unlearn.__file__).parent
 ORDER = [
     {"lens_unlearn"},
-    {"errors", "coins"},
+    {"errors", "coins", "ranks"},
     {"sites"},
-    {"maps", "rows"},
+    {"maps", "rows", "lean"},
     {"statistics", "regions", "separation", "deltas"},
     {"artefacts"},
     {"demo"},  # the embedded model's place and texts; its recipe, below, is a program
@@ -28,8 +29,11 @@ ORDER = [
     {"keyspace"},
     {"figures"},
     {"evaluation"},
+    {"looking"},
+    {"examples"},
     {"tuning"},
     {"testing"},
+    {"keeping"},
     {"run", "showcase"},
     {"cli", "__main__", "demo.measure", "demo.train"},
 ]
@@ -225,3 +229,16 @@ def test_the_public_names_are_those_of_the_modules() -> None:
                 }
                 defined |= {name.split(".")[-1] for name in imports(module)}
                 assert set(listed) <= defined, f"{name}.__all__ lists what is not there: {set(listed) - defined}"
+
+
+def test_the_promises_name_tests_that_exist() -> None:
+    text = (ROOT.parent / "docs" / "promises.md").read_text(encoding="utf-8")
+    files = {
+        name: (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in re.findall(r"\((?:\.\./tests/)(\w+\.py)\)", text)
+    }
+    assert len(files) > 8
+    for line in text.splitlines():
+        sources = "".join(files[name] for name in re.findall(r"\(\.\./tests/(\w+\.py)\)", line))
+        for test in re.findall(r"`(test_\w+)`", line):
+            assert f"def {test}(" in sources, f"docs/promises.md names {test}, which is not in the files of its line"

@@ -1,16 +1,23 @@
 """The HTML report: says the report's numbers, escapes everything, and fetches nothing."""
 
 import base64
+import csv
 import html
 import io
 import json
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from test_figures import every_figure, report, scores, swept_report
+from test_figures import NEURONS, every_figure, histogram, report, scores, swept_report, trained
 
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Measure, Report
@@ -272,3 +279,245 @@ def test_to_html_writes_the_page(told, tmp_path):
     path = tmp_path / "report.html"
     told.to_html(path)
     assert path.read_text(encoding="utf-8") == page(told)
+
+
+# --- hostile content -----------------------------------------------------------------------------------------------------
+
+MARKUP = {
+    "ends the script": "</script><script>document.title='owned'</script>",
+    "ends the title": "</title></style><script>document.title='owned'</script>",
+    "image": "<img src='http://example.invalid/x.png' onerror='document.title=`owned`'>",
+    "svg": "<svg onload=\"document.title='owned'\"><image href='https://example.invalid/x.svg'/></svg>",
+    "quotes": "\"' onmouseover='document.title=`owned`' style='background:url(//example.invalid/q)",
+    "link": "<a href='javascript:document.title=1'>javascript:alert(1)</a><link rel=stylesheet href=//example.invalid/l.css>",
+    "style": "<style>@import 'http://example.invalid/s.css';</style><iframe src=//example.invalid/f></iframe>",
+    "comment": "<!-- <script> --!> ]]> <![CDATA[",
+    "template": "%{customdata} ${x} {{x}} $\\href{javascript:alert(1)}{x}$ <extra>",
+    "plotly": "<b onclick='document.title=`owned`'>b</b><span style='background:url(//example.invalid/p)'>s</span><br>",
+    "entities": "&lt;script&gt;document.title='owned'&lt;/script&gt;&#60;img src=x&#62;",
+    "odd letters": "\u2028\u2029\u202e\x00\x1b[2J",
+}
+EVERY = " ".join(MARKUP.values())
+
+
+def hostile_report(evil: str, metric: str = "top1") -> Report:
+    """A report in which everything that can come from data is hostile."""
+    values = {"base": {**BASE, evil: 0.3}, evil: {"forget": 0.2, "retain": 0.3, evil: 0.3}}
+    values |= {f"{evil}:control": values["base"], f"{evil}@0.1": values[evil], f"{evil}@0.2": values[evil]}
+    made = report(values, metric=metric)
+    made.provenance.update({"model": evil, evil: [evil]})
+    made.provenance["corpora"] = {name: {"source": evil, "tokens": 3, "documents": evil} for name in ("forget", evil)}
+    made.samples.append({"prompt": evil, "corpus": evil, "base": evil, evil: evil})
+    selections = {evil: scores().top(0.1), f"b{evil}": scores().top(0.2)}
+    made.figures[evil] = lu.plot.layer_importance(selections, title=evil, subtitle=evil)
+    made.figures[f"2{evil}"] = lu.plot.selection_overlap(selections, title=evil, subtitle=evil)
+    made.figures[f"3{evil}"] = lu.plot.activation_distribution({evil: histogram()}, NEURONS, title=evil)
+    made.figures[f"4{evil}"] = lu.plot.training_curves(
+        {evil: trained(), "b": trained(forget={"name": evil}, stopped=evil)}
+    )
+    made.figures[f"5{evil}"] = lu.plot.condition_bars(made, metric)
+    return replace(made, title=evil, parts=(replace(report({"base": BASE, evil: BASE}), title=evil),))
+
+
+class Elements(HTMLParser):
+    """Notes every element with its attributes, as a browser would see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, {key: value or "" for key, value in attrs}))
+
+
+def elements(document: str) -> list[tuple[str, dict[str, str]]]:
+    reader = Elements()
+    reader.feed(document)
+    return reader.found
+
+
+TAGS = "html head meta title style body header main section h1 h2 h3 h4 p i b strong small ul li span figure figcaption div script"
+TAGS += " table thead tbody tr th td details summary pre article a"
+ATTRIBUTES = "lang charset http-equiv content name class id style type data-figure title scope rowspan href download"
+
+
+def requests_in(document: str) -> list[str]:
+    """List what in a page could make a request or run, beside its own two scripts; the policy has to come before all of it."""
+    outside = own(document)
+    found = elements(outside)
+    odd = [tag for tag, _ in found if tag not in TAGS.split()]
+    odd += [f"{tag} {name}" for tag, attributes in found for name in attributes if name not in ATTRIBUTES.split()]
+    for tag, attributes in found:
+        href = attributes.get("href", "data:text/csv;")
+        odd += [f"href={href[:40]}"] * (not href.startswith("data:text/csv;"))
+        odd += [f"{tag} style" for word in ("url(", "image", "expression") if word in attributes.get("style", "")]
+        odd += [f"{tag} refresh"] * (
+            attributes.get("http-equiv", "Content-Security-Policy") != "Content-Security-Policy"
+        )
+    odd += [f"style {one}" for sheet in re.findall(r"<style>(.*?)</style>", outside, re.S)
+            for one in ("@import", "url(", "image-set", "src:", "@font-face") if one in sheet]  # fmt: skip
+    scripts = re.findall(r"<script>(.*?)</script>", outside, re.S)
+    odd += [f"{len(scripts)} scripts"] * (
+        len(scripts) not in (0, 2)
+    )  # plotly, which `own` leaves empty, and what draws
+    asking = ("fetch(", "XMLHttpRequest", "import(", "WebSocket", "EventSource", "sendBeacon", ".src")
+    odd += [word for word in asking for script in scripts if word in script]
+    order = [tag if tag != "meta" else next(iter(attributes)) for tag, attributes in found[:4]]
+    return odd + ["the policy is late"] * (order != ["html", "head", "charset", "http-equiv"])
+
+
+def drawn_strings(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (text for one in value.values() for text in drawn_strings(one))
+    elif isinstance(value, list):
+        yield from (text for one in value for text in drawn_strings(one))
+    elif isinstance(value, str):
+        yield value
+
+
+def require_text_alone(document: str) -> None:
+    """Nothing in a page makes a request or runs, and no text in its figures has tags but ours."""
+    assert requests_in(document) == []
+    blocks = re.findall(r"<script type='application/json' data-figure='[^']+'>(.*?)</script>", document, re.S)
+    assert len(blocks) > 6
+    for text in (text for block in blocks for text in drawn_strings(json.loads(block))):
+        tags = {*re.findall(r"<[^>]*>?", text)}
+        assert tags <= {"<b>", "</b>", "<br>", "<extra>", "</extra>", "<span style='font-size:12px'>", "</span>"}, text
+        assert "%{customdata} " not in text
+
+
+@pytest.mark.parametrize("name", [*MARKUP, "every"])
+def test_markup_from_anywhere_is_shown_as_text(name):
+    require_text_alone(page(hostile_report(MARKUP.get(name, EVERY))))
+
+
+@pytest.mark.parametrize("metric", ["image", "plotly"])
+def test_a_metric_of_ones_own_is_shown_as_text(metric):
+    require_text_alone(page(hostile_report("m", MARKUP[metric])))
+
+
+def test_the_ordinary_page_makes_no_request(document):
+    assert requests_in(document) == []
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "<img src=x>", "<a href='http://example.invalid'>x</a>", "<p onclick='x'>", "<script>x</script>", "<base href=x>",
+        "<p style='background:url(x)'>", "<meta http-equiv='refresh' content='0;url=x'>", "<object data=x>", "<form action=x>",
+    ],
+)  # fmt: skip
+def test_what_would_make_a_request_is_found(document, added):
+    assert requests_in(document.replace("<main>", f"<main>{added}", 1))
+
+
+def test_ten_megabytes_are_cut_wherever_they_come_from():
+    names, huge = "<b>" + "x" * 200_000, "<b>" + "x" * 10_000_000
+    made = hostile_report(names)
+    made.samples.append({"prompt": huge, "base": huge})
+    made.provenance["model"] = huge
+    made.provenance["corpora"]["forget"]["source"] = huge
+    made.figures[huge] = lu.plot.tradeoff(made, title=huge)
+    document = page(replace(made, title=huge))
+    assert len(own(document)) < 1_000_000  # of which the settings of two reports are 200,000 each
+    assert "too large for this page" in document
+    assert requests_in(document) == []
+
+
+def test_a_figure_of_ones_own_cannot_end_its_script():
+    figure = go.Figure(go.Bar(x=[EVERY], y=[1], name=EVERY), layout={"title": EVERY, "meta": {EVERY: EVERY}})
+    document = page(Report({}, {}, {"Mine": figure}))
+    assert requests_in(document) == []
+
+
+def test_the_notebook_shows_markup_as_text():
+    shown = hostile_report(EVERY)._repr_html_()
+    assert {tag for tag, _ in elements(shown)} <= {"div", "table", "thead", "tbody", "tr", "th", "td", "p", "small"}
+    long = hostile_report("<b>" + "y" * 200_000)._repr_html_()
+    assert len(long) < 100_000
+    assert "<b>" not in long
+    assert Report({})._repr_html_()
+
+
+def test_half_a_letter_does_not_stop_the_writing(tmp_path):
+    """JSON can hold half a pair of surrogates, which UTF-8 cannot."""
+    made = report({"base": BASE, "m": BASE})
+    made.samples.append({"prompt": "a \ud800 b", "base": "\udfff"})
+    made.provenance["corpora"]["forget"]["source"] = "\ud800.jsonl"
+    made.to_html(tmp_path / "report.html")
+    assert "a \\ud800 b" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "begin", ["=", "+", "-", "@", "\t=", "\r=", "\n@", " =", "＝", "\0=", "\ufeff=", "a\r=", "a\n="]
+)
+def test_no_name_is_a_formula(tmp_path, begin):
+    name = f"{begin}cmd|' /C calc'!A0"
+    made = report({"base": {name: 0.3}, name: {name: -0.25}}, metric=name)
+    made.to_csv(tmp_path / "metrics.csv")
+    text = (tmp_path / "metrics.csv").read_bytes().decode()
+    encoded = re.search(r"base64,([^']+)'", page(made))[1]
+    assert base64.b64decode(encoded).decode() == text == made.csv()
+    lines = text.splitlines()
+    assert len(lines) == 3, "a line break in a name would begin a line with a formula"
+    rows = list(csv.reader(lines))
+    for cell in (rows[1][1], rows[1][2], *rows[2][:3]):
+        assert cell.lstrip()[0] in "'a"
+        assert "cmd|' /C calc'!A0" in cell
+    assert [float(row[3]) for row in rows[1:]] == [0.3, -0.25]  # a number that is negative is no formula
+    assert set(made.to_frame()["corpus"]) == {name}
+
+
+def test_ordinary_names_stay_as_they_are():
+    made = report({"base": {"forget": 0.3}, "a-b=c@0.1": {"forget": 0.2}})
+    assert "a-b=c@0.1,forget,top1," in made.csv()
+    assert "'" not in made.csv()
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+)
+QUIET += "--disable-sync --disable-default-apps --no-pings --virtual-time-budget=6000 --dump-dom"
+WITNESS = """<script>setTimeout(function () {
+  var asked = performance.getEntriesByType("resource").map(function (entry) { return entry.name; });
+  document.documentElement.setAttribute("data-asked", JSON.stringify(asked));
+}, 4000)</script>"""
+
+
+def opened(document: str, folder: Path) -> tuple[str, list[str]]:
+    """Open a page in a browser that reaches nothing: what it became, and the addresses that it asked for."""
+    path = folder / "page.html"
+    path.write_bytes((document + WITNESS).encode(errors="backslashreplace"))
+    alone = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run(
+        [BROWSER, *QUIET.split(), *alone, path.as_uri()], capture_output=True, timeout=300, check=False
+    )
+    shown = done.stdout.decode()
+    found = re.search('data-asked="([^"]*)"', shown)
+    if found is None:
+        pytest.skip(f"the browser does not run here: {done.stderr.decode()[-200:]}")
+    return shown, json.loads(html.unescape(found[1]))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium to open the page in")
+def test_a_browser_asks_for_nothing_and_runs_nothing_of_the_texts(tmp_path):
+    shown, asked = opened(f"<!DOCTYPE html><title>A</title>{MARKUP['ends the script']}{MARKUP['image']}", tmp_path)
+    assert asked == ["http://example.invalid/x.png"], "what is to be found is found"
+    assert "<title>owned</title>" in shown
+    document = page(hostile_report(EVERY))
+    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", document)  # it is not the policy alone
+    assert len(bare) < len(document)
+    shown, asked = opened(bare, tmp_path)
+    assert asked == []
+    assert "<title>What was unlearned" in shown
+    body = re.sub(r"<script\b.*?</script>", "", shown.split("<body>", 1)[1], flags=re.S)
+    assert body.count("js-plotly-plot") == document.count("data-figure=")
+    seen = elements(body)
+    assert not {tag for tag, _ in seen} & {"img", "iframe", "link", "base", "object", "embed", "form", "script"}
+    assert not [name for _, attributes in seen for name in attributes if name.startswith("on")]
+    links = [attributes.get("href") or attributes.get("xlink:href") or "" for _, attributes in seen]
+    assert all(link.startswith(("data:text/csv;", "data:image/png;base64,")) for link in links if link)
+    assert "&lt;script&gt;document.title" in body

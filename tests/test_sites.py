@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch import nn
 
+from lens_unlearn import sites
 from lens_unlearn.errors import ModelError, SiteError
 from lens_unlearn.sites import KINDS, Site, attach, backbone, detach_all, parse_sites, processing, resolve
 
@@ -59,7 +60,7 @@ def test_compatibility_mode_changes_z_by_a_constant_and_mlp_values_not_at_all(na
 
 def test_points_have_the_shape_and_dtype_of_the_activation(each: str) -> None:
     points = resolve(tiny.model(each), ["mlp.pre", "mlp.post", "attn.q", "attn.z", "resid"])
-    d_head = 16 if each.startswith("gemma2") else 8
+    d_head = 16 if each.startswith("gemma") else 8
     shapes = {"mlp.pre": (64,), "mlp.post": (64,), "attn.q": (4, d_head), "attn.z": (4, d_head), "resid": (32,)}
     for site, point in points.items():
         assert point.shape == shapes[site.kind], site
@@ -285,3 +286,30 @@ def test_removing_takes_that_hook_alone_and_says_whether_it_was_there() -> None:
 def test_processing_tells_modes_apart() -> None:
     assert processing(tiny.model("gpt2")) == "bridge"
     assert processing(tiny.model("gpt2-compat")) == "bridge, compatibility mode"
+
+
+@pytest.mark.parametrize("version", ["2.18.0", "3.8.1", "5.0.0", "5.0.0a1", "nightly"])
+def test_other_versions_of_the_host_are_refused_saying_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(sites, "host_version", lambda: version)
+    sites.require_host.cache_clear()
+    try:
+        with pytest.raises(
+            ModelError, match=r"transformer-lens \S+ is not supported: run pip install 'transformer-lens>=3"
+        ):
+            resolve(tiny.model("gpt2"), "mlp.post")
+        with pytest.raises(ModelError, match="is not supported"):
+            sites.boot("anywhere", device="cpu", dtype=torch.float32)
+    finally:
+        sites.require_host.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["3.9.0", "3.10.2", "4.0.0", "4.3.0", "4.11.0rc1"])
+def test_supported_versions_of_the_host_are_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(sites, "host_version", lambda: version)
+    sites.require_host.cache_clear()
+    try:
+        assert resolve(tiny.model("gpt2"), "mlp.post")
+    finally:
+        sites.require_host.cache_clear()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lens_unlearn.statistics
 from lens_unlearn.collecting import collect
 from lens_unlearn.errors import ActivationError, EmptyStatisticError, LensUnlearnError
 from lens_unlearn.maps import NeuronMap
@@ -339,6 +340,29 @@ def test_histogram_counts_equal_numpys() -> None:
         near = sum(np.abs(column - edge).min() < 1e-5 * max(1e-3, abs(edge)) for edge in edges)
         assert np.abs(got - expected).sum() <= 2 * near, neuron
         assert got.sum() == 5000
+
+
+def test_a_histogram_puts_the_smallest_and_the_largest_values_on_their_side() -> None:
+    x = torch.tensor(
+        [[0.0], [-0.0], [1e-30], [-1e-30], [-1e-9], [3e38], [-3e38], [1e300], [-1e300]], dtype=torch.float64
+    )
+    counts = histogram(x, bins=8).counts(A, 0).tolist()
+    assert counts == [2, 0, 0, 2, 3, 0, 0, 2]
+
+
+def test_a_histogram_is_the_same_in_tiles_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = 3 * torch.randn(50, 4, 5, generator=torch.Generator().manual_seed(0)), torch.ones(50)
+    weight[[0, 7, 49]] = 0
+    x[7] = math.nan
+    whole = histogram(x, weight).state()
+    monkeypatch.setattr(lens_unlearn.statistics, "_HISTOGRAM_TILE", (16, 7))
+    for name, counts in histogram(x, weight).state().items():
+        assert torch.equal(counts, whole[name])
+        assert counts.shape == (4, 5, 128)
+        assert int(counts.sum()) == 47 * 20
+    x[8, 3, 4] = math.inf
+    with pytest.raises(ActivationError, match=r"L0\.mlp\.post\[3,4\] is inf"):
+        histogram(x, weight)
 
 
 def test_histogram_edges_are_symmetric_about_zero_and_reach_the_limit() -> None:

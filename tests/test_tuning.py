@@ -86,6 +86,29 @@ def test_the_best_within_the_budget_is_chosen_and_fitted_on_other_texts() -> Non
     assert isinstance(found.intervention, Ablate)
 
 
+def test_what_is_a_little_over_the_budget_is_not_chosen_though_it_forgets_more() -> None:
+    model = planted([3, 17, 40])
+    tempting = 0
+    for budget in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        found = tune(
+            selective_pruning,
+            model,
+            TEXTS_PROSE,
+            TEXTS_PROSE,
+            retain_drop=budget,
+            metric="top10",
+            evaluations=8,
+            **QUIET,
+        )  # of one text with itself: what forgets more costs more
+        assert found.retain_drop <= budget
+        tried = [name for name in found.report.conditions if name != "base"]
+        costs = {name: found.report.drop(name, "retain", "top10").value for name in tried}
+        gains = {name: found.report.drop(name, "forget", "top10").value for name in tried}
+        assert found.forget_drop == max(gains[name] for name in tried if costs[name] <= budget)
+        tempting += any(budget < costs[n] <= 2 * budget and gains[n] > found.forget_drop for n in tried)
+    assert tempting, "nothing a little over the budget was ever better: the test would mean nothing"
+
+
 def test_held_out_texts_are_used_where_they_are_given() -> None:
     model = tiny.model("gpt2")
     held = texts(range(10, 60), 5, 30), texts(PROSE, 6, 30)

@@ -118,6 +118,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: transformers.Gemma2Config(**_GATED, head_dim=16, sliding_window=8),
         d_head=16,
     ),
+    "gemma3": _llama_like(
+        "Gemma3ForCausalLM",
+        lambda: transformers.Gemma3TextConfig(
+            **_GATED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+        ),
+        d_head=16,
+    ),
     "qwen2": _llama_like("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**_GATED)),
     "qwen3": _llama_like("Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**_GATED, head_dim=8)),
     "phi3": _llama_like(
@@ -135,6 +142,27 @@ FOLDED = ["gpt2", "neox", "opt"]
 """The architectures with value biases that compatibility mode folds away."""
 NATIVE = ["native-gpt2", "native-llama", "native-neox"]
 HOOKED = [] if HookedTransformer is None else ["hooked-gpt2", "hooked-llama", "hooked-folded"]
+_ROTARY: dict[str, Any] = {"positional_embedding_type": "rotary", "rotary_dim": 8, "rotary_adjacent_pairs": False}
+_GATED_RMS: dict[str, Any] = {
+    **_ROTARY,
+    "normalization_type": "RMS",
+    "final_rms": True,
+    "eps": 1e-6,
+    "act_fn": "silu",
+    "gated_mlp": True,
+    "n_key_value_heads": 2,
+}
+_CONVERTIBLE: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "neox": {**_ROTARY, "rotary_dim": 4, "parallel_attn_mlp": True, "act_fn": "gelu"},
+    "opt": {"act_fn": "relu"},
+    "llama": _GATED_RMS,
+    "qwen2": _GATED_RMS,
+    "qwen3": {**_GATED_RMS, "use_qk_norm": True},
+    "phi3": {**_GATED_RMS, "eps": 1e-5},
+}
+"""The architectures whose weights `HookedTransformer` converts, and what its configuration then needs."""
+CONVERTED = [] if HookedTransformer is None else [f"converted-{name}" for name in _CONVERTIBLE]
 PROCESSED = [*[(name, f"{name}-compat") for name in FOLDED], *([("hooked-gpt2", "hooked-folded")] if HOOKED else [])]
 """A model, and the same one after TransformerLens folded its value biases away."""
 ALL = [*DENSE, *[f"{name}-compat" for name in FOLDED], *NATIVE, *HOOKED]
@@ -209,6 +237,8 @@ def build(name: str, seed: int = 0, tokenizer: Any = None) -> Any:
         return _native(name.removeprefix("native-"), seed)
     if name.startswith("hooked-"):
         return _hooked(name.removeprefix("hooked-"), seed)
+    if name.startswith("converted-"):
+        return _converted(name.removeprefix("converted-"), seed)
     made = to_bridge(hugging_face(name.removesuffix("-compat"), seed), name.removesuffix("-compat"), tokenizer)
     if name.endswith("-compat"):
         with quiet(), contextlib.redirect_stdout(None):
@@ -262,6 +292,27 @@ def _hooked(name: str, seed: int) -> Any:
         with quiet():
             made.load_and_process_state_dict({key: value.clone() for key, value in made.state_dict().items()})
             made.eval()
+    for parameter in made.parameters():
+        parameter.requires_grad_(False)
+    return made
+
+
+def _converted(name: str, seed: int) -> Any:
+    """Load the weights of a plain model into a HookedTransformer, as its `from_pretrained` does, but without a hub."""
+    import transformer_lens.pretrained.weight_conversions as conversions
+
+    assert HookedTransformer is not None
+    own = {**_settings("gpt2"), **_CONVERTIBLE[name]}
+    unprocessed = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    with quiet(0), tempfile.TemporaryDirectory() as folder:
+        config = HookedTransformerConfig(**own, seed=0)
+        made = HookedTransformer(config)
+        state = getattr(conversions, f"convert_{name}_weights")(_plain(name, seed), config)
+        state = {key: value.detach().clone() for key, value in state.items()}
+        made.load_and_process_state_dict(state, **dict.fromkeys(unprocessed, False))
+        save_tokenizer(folder)
+        made.set_tokenizer(load_tokenizer(folder), default_padding_side="right")
+    made.eval()
     for parameter in made.parameters():
         parameter.requires_grad_(False)
     return made

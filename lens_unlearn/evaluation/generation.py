@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,8 @@ import torch
 from lens_unlearn.coins import key_of
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.interventions import Intervention, acting
-from lens_unlearn.sites import Model, device_of, require_eval
+from lens_unlearn.lean import lean
+from lens_unlearn.sites import Model, device_of, one_thread, require_eval
 
 __all__ = ["generate"]
 
@@ -101,7 +101,9 @@ def continue_rows(
     written: dict[int, Written] = {}
     device, drawn = device_of(model), Counter[tuple[int, ...]]()
     forked = [device] if device.type == "cuda" else []
-    with nullcontext() if intervention is None else intervention.on(model), torch.random.fork_rng(devices=forked):
+    # Without an intervention of its own, it writes under that of the thread that started this one, if there is one.
+    entered = one_thread(model, joining=True) if intervention is None else intervention.on(model)
+    with entered, lean(model), torch.random.fork_rng(devices=forked):
         for group in groups:
             tokens = torch.tensor([list(rows[i]) for i in group], device=device)
             width = tokens.shape[1]

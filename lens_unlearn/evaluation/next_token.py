@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lens_unlearn import ranks
 from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.asking import ANSWER_METRICS, Asking
@@ -19,7 +21,7 @@ from lens_unlearn.evaluation.memorization import MEMORIZATION_METRICS, OVER, Rec
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
 from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.models import fingerprint, model_name
-from lens_unlearn.sites import Model, device_of, require_eval, require_model
+from lens_unlearn.sites import Model, device_of, one_thread, require_eval, require_model
 
 __all__ = ["Condition", "evaluate", "replicates"]
 
@@ -101,6 +103,7 @@ def evaluate(
     Raises:
         CorpusError: If a corpus fits another model, or has no token that anything predicts; if answers or memorization are
             wanted and no corpus has any true answers.
+        ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention; if `base` is a report of
             another model or corpus, or with other resamples.
     """
@@ -119,9 +122,14 @@ def evaluate(
     recalling = Recalling(memorization, batch_size, seed, progress)
     chosen, known = asking.choose(corpora), recalling.choose(corpora)
     total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
-    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress, desc="evaluate") as bar:
+    bar = tqdm(
+        total=total, unit=" tokens", unit_scale=True, disable=not (progress and ranks.is_first()), desc="evaluate"
+    )
+    halved: dict[str, int] = {}
+    with one_thread(model), bar:  # all of a corpus: nobody else's hooks shall act beside the unedited model
         for name, corpus in corpora.items():
-            sums = _measure(model, corpus, runs, batch_size, bar)
+            sums, cut = _measure(model, corpus, runs, batch_size, bar)
+            halved |= {name: cut} if cut else {}
             for condition, metric, measure in _summaries(sums, resamples, seed):
                 if base is None or metric != "kl":
                     measures[condition, name, metric] = measure
@@ -129,27 +137,28 @@ def evaluate(
                     none = Measure(0.0, np.zeros_like(measure.draws), measure.n)
                     measures.setdefault((BASE, name, metric), none)
     samples: list[dict[str, Any]] = []
-    for name, asked in asking.ask(model, corpora, chosen, runs):
-        sums = {condition: [_Sums(part, asked.counts) for part in parts] for condition, parts in asked.scores.items()}
-        for condition, metric, measure in _summaries(sums, resamples, seed, asked.metrics, {"unit_tests": 1}):
-            measures[condition, name, metric] = measure
-        samples += asked.samples
-    values = {} if base is None else {key: one for key, one in base.values.items() if key in measures}
     left_out: dict[str, int] = {}
-    for name, recalled in recalling.recall(model, corpora, known, runs):
-        sums = {
-            condition: [_Sums(part, recalled.counts) for part in parts] for condition, parts in recalled.scores.items()
-        }
-        for condition, metric, measure in _summaries(sums, resamples, seed, recalled.metrics, OVER):
-            measures[condition, name, metric] = measure
-            values[condition, name, metric] = recalled.values(metric)[condition]
-        left_out[name] = recalled.left_out
+    with one_thread(model):
+        for name, asked in asking.ask(model, corpora, chosen, runs):
+            sums = {key: [_Sums(part, asked.counts) for part in parts] for key, parts in asked.scores.items()}
+            for condition, metric, measure in _summaries(sums, resamples, seed, asked.metrics, {"unit_tests": 1}):
+                measures[condition, name, metric] = measure
+            samples += asked.samples
+        values = {} if base is None else {key: one for key, one in base.values.items() if key in measures}
+        for name, recalled in recalling.recall(model, corpora, known, runs):
+            sums = {key: [_Sums(part, recalled.counts) for part in parts] for key, parts in recalled.scores.items()}
+            for condition, metric, measure in _summaries(sums, resamples, seed, recalled.metrics, OVER):
+                measures[condition, name, metric] = measure
+                values[condition, name, metric] = recalled.values(metric)[condition]
+            left_out[name] = recalled.left_out
     metrics = ["loss", "perplexity", *METRICS[1:], *ANSWER_METRICS, *MEMORIZATION_METRICS]
     if not any(one is not None and one.abstains for run in runs.values() for one in run):
         metrics.remove("abstained")
     names = dict.fromkeys([BASE, *runs])
     ordered = {k: measures[k] for c in names for n in corpora for m in metrics if (k := (c, n, m)) in measures}
     settings = _settings(model, corpora, conditions, resamples, seed)
+    if halved:
+        settings["batches cut for lack of memory"] = halved
     if chosen:
         settings["answers"] = asking.settings(corpora, chosen)
     if known:
@@ -201,27 +210,53 @@ class _Sums:
 
 def _measure(
     model: Model, corpus: Corpus, runs: Mapping[str, list[Intervention | None]], batch_size: int, bar: Any
-) -> dict[str, list[_Sums]]:
+) -> tuple[dict[str, list[_Sums]], int]:
+    """Return sums per document, and how many batches were cut because the device had no room for them."""
     documents = corpus.n_documents
     sums = {
         name: [_Sums(np.zeros((documents, len(METRICS))), np.zeros((documents, 3))) for _ in run]
         for name, run in runs.items()
     }
-    common = _common_targets(corpus, int(model.cfg.d_vocab))
-    for batch in corpus.batches(batch_size):
-        targets = _Targets.of(batch, corpus, common, device_of(model))
-        reference = targets.logits(model) if BASE in runs else None
-        for name, run in runs.items():
-            for intervention, into in zip(run, sums[name], strict=True):
-                with nullcontext() if intervention is None else intervention.on(model):
-                    plain = reference if intervention is None else None
-                    logits = targets.logits(model) if plain is None else plain
-                    silent = targets.abstained(model)
-                targets.add(logits, reference, silent, into)
-                bar.update(int(batch.counted.sum()))
+    common, halved = _common_targets(corpus, int(model.cfg.d_vocab)), 0
+    for batch in ranks.share(corpus.batches(batch_size)):
+        pieces = batch.run(partial(_run, model, corpus, common, runs))
+        halved += len(pieces) > 1
+        for targets, found in pieces:
+            for name, tables in found.items():
+                for (table, silent), into in zip(tables, sums[name], strict=True):
+                    targets.add(table, silent, into)
+        bar.update(int(batch.counted.sum()) * sum(map(len, runs.values())))
+    if ranks.count() > 1:
+        everywhere = ranks.gather((sums, halved))
+        halved = sum(own for _, own in everywhere)
+        for name, parts in sums.items():
+            for number, part in enumerate(parts):
+                part.values = np.sum([own[name][number].values for own, _ in everywhere], axis=0)
+                part.counts = np.sum([own[name][number].counts for own, _ in everywhere], axis=0)
     if not any(part.counts[:, 0].sum() for run in sums.values() for part in run):
         raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
-    return sums
+    return sums, halved
+
+
+def _run(
+    model: Model,
+    corpus: Corpus,
+    common: Bool[Tensor, "vocabulary"],
+    runs: Mapping[str, list[Intervention | None]],
+    batch: Batch,
+) -> tuple["_Targets", dict[str, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Run one batch under every condition; return the outcome of each of its tokens, and which rows abstained."""
+    targets = _Targets.of(batch, corpus, common, device_of(model))
+    reference = targets.logits(model) if BASE in runs else None
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        for intervention in run:
+            with nullcontext() if intervention is None else intervention.on(model):
+                plain = reference if intervention is None else None
+                logits = targets.logits(model) if plain is None else plain
+                silent = targets.abstained(model)
+            found[name].append((targets.table(logits, reference), silent))
+    return targets, found
 
 
 @dataclass
@@ -259,15 +294,18 @@ class _Targets:
             silent |= live.abstained.cpu()
         return silent.numpy()
 
-    def add(self, logits: Tensor, reference: Tensor | None, silent: np.ndarray, sums: _Sums) -> None:
+    def table(self, logits: Tensor, reference: Tensor | None) -> np.ndarray:
+        """Give loss, top-1, top-10, top-1 of rare targets, and KL of each predicted token."""
         beside = [None] * len(logits) if reference is None else reference.split(_CHUNK)
         chunks = zip(logits.split(_CHUNK), beside, self.target.split(_CHUNK), strict=reference is not None)
         columns = (
             torch.cat([_outcomes(*chunk) for chunk in chunks]).double().cpu() if len(self.target) else torch.zeros(0, 4)
         )
-        rare = self.rare.double()
         loss, top1, top10, kl = columns.unbind(1)
-        table = torch.stack([loss, top1, top10, top1 * rare, kl], dim=1).numpy()
+        return torch.stack([loss, top1, top10, top1 * self.rare.double().cpu(), kl], dim=1).numpy()
+
+    def add(self, table: np.ndarray, silent: np.ndarray, sums: _Sums) -> None:
+        rare = self.rare.double().cpu()
         np.add.at(sums.values[:, : table.shape[1]], self.document, table)
         np.add.at(sums.counts[:, :2], self.document, torch.stack([torch.ones_like(rare), rare], dim=1).numpy())
         np.add.at(sums.values[:, -1], self.row_document, silent)

@@ -18,6 +18,9 @@ __all__ = ["Measure", "Report", "Separability", "separability"]
 
 COLUMNS = ["condition", "corpus", "metric", "value", "low", "high", "n"]
 BASE = "base"
+FORMULA = tuple("=+-@＝＋－＠")
+"""What a name that a spreadsheet runs begins with, behind `BLANK`."""
+BLANK = " \t\ufeff"
 LEVEL = 0.95
 
 
@@ -131,20 +134,27 @@ class Report:
         return pd.DataFrame(rows, columns=pd.Index([*COLUMNS, *extra]))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_frame` as CSV; names that a spreadsheet would run as a formula are quoted."""
+        """Write `csv` to a file."""
         from lens_unlearn.artefacts import replace_file
 
+        replace_file(path, self.csv().encode(errors="backslashreplace"))
+
+    def csv(self) -> str:
+        """Return `to_frame` as CSV, in which a spreadsheet finds nothing to run.
+
+        A name that would be a formula begins with an apostrophe, and line breaks in names are blanks.
+        """
         frame = self.to_frame()
-        for column in ("condition", "corpus"):
-            frame[column] = [f"'{name}" if str(name)[:1] in "=+-@" else name for name in frame[column]]
-        replace_file(path, frame.to_csv(index=False).encode())
+        for column in ("condition", "corpus", "metric"):
+            frame[column] = [_harmless(name) for name in frame[column]]
+        return frame.to_csv(index=False)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that opens offline: the figures, the table, and the settings."""
         from lens_unlearn.artefacts import replace_file
         from lens_unlearn.figures.page import page
 
-        replace_file(path, page(self).encode())
+        replace_file(path, page(self).encode(errors="backslashreplace"))  # a text may hold half a surrogate pair
 
     def table(self, metrics: Sequence[str] = ("top1", "loss")) -> "pd.DataFrame":
         """Give a small table for reading: conditions by corpora, "value [low, high]"."""
@@ -184,7 +194,19 @@ class Report:
 
     def _repr_html_(self) -> str:
         told = html.escape(json.dumps(self.provenance, default=str)[:400])
-        return f"<div>{self.table().to_html()}<p><small>{told}</small></p></div>"
+        table = self.table()
+        table.index, table.columns = table.index.map(_cut), table.columns.map(_cut)
+        return f"<div>{table.to_html()}<p><small>{told}</small></p></div>"
+
+
+def _harmless(name: object) -> str:
+    told = " ".join(str(name).replace("\0", " ").splitlines())
+    return f"'{told}" if told.lstrip(BLANK)[:1] in FORMULA else told
+
+
+def _cut(name: object) -> str:
+    told = str(name)
+    return told if len(told) <= 80 else f"{told[:79]}…"
 
 
 @dataclass(frozen=True)

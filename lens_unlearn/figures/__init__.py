@@ -1,7 +1,8 @@
 """Figures of maps, statistics and reports, as plotly figures; reached as ``lens_unlearn.plot``.
 
-Every function returns a `plotly.graph_objects.Figure` and shows nothing: make it the last line of a cell. None of them
-needs a model. Colours have one meaning throughout: forget is orange, retain is blue, a random control is grey.
+Every function returns a `plotly.graph_objects.Figure` (those of `figures.texts`: HTML) and shows nothing: make it the last line
+of a cell. None of them needs a model. Colours have one meaning throughout: forget is orange, retain is blue, a random
+control is grey.
 """
 
 from lens_unlearn.figures.attributions import attribution_map
@@ -16,14 +17,18 @@ from lens_unlearn.figures.quality import forget_quality
 from lens_unlearn.figures.relearn import relearning
 from lens_unlearn.figures.specialization import specialization_map
 from lens_unlearn.figures.sweeps import sweep_curves
+from lens_unlearn.figures.texts import colored_tokens, examples, generations, texts
 from lens_unlearn.figures.tradeoff import tradeoff
 from lens_unlearn.figures.training import training_curves
 
 __all__ = [
     "activation_distribution",
     "attribution_map",
+    "colored_tokens",
     "condition_bars",
+    "examples",
     "forget_quality",
+    "generations",
     "key_clusters",
     "key_coverage",
     "key_map",
@@ -36,6 +41,7 @@ __all__ = [
     "selection_overlap",
     "specialization_map",
     "sweep_curves",
+    "texts",
     "tradeoff",
     "training_curves",
 ]

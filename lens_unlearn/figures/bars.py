@@ -57,7 +57,11 @@ def condition_bars(
     fig.update_yaxes(tickvals=places, ticktext=ticks, range=[len(names) - 0.45, -0.55], showgrid=False, zeroline=False)
     share = metric in FRACTIONS
     fig.update_xaxes(
-        title_text=words(metric), tickformat="~%" if share else None, rangemode="tozero", nticks=7, tickangle=0
+        title_text=theme.plain(words(metric), 80),
+        tickformat="~%" if share else None,
+        rangemode="tozero",
+        nticks=7,
+        tickangle=0,
     )
     fig.update_layout(barmode="group", bargap=0.25, bargroupgap=0.05)
     note = "bars: 95% intervals over documents; dotted: unedited model"

@@ -24,6 +24,7 @@ __all__ = ["page"]
 
 TEXT_LIMIT = 4000
 SETTINGS_LIMIT = 200_000
+CSV_LIMIT = 2_000_000
 OPEN_ROWS = 40
 PANEL_WIDTH = 300
 
@@ -145,6 +146,7 @@ def _figure(index: int, title: str, figure: Any) -> str:
     """Write a figure as JSON that the script draws, its title and subtitle as text, which wraps on a phone."""
     content = json.loads(figure.to_json())
     layout = content.setdefault("layout", {})
+    layout.pop("meta", None)  # of the figure's origin, of which the page has said its own
     own = _own(figure)
     heading = title or own.get("title", "")
     told = [own.get("title", "") if heading != own.get("title") else "", own.get("subtitle", "")]
@@ -160,7 +162,7 @@ def _figure(index: int, title: str, figure: Any) -> str:
         layout["height"] = layout.get("height", 450) - removed
     width = PANEL_WIDTH * own.get("columns", 1) if own.get("columns", 1) > 1 else 0
     text = json.dumps(content).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    caption = f"<h3>{escape(heading)}</h3>" + (f"<p>{escape(subtitle)}</p>" if subtitle else "")
+    caption = f"<h3>{name(heading, 200)}</h3>" + (f"<p>{name(subtitle, 1000)}</p>" if subtitle else "")
     return (
         f"<figure><figcaption>{caption}</figcaption><div class='scroll'><div id='figure-{index}' "
         f"style='min-width:{width}px;height:{int(layout.get('height') or 450)}px'></div></div>"
@@ -193,7 +195,7 @@ def _table(report: "Report") -> str:
     if not report.measures:
         return ""
     metrics = list(dict.fromkeys(metric for _, _, metric in report.measures))
-    head = "".join(f"<th title='{escape(words(metric))}'>{name(metric)}</th>" for metric in metrics)
+    head = "".join(f"<th title='{name(words(metric))}'>{name(metric)}</th>" for metric in metrics)
     rows = []
     for condition in report.conditions:
         corpora = [c for c in report.corpora if any((condition, c, m) in report.measures for m in metrics)]
@@ -221,11 +223,10 @@ def _cell(measure: Any) -> str:
 
 
 def _download(report: "Report") -> str:
-    frame = report.to_frame()
-    for column in ("condition", "corpus"):
-        # A spreadsheet would run such a name as a formula.
-        frame[column] = [f"'{text}" if str(text)[:1] in "=+-@" else text for text in frame[column]]
-    data = base64.b64encode(frame.to_csv(index=False).encode()).decode()
+    table = report.csv()
+    if len(table) > CSV_LIMIT:
+        return "<span class='download'>As CSV it is too large for this page: write it with to_csv.</span>"
+    data = base64.b64encode(table.encode(errors="backslashreplace")).decode()
     link = f"<a download='metrics.csv' href='data:text/csv;charset=utf-8;base64,{data}'>Download as CSV</a>"
     return f"<span class='download'>{link}, with differences to the unedited model.</span>"
 

@@ -115,7 +115,7 @@ def _base(report: "Report", metric: str) -> str:
         if (BASE, corpus, metric) in report.measures
     ]
     return (
-        f"Measured by {escape(words(metric))}. The unedited model reaches {_join(parts)}. "
+        f"Measured by {name(words(metric))}. The unedited model reaches {_join(parts)}. "
         "Losses below are shares of these values, with 95% intervals over documents; a negative loss is a gain."
     )
 
@@ -128,10 +128,10 @@ def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def name(text: object) -> str:
+def name(text: object, length: int = 80) -> str:
     """Escape a name from data, and cut it where it would fill the page."""
     told = str(text)
-    return escape(told if len(told) <= 80 else f"{told[:79]}…")
+    return escape(told if len(told) <= length else f"{told[: length - 1]}…")
 
 
 def _item(finding: Finding) -> str:

@@ -34,6 +34,8 @@ SIGNED, MAGNITUDE = "RdBu_r", "Viridis"
 MAX_MARKS = 2000
 NAME_LENGTH = 48
 WRAP = 125
+LONGEST = 1000
+"""Letters of what stands below a title."""
 BELOW = 62
 """Pixels for the ticks and the title of the lowest x axis; the legend comes under them."""
 KIND_ORDER = ("mlp", "attn", "resid")
@@ -92,6 +94,7 @@ def finish(
         provenance: What is known of the origin of the numbers.
         name: Of the function that drew it, where the page asks for it.
     """
+    about, subtitle = (part if len(part) <= LONGEST else f"{part[: LONGEST - 1]}…" for part in (about, subtitle))
     lines = textwrap.wrap(" · ".join(part for part in (about, subtitle) if part), WRAP)
     text = plain(title, length=200) + "".join(f"<br><span style='font-size:12px'>{plain(s, 400)}</span>" for s in lines)
     layout: Any = fig.layout

@@ -107,7 +107,7 @@ def _last_values(model: Model, sites: list[Site]) -> dict[Site, Float[Tensor, "p
     removers: list[Callable[[], bool]] = []
     try:
         for site, point in points.items():
-            removers.append(attach(point.hook, lambda t, s=site: seen.update({s: t.detach()[0]})))
+            attach(point.hook, lambda t, s=site: seen.update({s: t.detach()[0]}), removers, own_thread=True)
         with torch.no_grad():
             backbone(model, torch.arange(4)[None] % int(model.cfg.d_vocab))
     finally:

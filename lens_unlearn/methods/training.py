@@ -1,5 +1,6 @@
 """`Training`: one optimization of an update, step by step, with measurements on the way, a choice of step, and checkpoints."""
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from lens_unlearn import artefacts
 from lens_unlearn.coins import key_of
 from lens_unlearn.corpora import Corpus
+from lens_unlearn.deltas import Update
 from lens_unlearn.errors import ArtefactError
 from lens_unlearn.interventions import Delta
 from lens_unlearn.methods.objectives import (
@@ -34,6 +36,9 @@ from lens_unlearn.sites import Model
 
 __all__ = ["Training"]
 
+KEPT: dict[str, Any] = {"step": int, "trajectory": list, "checks": list, "best_check": dict, "stopped": str | None}
+"""What a checkpoint keeps besides tensors."""
+ADAMW = ("step", "exp_avg", "exp_avg_sq")
 NEAR = 0.05
 """Forgotten is what is known no better than what was never seen, plus this share of answer tokens."""
 
@@ -218,11 +223,12 @@ class Training:
         corpora = {name: corpus.fingerprint for name, corpus in self.measured.items()}
         kept = self.retain.fingerprint if self.retain is not None else None
         told = {k: repr(v) for k, v in self.options.items() if k != "steps"}
-        shapes = [
-            f"{matrix} {sorted(update.tensors())} {tuple(update.value.shape)}"
+        updates = [
+            f"{matrix} {sorted(update.tensors())} {tuple(update.value.shape)} {_places(update)}"
             for matrix, update in self.delta.updates.items()
         ]
-        return {"model": fingerprint(self.model), "corpora": {**corpora, "trained on": kept}, **told, "updates": shapes}
+        own = {"model": fingerprint(self.model), "corpora": {**corpora, "trained on": kept}, "updates": updates}
+        return {**told, **own, "floor": self.floor, "unseen": self.unseen}
 
     def _save(self, path: str | os.PathLike[str]) -> None:
         tensors = {f"trained/{i}": tensor.detach().clone() for i, tensor in enumerate(self.trained)}
@@ -233,8 +239,7 @@ class Training:
         elif self.adamw is not None:
             for i, tensor in enumerate(self.trained):
                 tensors |= {f"optimizer/{i}/{name}": value for name, value in self.adamw.state[tensor].items()}
-        kept = ("step", "trajectory", "checks", "best_check", "stopped")
-        header = {"settings": self._settings(), "state": json.dumps({name: getattr(self, name) for name in kept})}
+        header = {"settings": self._settings(), "state": json.dumps({name: getattr(self, name) for name in KEPT})}
         artefacts.write(path, "simu checkpoint", tensors, header)
 
     def _resume(self, path: str | os.PathLike[str]) -> None:
@@ -243,23 +248,68 @@ class Training:
                 raise ArtefactError(f"{path} cannot be written: there is no such folder")
             return
         header, tensors = artefacts.read(path, "simu checkpoint")
-        artefacts.require_same(path, header["settings"], self._settings(), "this training")
-        for name, value in json.loads(header["state"]).items():
+        artefacts.require_same(path, header.get("settings"), self._settings(), "this training")
+        with artefacts.usable(path, "checkpoint that can be used"):
+            state = _state(artefacts.parse(header["state"]))
+        if state["step"] > self.options["steps"]:
+            raise ArtefactError(
+                f"{path} is of step {state['step']} already: give it at least as many steps, or delete it"
+            )
+        for name, value in state.items():
             setattr(self, name, value)
-        own: dict[str, dict[str, Tensor]] = {}
+        with artefacts.usable(path, "checkpoint that can be used"):
+            self._restore(tensors)
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back the tensors that `_save` wrote."""
+        own: dict[str, dict[str, Tensor]] = {"previous": {}, "best": {}, "optimizer": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             own.setdefault(part, {})[name] = tensor
-        listed = lambda part: [own[part][str(i)] for i in range(len(self.trained))] if part in own else []  # noqa: E731
+            place = next((int(one) for one in name.split("/") if one.isdecimal()), -1)
+            like = self.trained[place]
+            if part == "optimizer" and name == f"{place}/step":
+                fits = tensor.ndim == 0 and tensor.is_floating_point()
+            else:
+                fits = tensor.shape == like.shape and tensor.dtype == like.dtype
+            if place < 0 or not fits:
+                raise ValueError(f"{key:.100} has another shape or type than what is trained")
+            if part != "optimizer" and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{key:.100} holds NaN or infinity")
+        listed = lambda part: [own[part].pop(str(i)) for i in range(len(self.trained))] if own[part] else []  # noqa: E731
         _write(self.trained, listed("trained"))
         self.best, self.previous = listed("best") or None, listed("previous")
+        optimizer = own.pop("optimizer")
         if self.sophia is not None:
-            self.sophia.restore(own["optimizer"])
-        elif self.adamw is not None and "optimizer" in own:
-            names = [key.partition("/") for key in own["optimizer"]]
+            self.sophia.restore(optimizer)
+            optimizer = dict.fromkeys(set(optimizer) - set(self.sophia.state()))
+        elif self.adamw is not None and optimizer:
             for i, tensor in enumerate(self.trained):
-                state = {name: own["optimizer"][f"{i}/{name}"] for at, _, name in names if at == str(i)}
-                self.adamw.state[tensor] = state
+                self.adamw.state[tensor] = {name: optimizer.pop(f"{i}/{name}") for name in ADAMW}
+        if optimizer or any(own.values()):
+            raise ValueError("something in it has no meaning to this version: upgrade to read it")
+
+
+def _places(update: Update) -> str:
+    """Tell which rows or columns are trained: as many others have the same shape."""
+    index = [part for part in (update.rows, update.columns) if part is not None]
+    return hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in index)).hexdigest()[:16]
+
+
+def _state(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of where a training stands, and nothing else.
+
+    Raises:
+        ValueError: If it is of another form.
+    """
+    fits = set(state) == set(KEPT) and all(isinstance(state[name], kind) for name, kind in KEPT.items())
+    entries = [*state["trajectory"], *state["checks"], *([state["best_check"]] if state["best_check"] else [])]
+    for entry in entries if fits else ():
+        fits &= isinstance(entry, dict) and type(entry.get("step")) is int
+        fits = fits and all(isinstance(value, int | float) for value in entry.values())
+    if not fits or state["step"] < 0:
+        raise ValueError("its state is not that of a training")
+    return state
 
 
 @torch.no_grad()

@@ -1,0 +1,196 @@
+"""How promises are checked, and what has to be as it was: no check of its own."""
+
+import hashlib
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import Any
+from unittest import SkipTest
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.sites import Model
+
+__all__ = ["BrokenPromise", "Checks", "Fault", "Picture", "Promises", "check_all", "checks_of", "demand"]
+
+Checks = list[tuple[str, Callable[[], None]]]
+
+
+class BrokenPromise(AssertionError):
+    """A promise that is not kept: the message says by what, which one, where, and what was seen."""
+
+    promise = ""
+    """The name of the promise, as `skip` takes it."""
+
+
+class Seen(Exception):
+    """What a check saw, and should not have seen."""
+
+
+class Fault(Exception):
+    """What goes wrong where a check wants something to go wrong."""
+
+
+def demand(kept: object, seen: str) -> None:
+    """Say what was seen, unless the promise is kept."""
+    if not kept:
+        raise Seen(seen)
+
+
+class Promises:
+    """Something, and its promises: the public methods of a subclass, in the order in which they are checked."""
+
+    what: str
+    model: Model
+    """None where there is none."""
+
+    def _begin(self) -> None:
+        """Get ready, before each check."""
+
+
+def checks_of(promises: Promises) -> Checks:
+    """Return one check for each promise."""
+    names = [name for name, one in vars(type(promises)).items() if callable(one) and not name.startswith("_")]
+    return [(name, partial(_check, promises, name)) for name in names]
+
+
+def check_all(checks: Checks, skip: Collection[str]) -> dict[str, str]:
+    """Check one promise after the other, up to the first that is broken; tell of each whether it was checked."""
+    unknown = sorted({*skip} - {name for name, _ in checks})
+    if unknown:
+        raise LensUnlearnError(f"skip={unknown[0]!r} is no promise: choose from {', '.join(dict(checks))}")
+    told = dict.fromkeys(dict(checks), "kept")
+    for name, check in checks:
+        try:
+            if name in skip:
+                raise SkipTest("it was to be skipped")
+            check()
+        except SkipTest as reason:
+            told[name] = f"not checked: {reason}"
+    return told
+
+
+def _check(promises: Promises, name: str) -> None:
+    promises._begin()
+    check = getattr(promises, name)
+    with nullcontext() if promises.model is None else put_back(promises.model):
+        try:
+            check()
+        except SkipTest:
+            raise
+        except Exception as error:
+            promise = (check.__doc__ or name).partition("\n")[0].rstrip(".")
+            lines = str(error).strip().splitlines() or ["without a word"]
+            seen = str(error) if isinstance(error, Seen) else f"{type(error).__name__} was raised: {lines[0]}"
+            broken = BrokenPromise(f"{promises.what} breaks {name!r} ({promise[:1].lower()}{promise[1:]}): {seen}")
+            broken.promise = name
+            raise broken from (None if isinstance(error, Seen) else error)
+
+
+class Picture:
+    """What a block has to leave as it was, in a model and around it, but for the weights."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, modules = model, [(path or "the model", module) for path, module in model.named_modules()]
+        self._books = {  # PyTorch's own, and those that TransformerLens keeps of them
+            f"{name} of {path}": (vars(module), name, book)
+            for path, module in modules
+            for name, book in vars(module).items()
+            if "hooks" in name and isinstance(book, dict | list)
+        }
+        self._kept = {
+            key: [*(book.items() if isinstance(book, dict) else enumerate(book))]
+            for key, (_, _, book) in self._books.items()
+            if book  # most are empty, and few objects are made of them
+        }
+        self.hooks = {key: [id(hook) for _, hook in kept] for key, kept in self._kept.items()}
+        self.settings: dict[str, Any] = {f"training mode of {path}": module.training for path, module in modules}
+        self.settings |= {f"requires_grad of {name}": p.requires_grad for name, p in model.named_parameters()}
+        self.settings |= {"grad mode": torch.is_grad_enabled(), "default dtype": torch.get_default_dtype()}
+        self.random: dict[str, Any] = {"PyTorch": torch.get_rng_state(), "Python": random.getstate()}
+        self.random["NumPy"] = np.random.get_state()  # noqa: NPY002
+        if torch.cuda.is_initialized():
+            self.random["CUDA"] = torch.cuda.get_rng_state_all()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for key, (held, name, book) in self._books.items():
+            kept = self._kept.get(key, [])
+            held[name] = book  # TransformerLens puts a new list in its place
+            if book or kept:
+                book.clear()
+                book.update(kept) if isinstance(book, dict) else book.extend(hook for _, hook in kept)
+        for path, module in self.model.named_modules():
+            module.training = self.settings[f"training mode of {path or 'the model'}"]
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad != self.settings[f"requires_grad of {name}"]:
+                parameter.requires_grad_(not parameter.requires_grad)
+        torch.set_grad_enabled(self.settings["grad mode"])
+        torch.set_default_dtype(self.settings["default dtype"])
+        torch.set_rng_state(self.random["PyTorch"])
+        random.setstate(self.random["Python"])
+        np.random.set_state(self.random["NumPy"])  # noqa: NPY002
+        if "CUDA" in self.random:
+            torch.cuda.set_rng_state_all(self.random["CUDA"])
+
+
+@contextmanager
+def put_back(model: Model) -> Iterator[None]:
+    """Put hooks, flags, modes and random states back after a `with` block."""
+    picture = Picture(model)
+    try:
+        yield
+    finally:
+        picture.restore()
+
+
+def weights_of(model: Model) -> dict[str, Any]:
+    """Digest every parameter and buffer."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: contents(tensor) for name, tensor in held.items() if not tensor.is_meta}
+
+
+def contents(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """Return what an object holds, as something that can be compared later; what it computes once is left out."""
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(flat.numpy().tobytes()).hexdigest()}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {value.tobytes()!r}"
+    if isinstance(value, torch.nn.Module) or callable(value) or id(value) in inside:
+        return id(value)
+    if isinstance(value, Mapping):
+        return {str(key): contents(one, (*inside, id(value))) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [contents(one, (*inside, id(value))) for one in value]
+    return {name: contents(one, (*inside, id(value))) for name, one in attributes(value).items()} or repr(value)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Return what an object has been given, but for what it computes once."""
+    kind = type(value)
+    slots = [name for one in kind.__mro__ for name in one.__dict__.get("__slots__", ()) if hasattr(value, name)]
+    held = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
+    return {name: one for name, one in held.items() if not isinstance(getattr(kind, name, None), cached_property)}
+
+
+def moved_by(model: Model, run: Callable[[], Any]) -> set[str]:
+    """Name the global random states that something moves."""
+    before = contents(Picture(model).random)
+    run()
+    now = contents(Picture(model).random)
+    return {name for name in now if now[name] != before.get(name)}
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Name the first entry that differs."""
+    return next((key for key in {**before, **now} if key not in before or now.get(key, ...) != before[key]), None)
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two tensors."""
+    return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0

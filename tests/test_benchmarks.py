@@ -1,0 +1,89 @@
+"""Every benchmark still runs, on shapes that show nothing but that; and what they share measures what it says."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PRINTED = {
+    "collect": ["logits-free forward", "collect, histograms", "plain hooks, naive sums", "run_with_cache and reduce"],
+    "forward": ["no intervention", "Ablate", "Adjust", "Abstain", "Delta", "plain mask hooks"],
+    "generation": ["plain Hugging Face generate", "lens_unlearn, Ablate", "8 of 8 tokens are those of the plain model"],
+    "sweeps": ["separate evaluations", "sweep", "evaluating in every step", "steps, evaluated once"],
+    "memory": ["ratio of the highest", "simu, attention", "simu, no attention", "full weights, Sophia"],
+    "start": ["log-normal", "lens-unlearn --help"],
+    "attribution": ["plain, all gradients", "attribute", "largest difference of an attribution"],
+    "gpu": ["=== Llama-3-8B", "=== Gemma-2-2B", "=== GPT-2", "tokens per second", "5: greedy", "8: attribution"],
+}
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="only where the repository is")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a benchmark, which finds the others beside it; afterwards nothing of them is left."""
+    threads, known = torch.get_num_threads(), set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "") or "").startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.changes_random_state
+# Two steps attribute next to nothing where a norm follows the MLP, as in Gemma 2, and that is said.
+@pytest.mark.filterwarnings("ignore:less than 10% of what")
+def test_a_benchmark_runs_and_prints_its_rows(
+    name: str, load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(name).main(["--tiny", *(["--device", "cpu"] if name == "gpu" else [])])
+    out = capsys.readouterr().out
+    assert out.startswith("torch ")
+    assert not [row for row in PRINTED[name] if row not in out]
+    assert "MISSED" not in out  # of a tiny shape nothing is judged
+    assert "nan" not in out.lower().split()
+
+
+@pytest.mark.changes_random_state
+def test_memory_is_measured_in_a_process_of_its_own(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = load("memory")
+    memory.main(["--only", "1", "--of", next(iter(memory.TINY))])
+    before, highest = json.loads(capsys.readouterr().out)
+    assert 0 < before <= highest
+
+
+def test_times_are_taken_in_turn_and_without_what_is_around(load: Callable[[str], ModuleType]) -> None:
+    timing, order, now = load("timing"), [], [0.0]
+
+    def takes(name: str, seconds: float) -> Callable[[], None]:
+        return lambda: (order.append(name), now.__setitem__(0, now[0] + seconds))[0]
+
+    @contextmanager
+    def slow() -> Iterator[None]:
+        now[0] += 100
+        yield
+        now[0] += 100
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing.time, "process_time", lambda: now[0])
+        patch.setattr(timing.time, "perf_counter", lambda: now[0])
+        times = timing.interleaved({"a": takes("a", 2), "b": takes("b", 3)}, 2, inside={"b": slow})
+    assert order == ["a", "b", "b", "a", "a", "b"]  # the first round warms up
+    assert times == {"a": [2, 2], "b": [3, 3]}
+
+
+def test_the_ratio_is_the_median_over_rounds(load: Callable[[str], ModuleType]) -> None:
+    timing = load("timing")
+    times = {"slow": [2.0, 30.0, 4.0, 6.0, 8.0], "plain": [1.0, 10.0, 1.0, 1.0, 1.0]}
+    assert timing.ratio(times, "slow", "plain") == (4.0, 3.0, 6.0)
