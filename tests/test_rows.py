@@ -700,8 +700,8 @@ def test_collecting_inside_a_block_leaves_the_generation_alone_and_the_keys_as_t
         inside = collect(model, corpus, "mlp.post", progress=False)
         assert is_constant(run(model, torch.tensor([ROWS[0]])))
         assert live.abstained.tolist() == [True]
-    for site in base.sites:
-        assert torch.equal(inside.mean[site], base.mean[site])
+    for site in base.sites:  # but for rounding: a block that is looked at keeps the bridge's own attention
+        torch.testing.assert_close(inside.mean[site], base.mean[site], rtol=1e-5, atol=1e-6)
 
 
 def test_an_abstention_twice_is_the_abstention() -> None:
@@ -950,7 +950,7 @@ def test_a_cache_does_not_change_the_coins_nor_the_greedy_text(name: str) -> Non
     whole_flips = flipped(model, act, lambda: whole.append(decode(model, tokens, 6, cache=False)))
     step_flips = flipped(model, act, lambda: steps.append(decode(model, tokens, 6, cache=True)))
     assert torch.equal(whole[0], steps[0])
-    assert not torch.equal(whole[0], base) or name == "gemma2"  # which repeats itself whatever is done to it
+    assert not torch.equal(whole[0], base) or "gemma" in name  # which repeats itself whatever is done to it
     assert torch.equal(torch.cat(step_flips, 1), whole_flips[-1])
     assert [f.shape[1] for f in step_flips] == [3, *[1] * 5]
     with act.on(model):
