@@ -43,16 +43,23 @@ def lean(model: Model) -> Iterator[None]:
     attention = getattr(config, "_attn_implementation", None)
     out: list[tuple[nn.Module, str, nn.Module]] = []
     explicit = {getattr(block, "attn", None) for block in model.blocks}
-    try:
-        _take_out(inner, out, wired=False, seen=set())
-        if attention == "eager" and explicit <= {component for _, _, component in out} and _may_fuse(inner):
-            config._attn_implementation = "sdpa"
-        yield
-    finally:
+
+    def put_back() -> None:
         if attention is not None:
             config._attn_implementation = attention
         for parent, name, component in reversed(out):
             parent._modules[name] = component
+
+    try:
+        try:
+            _take_out(inner, out, wired=False, seen=set())
+            if attention == "eager" and explicit <= {component for _, _, component in out} and _may_fuse(inner):
+                config._attn_implementation = "sdpa"
+            yield
+        finally:
+            put_back()
+    finally:  # once more, for an interrupt in the midst of it
+        put_back()
 
 
 def _take_out(parent: nn.Module, out: list[tuple[nn.Module, str, nn.Module]], *, wired: bool, seen: set[int]) -> None:

@@ -39,6 +39,9 @@ from lens_unlearn.sites import replaying
 from lens_unlearn.statistics import Moments
 from lens_unlearn.tuning import tune
 
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+"""Then everything is run that is thinned out otherwise."""
+
 
 class Fault(Exception):
     pass
@@ -337,7 +340,7 @@ def fail_everywhere(
         forget_probes(model)
         action()
     places = [(n, after) for n in range(counter.number) for after in (False, True)]
-    places = places[:: max(1, math.ceil(len(places) / most))]
+    places = places if NIGHTLY else places[:: max(1, math.ceil(len(places) / most))]
     before = Untouched(model)
     for number, (n, after) in enumerate(places):
         error, through = errors[number % len(errors)], False
@@ -375,7 +378,7 @@ def test_wherever_it_fails_an_intervention_leaves_nothing(
 ) -> None:
     model = used("gpt2")
     errors = ERRORS[len(form) % 7 :] + ERRORS[: len(form) % 7]  # each form begins with another one
-    runs, names = fail_everywhere(monkeypatch, model, entering(model, one("gpt2", form)), errors, most=100)
+    runs, names = fail_everywhere(monkeypatch, model, entering(model, one("gpt2", form)), errors, most=60)
     assert runs >= 14
     assert names["_unhook"] + names["_closes_over"] > 0
 
@@ -515,10 +518,10 @@ def test_a_collection_goes_on_after_any_error_in_any_part_of_a_batch(
 
 OURS = {sites.__file__, interventions.__file__}
 AROUND = {inspect.getfile(module) for module in (torch.utils.hooks, torch.nn.Module, HookPoint)}
+ADDING = {"add_hook", "register_forward_hook", "register_forward_pre_hook", "__init__"}
 WITH = inspect.getfile(contextlib)
 ONLY_LOOK = {"_call_impl", "_wrapped_call_impl", "__getattr__", "require_eval", "_hooked", "_same_weights", "_digest"}
 """What runs often and changes nothing, as comprehensions do. `Module.__call__`: a model that fails was looked at above."""
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 class Interrupt:
@@ -529,11 +532,14 @@ class Interrupt:
 
     def __init__(self, files: set[str], k: int | None) -> None:
         self.files, self.k, self.number, self.where = files, k, 0, ""
+        self.places: dict[Any, int] = {}  # which instructions were come to, and when last
         self.last: dict[FrameType, str] = {}  # the instruction that each frame ran last
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         code = frame.f_code
         if code.co_filename not in self.files or code.co_name in ONLY_LOOK or code.co_name.startswith("<"):
+            return None
+        if code.co_filename in AROUND and code.co_name not in ADDING:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self.last[frame] = "RESUME"
@@ -546,6 +552,7 @@ class Interrupt:
             return self.local
         before, self.last[frame] = self.last[frame], dis.opname[frame.f_code.co_code[frame.f_lasti]]
         if before.startswith(("RESUME", "CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+            self.places[frame.f_code, frame.f_lasti] = self.number
             self.number += 1
             if self.number - 1 == self.k:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
@@ -569,7 +576,7 @@ class Interrupt:
 
 def hooks_and_uses(model: Any) -> Any:
     uses = [use.thread for uses in sites._uses.values() for one in uses if (use := one()) is not None]
-    return tiny.hooks_of(model), [id(m.__dict__.get("forward")) for m in model.modules()], uses
+    return tiny.hooks_of(model), [(id(m), id(m.__dict__.get("forward"))) for m in model.modules()], uses
 
 
 def interrupted_everywhere(action: Callable[[], None], model: Any, files: set[str], most: int) -> Counter[bool]:
@@ -585,7 +592,8 @@ def interrupted_everywhere(action: Callable[[], None], model: Any, files: set[st
     counter = Interrupt(files, None)
     forget_probes(model)
     counter.over(action, lambda: None)
-    places = range(0, counter.number, 1 if NIGHTLY else max(1, math.ceil(counter.number / most)))
+    places = list(counter.places.values())  # each instruction once
+    places = list(range(counter.number)) if NIGHTLY else places[:: max(1, math.ceil(len(places) / most))]
     before, hooks = Untouched(model), hooks_and_uses(model)
     stayed = Counter[bool]()
     for k in places:
@@ -618,7 +626,7 @@ def nested(model: Any) -> Callable[[], None]:
 @pytest.mark.parametrize("name", ["gpt2", *tiny.HOOKED[:1]])
 def test_an_interrupt_leaves_no_hook_wherever_it_comes(used: Any, name: str) -> None:
     model = used(name)
-    assert interrupted_everywhere(nested(model), model, OURS | AROUND | {WITH}, 150)[False] > 100
+    assert interrupted_everywhere(nested(model), model, OURS | AROUND | {WITH}, 500)[False] > 300
 
 
 @pytest.mark.parametrize("name", ["gpt2", *tiny.HOOKED[:1]])
@@ -629,12 +637,12 @@ def test_an_interrupt_leaves_no_other_forward_wherever_it_comes(used: Any, name:
         with replaying(model):
             pass
 
-    assert interrupted_everywhere(act, model, OURS | {WITH}, 80)[False] > 20
+    assert interrupted_everywhere(act, model, OURS | {WITH}, 100)[False] > 40
 
 
 def test_an_interrupt_in_a_pass_leaves_no_hook_wherever_it_comes(used: Any) -> None:
     model = used("gpt2")
-    assert interrupted_everywhere(entering(model, one("gpt2", "all")), model, OURS, 80)[False] > 50
+    assert interrupted_everywhere(entering(model, one("gpt2", "all")), model, OURS, 80)[False] > 60
 
 
 def test_an_interrupted_collection_leaves_no_hook_wherever_it_comes(used: Any) -> None:
@@ -643,4 +651,4 @@ def test_an_interrupted_collection_leaves_no_hook_wherever_it_comes(used: Any) -
     def act() -> None:
         collect(model, corpus, batch_size=2, progress=False)
 
-    assert interrupted_everywhere(act, model, OURS | {collecting.__file__, lean.__file__, WITH}, 80)[False] > 50
+    assert interrupted_everywhere(act, model, OURS | {collecting.__file__, lean.__file__, WITH}, 120)[False] > 90

@@ -26,7 +26,7 @@ from lens_unlearn.evaluation.next_token import evaluate
 from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, load_intervention
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.controls import random_pruning
-from lens_unlearn.regions import Box, Clusters, Ellipsoid
+from lens_unlearn.regions import Box, Clusters, Contrast, Ellipsoid
 from lens_unlearn.sites import Site
 from lens_unlearn.statistics import Histogram, KeySample, Moments
 
@@ -53,7 +53,8 @@ def total(parts: Sequence[Intervention]) -> Intervention:
 # --- laws of composition, bitwise ------------------------------------------------------------------------------------------
 
 
-@given(st.lists(members, min_size=2, max_size=5), st.data())
+@settings(max_examples=settings().max_examples * 2 // 3)
+@given(st.lists(members, min_size=2, max_size=4), st.data())
 def test_a_sum_is_nesting_however_it_is_cut(parts: list[Intervention], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(parts) - 1))))
     groups = [parts[a:b] for a, b in zip([0, *cuts], [*cuts, len(parts)], strict=True)]
@@ -187,6 +188,7 @@ def deltas(draw: Any) -> dict[Matrix, Update]:
     return made
 
 
+@settings(max_examples=settings().max_examples * 2 // 3)
 @given(deltas(), deltas())
 def test_deltas_add_and_what_is_taken_off_again_is_nothing(a: dict[Matrix, Update], b: dict[Matrix, Update]) -> None:
     one_, other = Delta(a), Delta(b)
@@ -271,7 +273,7 @@ def mixed(rows: Sequence[Any], order: Any) -> list[Any]:
     return new
 
 
-@settings(max_examples=20)
+@settings(max_examples=settings().max_examples // 2)
 @given(documents, shuffled, st.integers(1, 4), st.sampled_from([*FORMS, "all"]))
 def test_an_evaluation_does_not_depend_on_order_or_batches(rows: Any, order: Any, batch_size: int, form: str) -> None:
     model, told = tiny.model("gpt2"), {"resamples": 3, "progress": False}
@@ -293,7 +295,7 @@ def readings(statistic: Any) -> dict[str, Tensor]:
     return {f"{name} {site}": value for name in names for site, value in getattr(statistic, name).items()}
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings().max_examples // 3)
 @given(documents, shuffled, st.data())
 def test_a_corpus_in_parts_in_any_order_is_the_corpus(rows: Any, order: Any, data: st.DataObject) -> None:
     """However the documents are dealt out, and the parts put together."""
@@ -422,8 +424,9 @@ def abstentions(draw: Any) -> Abstain:
     for site in draw(st.lists(st.sampled_from(POST), min_size=1, unique=True)):
         centres = torch.randn(draw(st.integers(1, 3)), 64, generator=generator)
         scale, limit = torch.rand(64, generator=generator) + 0.1, draw(st.floats(0, 1e6))
-        shape = draw(st.sampled_from([Box, Ellipsoid, Clusters]))
-        regions[site] = shape(centres, scale, limit, draw(st.floats(0, 10)), draw(st.integers(0, 64)))
+        shape = draw(st.sampled_from([Box, Ellipsoid, Clusters, Contrast]))
+        others = (centres.mean(0) + 1, scale * 2) if shape is Contrast else ()
+        regions[site] = shape(centres, scale, limit, draw(st.floats(0, 10)), draw(st.integers(0, 64)), *others)
     refusal = draw(st.text(st.characters(codec="utf-8"), max_size=20))
     rates = draw(st.sampled_from([{}, {"detection": [0.5, 0.1, 0.9, 7]}]))
     return Abstain(
@@ -469,7 +472,7 @@ def test_whatever_is_saved_comes_back_and_does_the_same(folder: Path, interventi
     assert path.read_bytes() == before
 
 
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples // 2)
 @given(documents, st.sampled_from([(), ("sqrt",), ("extrema",), ("sqrt", "extrema")]))
 def test_statistics_go_out_and_in_again_whole(rows: Any, extra: Any) -> None:
     model = tiny.model("gpt2")
