@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"ratio of the highest {more[1] / once[1]:.3f}, {verdict(more[1] / once[1], 1.02)}")
         ways = ("full weights, Sophia", *GOALS)
         beyond = {way: apart(shape, way, args.repeats) for way in ways}
-        whole = beyond[ways[0]][1] - beyond[ways[0]][0]
+        whole = max(1, beyond[ways[0]][1] - beyond[ways[0]][0])  # a tiny shape may fit into what is there
         for way, (before, high) in beyond.items():
             share = (high - before) / whole
             print(
