@@ -69,19 +69,26 @@ class Live:
         self.notes: dict[int, Any] = {}
         """What members keep from hook to hook, and from a prompt to the tokens generated behind it."""
         self._ends: Tensor | None = None
+        self._lengths: Tensor | None = None
         self._stop: tuple[int, ...] = ()
         self._refusals: dict[int, str] = {}
         self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, int, Tensor]] = {}
 
-    def expect(self, ends: Int[Tensor, "batch"] | None, stop: Sequence[int] = ()) -> None:
+    def expect(
+        self,
+        ends: Int[Tensor, "batch"] | None,
+        stop: Sequence[int] = (),
+        lengths: Int[Tensor, "batch"] | None = None,
+    ) -> None:
         """Say where each row's prompt ends in the next forward pass, which begins new texts.
 
         Args:
             ends: Positions of the prompts' last tokens; None for each row's last token that is no padding, which is what
                 holds where nothing was said.
             stop: Tokens that end a text that is being generated, besides the tokenizer's.
+            lengths: Tokens of each row of text padded on the right; None where the tokenizer's padding tells.
         """
-        self._ends, self._stop, self.rows = ends, tuple(stop), None
+        self._ends, self._stop, self._lengths, self.rows = ends, tuple(stop), lengths, None
         self.notes.clear()
 
     def refusal(self, row: int) -> str | None:
@@ -95,8 +102,8 @@ class Live:
             self.rows = None
             return
         stop = {*ends_of_text(self.model), *self._stop}
-        self.rows = Rows.of(tokens, cached, self.rows, pad_of(self.model), self._ends, stop)
-        self._ends = None
+        self.rows = Rows.of(tokens, cached, self.rows, pad_of(self.model), self._ends, stop, self._lengths)
+        self._ends = self._lengths = None
         if not self.rows.continues:
             self.notes.clear()
             self._refusals.clear()
@@ -120,12 +127,12 @@ class Live:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Forget the forward passes of a `with` block, which are not the user's."""
-        kept = (self.rows, self.abstained, self._ends, self._stop, self._refusals, self.notes)
+        kept = (self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes)
         self._refusals, self.notes = {}, {}
         try:
             yield
         finally:
-            self.rows, self.abstained, self._ends, self._stop, self._refusals, self.notes = kept
+            self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes = kept
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.

@@ -42,6 +42,7 @@ class Rows:
         pad: int | None = None,
         prompt_ends: Int[Tensor, "batch"] | None = None,
         stop: Collection[int] = (),
+        lengths: Int[Tensor, "batch"] | None = None,
     ) -> "Rows":
         """Read one pass, given the one before it.
 
@@ -64,6 +65,8 @@ class Rows:
             text, over = torch.cat([last.text[:, :known], ~ended], dim=1), ended[:, -1]
         else:
             after = blank.flip(1).long().cumprod(1).flip(1).bool()
+            if lengths is not None:
+                after = torch.arange(width, device=tokens.device) >= lengths.to(tokens.device)[:, None]
             text, over = ~after, torch.zeros_like(after[:, 0])
             ends = cached + torch.where(after.all(1), width - 1, width - 1 - after.sum(1))
             if prompt_ends is not None:

@@ -19,12 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_interventions import random_selection, selection_of, unchanged
 from torch import Tensor
+from tqdm import tqdm
 
 import lens_unlearn.rows as rows_module
 from lens_unlearn.coins import key_of, mix, uniform
 from lens_unlearn.collecting import collect
 from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.evaluation.forcing import force
 from lens_unlearn.evaluation.generation import generate
+from lens_unlearn.evaluation.next_token import evaluate
 from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Intervention, Live, acting
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.regions import Box
@@ -378,6 +381,24 @@ def test_at_every_token_padding_is_no_token() -> None:
         live.expect(torch.tensor([0, 0, 0, 0]))
         run(model, tokens)
         assert not live.abstained.any()
+
+
+@pytest.mark.parametrize("make", [tiny.model, tiny.speaking])
+def test_at_every_token_the_padding_of_a_corpus_is_no_token_either(make: Callable[[str], Any]) -> None:
+    """A corpus pads with token 0, whatever the tokenizer pads with, and where there is none."""
+    model, corpus = make("gpt2"), tiny.corpus((3, 9))
+    pads = Abstain({LAST: around(key(model, [*corpus.row(0).tolist(), 0]))}, when="every_token")
+    told: dict[str, Any] = {"resamples": 2, "progress": False}
+    assert evaluate(model, {"a": corpus}, {"b": pads}, batch_size=8, **told).measures["b", "a", "abstained"].value == 0
+    written = corpus.tokens.clone()
+    written[corpus.starts[1] - 1] = 0  # the same token as text
+    text = Abstain({LAST: around(key(model, [*corpus.row(0).tolist()[:-1], 0]))}, when="every_token")
+    found = evaluate(model, {"a": replace(corpus, tokens=written)}, {"b": text}, batch_size=8, **told)
+    assert found.measures["b", "a", "abstained"].value == 0.5
+    with pads.on(model) as live:
+        forced = force(model, corpus, None, 8, tqdm(disable=True))
+        assert not live.abstained.any()
+    assert all((row.loss > 0).all() for row in forced)
 
 
 def decode(model: Any, tokens: Tensor, steps: int, *, cache: bool, **options: Any) -> Tensor:

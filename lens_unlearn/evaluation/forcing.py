@@ -15,7 +15,7 @@ from lens_unlearn.errors import CorpusError
 from lens_unlearn.interventions import Intervention, acting
 from lens_unlearn.sites import Model, device_of
 
-__all__ = ["Forced", "force", "prompt_ends", "with_answers"]
+__all__ = ["Forced", "expect", "force", "prompt_ends", "with_answers"]
 
 _CHUNK = 1024  # positions whose full distribution is held at a time
 FLOOR = 1e-6  # of the variance of log probabilities, as in the released Min-K%++
@@ -41,14 +41,19 @@ def prompt_ends(batch: Batch, corpus: Corpus) -> Int[Tensor, "batch"]:
     return torch.where(first > int(corpus.prepend_bos), first, lengths) - 1
 
 
+def expect(model: Model, batch: Batch, corpus: Corpus) -> None:
+    """Tell what acts on the model where the prompts and the texts of a batch end: its padding is no token of the tokenizer's."""
+    for live in acting(model):
+        live.expect(prompt_ends(batch, corpus), lengths=corpus.starts.diff()[batch.rows])
+
+
 def force(model: Model, corpus: Corpus, intervention: Intervention | None, batch_size: int, bar: Any) -> list[Forced]:
     """Run every row of a corpus once, and return what is said of its counted tokens that have a token before them."""
     forced: dict[int, Forced] = {}
     device = device_of(model)
     with nullcontext() if intervention is None else intervention.on(model), torch.no_grad():
         for batch in corpus.batches(batch_size):
-            for live in acting(model):
-                live.expect(prompt_ends(batch, corpus))
+            expect(model, batch, corpus)
             logits = model(batch.tokens.to(device), return_type="logits")[:, :-1]
             where = batch.counted[:, 1:]
             targets = batch.tokens[:, 1:][where].to(logits.device)

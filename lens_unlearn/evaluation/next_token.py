@@ -16,7 +16,7 @@ from lens_unlearn import ranks
 from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.asking import ANSWER_METRICS, Asking
-from lens_unlearn.evaluation.forcing import prompt_ends
+from lens_unlearn.evaluation.forcing import expect
 from lens_unlearn.evaluation.memorization import MEMORIZATION_METRICS, OVER, Recalling
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
 from lens_unlearn.interventions import Intervention, acting
@@ -269,8 +269,8 @@ class _Targets:
     rare: Bool[Tensor, "n"]
     document: np.ndarray
     row_document: np.ndarray
-    ends: Int[Tensor, "batch"]
-    """Where each row's prompt ends: at its last token, where all of it counts."""
+    batch: Batch
+    corpus: Corpus
 
     @classmethod
     def of(cls, batch: Batch, corpus: Corpus, common: Bool[Tensor, "vocabulary"], device: torch.device) -> "_Targets":
@@ -278,13 +278,11 @@ class _Targets:
         target = batch.tokens[:, 1:][where]
         documents = corpus.document[batch.rows]
         rows = documents[:, None].expand_as(where)[where]
-        ends = prompt_ends(batch, corpus)
         tokens, where, target = batch.tokens.to(device), where.to(device), target.to(device)
-        return cls(tokens, where, target, ~common[target], rows.numpy(), documents.numpy(), ends)
+        return cls(tokens, where, target, ~common[target], rows.numpy(), documents.numpy(), batch, corpus)
 
     def logits(self, model: Model) -> Float[Tensor, "n vocabulary"]:
-        for live in acting(model):
-            live.expect(self.ends)
+        expect(model, self.batch, self.corpus)
         with torch.no_grad():
             return model(self.tokens, return_type="logits")[:, :-1][self.where.to(self.tokens.device)]
 

@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from lens_unlearn.corpora import Corpus
 from lens_unlearn.deltas import Matrix, Update
 from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.evaluation.forcing import force, prompt_ends
+from lens_unlearn.evaluation.forcing import expect, force
 from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.interventions import Ablate, Chain, Delta, Intervention, acting
+from lens_unlearn.interventions import Ablate, Chain, Delta, Intervention
 from lens_unlearn.methods.objectives import gradients_of, read_answers, rows_at
 from lens_unlearn.models import fingerprint, model_name
 from lens_unlearn.sites import (
@@ -318,8 +318,7 @@ def _step(
 ) -> float:
     """Train on the rows of one step, and return their loss before it."""
     batch = rows_at(texts, step, batch_size, seed)
-    for live in acting(model):
-        live.expect(prompt_ends(batch, texts))
+    expect(model, batch, texts)
     loss = read_answers(model, batch).loss
     if not math.isfinite(value := loss.item()):
         raise LensUnlearnError(

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 LOSSES = ("graddiff", "npo", "po", "gradient_ascent")
+_ROWS = 16  # positions for which labels are drawn at a time: it takes two tables of float64 over the vocabulary
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ def curvature_of(
     logits = torch.cat([one.logits for one in found])
     if estimate == "gnb":
         with torch.no_grad():
-            noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
-            # The Gumbel trick: the largest of log p - log(-log u) is a draw from p.
-            drawn = (logits.double() - (-noise.clamp_min(1e-300).log()).log()).argmax(1)
+            drawn = torch.cat([_labels(part, generator) for part in logits.split(_ROWS)])
         gradients = gradients_of(F.cross_entropy(logits, drawn), tensors)
         return [len(drawn) * g.square() for g in gradients]
     target = torch.cat([one.target for one in found])
@@ -152,6 +151,12 @@ def curvature_of(
     signs = [(torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x) for x in tensors]
     along = torch.stack([(g * u).sum() for g, u in zip(first, signs, strict=True)]).sum()
     return [u * h for u, h in zip(signs, gradients_of(along, tensors), strict=True)]
+
+
+def _labels(logits: Float[Tensor, "n vocabulary"], generator: torch.Generator) -> Int[Tensor, "n"]:
+    """Draw from the model's own distribution, by the Gumbel trick: the largest of log p - log(-log u) is a draw from p."""
+    noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
+    return (logits.double() - noise.clamp_min_(1e-300).log_().neg_().log_()).argmax(1)
 
 
 def gradients_of(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
