@@ -1,5 +1,6 @@
 """`evaluate`: loss, accuracy, divergence and generated answers of a model with and without interventions."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def evaluate(
     max_new_tokens: int = 100,
     allow_code_execution: bool = False,
     memorization: int = 0,
+    tasks: Sequence[str | os.PathLike[str] | Mapping[str, Any]] = (),
+    task_limit: int | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure what a model predicts and answers on corpora, with and without interventions.
@@ -78,6 +81,9 @@ def evaluate(
     - `truth_ratio`: mean of R = exp(-mean_j NLL(wrong_j)) / (exp(-NLL(paraphrase)) + 1e-10), and `choice_probability`: mean of
       p(answer) / (p(answer) + sum_j p(wrong_j) + 1e-10), p = exp(-NLL); over questions with wrong answers, where rows have some.
 
+    With `tasks`, benchmarks of EleutherAI's lm-evaluation-harness are run under every condition, with their own metrics (`acc`,
+    `acc_norm`, `exact_match`, ...); each task is a corpus of the report. See `lens_unlearn.evaluation.harness`.
+
     What single questions score is in `Report.values`. An answer that was withheld has constant logits: each token has probability
     1 / vocabulary and none is predicted, so `answer_probability` is 1 / vocabulary, `truth_ratio` 1 and the shares 0.
 
@@ -98,6 +104,9 @@ def evaluate(
         allow_code_execution: Whether to run answers that are programs, in a subprocess with limits; see
             `lens_unlearn.evaluation.execution.passes_tests`. Otherwise the report says that unit tests were not run.
         memorization: Questions per corpus, at most, whose true answers are looked for; drawn as for `answers`; 0 for none.
+        tasks: Names that lm-evaluation-harness knows, paths of its YAML files, or such configurations as mappings. Takes the extra
+            `lens-unlearn[harness]`.
+        task_limit: Documents per task, from the first; None for all.
         progress: Whether to show a bar.
 
     Raises:
@@ -114,8 +123,8 @@ def evaluate(
     if base is not None:
         measures |= _taken(base, model, corpora, resamples, seed)
         runs.pop(BASE)
-    if not corpora:
-        raise LensUnlearnError("there is no corpus to evaluate on: give at least one, by name")
+    if not corpora and not tasks:
+        raise LensUnlearnError("there is no corpus to evaluate on: give at least one, by name, or tasks")
     for corpus in corpora.values():
         corpus.check(model)
     asking = Asking(answers, max_new_tokens, batch_size, allow_code_execution, seed, progress)
@@ -151,16 +160,39 @@ def evaluate(
                 measures[condition, name, metric] = measure
                 values[condition, name, metric] = recalled.values(metric)[condition]
             left_out[name] = recalled.left_out
+    of_tasks: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    if tasks:
+        from lens_unlearn.evaluation.harness import run_tasks
+
+        told: dict[str, Any] = {"limit": task_limit, "batch_size": batch_size, "progress": progress}
+        with one_thread(model):
+            of_tasks, missing = run_tasks(model, tasks, {BASE: [None], **runs}, **told)
+        if twice := set(of_tasks) & set(corpora):
+            raise LensUnlearnError(
+                f"a corpus and a task are both called {sorted(twice)[0]!r}: give the corpus another name"
+            )
+        for name, asked in of_tasks.items():
+            sums = {key: [_Sums(part, asked.counts) for part in parts] for key, parts in asked.scores.items()}
+            for condition, metric, measure in _summaries(sums, resamples, seed, asked.metrics, {}):
+                measures[condition, name, metric] = measure
+            samples += asked.samples
     metrics = ["loss", "perplexity", *METRICS[1:], *ANSWER_METRICS, *MEMORIZATION_METRICS]
+    metrics += dict.fromkeys(m for asked in of_tasks.values() for m in asked.metrics if m not in metrics)
     if not any(one is not None and one.abstains for run in runs.values() for one in run):
         metrics.remove("abstained")
     names = dict.fromkeys([BASE, *runs])
-    ordered = {k: measures[k] for c in names for n in corpora for m in metrics if (k := (c, n, m)) in measures}
+    ordered = {
+        k: measures[k] for c in names for n in [*corpora, *of_tasks] for m in metrics if (k := (c, n, m)) in measures
+    }
     settings = _settings(model, corpora, conditions, resamples, seed)
     if halved:
         settings["batches cut for lack of memory"] = halved
     if chosen:
         settings["answers"] = asking.settings(corpora, chosen)
+    if tasks:
+        settings["tasks"] = {name: {"documents": len(asked.counts)} for name, asked in of_tasks.items()}
+        settings["tasks"] |= {"left out": missing} if missing else {}
     if known:
         settings["memorization"] = recalling.settings(known, left_out)
     return Report(ordered, provenance_of(settings), samples=samples, values=values)
