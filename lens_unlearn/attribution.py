@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.corpora import Batch, Corpus
 from lens_unlearn.errors import ActivationError, CorpusError, LensUnlearnError, SelectionError
+from lens_unlearn.lean import lean
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.models import model_name
-from lens_unlearn.sites import Model, Point, Remover, Replay, Site, attach, detach_all, replaying, resolve
+from lens_unlearn.sites import Model, Point, Remover, Replay, Site, attach, detach_all, one_thread, replaying, resolve
 
 __all__ = ["Attribution", "Completeness", "attribute", "critical", "critical_mask"]
 
@@ -147,7 +148,14 @@ def attribute(
     room = batch_size * int(corpus.starts.diff().max())  # tokens of a forward
     bar = tqdm(total=predicted * len(points), unit=" tokens", unit_scale=True, disable=not progress)
     bar.set_description(f"attribute {corpus.name}")
-    with bar, torch.inference_mode(False), replaying(model) as replay:
+    with (
+        bar,
+        one_thread(model),
+        torch.inference_mode(False),
+        _looked_at(points),
+        lean(model) as out,
+        replaying(model, out) as replay,
+    ):
         sums = {site: torch.zeros(point.shape, dtype=torch.float64) for site, point in points.items()}
         gaps = dict.fromkeys(points, 0.0)
         for batch in corpus.batches(batch_size):
@@ -295,6 +303,18 @@ class _Path:
         if slope.dtype in (torch.bfloat16, torch.float16):
             activation, slope = activation.float(), slope.float()
         return float(value.detach()), activation, slope
+
+
+@contextmanager
+def _looked_at(points: Mapping[Site, Point]) -> Iterator[None]:
+    """Keep a hook that does nothing at every point, so that `lean` leaves in place where others will be hung."""
+    removers: list[Remover] = []
+    try:
+        for point in points.values():
+            attach(point.hook, lambda tensor: None, removers, own_thread=True)
+        yield
+    finally:
+        detach_all(removers)
 
 
 @contextmanager

@@ -28,17 +28,20 @@ it is asked for (hidden states and patterns)."""
 
 
 @contextmanager
-def lean(model: Model) -> Iterator[None]:
+def lean(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
     """Take the components that nobody looks at out of a raw bridge's forward pass, for the length of a `with` block.
 
     To be entered after hooks were added: a hook that is added inside, on a component that is out, does not fire. Values are
     those of the plain Hugging Face modules; they differ from the bridge's by rounding, if at all. Where there is no plain model
     underneath (`HookedTransformer`, compatibility mode, models that TransformerLens built alone), nothing is done.
+
+    Yields:
+        The components that are out, and the modules that stand in for them.
     """
     inner = getattr(model, "original_model", None)
     config = getattr(inner, "config", None)
     if inner is None or config is None or getattr(model, "compatibility_mode", False):
-        yield
+        yield {}
         return
     attention = getattr(config, "_attn_implementation", None)
     out: list[tuple[nn.Module, str, nn.Module]] = []
@@ -55,7 +58,7 @@ def lean(model: Model) -> Iterator[None]:
             _take_out(inner, out, wired=False, seen=set())
             if attention == "eager" and explicit <= {component for _, _, component in out} and _may_fuse(inner):
                 config._attn_implementation = "sdpa"
-            yield
+            yield {component: parent._modules[name] for parent, name, component in out}
         finally:
             put_back()
     finally:  # once more, for an interrupt in the midst of it
@@ -93,9 +96,14 @@ def _take_out(parent: nn.Module, out: list[tuple[nn.Module, str, nn.Module]], *,
 
 
 def _hooked(module: nn.Module, wired: bool) -> set[nn.Module]:
-    """Return the modules inside one that have a hook; those of the works count if a part around them stays."""
+    """Return the modules inside one that have a hook; those of the works count if a part around them stays.
+
+    So does a module whose `forward` somebody has replaced.
+    """
     found = set()
     for part in module.modules():
+        if "forward" in part.__dict__:
+            found.add(part)
         # A hook point wraps what it is given.
         given = {
             handle.hook.id: handle.user_hook

@@ -14,7 +14,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -67,7 +67,7 @@ _SITE = re.compile(r"L(\d+)\.([a-z_.]+)")
 class Site(NamedTuple):
     """A place in a model that has neurons: a layer and a kind. Prints as ``L3.mlp.post``.
 
-    Example:
+    Examples:
         >>> Site(3, "mlp.post")
         L3.mlp.post
         >>> Site.parse("L3.mlp.post").layer
@@ -920,8 +920,12 @@ class Replay:
 
 
 @contextmanager
-def replaying(model: Model) -> Iterator[Replay]:
+def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Iterator[Replay]:
     """Let a model's forward passes be repeated in part, for the length of a `with` block.
+
+    Args:
+        model: The model.
+        stand_ins: For components that are out of its forward pass, what runs in their place: as `lean` yields them.
 
     Blocks and unembedding are wrapped inside the hooks of their modules, which act in every run, and only once. Leaving
     the block, in whatever way, takes exactly these wrappings off.
@@ -934,9 +938,10 @@ def replaying(model: Model) -> Iterator[Replay]:
         replay = Replay(model)
         try:
             try:
+                runs = {**(stand_ins or {})}
                 for number, block in enumerate(model.blocks):
-                    _wrap(block, partial(replay.block, number), removers)
-                _wrap(model.unembed, replay.unembed, removers)
+                    _wrap(runs.get(block, block), partial(replay.block, number), removers)
+                _wrap(runs.get(model.unembed, model.unembed), replay.unembed, removers)
                 yield replay
             finally:
                 detach_all(removers)
