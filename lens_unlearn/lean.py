@@ -9,7 +9,7 @@ as before; and the plain modules hold the very same weights.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def lean(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
             _take_out(inner, out, wired=False, seen=set())
             if attention == "eager" and explicit <= {component for _, _, component in out} and _may_fuse(inner):
                 config._attn_implementation = "sdpa"
-            yield {component: parent._modules[name] for parent, name, component in out}
+            yield {component: cast(nn.Module, parent._modules[name]) for parent, name, component in out}
         finally:
             put_back()
     finally:  # once more, for an interrupt in the midst of it

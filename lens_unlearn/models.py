@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,37 @@ __all__ = ["fingerprint", "load_model", "model_name"]
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
-def load_model(name: str | os.PathLike[str], *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | Mapping[str, str | int] | None = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> Model:
     """Load a model as a raw `TransformerBridge`, in evaluation mode.
+
+    A model that does not fit one device is spread over several by accelerate: ``device_map="auto"``. Hooks act, and statistics
+    are summed, where each layer is.
 
     Args:
         name: "demo" (the embedded model, offline), a local Hugging Face directory, or a hub name.
         device: Where to; default "cuda" if there is one, else "cpu".
         dtype: Of the weights.
+        device_map: Where its parts go, as in `transformers`: "auto", "balanced", or a place for each; "cpu" and "disk" are
+            places whose weights are fetched for each forward pass. In place of `device`. Needs accelerate.
+        max_memory: With a `device_map` such as "auto": the most that each device takes, such as ``{0: "20GiB", "cpu": "60GiB"}``.
+        offload_folder: Where the weights of "disk" are kept; with TransformerLens 4.
 
     Raises:
-        ModelError: If the directory has no model, or the hub cannot be reached or does not know the name.
+        ModelError: If the directory has no model, or the hub cannot be reached or does not know the name; if the model cannot
+            be placed as wanted.
     """
+    if device is not None and device_map is not None:
+        raise ModelError(f"device={device!r} and a device_map were given: give one of them")
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        raise ModelError("max_memory and offload_folder are for a device_map: give one, such as device_map='auto'")
     source = os.fspath(name)
     if source == "demo":
         from lens_unlearn import demo
@@ -38,16 +59,19 @@ def load_model(name: str | os.PathLike[str], *, device: str | None = None, dtype
         _check_directory(Path(source))
     elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"there is no model directory {source}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    placed: dict[str, Any] = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    if device_map is not None:
+        given = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        placed = {key: value for key, value in given.items() if value is not None}
     try:
         # Building a model draws initial weights: the caller's random state is not to depend on that.
         with _quiet(), torch.random.fork_rng(devices=[]):
-            model = boot(source, device=device, dtype=dtype)
+            model = boot(source, dtype=dtype, **placed)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        raise ModelError(
-            f"{source!r} cannot be loaded as a model: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        told = lines[0] if lines else type(error).__name__
+        told = told if len(told) <= 300 else f"{told[:297]}..."
+        raise ModelError(f"{source!r} cannot be loaded as a model: {told}") from error
     for module in model.modules():
         module.training = False
     _names[model] = str(name)
@@ -105,11 +129,34 @@ def fingerprint(model: Model) -> dict[str, Any]:
 
 def _digest(model: Model) -> str:
     seen: dict[tuple[int, tuple[int, ...]], bytes] = {}
+    elsewhere = []
     for parameter in model.parameters():
         key = (parameter.data_ptr(), tuple(parameter.shape))
-        if key not in seen and not parameter.is_meta:
+        if parameter.is_meta:
+            elsewhere.append(parameter)
+        elif key not in seen:
             seen[key] = _sample(parameter)
+    if elsewhere:
+        known = set(seen.values())
+        for number, (ndim, sample) in enumerate(_fetched(model, {id(parameter) for parameter in elsewhere})):
+            if ndim < 2 or sample not in known:  # a matrix that is there again is one that is shared
+                seen[-1, (number,)] = sample
+            known.add(sample)
     return hashlib.sha256(b"".join(sorted(seen.values()))).hexdigest()[:16]
+
+
+def _fetched(model: Model, wanted: set[int]) -> Iterator[tuple[int, bytes]]:
+    """Sample weights that accelerate keeps on a disk, or in the main memory for another device, one module at a time."""
+    from accelerate.utils import align_module_device
+
+    for module in model.modules():
+        names = [name for name, own in module._parameters.items() if own is not None and id(own) in wanted]
+        wanted -= {id(module._parameters[name]) for name in names}
+        if names and hasattr(module, "_hf_hook"):
+            with align_module_device(module):
+                for name in names:
+                    own = getattr(module, name)
+                    yield own.ndim, _sample(own)
 
 
 def _sample(parameter: Tensor) -> bytes:

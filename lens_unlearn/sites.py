@@ -228,7 +228,12 @@ def _hook_point(model: Model, site: Site) -> Any:
 
 def mlp_width(model: Model, layer: int) -> int | None:
     """Count the neurons of a layer's MLP from its output matrix; None where it has no single one."""
-    matrix = getattr(getattr(model.blocks[layer], "mlp", None), "W_out", None)
+    mlp: Any = getattr(model.blocks[layer], "mlp", None)
+    try:
+        matrix = getattr(mlp, "W_out", None)
+    except NotImplementedError:  # its values are on a disk; which way round it is stored differs
+        found = [p.shape for p in mlp.out.parameters() if p.ndim == 2]
+        return sum(found[0]) - int(model.cfg.d_model) if len(found) == 1 else None
     return int(matrix.shape[0]) if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
 
 
@@ -490,7 +495,13 @@ def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
 
 def device_of(model: Model) -> torch.device:
     """Return where a model takes its tokens."""
-    return next(iter(model.parameters())).device
+    first = next(iter(model.parameters())).device
+    if first.type != "meta":
+        return first
+    # Weights on a disk: the device is the one that accelerate fetches them to.
+    hooks = [module.__dict__.get("_hf_hook") for module in model.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks if hook is not None]
+    return torch.device(next((device for device in devices if device not in (None, "meta", "disk")), "cpu"))
 
 
 def backbone(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -516,7 +527,7 @@ def processing(model: Model) -> str:
     return "hooked transformer"
 
 
-def boot(source: str, *, device: str, dtype: torch.dtype) -> Model:
+def boot(source: str, *, dtype: torch.dtype, **placed: Any) -> Model:
     """Load a model by hub name or directory as a raw `TransformerBridge`.
 
     Raises:
@@ -525,7 +536,7 @@ def boot(source: str, *, device: str, dtype: torch.dtype) -> Model:
     require_host()
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+    return TransformerBridge.boot_transformers(source, dtype=dtype, **placed)
 
 
 def host_version() -> str:

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from test_interventions import selection_of
 
+from lens_unlearn.collecting import collect
 from lens_unlearn.errors import ModelError
+from lens_unlearn.interventions import Ablate
 from lens_unlearn.models import fingerprint, load_model, model_name
+from lens_unlearn.sites import host_version
 
 FIELDS = ["layers", "width", "heads", "vocabulary", "dtype", "processing", "weights"]
 
@@ -45,7 +50,6 @@ def test_a_dtype_may_be_asked_for(model_dir: Path) -> None:
 
 
 def test_loading_leaves_the_global_random_state(model_dir: Path) -> None:
-    import warnings
 
     state = torch.get_rng_state()
     with warnings.catch_warnings():
@@ -121,10 +125,6 @@ def test_the_same_weights_have_the_same_fingerprint_and_others_another(name: str
 
 
 def test_running_caching_and_intervening_do_not_change_the_fingerprint(each: str) -> None:
-    from test_interventions import selection_of
-
-    from lens_unlearn.interventions import Ablate
-
     model = tiny.build(each)
     before = fingerprint(model)
     tiny.logits(model)
@@ -158,3 +158,42 @@ def test_an_edit_of_any_matrix_changes_the_fingerprint() -> None:
 def test_what_is_no_model_has_no_fingerprint() -> None:
     with tiny.quiet(), pytest.raises(ModelError, match="has no hook points"):
         fingerprint(torch.nn.Linear(2, 2))
+
+
+def test_weights_on_a_disk_are_fetched_as_they_are_needed(model_dir: Path, tmp_path: Path) -> None:
+    """A model spread by accelerate: the numbers, the fingerprint and the interventions are those of the whole one."""
+    pytest.importorskip("accelerate")
+    if host_version().startswith("3."):
+        pytest.skip("TransformerLens 3 has no folder for weights on a disk")
+    whole = load(model_dir)
+    parts = ["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head", "transformer.h.0"]
+    places = {**dict.fromkeys(parts, "cpu"), "transformer.h.1": "disk"}
+    with tiny.quiet():
+        spread = load_model(model_dir, device_map=places, offload_folder=tmp_path / "weights")
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    assert fingerprint(spread) == fingerprint(whole)
+    tokens = tiny.some_tokens(3, 9)
+    corpus = tiny.corpus()
+    found, expected = (
+        collect(model, corpus, ("mlp.post", "attn.z"), progress=False).mean_abs for model in (spread, whole)
+    )
+    for site, value in expected.items():
+        torch.testing.assert_close(found[site], value, rtol=1e-5, atol=1e-6)
+    edit = Ablate(expected["mlp.post"].top(0.2))
+    before = tiny.logits(spread, tokens)
+    with edit.on(spread), torch.no_grad():
+        under = spread(tokens)
+    with edit.on(whole), torch.no_grad():
+        torch.testing.assert_close(under, whole(tokens), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(under, before)
+    assert torch.equal(tiny.logits(spread, tokens), before)
+
+
+def test_places_that_make_no_sense_are_refused(model_dir: Path) -> None:
+    with pytest.raises(ModelError, match="give one of them"):
+        load_model(model_dir, device="cpu", device_map="auto")
+    with pytest.raises(ModelError, match="are for a device_map"):
+        load_model(model_dir, max_memory={"cpu": "1GiB"})
+    with pytest.raises(ModelError, match="cannot be loaded as a model") as told:
+        load_model(model_dir, device_map="nowhere")
+    assert len(str(told.value)) < 600
