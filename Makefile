@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 VENV3 := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 lint types check clean
+.PHONY: demo test test-tl3 lint types docs notebooks check clean
 
 demo: $(READY)
 	$(BIN)/lens-unlearn demo --out demo-report --overwrite
@@ -26,7 +26,13 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/pyright
 
-check: lint types test
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --nbmake --nbmake-timeout=600 notebooks
+
+check: lint types test docs
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,4 +46,4 @@ $(READY3): pyproject.toml constraints.txt
 	touch $(READY3)
 
 clean:
-	rm -rf $(VENV) $(VENV3) demo-report .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV3) demo-report site .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ _HOME = {
     "ArtefactError": "errors",
     "Attribution": "attribution",
     "Box": "regions",
+    "BudgetError": "errors",
     "Chain": "interventions",
     "Clusters": "regions",
     "Contrast": "regions",
@@ -46,6 +47,7 @@ _HOME = {
     "anamnesis_index": "evaluation.relearning",
     "attribute": "attribution",
     "collect": "collecting",
+    "compare": "comparing",
     "critical": "attribution",
     "critical_mask": "attribution",
     "evaluate": "evaluation.next_token",
@@ -63,6 +65,7 @@ _HOME = {
     "model_utility": "evaluation.tofu",
     "neuron_adjust": "methods.neuron_adjust",
     "ov_basis": "methods.attention",
+    "push_to_hub": "hub",
     "query_keys": "methods.key_space",
     "random_delta": "methods.controls",
     "random_pruning": "methods.controls",
@@ -90,6 +93,7 @@ __all__ = [
     "ArtefactError",
     "Attribution",
     "Box",
+    "BudgetError",
     "Chain",
     "Clusters",
     "Contrast",
@@ -120,6 +124,7 @@ __all__ = [
     "anamnesis_index",
     "attribute",
     "collect",
+    "compare",
     "critical",
     "critical_mask",
     "demo",
@@ -139,6 +144,7 @@ __all__ = [
     "neuron_adjust",
     "ov_basis",
     "plot",
+    "push_to_hub",
     "query_keys",
     "random_delta",
     "random_pruning",
@@ -163,11 +169,13 @@ if TYPE_CHECKING:
     from lens_unlearn import figures as plot
     from lens_unlearn.attribution import Attribution, attribute, critical, critical_mask
     from lens_unlearn.collecting import collect, load_moments, save_moments
+    from lens_unlearn.comparing import compare
     from lens_unlearn.corpora import Corpus, read_corpus
     from lens_unlearn.deltas import Update
     from lens_unlearn.errors import (
         ActivationError,
         ArtefactError,
+        BudgetError,
         CorpusError,
         EmptyStatisticError,
         LensUnlearnError,
@@ -182,6 +190,7 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.report import Report, separability
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, tofu_utility
     from lens_unlearn.examples import TopExamples, TopTokens, top_examples
+    from lens_unlearn.hub import push_to_hub
     from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, load_intervention
     from lens_unlearn.keyspace import KeySpace, key_space
     from lens_unlearn.looking import (

@@ -22,9 +22,22 @@ from torch import Tensor
 
 from lens_unlearn.errors import ArtefactError
 
-__all__ = ["parse", "read", "remove", "replace_file", "require_same", "sweep", "temporary_name", "usable", "write"]
+__all__ = [
+    "first_line",
+    "local",
+    "parse",
+    "read",
+    "remove",
+    "replace_file",
+    "require_same",
+    "sweep",
+    "temporary_name",
+    "usable",
+    "write",
+]
 
 SCHEMA = 1
+HUB = "hf:"
 KEY = "lens_unlearn"
 MAX_HEADER = 5 * 2**20
 """Bytes of a header."""
@@ -83,7 +96,7 @@ def read(path: Path_, kind: str | None = None) -> tuple[dict[str, Any], dict[str
     Besides the tensors, it takes memory for the file and for tens of megabytes of header at most.
 
     Args:
-        path: The file.
+        path: The file; on the Hugging Face hub as `local` has it.
         kind: What it has to hold; None takes any kind.
 
     Returns:
@@ -133,16 +146,56 @@ def read(path: Path_, kind: str | None = None) -> tuple[dict[str, Any], dict[str
     return content, tensors
 
 
+def local(path: Path_) -> Path_:
+    """Return where a file is on this machine; one that is on the hub is fetched into the cache of `huggingface_hub`.
+
+    Args:
+        path: A path, or "hf:OWNER/NAME/FILE"; "hf:OWNER/NAME@REVISION/FILE" takes a branch, tag or commit, and a repository with
+            one .safetensors file needs no FILE.
+
+    Raises:
+        ArtefactError: If there is no such file on the hub, or the hub cannot be reached.
+    """
+    name = os.fspath(path)
+    if not name.startswith(HUB) or os.path.exists(name):
+        return path
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repo, _, file = rest.partition("/")
+    repo, _, revision = repo.partition("@")
+    if not owner or not repo:
+        raise ArtefactError(f"{name} names no file on the hub: write it as hf:OWNER/NAME/FILE")
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="lens_unlearn")
+    told: dict[str, Any] = {"revision": revision or None}
+    try:
+        if not file:
+            files = [one for one in api.list_repo_files(f"{owner}/{repo}", **told) if one.endswith(".safetensors")]
+            if len(files) != 1:
+                raise ValueError(f"name one of its {len(files)} .safetensors files: {', '.join(sorted(files)[:20])}")
+            file = files[0]
+        return api.hf_hub_download(f"{owner}/{repo}", file, **told)
+    except Exception as error:
+        raise ArtefactError(f"{name} cannot be fetched from the hub: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of another library says, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def _open(path: Path_) -> tuple[dict[str, Any], bytes]:
     """Return the header of ours and the bytes of the file, which are not read before their number is right."""
+    where = local(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(os.stat(where).st_mode):  # a pipe would be waited for
             raise ArtefactError(f"{path} cannot be read: it is no file")
     except (OSError, ValueError) as error:
         if isinstance(error, ArtefactError):
             raise
         raise ArtefactError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    with open(path, "rb") as file:
+    with open(where, "rb") as file:
         length, head = os.fstat(file.fileno()).st_size, file.read(9)  # the header's size, and the brace that opens it
         size = int.from_bytes(head[:8], "little")
         if head[8:] != b"{" or size > min(MAX_HEADER, length):

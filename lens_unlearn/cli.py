@@ -1,4 +1,4 @@
-"""The command line: `lens-unlearn demo | run | collect | evaluate | generate | show`.
+"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | generate | show | push`.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -132,6 +132,64 @@ def run(
 
 
 @app.command()
+def compare(
+    model: Model,
+    skill: Annotated[
+        list[str], typer.Option(metavar="NAME=SRC", help=f"A skill, forgotten in turn; two or more: {SRC}.")
+    ],
+    out: Out,
+    method: Annotated[
+        list[str], typer.Option(help="A method; may be given several times. [default: all that train nothing]")
+    ] = [],  # noqa: B006
+    test: Annotated[
+        list[str], typer.Option(metavar="NAME=SRC", help="Separate test texts of a skill; for all of them, or none.")
+    ] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
+    template: Template = None,
+    tokens: Tokens = 20_000,
+    window: Window = None,
+    retain_drop: Annotated[
+        float, typer.Option(help="The budget: forget most while the other skills lose at most this share of top1.")
+    ] = 0.05,
+    seeds: Annotated[int, typer.Option(help="Random controls per method, each with a seed of its own.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
+    batch_size: BatchSize = 8,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Forget each skill of a set in turn, by every method and its control, within one budget.
+
+    While one is forgotten, all others in equal parts are to stay. OUT holds compare.html, matrix.csv, run.json, and a folder
+    of interventions per skill. What is finished is kept in OUT.partial until the end, as by run.
+    """
+    from lens_unlearn import ranks
+    from lens_unlearn.comparing import COMPARED, carry_out_comparison, plans_for
+
+    skills = _pairs(skill, "--skill")
+    plans = plans_for(
+        list(skills),
+        model,
+        methods=tuple(method) or COMPARED,
+        settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
+        template=template and _newlines(template),
+        tokens=tokens,
+        window=window,
+        retain_drop=retain_drop,
+        controls=seeds,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    told: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
+    with _interruptible(out):
+        report = carry_out_comparison(plans, skills, out, test=_pairs(test, "--test") or None, **told)
+    if not ranks.is_first():
+        return
+    typer.echo(f"{out} holds this comparison, finished before" if report is None else repr(report))
+    typer.echo(f"report: {out / 'compare.html'}")
+
+
+@app.command()
 def collect(
     model: Model,
     corpus: Annotated[str, typer.Option(metavar="SRC", help=f"Texts: {SRC}.")],
@@ -174,10 +232,17 @@ def collect(
 @app.command()
 def evaluate(
     model: Model,
+    out: Out,
     corpus: Annotated[
         list[str], typer.Option(metavar="NAME=SRC", help="Texts to measure on; may be given several times.")
-    ],
-    out: Out,
+    ] = [],  # noqa: B006
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help="A task of lm-evaluation-harness, or its YAML file; may be given several times. Takes the extra 'harness'."
+        ),
+    ] = [],  # noqa: B006
+    task_limit: Annotated[int | None, typer.Option(help="Documents per task. [default: all]")] = None,
     intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
     tokens: Tokens = 20_000,
     window: Window = None,
@@ -220,6 +285,7 @@ def evaluate(
     texts = {name: lu.read_corpus(source, loaded, **told) for name, source in sources.items()}
     asked: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
     asked["allow_code_execution"] = allow_code_execution
+    asked |= {"tasks": task, "task_limit": task_limit}
     report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)
     if not ranks.is_first():
         return
@@ -228,7 +294,7 @@ def evaluate(
         report.to_csv(folder / "metrics.csv")
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
     first = ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "unit_tests")
-    first += ("answer_probability", "truth_ratio", "exact_memorization", "extraction_strength")
+    first += ("answer_probability", "truth_ratio", "exact_memorization", "extraction_strength", "acc", "acc_norm")
     typer.echo(report.table([metric for metric in report.metrics if metric in first]).to_string())
     if "not run" in str(report.provenance.get("answers", {}).get("unit_tests", "")):
         typer.echo("unit tests were not run: that takes --allow-code-execution")
@@ -274,6 +340,19 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
     for key in ("model", "provenance", "note"):
         if header.get(key):
             typer.echo(f"  {key}: {header[key] if isinstance(header[key], str) else json.dumps(header[key])}")
+
+
+@app.command()
+def push(
+    what: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote, or the folder of a run.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a model repository on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, keep it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch. [default: the main one]")] = None,
+) -> None:
+    """Share a file or a run on the Hugging Face hub, with a card; files come back as hf:OWNER/NAME/FILE."""
+    from lens_unlearn.hub import push_to_hub
+
+    typer.echo(push_to_hub(what, repo, private=private or None, revision=revision))
 
 
 def _per_layer(edit: Any) -> dict[str, str]:

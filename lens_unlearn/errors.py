@@ -44,5 +44,9 @@ class ArtefactError(LensUnlearnError):
     """A file is truncated, altered, of another kind, or made with another model."""
 
 
+class BudgetError(LensUnlearnError):
+    """No strength of a method stays within the budget it was to be tuned to."""
+
+
 class ProcessError(LensUnlearnError):
     """Of several processes on one job, another one has ended, or could not be reached."""

@@ -115,6 +115,12 @@ class Live:
         for row in rows.nonzero()[:, 0].tolist():
             self._refusals.setdefault(row, refusal)
 
+    def tell(self, refusals: Sequence[str | None]) -> None:
+        """Say of the rows of several passes, in the user's order, what is written in place of each; None for an answer."""
+        silent = [told is not None for told in refusals]
+        self.abstained = torch.tensor(silent, dtype=torch.bool, device=self.abstained.device)
+        self._refusals = {row: told for row, told in enumerate(refusals) if told is not None}
+
     def _settle(self) -> None:
         for member in _members(self.intervention):
             member.settle(self)
@@ -443,8 +449,10 @@ class Adjust(Intervention):
 
     Args:
         selection: A boolean `NeuronMap`, with at least one neuron.
-        forget_mean, forget_std: mu_f and sigma_f, for every neuron of the selection's sites.
-        retain_mean, retain_std: mu_r and sigma_r, likewise.
+        forget_mean: mu_f, for every neuron of the selection's sites.
+        forget_std: sigma_f, likewise.
+        retain_mean: mu_r, likewise.
+        retain_std: sigma_r, likewise.
         rule: "random" (published) or "deterministic".
         seed: Of the coins.
         floored: How many of the selected neurons' sigmas were raised to a floor; kept for `repr`.

@@ -7,7 +7,7 @@ fitted to, SIMU's checkpoint, evaluations. Each file is absent or whole at any m
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -129,7 +129,7 @@ class Partial:
     def commit(self) -> None:
         """Leave nothing but the output in the folder, and put it in the output's place."""
         shutil.rmtree(self.kept, ignore_errors=True)
-        for path in self.folder.glob(".*.part"):  # of a killed writer
+        for path in self.folder.rglob(".*.part"):  # of a killed writer
             path.unlink()
         put_in_place(self.folder, self.out)
 
@@ -197,13 +197,33 @@ def _save_report(path: Path, report: Report) -> None:
 def _load_report(path: Path) -> Report:
     header, tensors = artefacts.read(path, "report")
     with artefacts.usable(path, "report that can be read"):
-        told = json.loads(header["report"])
+        told = artefacts.parse(header["report"])
         measures = {
-            (condition, corpus, metric): Measure(value, tensors[f"draws/{i}"].numpy(), n)
-            for i, (condition, corpus, metric, value, n) in enumerate(told["measures"])
+            _key(key): Measure(_number(value), tensors[f"draws/{i}"].numpy(), int(_number(n)))
+            for i, (*key, value, n) in enumerate(told["measures"])
         }
-        values = {(c, name, m): tensors[f"values/{i}"].numpy() for i, (c, name, m) in enumerate(told["values"])}
-        return Report(measures, told["provenance"], samples=told["samples"], values=values)
+        values = {_key(key): tensors[f"values/{i}"].numpy() for i, key in enumerate(told["values"])}
+        flat = all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in tensors.values())
+        named = {f"draws/{i}" for i in range(len(measures))} | {f"values/{i}" for i in range(len(values))}
+        if not flat or len(told["measures"]) > len(measures) or set(tensors) != named:
+            raise ValueError("its numbers are not those of its measures")
+        samples = [{str(key): str(text) for key, text in sample.items()} for sample in told["samples"]]
+        found = Report(measures, dict(told["provenance"]), samples=samples, values=values)
+        found.to_frame()
+    return found
+
+
+def _key(parts: Sequence[Any]) -> tuple[str, str, str]:
+    condition, corpus, metric = parts
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{parts!r} is no name of a measure")
+    return condition, corpus, metric
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 FITTED = Form(_save_fitted, _load_fitted)

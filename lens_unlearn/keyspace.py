@@ -51,14 +51,11 @@ class KeySpace:
 
     Of a skill against another one (or against all of them, "others"), on held-out queries, with intervals:
 
-    ==================  =========================================================================================
-    `auc_box`, ...      probability that a query of the skill has the lower distance: one for each of `distances`
-    `area_between`      area between the two coverage curves over log c, as a share of what it can be at the mean
-                        distance between pairs: 1 if every query of the skill is inside a smaller box than any of the
-                        other, 0 if none is on average
-    `best_scale`        the box scale c at which the coverages differ most; NaN if the skill's is never the larger
-    `best_gap`          that difference. Its place was chosen on the same queries: no rate to expect elsewhere
-    ==================  =========================================================================================
+    - `auc_box`, ...: probability that a query of the skill has the lower distance: one for each of `distances`
+    - `area_between`: area between the two coverage curves over log c, as a share of what it can be at the mean distance
+      between pairs: 1 if every query of the skill is inside a smaller box than any of the other, 0 if none is on average
+    - `best_scale`: the box scale c at which the coverages differ most; NaN if the skill's is never the larger
+    - `best_gap`: that difference. Its place was chosen on the same queries: no rate to expect elsewhere
 
     Of the fitted boxes: `log_volume` (sum of log sigma), `k` (the scale that covers the fitted queries), `floored`
     (coordinates whose sigma was raised to the floor), and `centre_distance` between two of them (root mean square over

@@ -45,7 +45,7 @@ class NeuronMap:
     Raises:
         SelectionError: If there is no site, or `live` does not match `values`.
 
-    Example:
+    Examples:
         >>> score = NeuronMap({Site(0, "mlp.post"): torch.tensor([0.5, 2.0, 1.0])})
         >>> score.top(1 / 3)
         NeuronMap(1 of 3 neurons, 1 layer, mlp.post)

@@ -3,12 +3,13 @@
 import inspect
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lens_unlearn.evaluation.report import BASE, Report, provenance_of
 from lens_unlearn.interventions import Ablate, Abstain, Adjust, Delta, Intervention, load_intervention
 from lens_unlearn.keeping import FITTED, REPORT, Form, Partial, put_in_place
 from lens_unlearn.keyspace import key_space
+from lens_unlearn.looking import token_losses
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.key_space import key_space_detection
 from lens_unlearn.methods.neuron_adjust import adjust_score, neuron_adjust
@@ -51,6 +53,14 @@ QUERIES = 400  # prompts of each side that a method which judges prompts is fitt
 SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+PROMPT, WRITTEN = 24, 24
+"""Tokens of a plain text that are continued, and the longest continuation, where the report shows what is written."""
+BEGINNINGS, OTHERS = 2, 3
+"""Texts continued of forget and of retain, and further corpora of which one is."""
+COLOURED, NATS = 120, 4.0
+"""Tokens of a text that the report colours by what they lost, and where the scale ends."""
+LAYERS = ("Which layers", "How ")
+"""How the titles of figures begin that say where a method acts; the page shows the first figures, and folds the rest away."""
 _OWN = ("model", "forget", "retain", "progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
 
 
@@ -122,6 +132,46 @@ class Plan:
             if option in option_names(method) and owner in ("", method):
                 chosen[option] = value
         return chosen
+
+
+def command_of(plan: Plan) -> str:
+    """Return the command that carries out a plan; empty for a plan with settings that no option can give.
+
+    Examples:
+        >>> command_of(Plan("demo", "demo:python", ("demo:english",), settings={"fraction": 0.1}, tokens=500))
+        'lens-unlearn run --model demo --forget demo:python --retain demo:english --set fraction=0.1 --tokens 500 --out again'
+    """
+    usual = {one.name: one.default for one in fields(Plan)}
+    if any(getattr(plan, name) != usual[name] for name in ("controls", "fractions", "false_alarms", "strengths")):
+        return ""
+    words = ["lens-unlearn", "run", "--model", plan.model, "--forget", plan.forget]
+    several = {"--retain": plan.retain, "--method": plan.methods if plan.methods != usual["methods"] else ()}
+    several |= {"--also": [f"{name}={source}" for name, source in plan.also.items()]}
+    several |= {"--set": [f"{key}={_as_text(value)}" for key, value in plan.settings.items()]}
+    several |= {"--test-retain": plan.test_retain}
+    words += [word for option, values in several.items() for value in values for word in (option, value)]
+    for name in (
+        "test_forget",
+        "template",
+        "tokens",
+        "window",
+        "retain_drop",
+        "seed",
+        "batch_size",
+        "answers",
+        "memorization",
+    ):
+        value = getattr(plan, name)
+        if value != usual[name]:
+            words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
+    return shlex.join([*words, *([] if plan.sweep else ["--no-sweep"]), "--out", "again"])
+
+
+def _as_text(value: Any) -> str:
+    """Write an option's value as `--set` reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_as_text, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def option_names(method: str) -> list[str]:
@@ -299,7 +349,9 @@ class Experiment:
             "chosen": self.chosen,
             "documents": self._documents(),
         }
-        report = replace(report, provenance=provenance, samples=[*self._samples(), *report.samples])
+        command = command_of(self.plan)
+        provenance |= {"command": command} if command else {}
+        report = replace(report, provenance=provenance, samples=self._samples(report.samples))
         curves = self._kept("kept/curves.safetensors", REPORT, self.curves) if self.plan.sweep else None
         return replace(report, figures=self._figures(report, curves))
 
@@ -347,28 +399,55 @@ class Experiment:
         return evaluate(self.model, texts, conditions, **told)
 
     def _figures(self, report: Report, curves: Report | None) -> dict[str, Any]:
+        """Draw what the page shows: first what each method lost and cost, then where it was found, then the details."""
         drawn: dict[str, Any] = {}
         if curves is not None:
-            drawn["Trade-off over strengths"] = figures.tradeoff(report + curves)
+            drawn["Trade-off over strengths"] = self._with_budget(figures.tradeoff(report + curves))
             drawn["What is left as more is taken out"] = figures.sweep_curves(curves)
-        same: dict[str, NeuronMap] = {}
+        found: dict[str, NeuronMap] = {}
+        controls: dict[str, NeuronMap] = {}
+        details: dict[str, Any] = {}
         for name, edit in self.edits.items():
             if isinstance(edit, Delta):
                 rows = self._rows(edit)
                 if rows:
-                    same[name] = NeuronMap(rows)
+                    found[name] = NeuronMap(rows)
             if isinstance(edit, Delta) and edit.record:
-                drawn[f"How {name} was trained"] = figures.training_curves(edit)
+                details[f"How {name} was trained"] = figures.training_curves(edit)
             elif isinstance(edit, Abstain):
-                drawn |= self._keys(name, edit)
+                details |= self._keys(name, edit)
             elif isinstance(edit, Ablate | Adjust):
-                drawn |= self._neurons(name, edit)
-                same[name] = _at_keys(edit.selection)
+                details |= self._neurons(name, edit)
+                found[name] = _at_keys(edit.selection)
                 control = controls_for(self.model, edit, [self.plan.seed])[0]
                 if isinstance(control, Ablate | Adjust):
-                    same[f"{name}:control"] = _at_keys(control.selection)
+                    controls[f"{name}:control"] = _at_keys(control.selection)
+        if len(found) > 1:
+            drawn["Where the methods found the skill"] = figures.layer_importance(
+                found, title="Neurons selected, by layer"
+            )
+        layers = {title: figure for title, figure in details.items() if title.startswith(LAYERS)}
+        drawn |= layers | details  # by layer first
+        same = found | controls
         if len(same) > 1:
             drawn["Overlap of selections"] = figures.selection_overlap(same)
+        return drawn | self._coloured()
+
+    def _with_budget(self, figure: Any) -> Any:
+        """Mark the budget in the trade-off."""
+        if self.plan.retain_drop is not None:
+            told = {"annotation_text": "budget", "annotation_position": "bottom right", "annotation_font_size": 12}
+            figure.add_vline(x=self.plan.retain_drop, line={"dash": "dash", "width": 1, "color": "#777777"}, **told)
+        return figure
+
+    def _coloured(self) -> dict[str, Any]:
+        """Colour one text of forget and one of retain by what each token lost under each intervention."""
+        drawn: dict[str, Any] = {}
+        for name in ("forget", "retain"):
+            with suppress(CorpusError):  # a text of which no token is predicted
+                text = self.parts.test[name].only([self._document(name)])
+                losses = token_losses(self.model, text, self.edits, batch_size=self.plan.batch_size, progress=False)
+                drawn[f"Token by token: what a text of {name} lost"] = figures.texts(losses, limit=NATS, most=COLOURED)
         return drawn
 
     def _rows(self, edit: Delta) -> dict[Site, Any]:
@@ -433,23 +512,48 @@ class Experiment:
         }  # fmt: skip
         return figures.activation_distribution(read, best)
 
-    def _samples(self, count: int = 2, prompt_tokens: int = 24) -> list[dict[str, Any]]:
-        """Continue the beginnings of a few test documents with and without each intervention."""
-        samples: list[dict[str, Any]] = []
-        tokenizer = self.model.tokenizer
-        for name in ("forget", "retain"):
-            corpus, bos = self.parts.test[name], int(self.parts.test[name].prepend_bos)
-            begun = (corpus.row(row)[bos : bos + prompt_tokens].tolist() for row in range(min(count, corpus.n_rows)))
-            prompts = [prompt for prompt in map(tokenizer.decode, begun) if prompt.strip()]
-            samples += [{"corpus": name, "prompt": prompt} for prompt in prompts]
-        if not samples:
-            return []
+    def _document(self, name: str) -> int:
+        """Choose the first document with a short prompt, so that there is something behind it to colour."""
+        corpus = self.parts.test[name]
+        rows = range(min(50, corpus.n_rows))
+        return int(corpus.document[next((row for row in rows if 4 * len(corpus.prompt(row)) < COLOURED), 0)])
+
+    def _samples(self, answered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Continue the prompts, or the beginnings, of a few test documents with and without each intervention.
+
+        Where questions of a corpus were answered already, those are shown.
+        """
+        asked = {sample["corpus"] for sample in answered}
+        others = [name for name in self.parts.test if name not in ("forget", "retain")][:OTHERS]
+        counts = {"forget": BEGINNINGS, "retain": BEGINNINGS, **dict.fromkeys(others, 1)}
+        samples = [one for name, count in counts.items() if name not in asked for one in self._begun(name, count)]
+        if samples:
+            self._continue(samples)
+        order = list(self.parts.test)
+        return sorted([*samples, *answered], key=lambda sample: order.index(sample["corpus"]))
+
+    def _continue(self, samples: list[dict[str, Any]]) -> None:
         prompts = [sample["prompt"] for sample in samples]
         for condition, edit in {BASE: None, **self.edits}.items():
-            written = generate(self.model, prompts, intervention=edit, max_new_tokens=40)
+            written = generate(self.model, prompts, intervention=edit, max_new_tokens=WRITTEN)
             for sample, text in zip(samples, written, strict=True):
+                withheld = isinstance(edit, Abstain) and text == edit.refusal
+                if withheld:
+                    sample.setdefault("withheld", []).append(condition)
+                elif "\n" not in sample.get("true answer", "\n"):  # an answer of one line ends where it does
+                    text = text.strip().partition("\n")[0]
                 sample[condition] = text
-        return samples
+
+    def _begun(self, name: str, count: int) -> Iterator[dict[str, Any]]:
+        """Give the first prompts of a corpus, or the beginnings of its texts, with how they go on there."""
+        corpus, decode = self.parts.test[name], self.model.tokenizer.decode
+        for row in range(min(count, corpus.n_rows)):
+            bos, tokens = int(corpus.prepend_bos), corpus.row(row).tolist()
+            end = len(corpus.prompt(row)) if corpus.has_prompts else bos + PROMPT
+            prompt, answer = decode(tokens[bos:end]), corpus.answer(row)
+            true = decode(tokens[end : end + WRITTEN]) if answer is None else answer.text
+            if prompt.strip():
+                yield {"corpus": name, "prompt": prompt, "true text" if answer is None else "true answer": true}
 
     def write(self, folder: Path, report: Report) -> None:
         """Write the report, the table, the interventions and the settings into a folder that exists."""

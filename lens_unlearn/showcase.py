@@ -55,6 +55,7 @@ def showcase(
     check_folder(Path(out), overwrite=overwrite)
     model = load_model("demo")
     experiments, reports, known = [], [], {}
+    command = f"lens-unlearn demo --tokens {tokens} --seed {seed} --out again"
     for forget, twin in (("python", "english"), ("english", "python")):
         others = [twin, *(skill for skill in SKILLS if skill not in (forget, twin))]
         plan = Plan(
@@ -75,8 +76,11 @@ def showcase(
         experiment = Experiment(plan, model, progress=progress, known=known)
         experiment.fit()
         experiments.append(experiment)
-        reports.append(replace(experiment.report(), title=f"Forget {forget}, keep {twin} and the rest"))
+        report = experiment.report()
+        report.provenance["command"] = command
+        reports.append(replace(report, title=f"Forget {forget}, keep {twin} and the rest"))
     persons, delta = forget_persons(model, tokens=tokens, seed=seed, progress=progress)
+    persons.provenance["command"] = command
     whole = replace(reports[0], parts=(reports[1], persons))
     with new_folder(out, overwrite=overwrite) as folder:
         experiments[0].write(folder, whole)

@@ -62,15 +62,13 @@ class Moments:
 
     With N counted tokens and activation x of one neuron:
 
-    ======================  ===================================================
-    `mean`                  (1/N) sum x
-    `std`                   sqrt((1/N) sum (x - mean)^2), a true standard deviation
-    `rms`                   sqrt((1/N) sum x^2)
-    `mean_abs`              (1/N) sum abs(x)
-    `positive`              (1/N) sum [x > 0], a fraction
-    `mean_sqrt`             (1/N) sum sqrt(abs(x)); extra "sqrt"
-    `min`, `max`            extra "extrema"
-    ======================  ===================================================
+    - `mean`: (1/N) sum x
+    - `std`: sqrt((1/N) sum (x - mean)^2), a true standard deviation
+    - `rms`: sqrt((1/N) sum x^2)
+    - `mean_abs`: (1/N) sum abs(x)
+    - `positive`: (1/N) sum [x > 0], a fraction
+    - `mean_sqrt`: (1/N) sum sqrt(abs(x)); extra "sqrt"
+    - `min`, `max`: extra "extrema"
 
     Differs from the released Selective Pruning and Neuron Adjust codes, which keep the variance under the name of the
     standard deviation, and cast the moments to half precision.
@@ -200,7 +198,7 @@ class Moments:
         if self.extra != other.extra:
             raise LensUnlearnError(f"moments with extras {self.extra} and {other.extra} do not merge")
         whole = self.fresh()
-        whole.provenance = dict(self.provenance or other.provenance)
+        whole.provenance = _joined(self.provenance, other.provenance)
         for part in (self, other):
             for site, state in part._state.items():
                 whole._fold(site, part._count[site], state)
@@ -304,6 +302,16 @@ class Moments:
         layers = len({site.layer for site in self._state})
         source = self.provenance.get("corpus")
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where both parts come from: corpora by name, and the tokens of both."""
+    told = {**other, **one}
+    both = [part for part in (one, other) if "corpus" in part]
+    if len(both) == 2:
+        told["corpus"] = " + ".join(dict.fromkeys(name for part in both for name in str(part["corpus"]).split(" + ")))
+        told["tokens"] = sum(part.get("tokens", 0) for part in both)
+    return told
 
 
 def _possible(state: Tensor, n: int, rows: int) -> bool:
@@ -460,7 +468,7 @@ class KeySample:
         if (self.capacity, self.seed) != (other.capacity, other.seed):
             raise LensUnlearnError("samples of different capacity or seed do not merge")
         whole = self.fresh()
-        whole.provenance = dict(self.provenance or other.provenance)
+        whole.provenance = _joined(self.provenance, other.provenance)
         for part in (self, other):
             for site, keys in part._keys.items():
                 whole._add(site, keys, part._ids[site])
@@ -629,7 +637,7 @@ class Histogram:
         if (self.bins, self.scale, self.limit) != (other.bins, other.scale, other.limit):
             raise LensUnlearnError("histograms with different bins do not merge")
         whole = self.fresh()
-        whole.provenance = dict(self.provenance or other.provenance)
+        whole.provenance = _joined(self.provenance, other.provenance)
         for site in {**self._counts, **other._counts}:
             parts = [part._counts[site] for part in (self, other) if site in part._counts]
             whole._counts[site] = parts[0] if len(parts) == 1 else parts[0] + parts[1]

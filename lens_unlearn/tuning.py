@@ -7,7 +7,7 @@ from typing import Any
 
 from lens_unlearn.collecting import collect
 from lens_unlearn.corpora import Corpus
-from lens_unlearn.errors import LensUnlearnError, SelectionError
+from lens_unlearn.errors import BudgetError, LensUnlearnError, SelectionError
 from lens_unlearn.evaluation.next_token import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.interventions import Ablate, Adjust, Delta, Intervention
@@ -200,7 +200,8 @@ def tune(
         progress: Whether to show bars.
 
     Raises:
-        LensUnlearnError: If even the smallest fraction breaks the budget.
+        BudgetError: If even the smallest fraction breaks the budget.
+        LensUnlearnError: If there are no texts to tune on, or nothing to lose on them.
     """
     budget = check_fraction(retain_drop, "retain_drop")
     told = with_progress(method, options or {}, progress)
@@ -239,7 +240,7 @@ def tune(
     within = [fraction for fraction in edits if tried[fraction][1] <= budget]
     if not within:
         smallest = min(edits)
-        raise LensUnlearnError(
+        raise BudgetError(
             f"no fraction stays within retain_drop={budget:g}: already {smallest:g} costs {tried[smallest][1]:.1%} of the "
             f"retain {metric}; raise the budget, or choose corpora that differ more"
         )

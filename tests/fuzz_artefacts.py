@@ -33,9 +33,10 @@ from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lens_unlearn import artefacts, collecting
+from lens_unlearn import artefacts, collecting, keeping
 from lens_unlearn.deltas import Update
 from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta, Intervention, load_intervention
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.methods.training import Training
@@ -175,6 +176,23 @@ def _training(optimizer: str) -> Kind:
     return Kind(lambda path: Halted.of(optimizer, begun=True)._save(path), again)
 
 
+def _report() -> Report:
+    draws = ramp(4).double().numpy()
+    keys = [("base", "forget", "top1"), ("pruned", "forget", "top1"), ("pruned", "forget", "loss")]
+    measures = {key: Measure(0.5 + place, draws, 7) for place, key in enumerate(keys)}
+    samples = [{"corpus": "forget", "prompt": "1+1=", "true answer": "2", "base": "2", "pruned": "é"}]
+    return Report(measures, {"model": "tiny", "seed": 0}, samples=samples, values={keys[0]: draws})
+
+
+def _kept(form: keeping.Form, make: Callable[[], Any]) -> Kind:
+    def again(path: Path, new: Path) -> None:
+        found = form.load(path)
+        repr(found)
+        form.save(new, found)
+
+    return Kind(lambda path: form.save(path, make()), again)
+
+
 KINDS: dict[str, Kind] = {
     **{name: _intervention(name) for name in interventions()},
     "moments": Kind(
@@ -186,6 +204,9 @@ KINDS: dict[str, Kind] = {
     "collect-histogram": _checkpoint(histogram),
     "simu-sophia": _training("sophia"),
     "simu-adamw": _training("adamw"),
+    "fitted-moments": _kept(keeping.FITTED, lambda: (moments(), moments())),
+    "fitted-keys": _kept(keeping.FITTED, lambda: (keys(), keys())),
+    "report": _kept(keeping.REPORT, _report),
 }
 
 

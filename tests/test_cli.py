@@ -72,7 +72,9 @@ def run_arguments(model_dir: Path, texts: dict[str, Path], out: Path) -> list[ob
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == 0
     told = capsys.readouterr().out
-    assert all(command in told for command in ("demo", "run", "collect", "evaluate", "generate", "show"))
+    assert all(
+        command in told for command in ("demo", "run", "compare", "collect", "evaluate", "generate", "show", "push")
+    )
 
 
 def test_help_does_not_import_torch() -> None:

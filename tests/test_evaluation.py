@@ -526,6 +526,11 @@ def test_reports_show_themselves_and_their_provenance() -> None:
     assert {"torch", "transformer_lens", "lens_unlearn"} <= set(report.provenance["versions"])
 
 
+def test_a_measure_shows_its_value_and_interval_and_not_its_draws() -> None:
+    assert repr(Measure(0.25, np.linspace(0, 1, 1001), 6000)) == "Measure(0.250 [0.025, 0.975], n=6,000)"
+    assert repr(Measure(0.25, np.empty(0), 10)) == "Measure(0.250 [nan, nan], n=10)"
+
+
 # --- separability --------------------------------------------------------------------------------------------------------------
 
 
@@ -563,6 +568,7 @@ def test_the_gap_is_the_largest_difference_of_drops() -> None:
     assert found.at == "p2"
     assert found.gap == pytest.approx((1 - 0.2 / 0.8) - (1 - 0.4 / 0.5))
     assert (found.gap_low, found.gap_high) == (pytest.approx(found.gap), pytest.approx(found.gap))
+    assert repr(found) == "Separability(forget lost less retain lost: 55.0% [55.0%, 55.0%] at p2; area 1.61)"
 
 
 def test_a_report_without_a_sweep_is_refused() -> None:

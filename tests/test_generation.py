@@ -97,6 +97,20 @@ def test_an_intervention_acts_while_the_text_is_written_and_no_longer(model: Any
     assert generate(model, PROMPTS, max_new_tokens=10) == base
 
 
+def test_afterwards_each_prompt_can_be_asked_whether_it_was_withheld(model: Any) -> None:
+    site = Site(1, "mlp.post")
+    prompts = ["1 + 2 = 3 and", "the slow", "1 + 2"]
+    assert len({len(ids(model, prompt)) for prompt in prompts}) > 1, "of different lengths, so not one pass"
+    for temperature in (0.0, 1.0):
+        for silent in range(3):
+            abstain = Abstain({site: around(key(model, ids(model, prompts[silent]), site))}, refusal="No.")
+            with abstain.on(model) as live:
+                written = generate(model, prompts, max_new_tokens=3, temperature=temperature)
+                assert live.abstained.tolist() == [text == "No." for text in written]
+                assert live.abstained[silent]
+                assert [live.refusal(row) for row in range(3)] == ["No." if one else None for one in live.abstained]
+
+
 def test_drawn_texts_come_back_with_their_seed_and_leave_the_global_state(model: Any) -> None:
     first = generate(model, PROMPTS, max_new_tokens=10, temperature=1.0, seed=3)
     state = torch.get_rng_state()

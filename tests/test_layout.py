@@ -29,12 +29,12 @@ ORDER = [
     {"keyspace"},
     {"figures"},
     {"evaluation"},
-    {"looking"},
+    {"looking", "hub"},
     {"examples"},
     {"tuning"},
     {"testing"},
     {"keeping"},
-    {"run", "showcase"},
+    {"run", "showcase", "comparing"},
     {"cli", "__main__", "demo.measure", "demo.train"},
 ]
 WITHIN = [["sources", "corpora"]]

@@ -6,8 +6,10 @@ import html
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,9 +22,13 @@ import pytest
 from test_figures import NEURONS, every_figure, histogram, report, scores, swept_report, trained
 
 import lens_unlearn as lu
+from lens_unlearn import cli, run
 from lens_unlearn.evaluation.report import Measure, Report
+from lens_unlearn.figures.headline import headline
 from lens_unlearn.figures.page import page
 from lens_unlearn.figures.summary import findings, headline_metric, summary
+from lens_unlearn.figures.texts import colored_tokens
+from lens_unlearn.run import Plan
 
 EVIL = "</script><script>alert('x')</script>\"'<img src=x onerror=alert(1)>"
 BASE = {"forget": 0.5, "retain": 0.4}
@@ -62,7 +68,7 @@ def told() -> Report:
     made = report(values)
     made.provenance["seed"] = 7
     made.samples.append({"prompt": "def f(x):", "base": "return x", "good": "the girl"})
-    made.figures["Where it was"] = lu.plot.layer_importance(scores().top(0.1))
+    made.figures["Where it was in layers"] = lu.plot.layer_importance(scores().top(0.1))
     return made
 
 
@@ -100,8 +106,142 @@ def test_verdicts_are_said_plainly(told):
     assert "It does not beat its control" in by_name["bad"]
     assert "overlap" in by_name["bad"]
     assert "It does not beat its control, it is worse" in by_name["harmful"]
-    assert "No random control was measured" in by_name["alone"]
+    assert "No control was measured" in by_name["alone"]
     assert "most selective of 2 strengths" in by_name["swept"]
+
+
+# --- the result in words -------------------------------------------------------------------------------------------------
+
+
+def told_plainly(made: Report) -> list[str]:
+    return [html.unescape(re.sub("<[^>]+>", "", sentence)) for sentence in headline(made)]
+
+
+def tuned(values: dict[str, dict[str, float]], budget: float = 0.05) -> Report:
+    made = report(values)
+    kinds = {"good:control": "[Ablate(zero, 3), Ablate(zero, 3)]", "quiet:control": "Abstain(prompt)"}
+    plan = {"retain_drop": budget, "forget": "demo:python", "retain": ["demo:english", "/home/me/x.jsonl"]}
+    made.provenance.update({"plan": plan, "conditions": kinds})
+    return made
+
+
+GOOD = {"good": {"forget": 0.2, "retain": 0.395}, "good:control": {"forget": 0.48, "retain": 0.38}}
+HUSHED = {"quiet": {"forget": 0.1, "retain": 0.2}, "quiet:control": {"forget": 0.49, "retain": 0.39}}
+CHANCE = {"chance": {"forget": 0.45, "retain": 0.36}, "chance:control": {"forget": 0.45, "retain": 0.36}}
+
+
+def test_the_headline_says_what_was_lost_at_what_cost_beside_what_and_how_sure():
+    made = tuned({"base": BASE, **GOOD})
+    first, second, third, last = told_plainly(made)
+    lost, cost = (made.drop("good", corpus) for corpus in ("forget", "retain"))
+    for drop in (lost, cost, made.drop("good:control", "forget"), made.drop("good:control", "retain")):
+        low, high = drop.interval()
+        assert f"{100 * drop.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]".replace("-", "−") in first
+    assert "forget (demo:python)" in first
+    assert "retain (demo:english, …/x.jsonl)" in first
+    assert "its control, as many random neurons of every layer (mean of 2 draws), lost" in first
+    assert second == "It beats its control."
+    assert third.startswith("It was tuned to lose at most 5% on retain, and kept to it on these test documents")
+    assert "the interval of good reaches beyond it" in third
+    assert last.startswith("In brackets: 95% intervals over the test documents (9 of forget and 9 of retain")
+
+
+def test_the_headline_says_plainly_what_does_not_beat_its_control_and_what_exceeds_the_budget():
+    both = told_plainly(tuned({"base": BASE, **GOOD, **CHANCE, **HUSHED}))
+    assert both[0].startswith("Of 3 methods, good took away 60.0%"), "quiet lost more, but beyond the budget"
+    assert both[1].startswith(
+        "The controls are beaten by good and quiet; not by chance (forget loss minus retain loss 0.0%"
+    )
+    assert "chance (10.0% [" in both[2]
+    assert "quiet (50.0% [" in both[2]
+    assert both[2].endswith("exceed it.")
+    none = told_plainly(tuned({"base": BASE, **CHANCE}))
+    assert none[1].startswith("It does not beat its control (forget loss minus retain loss")
+    two = {name.replace("chance", "other"): values for name, values in CHANCE.items()}
+    assert told_plainly(tuned({"base": BASE, **CHANCE, **two}))[1] == "No method beats its control."
+    assert "the same method fitted to shuffled labels" in told_plainly(tuned({"base": BASE, **HUSHED}))[0]
+
+
+def test_the_headline_claims_no_more_than_was_measured():
+    alone = {"base": BASE, "good": GOOD["good"]}
+    assert told_plainly(report(alone))[1] == "No control was measured."
+    assert not [
+        sentence for sentence in told_plainly(report(alone)) if "tuned" in sentence or "used to fit" in sentence
+    ]
+    single = told_plainly(report({"base": BASE, **GOOD}, draws=0))
+    assert "nobody can say whether a control is beaten" in single[1]
+    assert headline(report({"base": BASE})) == []
+    assert headline(report({"base": {"python": 0.5}, "m": {"python": 0.2}})) == []
+    lacking = {"base": BASE, "m": BASE, "m:control": {"forget": 0.5}}
+    assert "control lost" not in told_plainly(report(lacking))[0]
+
+
+def test_the_method_told_of_where_none_keeps_to_the_budget_is_the_most_selective():
+    crude = {"crude": {"forget": 0.05, "retain": 0.1}, "crude:control": {"forget": 0.5, "retain": 0.05}}
+    fine = {"fine": {"forget": 0.2, "retain": 0.37}, "fine:control": {"forget": 0.5, "retain": 0.37}}
+    assert told_plainly(tuned({"base": BASE, **crude, **fine}))[0].startswith("Of 2 methods, fine took away")
+
+
+def test_what_was_written_is_marked_where_it_leaves_the_unedited_models_text():
+    made = report({"base": BASE, "m": BASE})
+    written = {"true answer": "the girl", "base": "the <girl>", "m": "the <boy>", "same": "the <girl>", "quiet": "No."}
+    made.samples.append({"corpus": "forget", "prompt": "Who?", **written, "withheld": ["quiet"], "empty": ""})
+    document = page(made)
+    assert "the &lt;<mark>boy&gt;</mark>" in document
+    text = words(document)
+    assert "same · as the unedited model" in text
+    assert "quiet · answer withheld" in text
+    assert "<mark>the girl" not in document, "a true answer is no change"
+    assert "(nothing)" in text
+
+
+def test_coloured_tokens_stand_by_the_texts_and_nothing_but_ours_is_taken_for_html():
+    shown = colored_tokens(["<b>", " two"], [0.5, -1.0])
+    document = page(Report({}, {}, {"Tokens": shown}))
+    assert str(shown) in document
+    with pytest.raises(AttributeError):
+        page(Report({}, {}, {"Tokens": str(shown)}))
+
+
+def test_the_page_says_how_large_it_is(document):
+    size = float(re.search(r"one file of ([\d.]+) MB", document)[1])
+    assert size == pytest.approx(len(document.encode()) / 1e6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {
+            "methods": ("simu", "neuron-adjust"),
+            "settings": {"simu.lr": 1e-3, "simu.attention": "lora", "rank_by": ("a", 2)},
+        },
+        {
+            "also": {"sums": "demo:arithmetic:test:question>answer"},
+            "template": "Q: {prompt}\nA: {answer}",
+            "sweep": False,
+        },
+        {
+            "test_forget": "t.jsonl",
+            "test_retain": ("a b.jsonl", "c.jsonl"),
+            "retain_drop": 0.05,
+            "seed": 3,
+            "answers": 4,
+        },
+    ],
+)
+def test_the_command_in_a_report_repeats_the_run(monkeypatch, capsys, more):
+    plan = Plan("demo", "demo:python", ("demo:english", "x'y.txt"), tokens=700, **more)
+    asked = []
+    monkeypatch.setattr(run, "carry_out", lambda plan, out, **_: asked.append((plan, str(out))))
+    monkeypatch.setattr(sys, "argv", shlex.split(run.command_of(plan)))
+    cli.app(standalone_mode=False)
+    assert asked == [(plan, "again")]
+    assert "again" in capsys.readouterr().out
+
+
+def test_no_command_is_given_that_would_do_something_else():
+    assert run.command_of(Plan("demo", "a.txt", ("b.txt",), controls=2)) == ""
 
 
 def test_without_intervals_nothing_is_claimed():
@@ -113,12 +253,17 @@ def test_without_intervals_nothing_is_claimed():
 def test_sections_come_in_reading_order(document):
     text = words(document)
     order = [
-        "Summary",
+        "Of 6 methods",
         "Forgetting against its cost",
+        "Method by method",
+        "How sure this is",
+        "Before and after",
+        "Where it was found, and",
+        "Where it was in layers",
         "by condition",
         "What is left at each",
-        "Where it was",
         "All numbers",
+        "How it was done",
     ]
     assert sorted(order, key=text.index) == order
     assert "whoever detaches it has everything back" in text
@@ -153,7 +298,7 @@ def test_a_fuller_trade_off_replaces_that_of_the_page(told):
     figures = {"First": lu.plot.layer_importance(scores().top(0.1)), "All strengths": lu.plot.tradeoff(told)}
     text = words(page(Report(single, told.provenance, figures)))
     assert text.count("Forgetting against its cost") == 1
-    assert text.index("All strengths") < text.index("by condition") < text.index("First")
+    assert text.index("All strengths") < text.index("First") < text.index("by condition")
 
 
 def test_every_figure_of_a_report_is_shown_once(told):
@@ -162,13 +307,14 @@ def test_every_figure_of_a_report_is_shown_once(told):
     text = page(Report(single, told.provenance, {f"Figure {name}": fig for name, fig in swept_figures.items()}))
     for name in swept_figures:
         assert text.count(f"<h3>Figure {name}<") == 1, name
+    assert "more figures" in text
 
 
 def test_figures_from_elsewhere_are_shown_as_they_are(told):
     figure = go.Figure(go.Bar(x=[1, 2], y=[3, 4]), layout={"title": "Mine", "height": 300})
     document = page(Report(told.measures, told.provenance, {"Another": figure}))
-    block = re.findall(r"<script type='application/json' data-figure='[^']+'>(.*?)</script>", document, re.S)[-1]
-    assert json.loads(block)["layout"]["title"]["text"] == "Mine"
+    blocks = re.findall(r"<script type='application/json' data-figure='[^']+'>(.*?)</script>", document, re.S)
+    assert "Mine" in [json.loads(block)["layout"].get("title", {}).get("text") for block in blocks]
     assert "height:300px" in document
 
 
@@ -272,7 +418,7 @@ def test_whatever_a_report_lacks_is_left_out(odd):
 def test_other_corpora_are_summarized_without_a_verdict():
     text = words(page(report({"base": {"python": 0.5, "english": 0.4}, "m": {"python": 0.2, "english": 0.4}})))
     assert "60.0%" in text
-    assert "control" not in text.split("Summary")[1].split("What this promises")[0]
+    assert "control" not in text.split("Method by method")[1].split("How sure this is")[0]
 
 
 def test_to_html_writes_the_page(told, tmp_path):
@@ -337,8 +483,9 @@ def elements(document: str) -> list[tuple[str, dict[str, str]]]:
 
 
 TAGS = "html head meta title style body header main section h1 h2 h3 h4 p i b strong small ul li span figure figcaption div script"
-TAGS += " table thead tbody tr th td details summary pre article a"
+TAGS += " table thead tbody tr th td details summary pre article a nav ol mark footer"
 ATTRIBUTES = "lang charset http-equiv content name class id style type data-figure title scope rowspan href download"
+ATTRIBUTES += " role tabindex aria-label"
 
 
 def requests_in(document: str) -> list[str]:
@@ -349,7 +496,7 @@ def requests_in(document: str) -> list[str]:
     odd += [f"{tag} {name}" for tag, attributes in found for name in attributes if name not in ATTRIBUTES.split()]
     for tag, attributes in found:
         href = attributes.get("href", "data:text/csv;")
-        odd += [f"href={href[:40]}"] * (not href.startswith("data:text/csv;"))
+        odd += [f"href={href[:40]}"] * (not re.match(r"data:text/csv;|#part-\d+$", href))
         odd += [f"{tag} style" for word in ("url(", "image", "expression") if word in attributes.get("style", "")]
         odd += [f"{tag} refresh"] * (
             attributes.get("http-equiv", "Content-Security-Policy") != "Content-Security-Policy"
@@ -481,7 +628,9 @@ QUIET = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
 )
 QUIET += "--disable-sync --disable-default-apps --no-pings --virtual-time-budget=6000 --dump-dom"
-WITNESS = """<script>setTimeout(function () {
+WITNESS = """<script>
+document.querySelectorAll("details").forEach(function (one) { one.open = true; });  // figures inside are drawn when they are seen
+setTimeout(function () {
   var asked = performance.getEntriesByType("resource").map(function (entry) { return entry.name; });
   document.documentElement.setAttribute("data-asked", JSON.stringify(asked));
 }, 4000)</script>"""
@@ -519,5 +668,5 @@ def test_a_browser_asks_for_nothing_and_runs_nothing_of_the_texts(tmp_path):
     assert not {tag for tag, _ in seen} & {"img", "iframe", "link", "base", "object", "embed", "form", "script"}
     assert not [name for _, attributes in seen for name in attributes if name.startswith("on")]
     links = [attributes.get("href") or attributes.get("xlink:href") or "" for _, attributes in seen]
-    assert all(link.startswith(("data:text/csv;", "data:image/png;base64,")) for link in links if link)
+    assert all(link.startswith(("data:text/csv;", "data:image/png;base64,", "#part-")) for link in links if link)
     assert "&lt;script&gt;document.title" in body

@@ -137,6 +137,15 @@ def test_merging_is_associative_and_commutative_and_the_empty_one_is_neutral(x: 
     ) > 1 else None
 
 
+@pytest.mark.parametrize("statistic", [Moments, Histogram, KeySample])
+def test_what_is_merged_says_where_all_of_it_comes_from(statistic: Any) -> None:
+    parts = [statistic() for _ in range(3)]
+    for part, corpus in zip(parts, ("english", "sums", "english"), strict=True):
+        part.provenance = {"model": "tiny", "corpus": corpus, "tokens": 10}
+    merged = parts[0].merge(parts[1]).merge(statistic()).merge(parts[2])
+    assert merged.provenance == {"model": "tiny", "corpus": "english + sums", "tokens": 30}
+
+
 @given(columns, columns)
 def test_merging_changes_neither_part(x: Tensor, y: Tensor) -> None:
     a, b = gathered(x), gathered(y)

@@ -1,6 +1,6 @@
 """`generate`: what a model writes, with and without an intervention."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,6 +99,7 @@ def continue_rows(
         else:
             groups.append([i])
     written: dict[int, Written] = {}
+    withheld: dict[int, dict[int, str | None]] = defaultdict(dict)  # by intervention that acts, then by row
     device, drawn = device_of(model), Counter[tuple[int, ...]]()
     forked = [device] if device.type == "cuda" else []
     # Without an intervention of its own, it writes under that of the thread that started this one, if there is one.
@@ -126,10 +127,13 @@ def continue_rows(
                     verbose=False,
                 )
             for place, i in enumerate(group):
-                refusals = [live.refusal(place) for live in acting(model)]
-                refusal = next((told for told in refusals if told is not None), None)
+                for live in acting(model):
+                    withheld[id(live)][i] = live.refusal(place)
+                refusal = next((told[i] for told in withheld.values() if told[i] is not None), None)
                 text = tokenizer.decode(out[place, width:].tolist(), skip_special_tokens=True)
                 written[i] = Written(text if refusal is None else refusal, refusal is not None)
+        for live in acting(model):
+            live.tell([withheld[id(live)][i] for i in range(len(rows))])
     return [written[i] for i in range(len(rows))]
 
 

@@ -38,6 +38,10 @@ class Measure:
         """Return the bootstrap 95 % interval."""
         return interval(self.draws)
 
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        return f"Measure({self.value:.3f} [{low:.3f}, {high:.3f}], n={self.n:,})"
+
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
     """Return the central 95 % of bootstrap draws; NaN where there are none, as from a single document."""
@@ -221,6 +225,10 @@ class Separability:
     gap_high: float
     area: float
     """Area under retain against forget performance, over that of a straight line: 1 no separation, 2 perfect."""
+
+    def __repr__(self) -> str:
+        gap = f"{self.gap:.1%} [{self.gap_low:.1%}, {self.gap_high:.1%}]"
+        return f"Separability(forget lost less retain lost: {gap} at {self.at}; area {self.area:.2f})"
 
 
 def separability(

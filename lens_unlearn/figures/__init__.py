@@ -8,6 +8,8 @@ control is grey.
 from lens_unlearn.figures.attributions import attribution_map
 from lens_unlearn.figures.bars import condition_bars
 from lens_unlearn.figures.distribution import activation_distribution
+from lens_unlearn.figures.forgetting import forgetting_matrix
+from lens_unlearn.figures.frontier import frontier
 from lens_unlearn.figures.heatmap import neuron_heatmap
 from lens_unlearn.figures.importance import layer_importance
 from lens_unlearn.figures.key_layers import key_clusters, key_space, key_volume
@@ -28,6 +30,8 @@ __all__ = [
     "condition_bars",
     "examples",
     "forget_quality",
+    "forgetting_matrix",
+    "frontier",
     "generations",
     "key_clusters",
     "key_coverage",

@@ -47,7 +47,7 @@ def attribution_map(
     Raises:
         LensUnlearnError: If there is nothing to draw, or the selection has another shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> values = {Site(layer, "mlp.post"): torch.linspace(-1, 2, 8) for layer in range(4)}
         >>> [trace.type for trace in attribution_map(NeuronMap(values), NeuronMap(values).top(0.1)).data]

@@ -36,7 +36,7 @@ def layer_importance(
     Raises:
         LensUnlearnError: If there is nothing to draw, or `selection` is not boolean.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lens_unlearn.sites import Site
         >>> score = NeuronMap({Site(layer, "mlp.post"): torch.arange(8.0) * layer for layer in range(4)})

@@ -41,7 +41,7 @@ def forget_quality(
     Raises:
         LensUnlearnError: If there is no point, a p is outside [0, 1], or a utility is negative or no number.
 
-    Example:
+    Examples:
         >>> fig = forget_quality({"base": (1e-9, 0.6), "retrained": (1.0, 0.58), "simu": (0.2, 0.5)})
         >>> [trace.name for trace in fig.data]
         ['p = 0.05', 'base', 'retrained', 'simu']

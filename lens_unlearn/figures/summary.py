@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from html import escape
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from lens_unlearn.figures.conditions import (
@@ -21,10 +22,17 @@ from lens_unlearn.figures.conditions import (
 if TYPE_CHECKING:
     from lens_unlearn.evaluation.report import Report
 
-__all__ = ["Finding", "findings", "headline_metric", "summary"]
+__all__ = ["Finding", "budget_of", "exceeds", "findings", "headline_metric", "summary"]
 
 FORGET, RETAIN = "forget", "retain"
 SHOWN = 60
+CONTROL_KINDS = {
+    "Ablate(": "as many random neurons of every layer",
+    "Adjust(": "as many random neurons of every layer",
+    "Abstain(": "the same method fitted to shuffled labels",
+    "Delta(": "random updates of the same norm",
+}
+"""What a control is, by how its intervention is written in a report's provenance."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +105,26 @@ def _finding(report: "Report", condition: Condition, metric: str) -> Finding:
     return Finding(condition, drops, selectivity, control)
 
 
+def budget_of(report: "Report") -> float | None:
+    """Return the share that may be lost on "retain", as the plan of a run has it; None without one."""
+    plan = report.provenance.get("plan")
+    budget = plan.get("retain_drop") if isinstance(plan, dict) else None
+    return float(budget) if isinstance(budget, Real) else None
+
+
+def exceeds(finding: Finding, budget: float) -> bool:
+    """Say whether a method lost more on "retain" than it may, by its value."""
+    return finding.drops[RETAIN].value > budget
+
+
 def summary(report: "Report") -> str:
     """Return the summary as HTML: a sentence on what was measured, and a list item per method; "" if there is none."""
     metric = headline_metric(report)
     found = findings(report, metric) if metric else []
     if not metric or not found:
         return ""
-    items = "".join(f"<li>{_item(one)}</li>" for one in found[:SHOWN])
+    made = report.provenance.get("conditions")
+    items = "".join(f"<li>{_item(one, made, budget_of(report))}</li>" for one in found[:SHOWN])
     more = f"<p>{len(found) - SHOWN} more conditions are in the table.</p>" if len(found) > SHOWN else ""
     return f"<p>{_base(report, metric)}</p><ul class='findings'>{items}</ul>{more}"
 
@@ -115,7 +136,7 @@ def _base(report: "Report", metric: str) -> str:
         if (BASE, corpus, metric) in report.measures
     ]
     return (
-        f"Measured by {name(words(metric))}. The unedited model reaches {_join(parts)}. "
+        f"Measured by {name(words(metric))}. The unedited model reaches {join(parts)}. "
         "Losses below are shares of these values, with 95% intervals over documents; a negative loss is a gain."
     )
 
@@ -124,8 +145,14 @@ def _percent(value: float) -> str:
     return "nothing" if math.isnan(value) else f"{100 * value:.1f}%"
 
 
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def share(value: float) -> str:
+    """Write a share in percent, with the digits that it has."""
+    return f"{100 * value:.3g}%"
+
+
+def join(parts: list[str]) -> str:
+    """List names in a sentence."""
+    return "".join(parts) if len(parts) < 2 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def name(text: object, length: int = 80) -> str:
@@ -134,26 +161,51 @@ def name(text: object, length: int = 80) -> str:
     return escape(told if len(told) <= length else f"{told[: length - 1]}…")
 
 
-def _item(finding: Finding) -> str:
+def _item(finding: Finding, made: object, budget: float | None) -> str:
     condition = finding.condition
     told = f"<strong>{name(condition.method)}</strong>"
     if condition.strength is not None:
         told += f" at strength {condition.strength:g}"
     if finding.best_of > 1:
         told += f" (the most selective of {finding.best_of} strengths, picked on these same texts, so it flatters)"
-    told += f" lost {_drops(finding)}."
+    main = [corpus for corpus in (FORGET, RETAIN) if corpus in finding.drops]
+    rest = [corpus for corpus in finding.drops if corpus not in main]
+    told += f" lost {_drops(finding, main or rest)}."
     if finding.control is not None:
-        told += f" Its random control lost {_drops(finding.control, others=finding.selectivity is None)}."
-    return told + _verdict(finding)
+        told += f" Its control{control_kind(finding, made)} lost {_drops(finding.control, main or rest)}."
+    told += _verdict(finding) + _over(finding, budget)
+    if main and rest:
+        told += f"<span class='rest'>Elsewhere it lost {_drops(finding, rest)}.</span>"
+    what = made.get(condition.name) if isinstance(made, dict) else None
+    return told + (f"<span class='rest'>What it is: {name(what, 240)}</span>" if what else "")
 
 
-def _drops(finding: Finding, *, others: bool = True) -> str:
-    order = sorted(finding.drops, key=lambda corpus: {FORGET: 0, RETAIN: 1}.get(corpus, 2))
-    order = [corpus for corpus in order if others or corpus in (FORGET, RETAIN)]
-    return _join([f"{_bold(finding.drops[corpus])} on <i>{name(corpus)}</i>" for corpus in order])
+def _over(finding: Finding, budget: float | None) -> str:
+    if budget is None or finding.selectivity is None or not exceeds(finding, budget):
+        return ""
+    sure = finding.drops[RETAIN].low > budget
+    doubt = "" if sure else ", though the interval includes it"
+    return f"<span class='verdict bad'>It exceeds the budget of {share(budget)} on <i>{RETAIN}</i>{doubt}.</span>"
 
 
-def _bold(estimate: Estimate) -> str:
+def control_kind(finding: Finding, made: object) -> str:
+    """Say what a method's control is, between commas, where the report knows."""
+    told = str(made.get(finding.condition.counterpart, "") if isinstance(made, dict) else "").lstrip("[")
+    begin = next((begin for begin in CONTROL_KINDS if told.startswith(begin)), None)
+    if begin is None:
+        return ""
+    draws = told.count(begin)
+    return f", {CONTROL_KINDS[begin]}{f' (mean of {draws} draws)' if draws > 1 else ''},"
+
+
+def _drops(finding: Finding, corpora: list[str]) -> str:
+    return join(
+        [f"{bold(finding.drops[corpus])} on <i>{name(corpus)}</i>" for corpus in corpora if corpus in finding.drops]
+    )
+
+
+def bold(estimate: Estimate) -> str:
+    """Write an estimate with its value bold and its interval small."""
     value, bracket, interval = estimate.percent().partition(" [")
     return f"<b>{value}</b>" + (f" <small>[{interval}</small>" if bracket else "")
 
@@ -168,7 +220,7 @@ def _verdict(finding: Finding) -> str:
         "beats": f"It beats its control: {own}, against {chance}.",
         "no better": f"It does not beat its control: {own}, against {chance}, and these intervals overlap.",
         "worse": f"It does not beat its control, it is worse: {own}, against {chance}.",
-        "no control": f"No random control was measured, so what any edit of its size would do is unknown: {own}.",
+        "no control": f"No control was measured, so what any edit of its size would do is unknown: {own}.",
         "no interval": f"Without intervals, nobody can say whether it beats its control: {own}, against {chance}.",
     }[verdict]
     tone = {"beats": "good", "no better": "bad", "worse": "bad"}.get(verdict, "open")

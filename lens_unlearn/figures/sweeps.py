@@ -77,7 +77,7 @@ def sweep_curves(
     _strength_axis(fig, [c.strength for c in steps if c.strength is not None])
     fig.update_yaxes(tickformat="~%", rangemode="tozero")
     fig.update_yaxes(title_text="share left", col=1)
-    note = "bands: 95% intervals over documents; grey: random control"
+    note = "strength: share of neurons, of false alarms, or of an update; bands: 95% intervals over documents; grey: control"
     return theme.finish(
         fig,
         title or f"What is left at each strength: {words(metric)}",
@@ -94,7 +94,7 @@ def _strength_axis(fig: go.Figure, strengths: list[float]) -> None:
     if min(strengths) > 0 and max(strengths) > LOG_SPAN * min(strengths):
         # Otherwise the weak end, where methods are used, is a few pixels wide.
         fig.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
-    fig.update_xaxes(title_text="strength (share of neurons, or of false alarms)")
+    fig.update_xaxes(title_text="strength")  # short: panels are narrow on a phone and on paper
 
 
 def _curve(

@@ -166,7 +166,7 @@ def colored_tokens(
     Raises:
         LensUnlearnError: If there are not as many values as tokens, or none.
 
-    Example:
+    Examples:
         >>> drawn = colored_tokens(["a", " <b>"], [0.5, -1.0], unit="nats")
         >>> "&lt;b&gt;" in drawn
         True

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import plotly.graph_objects as go
@@ -58,7 +58,7 @@ def template() -> go.layout.Template:
             "plot_bgcolor": "rgba(0,0,0,0)",
             "colorway": list(METHODS),
             "title": {"x": 0, "xref": "container", "yref": "container", "y": 1, "yanchor": "top", "font": {"size": 17}}
-            | {"pad": {"l": 12, "t": 14}},
+            | {"pad": {"l": 12, "t": 20}},
             "xaxis": axis,
             "yaxis": axis | {"ticks": "outside", "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"},
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top"},
@@ -100,7 +100,7 @@ def finish(
     layout: Any = fig.layout
     entries = 0 if layout.showlegend is False else sum(trace.showlegend is not False for trace in traces(fig))
     legend = 30 + 22 * (entries // 4) if entries else 0
-    top = 44 + 17 * len(lines) + (26 if facets else 0)
+    top = 50 + 17 * len(lines) + (26 if facets else 0)
     fig.update_layout(
         template=template(),
         title_text=text,
@@ -119,6 +119,10 @@ def finish(
             }
         },
     )
+    for axis, own in ((layout.xaxis, "x"), (layout.yaxis, "y")):
+        # Where all are told to match the first, the browser's console would warn of the first itself.
+        if axis.matches == own:
+            axis.matches = None
     # Headings of panels are annotations of make_subplots, which centres them in a size of its own.
     fig.update_annotations(font_size=13)
     return fig
@@ -164,7 +168,7 @@ def corpus_colours(corpora: Sequence[str], forget: str = "forget", retain: str =
     return {forget: FORGET, retain: RETAIN, **colours}
 
 
-def neuron_name(site: Site, neuron: int, shape: Sequence[int]) -> str:
+def neuron_name(site: Site, neuron: SupportsIndex, shape: Sequence[int]) -> str:
     """Name a neuron, by its flat index, as it can be typed: ``L3.mlp.post[1742]``, ``L3.attn.z[2,17]``."""
     index = ",".join(str(int(i)) for i in np.unravel_index(int(neuron), tuple(shape)))
     return f"{site}[{index}]"

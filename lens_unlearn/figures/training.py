@@ -36,7 +36,7 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
     Raises:
         LensUnlearnError: If there is no record of a training, or there are more than can be told apart.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> losses = [{"step": 1, "forget": 0.5, "retain": 0.4}, {"step": 2, "forget": 0.9, "retain": 0.4}]
         >>> checks = [{"step": 0, "forget": 0.8}, {"step": 2, "forget": 0.3}]

@@ -93,7 +93,7 @@ def selective_pruning(
         SelectionError: If a fraction is outside [0, 1], or so small that nothing is selected.
         LensUnlearnError: If an option is unknown, or both corpora are the same text.
 
-    Example:
+    Examples:
         >>> import lens_unlearn as lu
         >>> model = lu.load_model("demo")
         >>> code = lu.read_corpus("demo:python", model, tokens=500)

@@ -1,0 +1,279 @@
+"""The documentation: its code runs, its links lead somewhere, every public name and every error has its place."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import lens_unlearn as lu
+from lens_unlearn import errors, figures, testing
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+RUN = [
+    ROOT / "README.md",
+    DOCS / "index.md",
+    DOCS / "concepts.md",
+    *sorted((DOCS / "howto").glob("*.md")),
+    *sorted((DOCS / "methods").glob("*.md")),
+]
+MADE = {DOCS / "gallery.md", DOCS / "changelog.md"}
+"""Pages that docs/hooks.py makes when the site is built."""
+FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+ERRORS = [
+    value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.LensUnlearnError)
+]
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(path: Path) -> str:
+    """The text of a page without its code."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text(encoding="utf-8")))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of one language that can run here, in order: those with a title say what they need."""
+    text = path.read_text(encoding="utf-8")
+    return [code for _, name, rest, code in FENCE.findall(text) if name == language and "title=" not in rest]
+
+
+@cache
+def demo(name: str = "demo", **options: Any) -> Any:
+    return LOAD(name, **options)
+
+
+LOAD = lu.load_model
+
+
+@pytest.fixture
+def one_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Blocks run in a folder of their own, on models that are loaded once for all pages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lu, "load_model", demo)
+
+
+@pytest.mark.parametrize("path", [page for page in RUN if blocks(page, "python")], ids=shown)
+@pytest.mark.usefixtures("one_demo")
+def test_the_code_of_a_page_runs(path: Path) -> None:
+    """From top to bottom, as a reader would paste it; the last line of a block is shown, as a notebook would."""
+    names: dict[str, Any] = {"__name__": "a_page"}
+    for code in blocks(path, "python"):
+        tree = ast.parse(code, shown(path))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, shown(path), "exec"), names)  # noqa: S102
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), shown(path), "eval"), names)  # noqa: S307
+            repr(value)
+            if hasattr(value, "_repr_html_") and not hasattr(value, "to_plotly_json"):
+                assert value._repr_html_()
+
+
+def test_the_commands_of_the_pages_have_these_options() -> None:
+    """Every command and option that a page or the README names is one of the command line."""
+    from lens_unlearn.cli import app
+
+    help_of: dict[str, str] = {}
+    seen = 0
+    for path in [*PAGES, ROOT / "README.md"]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, rest in re.findall(
+            r"(?:lens-unlearn|-m lens_unlearn) +(\w+)([^\n`]*)", "\n".join(code for *_, code in FENCE.findall(text))
+        ):
+            if command not in help_of:
+                done = CliRunner().invoke(app, [command, "--help"], terminal_width=400)
+                assert done.exit_code == 0, f"{shown(path)} names the command {command!r}, which there is not"
+                help_of[command] = done.output
+            for option in re.findall(r"(?<!\S)\[?(--[\w-]+)", rest.partition(" #")[0]):
+                assert re.search(rf"{option}\b", help_of[command]), f"{shown(path)}: {command} has no {option}"
+                seen += 1
+    assert seen > 20
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower()))
+    return found
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=shown)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        if there in MADE:
+            continue
+        assert there.exists(), f"{shown(path)} leads to {target}, which is not there"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{shown(path)} leads to {target}: no such heading"
+
+
+def reference() -> list[str]:
+    """What the API reference holds, by full name."""
+    pages = [*(DOCS / "api").glob("*.md"), *(DOCS / "errors").glob("*.md")]
+    return [
+        name for path in pages for name in re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+
+
+def test_every_public_name_is_in_the_reference_once_and_is_there() -> None:
+    listed = reference()
+    assert len(listed) == len(set(listed))
+    last = {name.rpartition(".")[2] for name in listed}
+    public = {*lu.__all__, *figures.__all__, *testing.__all__} - {"__version__", "plot"}
+    assert public <= last, f"not in docs/api: {sorted(public - last)}"
+    for name in listed:
+        module, _, own = name.rpartition(".")
+        found = importlib.import_module(name) if name in sys.modules else getattr(importlib.import_module(module), own)
+        assert found.__doc__, f"{name} has no docstring"
+
+
+def page_of(error: type) -> Path:
+    return DOCS / "errors" / (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.__name__).lower() + ".md")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_has_its_page(error: type) -> None:
+    text = page_of(error).read_text(encoding="utf-8")
+    assert f"::: lens_unlearn.errors.{error.__name__}\n" in text
+    assert "## What to do" in text
+    assert page_of(error).name in (DOCS / "errors" / "index.md").read_text(encoding="utf-8")
+    assert f"errors/{page_of(error).name}" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_no_page_is_of_an_error_that_is_gone() -> None:
+    assert {path.name for path in (DOCS / "errors").glob("*_error.md")} == {page_of(error).name for error in ERRORS}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+@pytest.mark.usefixtures("one_demo")
+def test_the_examples_of_an_errors_page_raise_it_with_that_message(error: type) -> None:
+    """A block of Python that is followed by text raises the error, and the text is its message (... is left out)."""
+    found = FENCE.findall(page_of(error).read_text(encoding="utf-8"))
+    for (_, name, rest, code), (_, next_name, _, message) in zip(found, found[1:]):
+        if (name, next_name) == ("python", "text") and "title=" not in rest:
+            with pytest.raises(error) as caught:
+                exec(compile(code, shown(page_of(error)), "exec"), {"__name__": "a_page"})  # noqa: S102
+            pattern = re.escape(" ".join(message.split())).replace(r"\.\.\.", ".*")
+            assert re.fullmatch(pattern, f"{type(caught.value).__name__}: {caught.value}"), caught.value
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in {*PAGES, *MADE}:
+        assert re.search(rf"\b{re.escape(path.relative_to(DOCS).as_posix())}$", text, re.MULTILINE), (
+            f"{shown(path)} is nowhere"
+        )
+
+
+@pytest.mark.parametrize("path", PAGES, ids=shown)
+def test_calls_that_are_not_run_are_calls_that_there_are(path: Path) -> None:
+    """Blocks that need a hub: they are Python, and name functions and arguments that exist."""
+    for _, name, rest, code in FENCE.findall(path.read_text(encoding="utf-8")):
+        if name != "python" or "title=" not in rest:
+            continue
+        for node in ast.walk(ast.parse(code, shown(path))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("lu."):
+                function = lu
+                for part in ast.unparse(node.func).split(".")[1:]:
+                    function = getattr(function, part)
+                takes = inspect.signature(function).parameters  # type: ignore[arg-type]
+                unknown = {word.arg for word in node.keywords if word.arg} - set(takes)
+                assert not unknown, f"{shown(path)}: {ast.unparse(node.func)} takes no {sorted(unknown)}"
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    """docs/hooks.py, which mkdocs reads from its file."""
+    pytest.importorskip("latex2mathml")
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def test_a_notebook_becomes_a_page_of_its_stored_outputs(hooks: Any, tmp_path: Path) -> None:
+    figure = {"layout": {"title": {"text": "Importance of [every] neuron<br><sup>demo</sup>"}}}
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["said\n"]},
+        {"output_type": "stream", "name": "stderr", "text": ["a progress bar"]},
+        {"output_type": "display_data", "data": {"application/vnd.plotly.v1+json": figure, "image/png": PNG}},
+        {"output_type": "execute_result", "data": {"text/html": ["<table>\n", "</table>"], "text/plain": "a table"}},
+        {"output_type": "execute_result", "data": {"text/html": "<script>1</script>", "text/plain": "only text"}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# A *story*\n", "[![Open](https://x.org/badge.svg)](https://x.org/nb)"]},
+        {"cell_type": "code", "source": "one = 1", "outputs": outputs},
+    ]
+    path = tmp_path / "01_story.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    page = hooks.page_of(path)
+    assert page.title == "A story"
+    assert "[Open](https://x.org/nb)" in page.text
+    assert "badge.svg" not in page.text
+    assert "```python\none = 1\n```" in page.text
+    assert "```text\nsaid\n```" in page.text
+    assert "progress bar" not in page.text
+    assert "<script" not in page.text
+    assert "only text" in page.text
+    assert "![Importance of (every) neuron](01_story-1.png){ #figure-1" in page.text
+    assert [*page.raw.values()] == ["<table>\n</table>"]
+    assert page.pictures[0].png.startswith(b"\x89PNG")
+    drawn = hooks.gallery({"01_story": page})
+    assert "notebooks/01_story.md#figure-1" in drawn
+    assert "notebooks/01_story-1.png" in drawn
+
+
+def test_links_that_leave_the_pages_lead_to_a_page_of_the_site_or_to_the_source(hooks: Any) -> None:
+    assert hooks.leads_to("../results.md", "howto/find.md") == "../results.md"
+    assert hooks.leads_to("../CHANGELOG.md", "promises.md") == "changelog.md"
+    assert hooks.leads_to("../../notebooks/01_x.ipynb", "howto/find.md") == "../notebooks/01_x.md"
+    assert hooks.leads_to("02_y.ipynb", "notebooks/01_x.md") == "02_y.md"
+    assert hooks.leads_to("../docs/results.md", "notebooks/01_x.md") == "../results.md"
+    assert hooks.leads_to("../tests/test_docs.py", "promises.md").endswith("/blob/main/tests/test_docs.py")
+    assert hooks.outside_code("[a](b)\n```text\n[a](b)\n```\n", str.upper) == "[A](B)\n```text\n[a](b)\n```\n"
+
+
+def test_what_a_page_would_fetch_is_told(hooks: Any) -> None:
+    page = '<a href="https://x.org"><link rel="canonical" href="https://y.org"><img alt="" src="pictures/a.png">'
+    assert hooks.requests(page) == []
+    assert hooks.requests(page + '<script async src="https://cdn.x.org/a.js"></script>') == ["https://cdn.x.org/a.js"]
+    assert hooks.requests('<link rel="stylesheet" href="//fonts.x.org/css">') == ["//fonts.x.org/css"]
+
+
+def test_equations_become_mathml(hooks: Any) -> None:
+    done = hooks.on_page_content('<p><span class="arithmatex">\\(p_f &gt; 0\\)</span></p>', page=Anything("a.md"))
+    assert "<math" in done
+    assert "arithmatex" not in done
+    assert "<msub>" in done
+    assert 'display="block"' in hooks.on_page_content('<div class="arithmatex">\\[x\\]</div>', page=Anything("a.md"))
+
+
+class Anything:
+    """A page, as far as the hooks look at one."""
+
+    def __init__(self, path: str) -> None:
+        self.file = SimpleNamespace(src_uri=path)
