@@ -35,6 +35,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Tokens = Annotated[int, typer.Option(help="Tokens to read of each corpus.")]
 BatchSize = Annotated[int, typer.Option(help="Full-length rows per forward pass.")]
 Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context, at most 512]")]
+Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread the model over devices with accelerate: auto, balanced, ... [default: one device]"),
+]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -79,6 +84,8 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of fractions for the trade-off figure.")] = True,
     answers: Annotated[
         int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
@@ -113,6 +120,8 @@ def run(
         retain_drop=retain_drop,
         seed=seed,
         batch_size=batch_size,
+        dtype=dtype,
+        device_map=device_map,
         sweep=sweep,
         answers=answers,
         memorization=memorization,
@@ -154,6 +163,8 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Random controls per method, each with a seed of its own.")] = 3,
     seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -179,6 +190,8 @@ def compare(
         controls=seeds,
         seed=seed,
         batch_size=batch_size,
+        dtype=dtype,
+        device_map=device_map,
     )
     told: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
     with _interruptible(out):
@@ -200,6 +213,8 @@ def collect(
     window: Window = None,
     template: Template = None,
     batch_size: BatchSize = 8,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     resume: Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     quiet: Quiet = False,
@@ -217,7 +232,7 @@ def collect(
     if os.path.exists(own_checkpoint(partial)) and not resume:
         raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
     statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
-    loaded = lu.load_model(model)
+    loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=template and _newlines(template))
     wanted = [site.strip() for site in sites.split(",") if site.strip()]
     with _interruptible(out):
@@ -248,6 +263,8 @@ def evaluate(
     window: Window = None,
     template: Template = None,
     batch_size: BatchSize = 8,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     answers: Annotated[
         int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
     ] = 0,
@@ -275,7 +292,7 @@ def evaluate(
 
     ranks.from_first(lambda: check_folder(out, overwrite=overwrite))
     sources = _pairs(corpus, "--corpus")
-    loaded = lu.load_model(model)
+    loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
     if len(edits) < len(intervention):
         raise lu.LensUnlearnError(
@@ -309,11 +326,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 60,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
 ) -> None:
     """Continue a prompt, under saved interventions if there are any."""
     import lens_unlearn as lu
 
-    loaded = lu.load_model(model)
+    loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
     told = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     prompts = [_newlines(text) for text in prompt]

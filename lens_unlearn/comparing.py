@@ -338,7 +338,7 @@ def carry_out_comparison(
     if ranks.from_first(lambda: _ready(target, partial, told, resume=resume, overwrite=overwrite)):
         return None
     plan = next(iter(plans.values()))
-    model = load_model(plan.model)
+    model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
     read = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
     skills, tests = (
         {name: read_corpus(source, model, name=source, **read) for name, source in (given or {}).items()}

@@ -16,6 +16,7 @@ from lens_unlearn.sites import Model, boot, processing, require_model
 
 __all__ = ["fingerprint", "load_model", "model_name"]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
@@ -23,7 +24,7 @@ def load_model(
     name: str | os.PathLike[str],
     *,
     device: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device_map: str | Mapping[str, str | int] | None = None,
     max_memory: Mapping[str | int, str | int] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
@@ -35,8 +36,9 @@ def load_model(
 
     Args:
         name: "demo" (the embedded model, offline), a local Hugging Face directory, or a hub name.
-        device: Where to; default "cuda" if there is one, else "cpu".
-        dtype: Of the weights.
+        device: Where to; default "cuda" if there is one, else "cpu". Of several processes that `torchrun` started, each takes the
+            GPU of its own number.
+        dtype: Of the weights; also by name, such as "bfloat16".
         device_map: Where its parts go, as in `transformers`: "auto", "balanced", or a place for each; "cpu" and "disk" are
             places whose weights are fetched for each forward pass. In place of `device`. Needs accelerate.
         max_memory: With a `device_map` such as "auto": the most that each device takes, such as ``{0: "20GiB", "cpu": "60GiB"}``.
@@ -50,6 +52,10 @@ def load_model(
         raise ModelError(f"device={device!r} and a device_map were given: give one of them")
     if device_map is None and (max_memory is not None or offload_folder is not None):
         raise ModelError("max_memory and offload_folder are for a device_map: give one, such as device_map='auto'")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     source = os.fspath(name)
     if source == "demo":
         from lens_unlearn import demo
@@ -59,7 +65,7 @@ def load_model(
         _check_directory(Path(source))
     elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"there is no model directory {source}")
-    placed: dict[str, Any] = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    placed: dict[str, Any] = {"device": device or _default_device()}
     if device_map is not None:
         given = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         placed = {key: value for key, value in given.items() if value is not None}
@@ -76,6 +82,13 @@ def load_model(
         module.training = False
     _names[model] = str(name)
     return model
+
+
+def _default_device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK") if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
+    return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 _names: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()

@@ -95,6 +95,10 @@ class Plan:
     """Questions of each question-answer corpus to answer."""
     memorization: int = 0
     """Questions of each question-answer corpus whose true answers' probabilities are measured."""
+    dtype: str = "float32"
+    """Of the model's weights."""
+    device_map: str | None = None
+    """How a model that does not fit one device is spread: "auto", "balanced", ..."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -160,6 +164,8 @@ def command_of(plan: Plan) -> str:
         "batch_size",
         "answers",
         "memorization",
+        "dtype",
+        "device_map",
     ):
         value = getattr(plan, name)
         if value != usual[name]:
@@ -207,7 +213,7 @@ class Experiment:
         self.progress = progress
         self._known = {} if known is None else known
         """Sources read already, so that several roles, or several plans on one model, read each once."""
-        self.model = load_model(plan.model) if model is None else model
+        self.model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map) if model is None else model
         self.parts = self._read()
         self.edits: dict[str, Intervention] = {}
         self.chosen: dict[str, dict[str, Any]] = {}

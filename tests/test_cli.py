@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lens_unlearn as lu
-from lens_unlearn import cli, run
+from lens_unlearn import artefacts, cli, run
 
 WORDS = [
     "the",
@@ -474,3 +474,12 @@ def test_evaluate_answers_questions_and_runs_code_only_where_allowed(
     )
     assert "no corpus has true answers" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == sorted([*before, texts])
+
+
+def test_weights_may_be_of_another_dtype(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    told = ["--model", model_dir, "--corpus", f"{texts['forget']}:text", "--tokens", 200, "--window", 32, "--quiet"]
+    assert call("collect", *told, "--out", tmp_path / "a.safetensors", "--dtype", "bfloat16") == 0
+    assert artefacts.read(tmp_path / "a.safetensors")[0]["model"]["dtype"] == "bfloat16"
+    assert call("collect", *told, "--out", tmp_path / "b.safetensors", "--dtype", "int8") == 2
+    assert call("collect", *told, "--out", tmp_path / "b.safetensors", "--device-map", "nowhere") == 2
+    assert not (tmp_path / "b.safetensors").exists()

@@ -11,6 +11,7 @@ import tiny
 import torch
 from test_interventions import selection_of
 
+from lens_unlearn import models
 from lens_unlearn.collecting import collect
 from lens_unlearn.errors import ModelError
 from lens_unlearn.interventions import Ablate
@@ -197,3 +198,21 @@ def test_places_that_make_no_sense_are_refused(model_dir: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded as a model") as told:
         load_model(model_dir, device_map="nowhere")
     assert len(str(told.value)) < 600
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert models._default_device() == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found.append(models._default_device())
+    assert found == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+def test_a_dtype_has_a_name(model_dir: Path) -> None:
+    assert fingerprint(load(model_dir, dtype="bfloat16"))["dtype"] == "bfloat16"
+    with pytest.raises(ModelError, match="choose from float32, bfloat16, float16, float64"):
+        load(model_dir, dtype="int8")
