@@ -13,6 +13,7 @@ All attributions of a layer together come to F(beta) - F(0), up to the error of 
 1/m^2 ("midpoint"): `Attribution.completeness` holds both sides.
 """
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from lens_unlearn.corpora import Batch, Corpus
-from lens_unlearn.errors import ActivationError, CorpusError, LensUnlearnError, SelectionError
+from lens_unlearn.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.lean import lean
 from lens_unlearn.maps import NeuronMap
 from lens_unlearn.models import model_name
@@ -307,11 +308,22 @@ class _Path:
 
 @contextmanager
 def _looked_at(points: Mapping[Site, Point]) -> Iterator[None]:
-    """Keep a hook that does nothing at every point, so that `lean` leaves in place where others will be hung."""
+    """Keep a hook at every point, so that `lean` leaves in place where others will be hung.
+
+    It refuses passes of other threads, which `lean` would make others.
+    """
+    thread = threading.get_ident()
     removers: list[Remover] = []
+
+    def own(tensor: Tensor) -> None:
+        if threading.get_ident() != thread:
+            raise ModelError(
+                "another thread measures this model: let it end first, or give each thread a model of its own"
+            )
+
     try:
         for point in points.values():
-            attach(point.hook, lambda tensor: None, removers, own_thread=True)
+            attach(point.hook, own, removers)
         yield
     finally:
         detach_all(removers)
