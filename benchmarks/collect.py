@@ -93,16 +93,16 @@ def welford(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not i
 
 def traced(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not installed
     """Keep the three activations of each layer in an nnsight trace, and reduce them."""
-    from nnsight import NNsight
+    from nnsight import NNsight, save
 
     wrapped, sums = NNsight(hf.transformer), {}
     for batch in batches:
         with wrapped.trace(input_ids=batch, use_cache=False):
-            kept = {}
+            kept = save({})
             for layer, block in enumerate(wrapped.h):
-                kept[layer, "z"] = block.attn.c_proj.input.save()
-                kept[layer, "pre"] = block.mlp.c_fc.output.save()
-                kept[layer, "post"] = block.mlp.c_proj.input.save()
+                kept[layer, "z"] = block.attn.c_proj.input
+                kept[layer, "pre"] = block.mlp.c_fc.output
+                kept[layer, "post"] = block.mlp.c_proj.input
         for key, value in kept.items():
             _add(sums, key, value.reshape(-1, value.shape[-1]))
 

@@ -119,9 +119,7 @@ def _card(repo: str, headers: Mapping[str, Mapping[str, Any]], files: list[Path]
         "| --- | --- | --- |",
     ]
     for name, header in headers.items():
-        known = header.get("model") or header.get("provenance") or {}
-        whose = known.get("name") or known.get("model") or "" if isinstance(known, dict) else ""
-        lines.append(f"| `{name}` | {_cell(header.get('text') or header['kind'])} | {_cell(whose)} |")
+        lines.append(f"| `{name}` | {_cell(header.get('text') or header['kind'])} | {_cell(_whose(header))} |")
     kind = "moments" if all(h["kind"] == "moments" for h in headers.values()) else "intervention"
     first = next((name for name, header in headers.items() if header["kind"] == kind), next(iter(headers)))
     lines += ["", "```python", "import lens_unlearn as lu", ""]
@@ -141,6 +139,14 @@ def _card(repo: str, headers: Mapping[str, Mapping[str, Any]], files: list[Path]
         if file.name == "run.json":
             lines += [f"Settings, seeds and versions: `{file.name}`.", ""]
     return "\n".join(lines).encode()
+
+
+def _whose(header: Mapping[str, Any]) -> str:
+    """Say which model a file is for, as far as its header tells."""
+    known = header.get("model")
+    if not isinstance(known, Mapping):
+        return "any model of its shape"
+    return f"{known.get('layers')} layers of {known.get('width')}, weights {known.get('weights')}"
 
 
 def _measured(file: Path) -> list[str]:

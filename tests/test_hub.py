@@ -148,6 +148,7 @@ def test_the_card_says_what_it_is_and_how_to_use_it(hub: Hub) -> None:
     assert card.startswith("---\nlibrary_name: lens_unlearn\n")
     assert 'lu.load_intervention("hf:somebody/a/intervention.safetensors", model)' in card
     assert "Ablate(" in card
+    assert f"weights {lu.fingerprint(tiny.model('gpt2'))['weights']} |" in card
 
 
 def test_the_folder_of_a_run_is_pushed_with_what_was_measured(hub: Hub, tmp_path: Path) -> None:
