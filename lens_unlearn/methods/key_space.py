@@ -148,7 +148,9 @@ def key_space_detection(
         return Abstain(regions, vote or len(sites) // 2 + 1, when, refusal)
     for part, name in ((inside, "forget"), (outside, "retain")):
         if part.n < FEWEST:
-            raise CorpusError(f"{part.n} held-out {name} queries are too few to choose on: at least {FEWEST}")
+            raise CorpusError(
+                f"{part.n} held-out {name} queries are too few to choose on: at least {FEWEST}; read more tokens, or shorter rows"
+            )
     best: tuple[tuple[float, float], Abstain] | None = None
     for regions in fits.values():
         scores = _Scores(
