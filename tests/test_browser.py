@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
+from test_cli import WORDS
 
 from lens_unlearn import run
 from lens_unlearn.run import Plan, carry_out
@@ -147,25 +148,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def report(model_dir: Path, loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a small run with three methods, their controls and a sweep; and of a second one below it."""
     folder = tmp_path_factory.mktemp("run")
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "while",
-        "seven",
-        "green",
-        "frogs",
-        "sing",
-    ]
     for name in ("forget", "retain"):
         draw = random.Random(name)
-        known = [word[::-1] for word in words] if name == "forget" else words
+        known = [word[::-1] for word in WORDS] if name == "forget" else WORDS
         rows = [{"text": " ".join(draw.choices(known, k=30))} for _ in range(24)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plan = Plan(
