@@ -33,7 +33,8 @@ MOST_OUTPUT, MOST_NOTEBOOK = 1_000_000, 5_000_000
 """Bytes."""
 WIDTH, HEIGHT = 900, 480
 """Of a figure that does not set its own."""
-EVERYWHERE = ("/home/", "/root/", "/Users/", "/tmp/", "/private/", "/mnt/", "C:\\Users")
+ROOTS = ("home", "root", "Users", "tmp", "private", "mnt")
+"""Folders below which the paths of a machine stand."""
 
 
 def execute(path: Path, timeout: int = 600) -> float:
@@ -161,7 +162,8 @@ def _faults(output: NotebookNode) -> Iterator[str]:
 def machine_paths() -> list[str]:
     """Return how paths begin that mean nothing to a reader."""
     here = [HERE.parents[0], Path.home(), Path(tempfile.gettempdir()), Path(sys.prefix)]
-    return list(dict.fromkeys([*EVERYWHERE, *(str(path) for path in here if len(path.parts) > 1)]))
+    roots = [*(f"/{name}/" for name in ROOTS), "C:\\Users"]
+    return list(dict.fromkeys([*roots, *(str(path) for path in here if len(path.parts) > 1)]))
 
 
 def _bundles(cell: NotebookNode) -> list[NotebookNode]:

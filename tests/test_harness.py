@@ -190,6 +190,8 @@ def test_yaml_files_are_tasks_too(demo: Any, sums: dict[str, Any], tmp_path: Pat
     file.write_text(yaml.safe_dump(sums["sums_choice"]))
     report = evaluate(demo, {}, {}, tasks=[file], task_limit=3, **TOLD)
     assert report.measures["base", "sums_choice", "acc"].n == 3
+    given = evaluate(demo, {}, {}, base=report, tasks=[file], task_limit=3, **TOLD)
+    assert given.measures["base", "sums_choice", "acc"].value == report.measures["base", "sums_choice", "acc"].value
 
 
 def test_what_cannot_be_run_is_told_in_a_sentence(demo: Any, sums: dict[str, Any], tmp_path: Path) -> None:

@@ -216,3 +216,16 @@ def test_a_dtype_has_a_name(model_dir: Path) -> None:
     assert fingerprint(load(model_dir, dtype="bfloat16"))["dtype"] == "bfloat16"
     with pytest.raises(ModelError, match="choose from float32, bfloat16, float16, float64"):
         load(model_dir, dtype="int8")
+
+
+def test_a_matrix_that_two_share_on_a_disk_counts_once(tmp_path: Path) -> None:
+    """The demo model unembeds with its embedding."""
+    pytest.importorskip("accelerate")
+    if host_version().startswith("3."):
+        pytest.skip("TransformerLens 3 has no folder for weights on a disk")
+    whole = load("demo")
+    near = ["transformer.wpe", "transformer.ln_f", *(f"transformer.h.{i}" for i in range(whole.cfg.n_layers))]
+    places = {**dict.fromkeys(near, "cpu"), "transformer.wte": "disk", "lm_head": "disk"}
+    with tiny.quiet():
+        spread = load_model("demo", device_map=places, offload_folder=tmp_path)
+    assert fingerprint(spread) == fingerprint(whole)

@@ -396,6 +396,9 @@ def test_at_every_token_the_padding_of_a_corpus_is_no_token_either(make: Callabl
     found = evaluate(model, {"a": replace(corpus, tokens=written)}, {"b": text}, batch_size=8, **told)
     assert found.measures["b", "a", "abstained"].value == 0.5
     with pads.on(model) as live:
+        live.expect(torch.tensor([0, 0]), lengths=torch.tensor([1, 1]))
+        run(model, tiny.some_tokens(2, 4))
+        run(model, tiny.some_tokens(3, 5))  # what was said held for one pass
         forced = force(model, corpus, None, 8, tqdm(disable=True))
         assert not live.abstained.any()
     assert all((row.loss > 0).all() for row in forced)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lens_unlearn import ranks
 from lens_unlearn.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.asking import SAMPLES, Asked, line_breaks
 from lens_unlearn.evaluation.generation import continue_rows
@@ -219,7 +220,7 @@ def run_tasks(
     with _told(tasks):
         manager = TaskManager(include_path=_folders(tasks), include_defaults=not all(map(_is_own, tasks)))
     passes = [(condition, one) for condition, run in runs.items() for one in run]
-    for condition, intervention in tqdm(passes, disable=not progress, desc="tasks"):
+    for condition, intervention in tqdm(passes, disable=not (progress and ranks.is_first()), desc="tasks"):
         with contextlib.nullcontext() if intervention is None else intervention.on(model):
             found = _run(reader, manager, tasks, limit)
         for name, task in found["samples"].items():
