@@ -15,7 +15,7 @@ import torch
 from timing import SHAPES, TINY, begin, corpus_of, gpt2, interleaved, options, show
 from torch import Tensor
 
-from lens_unlearn.attribution import attribute
+from lens_unlearn.neurons.attribution import attribute
 
 GOAL = 0.5
 

@@ -16,8 +16,8 @@ import torch
 from timing import SHAPES, TINY, begin, corpus_of, gpt2, interleaved, options, show
 from torch import Tensor
 
-from lens_unlearn.collecting import collect
-from lens_unlearn.statistics import Histogram
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.histogram import Histogram
 
 __all__ = ["corpus_of"]
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 import lens_unlearn as lu
+from lens_unlearn.corpora.sources import open_source
 from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.methods.key_space import auc, query_keys
-from lens_unlearn.sites import Site
-from lens_unlearn.sources import open_source
-from lens_unlearn.tuning import sweep
+from lens_unlearn.methods.key_space_detection import auc, query_keys
+from lens_unlearn.methods.tuning import sweep
+from lens_unlearn.model.sites import Site
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 QUERIES, ASKED = 400, 200  # prompts of each skill to fit on, and to test on

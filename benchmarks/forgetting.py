@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import lens_unlearn as lu
+from lens_unlearn.evaluation.answer_losses import known
 from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.methods.objectives import known
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
 CONDITIONS: dict[str, dict[str, Any]] = {

@@ -17,11 +17,16 @@ import torch
 from timing import SHAPES, TINY, begin, gpt2, interleaved, options, show
 
 import lens_unlearn as lu
-from lens_unlearn.deltas import Matrix, Update
-from lens_unlearn.interventions import Ablate, Abstain, Adjust, Delta, Intervention
-from lens_unlearn.maps import NeuronMap
-from lens_unlearn.regions import Box
-from lens_unlearn.sites import Site, matrix_shapes, resolve
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.abstain import Abstain
+from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.update import Update
+from lens_unlearn.keyspace.regions import Box
+from lens_unlearn.model.matrices import Matrix, matrix_shapes
+from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.neurons.maps import NeuronMap
 
 BATCH, LENGTH = 8, 128
 GOALS = {"Ablate": 1.03, "Adjust": 1.10, "Abstain": 1.05, "Delta": 1.10}

@@ -27,9 +27,9 @@ from timing import begin, bridged, installed, interleaved, options, random_corpu
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lens_unlearn.attribution import attribute
-from lens_unlearn.collecting import collect
-from lens_unlearn.statistics import Histogram
+from lens_unlearn.neurons.attribution import attribute
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.histogram import Histogram
 
 SITES = ("mlp.pre", "mlp.post", "attn.z")
 LLAMA = {

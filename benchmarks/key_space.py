@@ -19,10 +19,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lens_unlearn.corpora import Corpus, read_corpus
-from lens_unlearn.keyspace import KeySpace, key_space
-from lens_unlearn.models import load_model
-from lens_unlearn.sites import Site
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.reading import read_corpus
+from lens_unlearn.keyspace.key_space import KeySpace, key_space
+from lens_unlearn.model.loading import load_model
+from lens_unlearn.model.sites import Site
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -24,10 +24,11 @@ import torch
 from timing import SHAPES, TINY, begin, gpt2, options, random_corpus, verdict
 from torch.nn import functional as F
 
-from lens_unlearn.collecting import collect
-from lens_unlearn.methods.objectives import clip_norm, gradients_of
+from lens_unlearn.evaluation.answer_losses import gradients_of
+from lens_unlearn.methods.objectives import clip_norm
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.methods.sophia import Sophia
+from lens_unlearn.neurons.collect import collect
 
 LENGTH = 64
 ROWS, STEPS, PROMPT = 2, 4, 24

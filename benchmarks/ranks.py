@@ -15,12 +15,12 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch.distributed as distributed
+import torch.distributed as dist
 from timing import SHAPES, TINY, gpt2, machine, random_corpus
 
-from lens_unlearn import ranks
-from lens_unlearn.collecting import collect
-from lens_unlearn.statistics import Moments
+from lens_unlearn.core import distributed
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.moments import Moments
 
 SITES = ("mlp.pre", "mlp.post", "attn.z")
 READINGS = ("mean", "std", "rms", "mean_abs", "positive")
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="A model and corpus that only show that this runs.")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if ranks.count() < 2:
+    if distributed.count() < 2:
         sys.exit("start this with: python -m torch.distributed.run --standalone --nproc_per_node=2 benchmarks/ranks.py")
     name, shape = list((TINY if args.tiny else SHAPES).items())[-1]
     rows, repeats = (16, 1) if args.tiny else (args.rows, args.repeats)
@@ -45,16 +45,16 @@ def main() -> None:
     collect(model, corpus, SITES, **told)  # warm
     for _ in range(repeats):
         for variant in times:
-            distributed.barrier()
+            dist.barrier()
             start = time.perf_counter()
             if variant == "together":
                 found[variant] = collect(model, corpus, SITES, **told)
-            elif ranks.is_first():
-                with patch.object(ranks, "_here", lambda: (0, 1)):
+            elif distributed.is_first():
+                with patch.object(distributed, "_here", lambda: (0, 1)):
                     found[variant] = collect(model, corpus, SITES, **told)
             times[variant].append(time.perf_counter() - start)
-            distributed.barrier()
-    if ranks.is_first():
+            dist.barrier()
+    if distributed.is_first():
         ratios = [b / a for a, b in zip(times["alone"], times["together"])]
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
         apart = max(
@@ -68,10 +68,10 @@ def main() -> None:
         print(machine())
         print(f"{name}, {rows} rows of 128 tokens, one thread each")
         print(
-            f"alone {statistics.median(times['alone']):.2f} s; {ranks.count()} processes / alone: "
+            f"alone {statistics.median(times['alone']):.2f} s; {distributed.count()} processes / alone: "
             f"{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}); largest relative difference {apart:.1e}"
         )
-    distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

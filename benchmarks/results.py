@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from lens_unlearn.evaluation.next_token import evaluate
+from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.report import Measure, Report, provenance_of, separability
-from lens_unlearn.models import load_model
-from lens_unlearn.run import SWEEP, Experiment, Plan
-from lens_unlearn.tuning import controls_for
+from lens_unlearn.experiments.experiment import Experiment
+from lens_unlearn.experiments.plan import SWEEP, Plan
+from lens_unlearn.methods.tuning import controls_for
+from lens_unlearn.model.loading import load_model
 
 
 def percent(measure: Measure) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from timing import begin, options, show, verdict
 
-from lens_unlearn.corpora import Corpus
+from lens_unlearn.corpora.corpus import Corpus
 
 STARTS = {
     "import torch": [sys.executable, "-c", "import torch"],

@@ -15,7 +15,7 @@ from typing import Any
 from timing import TINY, begin, gpt2, interleaved, options, random_corpus, show
 
 import lens_unlearn as lu
-from lens_unlearn.tuning import sweep
+from lens_unlearn.methods.tuning import sweep
 
 GOAL = 0.6
 QUIET: dict[str, Any] = {"progress": False}

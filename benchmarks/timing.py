@@ -24,7 +24,7 @@ import torch
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lens_unlearn.corpora import Corpus
+from lens_unlearn.corpora.corpus import Corpus
 
 SHAPES: dict[str, dict[str, int]] = {
     "GPT-2-small: 12 layers of 768": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},

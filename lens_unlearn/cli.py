@@ -57,7 +57,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run every method and its control on the embedded model, and write one report."""
-    from lens_unlearn.showcase import showcase
+    from lens_unlearn.experiments.demo_report import showcase
 
     report = showcase(out, tokens=tokens, seed=seed, overwrite=overwrite, progress=not quiet)
     for part in (report, *report.parts):
@@ -102,8 +102,9 @@ def run(
     What is finished is kept in OUT.partial until the end: a run that was interrupted or killed goes on from there with
     --resume, to the same numbers.
     """
-    from lens_unlearn import ranks
-    from lens_unlearn.run import Plan, carry_out
+    from lens_unlearn.core import distributed
+    from lens_unlearn.experiments.experiment import carry_out
+    from lens_unlearn.experiments.plan import Plan
 
     plan = Plan(
         model=model,
@@ -128,7 +129,7 @@ def run(
     )
     with _interruptible(out):
         done = carry_out(plan, out, resume=resume, overwrite=overwrite, progress=not quiet)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     if done is None:
         typer.echo(f"{out} holds this run, finished before")
@@ -174,8 +175,8 @@ def compare(
     While one is forgotten, all others in equal parts are to stay. OUT holds compare.html, matrix.csv, run.json, and a folder
     of interventions per skill. What is finished is kept in OUT.partial until the end, as by run.
     """
-    from lens_unlearn import ranks
-    from lens_unlearn.comparing import COMPARED, carry_out_comparison, plans_for
+    from lens_unlearn.core import distributed
+    from lens_unlearn.experiments.compare import COMPARED, carry_out_comparison, plans_for
 
     skills = _pairs(skill, "--skill")
     plans = plans_for(
@@ -196,7 +197,7 @@ def compare(
     told: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
     with _interruptible(out):
         report = carry_out_comparison(plans, skills, out, test=_pairs(test, "--test") or None, **told)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     typer.echo(f"{out} holds this comparison, finished before" if report is None else repr(report))
     typer.echo(f"report: {out / 'compare.html'}")
@@ -221,8 +222,8 @@ def collect(
 ) -> None:
     """Stream a corpus through a model once, and keep the moments of every neuron."""
     import lens_unlearn as lu
-    from lens_unlearn import artefacts, ranks
-    from lens_unlearn.collecting import gather, own_checkpoint
+    from lens_unlearn.core import artefacts, distributed
+    from lens_unlearn.neurons.collect import gather, own_checkpoint
 
     if out.suffix != ".safetensors":
         raise lu.ArtefactError(f"{out} should end in .safetensors: that is the format it is written in")
@@ -238,7 +239,7 @@ def collect(
     with _interruptible(out):
         # The checkpoint goes when the result is in its file, not before.
         moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, progress=not quiet)
-        if ranks.is_first():
+        if distributed.is_first():
             lu.save_moments(out, moments, loaded)
             typer.echo(f"{out}: {moments!r}")
     artefacts.remove(own_checkpoint(partial))
@@ -286,11 +287,11 @@ def evaluate(
 ) -> None:
     """Measure a model with and without saved interventions."""
     import lens_unlearn as lu
-    from lens_unlearn import ranks
-    from lens_unlearn.artefacts import replace_file
-    from lens_unlearn.run import check_folder, new_folder
+    from lens_unlearn.core import distributed
+    from lens_unlearn.core.artefacts import replace_file
+    from lens_unlearn.experiments.experiment import check_folder, new_folder
 
-    ranks.from_first(lambda: check_folder(out, overwrite=overwrite))
+    distributed.from_first(lambda: check_folder(out, overwrite=overwrite))
     sources = _pairs(corpus, "--corpus")
     loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
@@ -304,7 +305,7 @@ def evaluate(
     asked["allow_code_execution"] = allow_code_execution
     asked |= {"tasks": task, "task_limit": task_limit}
     report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     with new_folder(out, overwrite=overwrite) as folder:
         report.to_html(folder / "report.html")
@@ -343,7 +344,8 @@ def generate(
 @app.command()
 def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote.")]) -> None:
     """Say in words what a file holds."""
-    from lens_unlearn import artefacts, load_intervention, load_moments
+    from lens_unlearn import load_intervention, load_moments
+    from lens_unlearn.core import artefacts
 
     header, _ = artefacts.read(file)
     typer.echo(f"{header['kind']}, written by lens_unlearn {header['lens_unlearn']}")
@@ -369,13 +371,17 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch. [default: the main one]")] = None,
 ) -> None:
     """Share a file or a run on the Hugging Face hub, with a card; files come back as hf:OWNER/NAME/FILE."""
-    from lens_unlearn.hub import push_to_hub
+    from lens_unlearn.experiments.hub import push_to_hub
 
     typer.echo(push_to_hub(what, repo, private=private or None, revision=revision))
 
 
 def _per_layer(edit: Any) -> dict[str, str]:
-    from lens_unlearn.interventions import Ablate, Abstain, Adjust, Chain, Delta
+    from lens_unlearn.interventions.ablate import Ablate
+    from lens_unlearn.interventions.abstain import Abstain
+    from lens_unlearn.interventions.adjust import Adjust
+    from lens_unlearn.interventions.base import Chain
+    from lens_unlearn.interventions.delta import Delta
 
     told: dict[str, str] = {}
     for member in edit.members if isinstance(edit, Chain) else (edit,):
@@ -403,7 +409,7 @@ def _interruptible(out: Path) -> Iterator[None]:
 
 
 def _pairs(given: list[str], option: str) -> dict[str, str]:
-    from lens_unlearn.errors import LensUnlearnError
+    from lens_unlearn.core.errors import LensUnlearnError
 
     pairs: dict[str, str] = {}
     for text in given:
@@ -437,7 +443,7 @@ def _process() -> str:
 
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
-    from lens_unlearn.errors import LensUnlearnError
+    from lens_unlearn.core.errors import LensUnlearnError
 
     try:
         app()

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,33 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from command_line_helpers import WORDS, call, run_arguments, write_texts
 
 import lens_unlearn as lu
-from lens_unlearn import artefacts, cli, run
-
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "green",
-    "frogs",
-    "sing",
-]
-
-
-def write_texts(path: Path, seed: int, count: int = 30, words: list[str] | None = None) -> Path:
-    draw = random.Random(seed)
-    rows = [{"text": " ".join(draw.choices(words or WORDS, k=40)), "other": "x"} for _ in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from lens_unlearn.core import artefacts
+from lens_unlearn.experiments import experiment
+from lens_unlearn.experiments.plan import Plan
 
 
 @pytest.fixture
@@ -48,25 +26,6 @@ def texts(tmp_path: Path) -> dict[str, Path]:
         "retain": write_texts(tmp_path / "retain.jsonl", 2),
         "third": write_texts(tmp_path / "third.jsonl", 3),
     }
-
-
-def call(*arguments: object) -> int:
-    """Run the command line in this process; return its exit code."""
-    try:
-        old, sys.argv = sys.argv, ["lens-unlearn", *map(str, arguments)]
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = old
-    return 0
-
-
-def run_arguments(model_dir: Path, texts: dict[str, Path], out: Path) -> list[object]:
-    return [
-        "run", "--model", model_dir, "--forget", f"{texts['forget']}:text", "--retain", f"{texts['retain']}:text",
-        "--out", out, "--tokens", 400, "--window", 32, "--quiet", "--no-sweep",
-    ]  # fmt: skip
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,11 +146,11 @@ def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dic
     lines = texts["forget"].read_text().splitlines()
     test_file = texts["forget"].with_name("test.jsonl")
     test_file.write_text("\n".join(lines[:5]) + "\n")  # these stand in the fit source as well
-    plan = run.Plan(
+    plan = Plan(
         model=str(model_dir), forget=str(texts["forget"]), retain=(str(texts["retain"]),), tokens=400, window=32,
         test_forget=str(test_file), test_retain=(str(texts["third"]),),
     )  # fmt: skip
-    parts = run.Experiment(plan, model, progress=False).parts
+    parts = experiment.Experiment(plan, model, progress=False).parts
     for name in ("forget", "retain"):
         used = [set(part[name].keys) for part in (parts.fit, parts.tune, parts.test)]
         assert not used[0] & used[1]
@@ -269,7 +228,7 @@ def test_collect_evaluate_and_generate_work_together(
 def test_collect_resumes_to_the_same_bytes(
     model_dir: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lens_unlearn import collecting
+    from lens_unlearn.neurons import collect
 
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     arguments = [
@@ -285,7 +244,7 @@ def test_collect_resumes_to_the_same_bytes(
         "--quiet",
     ]
     assert call(*arguments, "--out", whole) == 0
-    real, calls = collecting.backbone, iter(range(100))
+    real, calls = collect.backbone, iter(range(100))
 
     def interrupted(model: Any, tokens: torch.Tensor) -> None:
         if next(calls) == 7:
@@ -293,7 +252,7 @@ def test_collect_resumes_to_the_same_bytes(
         real(model, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collecting, "backbone", interrupted)
+        patch.setattr(collect, "backbone", interrupted)
         assert call(*arguments, "--out", resumed) == 130
     assert not resumed.exists()
     assert call(*arguments, "--out", resumed) == 2  # what is left of it is not overwritten silently
@@ -319,7 +278,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     for place, kept in (("load_model", False), ("evaluate", True), ("evaluate", True)):
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(run, place, interrupted)
+            patch.setattr(experiment, place, interrupted)
             assert call(*arguments, "--resume") == 130
         told = capsys.readouterr().err.strip()
         assert len(told.splitlines()) == 1
@@ -419,7 +378,7 @@ def test_bad_artefacts_are_refused_by_name(
     elif kind == "missing":
         path.unlink()
     elif kind == "other model":
-        from lens_unlearn import artefacts
+        from lens_unlearn.core import artefacts
 
         header, tensors = artefacts.read(path)
         header["model"]["weights"] = "0123456789abcdef"

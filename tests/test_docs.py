@@ -16,7 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lens_unlearn as lu
-from lens_unlearn import errors, figures, testing
+from lens_unlearn import figures, testing
+from lens_unlearn.core import errors
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -153,7 +154,7 @@ def page_of(error: type) -> Path:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_every_error_has_its_page(error: type) -> None:
     text = page_of(error).read_text(encoding="utf-8")
-    assert f"::: lens_unlearn.errors.{error.__name__}\n" in text
+    assert f"::: lens_unlearn.core.errors.{error.__name__}\n" in text
     assert "## What to do" in text
     assert page_of(error).name in (DOCS / "errors" / "index.md").read_text(encoding="utf-8")
     assert f"errors/{page_of(error).name}" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -10,7 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from lens_unlearn.demo import NAMES, SPLITS, _arithmetic, _english, _esperanto, _people, _python
+from lens_unlearn.demo import _arithmetic, _english, _esperanto, _people, _python
+
+NAMES = (
+    "python",
+    "english",
+    "arithmetic",
+    "esperanto",
+    "facts",
+    "facts_forget",
+    "facts_retain",
+    "facts_holdout",
+)
+"""The corpora that `corpus` knows."""
+
+SPLITS = ("train", "dev", "test")
+"""The splits of every corpus."""
 
 _READERS: dict[str, Callable[[str], list[dict[str, object]]]] = {
     "python": _python.documents,

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lens_unlearn.coins import key_of
-from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.interventions import Intervention, acting
-from lens_unlearn.lean import lean
-from lens_unlearn.sites import Model, device_of, one_thread, require_eval
+from lens_unlearn.core.counter_rng import key_of
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.interventions.base import Intervention, acting
+from lens_unlearn.model.hooks import one_thread
+from lens_unlearn.model.host import Model, device_of, require_eval
+from lens_unlearn.model.shortcuts import lean
 
 __all__ = ["generate"]
 

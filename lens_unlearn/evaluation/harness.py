@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lens_unlearn import ranks
-from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.evaluation.asking import SAMPLES, Asked, line_breaks
+from lens_unlearn.core import distributed
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import continue_rows
-from lens_unlearn.interventions import Intervention, acting
-from lens_unlearn.sites import Model, device_of, require_eval
+from lens_unlearn.evaluation.question_answering import SAMPLES, Asked, line_breaks
+from lens_unlearn.interventions.base import Intervention, acting
+from lens_unlearn.model.host import Model, device_of, require_eval
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -220,7 +220,7 @@ def run_tasks(
     with _told(tasks):
         manager = TaskManager(include_path=_folders(tasks), include_defaults=not all(map(_is_own, tasks)))
     passes = [(condition, one) for condition, run in runs.items() for one in run]
-    for condition, intervention in tqdm(passes, disable=not (progress and ranks.is_first()), desc="tasks"):
+    for condition, intervention in tqdm(passes, disable=not (progress and distributed.is_first()), desc="tasks"):
         with contextlib.nullcontext() if intervention is None else intervention.on(model):
             found = _run(reader, manager, tasks, limit)
         for name, task in found["samples"].items():

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.evaluation.forcing import Forced, force
-from lens_unlearn.evaluation.next_token import Condition, replicates
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.evaluation.evaluate import Condition, replicates
 from lens_unlearn.evaluation.report import Measure, Report, provenance_of
-from lens_unlearn.models import fingerprint, model_name
-from lens_unlearn.sites import Model, require_eval, require_model
+from lens_unlearn.evaluation.teacher_forcing import Forced, force
+from lens_unlearn.model.host import Model, require_eval, require_model
+from lens_unlearn.model.loading import fingerprint, model_name
 
 __all__ = ["ATTACKS", "membership", "privacy_leak"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from lens_unlearn.corpora import Answer, Corpus
-from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.evaluation.asking import Runs, draw_questions
-from lens_unlearn.evaluation.forcing import Forced, force, with_answers
-from lens_unlearn.sites import Model
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Answer, Corpus
+from lens_unlearn.evaluation.question_answering import Runs, draw_questions
+from lens_unlearn.evaluation.teacher_forcing import Forced, force, with_answers
+from lens_unlearn.model.host import Model
 
 __all__ = ["MEMORIZATION_METRICS", "Recalled", "Recalling", "extraction_strength", "truth_ratio"]
 

@@ -23,23 +23,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.deltas import Matrix, Update
-from lens_unlearn.errors import CorpusError, LensUnlearnError
-from lens_unlearn.evaluation.forcing import expect, force
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.evaluation.answer_losses import gradients_of, read_answers, rows_at
 from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.interventions import Ablate, Chain, Delta, Intervention
-from lens_unlearn.methods.objectives import gradients_of, read_answers, rows_at
-from lens_unlearn.models import fingerprint, model_name
-from lens_unlearn.sites import (
-    Model,
-    matrix_names,
-    matrix_shapes,
-    matrix_value,
-    require_eval,
-    require_float,
-    require_model,
-)
+from lens_unlearn.evaluation.teacher_forcing import expect, force
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.update import Update
+from lens_unlearn.model.host import Model, require_eval, require_float, require_model
+from lens_unlearn.model.loading import fingerprint, model_name
+from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_shapes, matrix_value
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,14 +5,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from lens_unlearn.errors import LensUnlearnError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from lens_unlearn.core.bootstrap import interval
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.model.host import versions
 
 __all__ = ["Measure", "Report", "Separability", "separability"]
 
@@ -21,7 +21,6 @@ BASE = "base"
 FORMULA = tuple("=+-@＝＋－＠")
 """What a name that a spreadsheet runs begins with, behind `BLANK`."""
 BLANK = " \t\ufeff"
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +40,6 @@ class Measure:
     def __repr__(self) -> str:
         low, high = self.interval()
         return f"Measure({self.value:.3f} [{low:.3f}, {high:.3f}], n={self.n:,})"
-
-
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """Return the central 95 % of bootstrap draws; NaN where there are none, as from a single document."""
-    if draws.size == 0 or np.isnan(draws).any():
-        return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +112,7 @@ class Report:
         draws = lost.draws - cost.draws if both else np.empty(0)
         return Measure(lost.value - cost.value, draws, min(lost.n, cost.n))
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """Give one row per condition, corpus and metric; the difference to the base is paired over documents."""
         import pandas as pd
 
@@ -139,7 +130,7 @@ class Report:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write `csv` to a file."""
-        from lens_unlearn.artefacts import replace_file
+        from lens_unlearn.core.artefacts import replace_file
 
         replace_file(path, self.csv().encode(errors="backslashreplace"))
 
@@ -155,12 +146,12 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that opens offline: the figures, the table, and the settings."""
-        from lens_unlearn.artefacts import replace_file
-        from lens_unlearn.figures.page import page
+        from lens_unlearn.core.artefacts import replace_file
+        from lens_unlearn.reports.report_page import page
 
         replace_file(path, page(self).encode(errors="backslashreplace"))  # a text may hold half a surrogate pair
 
-    def table(self, metrics: Sequence[str] = ("top1", "loss")) -> "pd.DataFrame":
+    def table(self, metrics: Sequence[str] = ("top1", "loss")) -> pd.DataFrame:
         """Give a small table for reading: conditions by corpora, "value [low, high]"."""
         import pandas as pd
 
@@ -271,18 +262,4 @@ def separability(
 
 def provenance_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Add versions to the settings of a run."""
-    import datasets
-    import torch
-    import transformers
-
-    from lens_unlearn import __version__
-    from lens_unlearn.sites import host_version
-
-    versions = {
-        "lens_unlearn": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "transformer_lens": host_version(),
-        "datasets": datasets.__version__,
-    }
-    return {**settings, "versions": versions}
+    return {**settings, "versions": versions()}

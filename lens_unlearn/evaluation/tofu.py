@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lens_unlearn.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.report import BASE, Report
 
 __all__ = [

@@ -1,27 +1,34 @@
 """Figures of maps, statistics and reports, as plotly figures; reached as ``lens_unlearn.plot``.
 
-Every function returns a `plotly.graph_objects.Figure` (those of `figures.texts`: HTML) and shows nothing: make it the last line
-of a cell. None of them needs a model. Colours have one meaning throughout: forget is orange, retain is blue, a random
-control is grey.
+Every function returns a `plotly.graph_objects.Figure` (those that draw texts: HTML) and shows nothing: make it the last line
+of a cell. Knows maps, statistics and reports; knows nothing of models, so that no figure runs one. Colours have one meaning
+throughout: forget is orange, retain is blue, a random control is grey.
 """
 
-from lens_unlearn.figures.attributions import attribution_map
-from lens_unlearn.figures.bars import condition_bars
-from lens_unlearn.figures.distribution import activation_distribution
-from lens_unlearn.figures.forgetting import forgetting_matrix
+from lens_unlearn.figures.activation_distribution import activation_distribution
+from lens_unlearn.figures.attribution_map import attribution_map
+from lens_unlearn.figures.colored_tokens import colored_tokens
+from lens_unlearn.figures.condition_bars import condition_bars
+from lens_unlearn.figures.examples import examples
+from lens_unlearn.figures.forget_quality import forget_quality
+from lens_unlearn.figures.forgetting_matrix import forgetting_matrix
 from lens_unlearn.figures.frontier import frontier
-from lens_unlearn.figures.heatmap import neuron_heatmap
-from lens_unlearn.figures.importance import layer_importance
-from lens_unlearn.figures.key_layers import key_clusters, key_space, key_volume
-from lens_unlearn.figures.key_queries import key_coverage, key_map, key_roc
-from lens_unlearn.figures.overlap import selection_overlap
-from lens_unlearn.figures.quality import forget_quality
-from lens_unlearn.figures.relearn import relearning
-from lens_unlearn.figures.specialization import specialization_map
-from lens_unlearn.figures.sweeps import sweep_curves
-from lens_unlearn.figures.texts import colored_tokens, examples, generations, texts
+from lens_unlearn.figures.generations import generations
+from lens_unlearn.figures.key_clusters import key_clusters
+from lens_unlearn.figures.key_coverage import key_coverage
+from lens_unlearn.figures.key_map import key_map
+from lens_unlearn.figures.key_roc import key_roc
+from lens_unlearn.figures.key_space import key_space
+from lens_unlearn.figures.key_volume import key_volume
+from lens_unlearn.figures.layer_importance import layer_importance
+from lens_unlearn.figures.neuron_heatmap import neuron_heatmap
+from lens_unlearn.figures.relearning import relearning
+from lens_unlearn.figures.selection_overlap import selection_overlap
+from lens_unlearn.figures.specialization_map import specialization_map
+from lens_unlearn.figures.sweep_curves import sweep_curves
+from lens_unlearn.figures.texts import texts
 from lens_unlearn.figures.tradeoff import tradeoff
-from lens_unlearn.figures.training import training_curves
+from lens_unlearn.figures.training_curves import training_curves
 
 __all__ = [
     "activation_distribution",

@@ -1,27 +1,16 @@
 """`frontier`: how much each method forgets within the budget, against what that costs on the rest, skill by skill."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling, words
+from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
-from lens_unlearn.figures.conditions import (
-    Condition,
-    Estimate,
-    conditions_of,
-    families,
-    has,
-    origin,
-    require_falling,
-    words,
-)
-from lens_unlearn.figures.forgetting import turns_of
-
-if TYPE_CHECKING:
-    from lens_unlearn.evaluation.report import Report
+from lens_unlearn.figures.forgetting_matrix import turns_of
 
 __all__ = ["frontier"]
 
@@ -30,7 +19,7 @@ PANEL = 250
 ALL = "mean over the skills"
 
 
-def frontier(report: "Report", *, metric: str = "top1", title: str | None = None) -> go.Figure:
+def frontier(report: Report, *, metric: str = "top1", title: str | None = None) -> go.Figure:
     """Draw the share lost of the forgotten skill against the share lost of all others, for every method and its control.
 
     One panel per forgotten skill, after one for their mean, all on the same axes. Bars are 95% intervals, controls are grey, and
@@ -91,7 +80,7 @@ def frontier(report: "Report", *, metric: str = "top1", title: str | None = None
         height=rows * height + 30,
         columns=columns,
         facets=True,
-        provenance=origin(report),
+        provenance=theme.origin(report),
         name="frontier",
     )
 
@@ -99,7 +88,7 @@ def frontier(report: "Report", *, metric: str = "top1", title: str | None = None
 class _Point:
     """One condition, with what it lost on the rest (x) and on what was to be forgotten (y)."""
 
-    def __init__(self, part: "Report", condition: Condition, metric: str) -> None:
+    def __init__(self, part: Report, condition: Condition, metric: str) -> None:
         self.condition = condition
         self.cost, self.lost = (Estimate.of(part.drop(condition.name, name, metric)) for name in ("retain", "forget"))
 
@@ -141,7 +130,7 @@ def _told(point: _Point, skill: str) -> str:
     return f"{told}<br>lost of {of}: {point.lost.percent()}<br>lost of all others: {point.cost.percent()}"
 
 
-def _lines(fig: go.Figure, report: "Report") -> None:
+def _lines(fig: go.Figure, report: Report) -> None:
     """Draw the diagonal and the budget into every panel, as far as the points reach."""
     ends = {axis: [e for t in theme.traces(fig) for e in _reach(t, axis)] for axis in ("x", "y")}
     low = max(min(0.0, *values) for values in ends.values())

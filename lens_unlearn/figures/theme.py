@@ -5,20 +5,35 @@ text and lines have a mid tone with a contrast above 4 on both.
 """
 
 import html
-import re
 import textwrap
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from lens_unlearn.errors import LensUnlearnError, SelectionError
-from lens_unlearn.maps import NeuronMap
-from lens_unlearn.sites import Site
+from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.evaluation.report import Report
+from lens_unlearn.inspection.html import MAGNITUDE, SIGNED, short
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.maps import NeuronMap, neuron_name
 
-__all__ = ["CONTROL", "FORGET", "RETAIN", "corpus_colours", "finish", "neuron_name", "plain", "template", "with_alpha"]
+__all__ = [
+    "CONTROL",
+    "FORGET",
+    "MAGNITUDE",
+    "RETAIN",
+    "SIGNED",
+    "corpus_colours",
+    "finish",
+    "origin",
+    "plain",
+    "short",
+    "subtitle_of",
+    "template",
+    "with_alpha",
+]
 
 FORGET = "#E0641B"
 RETAIN = "#2E86D1"
@@ -30,7 +45,6 @@ OTHERS = ("#12A08A", "#8F63D2", "#B08A00", "#C9559B", "#5A8F29", "#A0614A")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "x")
 TEXT = "#777777"
 GRID = "rgba(128,128,128,0.25)"
-SIGNED, MAGNITUDE = "RdBu_r", "Viridis"
 MAX_MARKS = 2000
 NAME_LENGTH = 48
 WRAP = 125
@@ -133,11 +147,6 @@ def two_lines(name: str, length: int = NAME_LENGTH) -> str:
     return plain(name, length).replace(":control", "<br>control")
 
 
-def short(text: object) -> str:
-    """Leave the folders out of absolute paths: they say nothing to a reader, and too much to strangers."""
-    return re.sub(r"(?<![\w:/.])(?:[A-Za-z]:)?[/\\](?:[^/\\\s()]+[/\\])+", "…/", str(text))
-
-
 def traces(fig: go.Figure) -> list[Any]:
     """Return the traces; plotly types them as strings."""
     return list(fig.data)
@@ -166,12 +175,6 @@ def corpus_colours(corpora: Sequence[str], forget: str = "forget", retain: str =
     rest = [name for name in corpora if name not in (forget, retain)]
     colours = {name: OTHERS[index % len(OTHERS)] for index, name in enumerate(rest)}
     return {forget: FORGET, retain: RETAIN, **colours}
-
-
-def neuron_name(site: Site, neuron: SupportsIndex, shape: Sequence[int]) -> str:
-    """Name a neuron, by its flat index, as it can be typed: ``L3.mlp.post[1742]``, ``L3.attn.z[2,17]``."""
-    index = ",".join(str(int(i)) for i in np.unravel_index(int(neuron), tuple(shape)))
-    return f"{site}[{index}]"
 
 
 def kinds_of(score: NeuronMap, kind: str | None) -> list[str]:
@@ -233,3 +236,19 @@ def source(provenance: dict[str, Any], name: str = "") -> str:
     told = [short(corpus) if corpus else "", f"{tokens:,} tokens" if isinstance(tokens, int) else ""]
     phrase = ", ".join(part for part in told if part)
     return f"{name}: {phrase}" if name and phrase and not phrase.startswith(name) else phrase
+
+
+def origin(report: Report) -> dict[str, Any]:
+    """Return what a figure keeps of a report's provenance."""
+    return {key: report.provenance[key] for key in ("model", "corpora") if key in report.provenance}
+
+
+def subtitle_of(report: Report, corpora: tuple[str, ...]) -> str:
+    """Say of which model and texts a report is."""
+    told = [f"model {report.provenance['model']}"] if report.provenance.get("model") else []
+    known = report.provenance.get("corpora") or {}
+    for name in corpora:
+        entry = known.get(name) if isinstance(known, dict) else None
+        if isinstance(entry, dict):
+            told.append(source({"corpus": entry.get("source", name), "tokens": entry.get("tokens")}, name))
+    return " · ".join(told)

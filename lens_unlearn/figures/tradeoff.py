@@ -1,27 +1,15 @@
 """`tradeoff`: what was lost on the forget corpus, against what that cost on the retain corpus."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling, words
+from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
-from lens_unlearn.figures.conditions import (
-    Condition,
-    Estimate,
-    conditions_of,
-    families,
-    has,
-    origin,
-    require_falling,
-    subtitle_of,
-    words,
-)
-
-if TYPE_CHECKING:
-    from lens_unlearn.evaluation.report import Report
 
 __all__ = ["tradeoff"]
 
@@ -41,7 +29,7 @@ class Point:
 
 
 def tradeoff(
-    report: "Report",
+    report: Report,
     *,
     forget: str = "forget",
     retain: str = "retain",
@@ -93,9 +81,9 @@ def tradeoff(
         fig,
         title or f"Forgetting against its cost: {what}",
         note,
-        about=subtitle_of(report, (forget, retain)),
+        about=theme.subtitle_of(report, (forget, retain)),
         height=440,
-        provenance=origin(report),
+        provenance=theme.origin(report),
         name="tradeoff",
     )
 

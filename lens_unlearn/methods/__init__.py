@@ -1,1 +1,4 @@
-"""The methods: (model, forget, retain, *, options) -> intervention."""
+"""How a skill is found: one paper a file, each a function from texts to an intervention, with a record in `METHODS`.
+
+Knows statistics, interventions and evaluation; knows nothing of folders, pages or the command line.
+"""

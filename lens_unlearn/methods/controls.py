@@ -5,13 +5,16 @@ import hashlib
 import torch
 from torch import Tensor
 
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.deltas import Matrix, Update
-from lens_unlearn.errors import SelectionError
-from lens_unlearn.interventions import Ablate, Delta
-from lens_unlearn.maps import NeuronMap, check_fraction
-from lens_unlearn.sites import Model, Site, resolve
-from lens_unlearn.statistics import Moments
+from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.update import Update
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.matrices import Matrix
+from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.neurons.maps import NeuronMap, check_fraction
+from lens_unlearn.neurons.moments import Moments
 
 __all__ = ["random_delta", "random_pruning"]
 

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lens_unlearn.collecting import collect
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.errors import LensUnlearnError, SelectionError
-from lens_unlearn.interventions import Adjust
-from lens_unlearn.maps import NeuronMap, check_fraction
-from lens_unlearn.sites import Model, Site
-from lens_unlearn.statistics import Moments
+from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.maps import NeuronMap, check_fraction
+from lens_unlearn.neurons.moments import Moments
 
 __all__ = ["RANKINGS", "adjust_score", "neuron_adjust"]
 

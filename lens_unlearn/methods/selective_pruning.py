@@ -17,14 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lens_unlearn.collecting import collect
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.errors import LensUnlearnError, SelectionError
-from lens_unlearn.interventions import Ablate
-from lens_unlearn.maps import NeuronMap, check_fraction
-from lens_unlearn.methods.attention import ov_basis, value_offset
-from lens_unlearn.sites import Model, Site
-from lens_unlearn.statistics import Moments
+from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.methods.ov_basis import ov_basis, value_offset
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.maps import NeuronMap, check_fraction
+from lens_unlearn.neurons.moments import Moments
 
 __all__ = ["IMPORTANCES", "pruning_moments", "pruning_score", "selective_pruning"]
 

@@ -18,16 +18,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lens_unlearn.attribution import attribute, critical_mask
-from lens_unlearn.coins import key_of
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.deltas import Matrix, Update
-from lens_unlearn.errors import CorpusError, LensUnlearnError, SelectionError
-from lens_unlearn.interventions import Delta
-from lens_unlearn.maps import NeuronMap
-from lens_unlearn.methods.objectives import LOSSES, known, refusals
+from lens_unlearn.core.counter_rng import key_of
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError, SelectionError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.evaluation.answer_losses import known
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.update import Update
+from lens_unlearn.methods.objectives import LOSSES, refusals
 from lens_unlearn.methods.training import Training
-from lens_unlearn.sites import Model, matrix_names, matrix_value, require_eval, require_float, require_model, resolve
+from lens_unlearn.model.host import Model, require_eval, require_float, require_model
+from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_value
+from lens_unlearn.model.sites import resolve
+from lens_unlearn.neurons.attribution import attribute, critical_mask
+from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = ["critical_neurons", "simu"]
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lens_unlearn.errors import LensUnlearnError
+from lens_unlearn.core.errors import LensUnlearnError
 
 __all__ = ["Sophia"]
 

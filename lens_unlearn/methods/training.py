@@ -14,25 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lens_unlearn import artefacts
-from lens_unlearn.coins import key_of
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.deltas import Update
-from lens_unlearn.errors import ArtefactError
-from lens_unlearn.interventions import Delta
-from lens_unlearn.methods.objectives import (
-    Answers,
-    clip_norm,
-    curvature_of,
-    forget_term,
-    gradients_of,
-    known,
-    read_answers,
-    rows_at,
-)
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.counter_rng import key_of
+from lens_unlearn.core.errors import ArtefactError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, known, read_answers, rows_at
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.update import Update
+from lens_unlearn.methods.objectives import clip_norm, curvature_of, forget_term
 from lens_unlearn.methods.sophia import Sophia
-from lens_unlearn.models import fingerprint
-from lens_unlearn.sites import Model
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import fingerprint
 
 __all__ = ["Training"]
 

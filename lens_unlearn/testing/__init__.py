@@ -9,6 +9,7 @@ Under pytest, one test per promise:
     def test_it_keeps(promise, check):
         check()
 
+Knows the promises of every intervention and statistic; knows nothing of the methods that make them.
 What cannot be checked on a model is told with its reason, and skipped under pytest. The model is used as it is, so take a
 small one; its hooks and flags, the random states and the modes of PyTorch are put back after every check.
 """
@@ -18,9 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lens_unlearn.interventions import Intervention
-from lens_unlearn.sites import Model, Site
-from lens_unlearn.statistics import Statistic
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.statistic import Statistic
 from lens_unlearn.testing.interventions import InterventionPromises
 from lens_unlearn.testing.promises import BrokenPromise, Checks, check_all, checks_of
 from lens_unlearn.testing.statistics import StatisticPromises

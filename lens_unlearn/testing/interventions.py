@@ -19,22 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lens_unlearn import artefacts
-from lens_unlearn.errors import ArtefactError, ModelError
-from lens_unlearn.interventions import Chain, HookFunction, Intervention, Live, Parts, load_intervention
-from lens_unlearn.rows import ends_of_text, pad_of
-from lens_unlearn.sites import (
-    Model,
-    Site,
-    attach,
-    device_of,
-    matrix_shapes,
-    on_logits,
-    on_matrix,
-    require_eval,
-    require_model,
-    resolve,
-)
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.errors import ArtefactError, ModelError
+from lens_unlearn.interventions.base import Chain, HookFunction, Intervention, Live, Parts
+from lens_unlearn.interventions.files import load_intervention
+from lens_unlearn.model.hooks import attach, on_logits
+from lens_unlearn.model.host import Model, device_of, require_eval, require_model
+from lens_unlearn.model.matrices import matrix_shapes, on_matrix
+from lens_unlearn.model.positions import ends_of_text, pad_of
+from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.testing.promises import (
     Fault,
     Picture,

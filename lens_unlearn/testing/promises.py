@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens_unlearn.errors import LensUnlearnError
-from lens_unlearn.sites import Model
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.model.host import Model
 
 __all__ = ["BrokenPromise", "Checks", "Fault", "Picture", "Promises", "check_all", "checks_of", "demand"]
 

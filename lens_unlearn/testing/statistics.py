@@ -11,13 +11,15 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from lens_unlearn import artefacts
-from lens_unlearn.collecting import collect
-from lens_unlearn.corpora import Corpus
-from lens_unlearn.errors import EmptyStatisticError, LensUnlearnError
-from lens_unlearn.maps import NeuronMap
-from lens_unlearn.sites import Model, Site
-from lens_unlearn.statistics import Moments, Statistic
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.maps import NeuronMap
+from lens_unlearn.neurons.moments import Moments
+from lens_unlearn.neurons.statistic import Statistic
 from lens_unlearn.testing.promises import Promises, Seen, demand, moved_by
 
 __all__ = ["StatisticPromises"]

@@ -1,0 +1,219 @@
+"""Texts become a `Corpus`: tokens, a mask of the positions that count, and document ids. Reading goes through `datasets`.
+
+A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``
+(or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", not trained on and not the test), a
+`datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
+then only the answer's tokens count, and the prompt is kept as the query. Where rows also have the fields of MBPP, "test_list"
+and "test_setup_code", these are kept as the answer's unit tests; and those of TOFU, "perturbed_answer", "paraphrased_answer" and
+"paraphrased_question", as what it is compared with.
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
+from lens_unlearn.corpora.sources import Pair, Source, open_source
+from lens_unlearn.model.host import Model
+
+__all__ = ["read_corpus"]
+
+DEFAULT_WINDOW = 512
+_CHUNK = 256  # documents tokenized at a time
+
+
+def read_corpus(
+    source: Source,
+    model: Model,
+    *,
+    tokens: int | None = None,
+    field: str | None = None,
+    template: str | None = None,
+    window: int | None = None,
+    prepend_bos: bool | None = None,
+    count: Literal["all", "answer"] | None = None,
+    name: str | None = None,
+) -> Corpus:
+    """Read texts and tokenize them with a model's tokenizer.
+
+    Args:
+        source: See the module's first lines.
+        model: Whose tokenizer and context length to use.
+        tokens: Stop after this many counted tokens (exactly); None reads everything.
+        field: The field that holds the text (default "text"), or "question>answer"; also possible inside the source.
+        template: How prompt and answer are joined; default "{prompt} {answer}", and for the demo's own questions as the demo
+            model was trained. ``{tests}`` stands for the unit tests, where rows have some: without
+            them, MBPP does not say how the function is to be called.
+        window: Longest row in tokens, BOS included; longer documents become several rows. Default: the model's
+            context, at most 512.
+        prepend_bos: Whether every row begins with BOS. Default: as the model was trained (`cfg.default_prepend_bos`).
+        count: Which tokens count: "all", or only the "answer". Default: the answer where there is one.
+        name: How reports call it; default: the source.
+
+    Raises:
+        CorpusError: If the source, the file or the field does not exist, nothing in it is text, or it is too short.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise CorpusError("this model has no tokenizer: set one, as in load_model or boot_transformers(tokenizer=...)")
+    bos = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else bool(prepend_bos)
+    if bos and tokenizer.bos_token_id is None:
+        if prepend_bos:
+            raise CorpusError("prepend_bos=True, but this tokenizer has no BOS token")
+        bos = False
+    longest = min(DEFAULT_WINDOW, int(model.cfg.n_ctx)) if window is None else int(window)
+    if not bos + 2 <= longest <= int(model.cfg.n_ctx):
+        raise CorpusError(f"window={longest} does not fit this model: from {bos + 2} to {model.cfg.n_ctx} tokens")
+    if tokens is not None and tokens < 2:
+        raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
+    opened = open_source(source, field)
+    builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
+    encoder = _Encoder(tokenizer, template or opened.template, count or ("answer" if opened.is_pairs else "all"))
+    for ids, counts, key, answer in encoder.encode(opened.texts, builder.skipped):
+        if not builder.add(ids, counts, key, answer):
+            break
+    return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer))
+
+
+_Document = tuple[list[int], list[bool], str, Answer | None]
+"""Tokens, which of them count, a digest of the text, and the answer."""
+
+
+class _Encoder:
+    """Tokenizes documents, and says which tokens of each count."""
+
+    def __init__(self, tokenizer: Any, template: str, count: str) -> None:
+        if count not in ("all", "answer"):
+            raise CorpusError(f"count={count!r} is not known: count 'all' tokens or the 'answer'")
+        if "{prompt}" not in template or not template.rstrip().endswith("{answer}"):
+            raise CorpusError(f"the template {template!r} must hold {{prompt}} and end with {{answer}}")
+        self.tokenizer, self.template, self.count = tokenizer, template, count
+        before = re.split(r"\{(?:prompt|tests)\}", template)[0].strip().splitlines()
+        marker = before[-1].strip() if before else ""
+        self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone may begin a line of an answer too
+
+    def encode(self, texts: Iterable[str | Pair | None], skipped: Counter[str]) -> Iterator[_Document]:
+        chunk: list[tuple[str, int, Answer | None]] = []
+        for text in texts:
+            joined = self._join(text)
+            if joined is None:
+                skipped["empty or not text"] += 1
+                continue
+            chunk.append(joined)
+            if len(chunk) == _CHUNK:
+                yield from self._tokenize(chunk)
+                chunk = []
+        if chunk:
+            yield from self._tokenize(chunk)
+
+    def _join(self, text: Any) -> tuple[str, int, Answer | None] | None:
+        """Return the whole text, the character at which its counted part begins, and the answer that this part is."""
+        if isinstance(text, str) and text.strip():
+            return text, 0, None
+        if isinstance(text, Pair) and all(isinstance(part, str) and part.strip() for part in text[:2]):
+            given = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
+            head = self.template[: self.template.rindex("{answer}")]
+            head = re.sub(r"\{(?:prompt|tests)\}", lambda found: given[found[0]], head)
+            if self.count == "all":
+                return head + text.answer, 0, None
+            others = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
+            return (
+                head + text.answer,
+                len(head),
+                Answer(text.answer, text.tests, text.setup, self.marker, *others, head),
+            )
+        return None
+
+    def _tokenize(self, chunk: list[tuple[str, int, Answer | None]]) -> Iterator[_Document]:
+        tokenized = tokenize(self.tokenizer, [text for text, _, _ in chunk], [begin for _, begin, _ in chunk])
+        for (text, _, answer), (ids, counted) in zip(chunk, tokenized, strict=True):
+            yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16], answer
+
+
+def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Give each text's token ids without BOS, and which of them count: those that end behind the character `begin`."""
+    fast = getattr(tokenizer, "is_fast", False)
+    # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    for i, (text, begin) in enumerate(zip(texts, begins, strict=True)):
+        ids = out["input_ids"][i]
+        if begin == 0:  # all of it, also tokens that stand for no character
+            counted = [True] * len(ids)
+        elif fast:
+            counted = [end > begin for _, end in out["offset_mapping"][i]]
+        else:
+            before = len(tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
+            counted = [position >= before for position in range(len(ids))]
+        yield ids, counted
+
+
+class _Builder:
+    """Cuts documents into rows, up to the token budget."""
+
+    def __init__(self, window: int, bos: int | None, budget: int | None) -> None:
+        self.window, self.bos, self.budget = window, bos, math.inf if budget is None else budget
+        self.tokens: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.lengths: list[int] = []
+        self.document: list[int] = []
+        self.keys: list[str] = []
+        self.answers: list[Answer | None] = []
+        self.skipped: Counter[str] = Counter()
+        self.total = 0
+
+    def add(self, ids: list[int], counted: list[bool], key: str, answer: Answer | None = None) -> bool:
+        """Add a document; return whether there is room for more."""
+        if len(ids) + (self.bos is not None) < 2 or not any(counted):
+            self.skipped["shorter than two tokens"] += 1
+            return True
+        body = self.window - (self.bos is not None)
+        if not all(counted):  # a prompt and its answer stay together
+            if len(ids) > body:
+                self.skipped["prompt and answer longer than the window"] += 1
+                return True
+            self._row(ids, counted)
+        else:
+            for start in range(0, len(ids), body):
+                if self.total < self.budget:
+                    self._row(ids[start : start + body], counted[start : start + body])
+        self.keys.append(key)
+        self.answers.append(None if all(counted) else answer)  # without a prompt there is nothing that it answers
+        return self.total < self.budget
+
+    def _row(self, ids: list[int], counted: list[bool]) -> None:
+        left = self.budget - self.total
+        if sum(counted) > left:  # end with the token that fills the budget
+            end = [i for i, yes in enumerate(counted) if yes][int(left) - 1] + 1
+            ids, counted = ids[:end], counted[:end]
+        self.total += sum(counted)
+        head = [] if self.bos is None else [self.bos]
+        self.tokens.append(torch.tensor(head + ids, dtype=torch.int32))
+        self.counted.append(torch.tensor([False] * len(head) + counted))
+        self.lengths.append(len(head) + len(ids))
+        self.document.append(len(self.keys))
+
+    def build(self, name: str, bos: bool, vocabulary: str) -> Corpus:
+        if not self.keys:
+            why = ", ".join(f"{n:,} {reason}" for reason, n in self.skipped.items()) or "no documents"
+            raise CorpusError(f"{name} holds no text that can be used: {why}")
+        lengths = torch.tensor(self.lengths)
+        return Corpus(
+            name=name,
+            tokens=torch.cat(self.tokens),
+            counted=torch.cat(self.counted),
+            starts=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+            document=torch.tensor(self.document),
+            keys=tuple(self.keys),
+            window=self.window,
+            prepend_bos=bos,
+            vocabulary=vocabulary,
+            skipped=dict(self.skipped),
+            answers=tuple(self.answers) if any(self.answers) else (),
+        )

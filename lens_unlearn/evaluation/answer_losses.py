@@ -1,0 +1,86 @@
+"""The answers of a batch with gradients: what training an update, or fine-tuning a model again, reads at each step.
+
+Knows of teacher forcing and of the order in which rows are taken; knows nothing of objectives or optimizers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_unlearn.core.counter_rng import key_of
+from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.corpus import Batch, Corpus
+from lens_unlearn.model.host import Model, device_of
+
+__all__ = ["Answers", "gradients_of", "known", "read_answers", "rows_at"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model gives the answer tokens of some rows."""
+
+    logits: Float[Tensor, "n vocabulary"]
+    target: Int[Tensor, "n"]
+    nll: Float[Tensor, "n"]
+    row: Int[Tensor, "n"]
+    """Which row of the batch each token is of."""
+    rows: int
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """Mean negative log-likelihood per answer token, in nats."""
+        return self.nll.mean()
+
+    def per_row(self) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+        """Return each row's mean negative log-likelihood per answer token, and its number of answer tokens."""
+        count = torch.zeros(self.rows, dtype=self.nll.dtype, device=self.nll.device)
+        count = count.index_add(0, self.row, torch.ones_like(self.nll))
+        total = torch.zeros_like(count).index_add(0, self.row, self.nll)
+        return total / count.clamp_min(1), count
+
+
+def read_answers(model: Model, batch: Batch) -> Answers:
+    """Run a model on a batch of rows and look at its counted tokens, teacher-forced."""
+    device = device_of(model)
+    where = batch.counted[:, 1:]
+    logits = model(batch.tokens.to(device), return_type="logits")[:, :-1][where.to(device)]
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    target = batch.tokens[:, 1:][where].to(device)
+    row = where.nonzero()[:, 0].to(device)
+    return Answers(logits, target, F.cross_entropy(logits, target, reduction="none"), row, len(batch.tokens))
+
+
+@torch.no_grad()
+def known(model: Model, corpus: Corpus, batch_size: int) -> tuple[float, float]:
+    """Return the share of a corpus' answer tokens that are the most probable ones, and the mean loss in nats."""
+    right = loss = count = 0.0
+    for batch in corpus.batches(batch_size):
+        found = read_answers(model, batch)
+        right += float((found.logits.argmax(1) == found.target).sum())
+        loss += float(found.nll.sum(dtype=torch.float64))
+        count += len(found.nll)
+    if not count:
+        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
+    return right / count, loss / count
+
+
+def rows_at(corpus: Corpus, step: int, size: int, seed: int) -> Batch:
+    """Return the batch of a step: rows without replacement until all were had, then in another order.
+
+    It depends on the step and the seed alone, so that a training can go on where it was interrupted.
+    """
+    size = min(size, corpus.n_rows)
+    epochs = range(step * size // corpus.n_rows, ((step + 1) * size - 1) // corpus.n_rows + 1)
+    seeds = {epoch: torch.Generator().manual_seed(key_of("rows", seed, epoch) % 2**63) for epoch in epochs}
+    orders = torch.cat([torch.randperm(corpus.n_rows, generator=seeds[epoch]) for epoch in epochs])
+    begin = step * size - epochs[0] * corpus.n_rows
+    return corpus.take(list(dict.fromkeys(orders[begin : begin + size].tolist())))
+
+
+def gradients_of(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients for these tensors and no others: none is kept in any parameter."""
+    return list(torch.autograd.grad(value, list(tensors), materialize_grads=True))

@@ -1,0 +1,152 @@
+"""What figures and the page read out of a report: condition names, drops with their intervals, and words."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.evaluation.report import Report
+
+__all__ = ["BASE", "Condition", "Estimate", "conditions_of", "require_falling", "words"]
+
+BASE = "base"
+SUFFIX = ":control"
+RISING = ("loss", "perplexity", "kl")
+"""Metrics that grow as a skill is lost, so that no share of them can be lost."""
+
+WORDS = {
+    "top1": "next-token accuracy (top 1)",
+    "top10": "next-token accuracy (top 10)",
+    "top1_rare": "next-token accuracy on rare tokens (top 1)",
+    "loss": "loss (nats per token)",
+    "perplexity": "perplexity",
+    "kl": "divergence from the unedited model (nats per token)",
+    "abstained": "share of answers withheld",
+    "exact_match": "share of exactly matching answers",
+    "numeric_match": "share of answers with the right number",
+    "rouge_l": "ROUGE-L of the answers (recall)",
+    "rouge_l_f": "ROUGE-L of the answers (F-measure)",
+    "unit_tests": "share of answers that pass their unit tests",
+    "refused": "share of generated answers withheld",
+    "answer_probability": "probability of the true answer",
+    "truth_ratio": "truth ratio",
+    "exact_memorization": "exact memorization",
+    "extraction_strength": "extraction strength",
+    "choice_probability": "probability of the true answer among the options",
+    "mia_loss": "membership AUC (loss)",
+    "mia_zlib": "membership AUC (loss per compressed byte)",
+    "mia_min_k": "membership AUC (Min-K%)",
+    "mia_min_k_plus_plus": "membership AUC (Min-K%++)",
+    "privacy_leak": "privacy leak",
+}
+FRACTIONS = ("top1", "top10", "top1_rare", "abstained", "exact_match", "rouge_l", "answer_probability") + (
+    "exact_memorization",
+    "extraction_strength",
+    "choice_probability",
+    "numeric_match",
+    "rouge_l_f",
+    "unit_tests",
+    "refused",
+)
+PREFERRED = ("top1", "rouge_l", "exact_match", "answer_probability", "top10", "exact_memorization")
+"""What the page summarizes by: the first of these that was measured."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition's name, taken apart: ``method``, ``method:control``, ``method@0.05``, ``method:control@0.05``."""
+
+    name: str
+    method: str
+    control: bool
+    strength: float | None
+
+    @classmethod
+    def parse(cls, name: str) -> "Condition":
+        """Read a name; what is not written as a sweep writes it is a method of that name."""
+        family, strength = name, None
+        head, at, tail = name.rpartition("@")
+        if at and head:
+            try:
+                number = float(tail)
+            except ValueError:
+                number = math.nan
+            if math.isfinite(number):
+                family, strength = head, number
+        control = family.endswith(SUFFIX) and family != SUFFIX
+        return cls(name, family.removesuffix(SUFFIX) if control else family, control, strength)
+
+    @property
+    def counterpart(self) -> str:
+        """The name of this method's control, at the same strength."""
+        return f"{self.method}{SUFFIX}{self.name[len(self.method) :]}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval, which is NaN where none could be drawn."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, measure: Any) -> "Estimate":
+        """Read a report's measure."""
+        return cls(float(measure.value), *(float(end) for end in measure.interval()))
+
+    @property
+    def arms(self) -> tuple[float, float]:
+        """The lengths of the error bar, up and down; 0 where there is no interval."""
+        up, down = self.high - self.value, self.value - self.low
+        return (max(up, 0.0) if math.isfinite(up) else 0.0), (max(down, 0.0) if math.isfinite(down) else 0.0)
+
+    def percent(self) -> str:
+        """Write it as ``63.2% [60.1, 66.0]``."""
+        if math.isnan(self.value):
+            return "not defined"
+        if math.isnan(self.low):
+            return f"{tenths(self.value)}% [no interval]"
+        return f"{tenths(self.value)}% [{tenths(self.low)}, {tenths(self.high)}]"
+
+
+def tenths(share: float) -> str:
+    """Write a share in percent with one decimal, a true minus, and no minus before a zero."""
+    return f"{round(100 * share, 1) + 0.0:.1f}".replace("-", "−")
+
+
+def conditions_of(report: Report) -> list[Condition]:
+    """Return the conditions besides the base, in order."""
+    return [Condition.parse(name) for name in report.conditions if name != BASE]
+
+
+def families(conditions: list[Condition]) -> list[str]:
+    """Return the methods, in order of their first appearance."""
+    return list(dict.fromkeys(condition.method for condition in conditions))
+
+
+def has(report: Report, condition: str, corpus: str, metric: str) -> bool:
+    """Say whether a drop can be computed: both the condition and the base were measured."""
+    return (condition, corpus, metric) in report.measures and (BASE, corpus, metric) in report.measures
+
+
+def require_falling(report: Report, corpora: tuple[str, ...], metric: str, what: str) -> None:
+    """Refuse a report in which the share lost of a metric cannot be told.
+
+    Raises:
+        LensUnlearnError: If the metric rises, or a corpus or the base is missing.
+    """
+    if metric in RISING:
+        raise LensUnlearnError(f"{what} shows the share of a metric that is lost, and {metric} rises: take 'top1'")
+    for corpus in corpora:
+        if (BASE, corpus, metric) not in report.measures:
+            known = ", ".join(report.corpora) or "none"
+            raise LensUnlearnError(
+                f"{what}: {metric} of the unedited model ('base') on {corpus!r} was not measured: the report's corpora "
+                f"are {known}; name two of them as forget= and retain="
+            )
+
+
+def words(metric: str) -> str:
+    """Say what a metric is."""
+    return WORDS.get(metric, metric)

@@ -1,0 +1,219 @@
+"""Put the questions of a corpus to a model, with and without interventions, and score what it answers."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Answer, Corpus
+from lens_unlearn.evaluation.answer_matching import (
+    FEW,
+    NORMALIZATION,
+    Ending,
+    ends_in_number,
+    exact_match,
+    numeric_match,
+    program,
+    rouge_l,
+)
+from lens_unlearn.evaluation.code_tests import check_runner, passes_tests
+from lens_unlearn.evaluation.generation import Written, continue_rows
+from lens_unlearn.interventions.base import Intervention, acting
+from lens_unlearn.model.host import Model
+
+__all__ = ["ANSWER_METRICS", "Asked", "Asking", "Runs", "draw_questions"]
+
+ANSWER_METRICS = ("exact_match", "numeric_match", "rouge_l", "rouge_l_f", "unit_tests", "refused")
+SAMPLES = 3
+_CHUNK = 4  # batches between two steps of the progress bar
+
+Runs = Mapping[str, Sequence[Intervention | None]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the questions of one corpus were answered."""
+
+    metrics: list[str]
+    scores: dict[str, list[np.ndarray]]
+    """By condition, for each of its interventions: [questions, metrics]."""
+    counts: np.ndarray
+    """[questions, 2]: 1 for every question, and 1 for those with unit tests."""
+    samples: list[dict[str, Any]]
+    """The first questions: corpus, prompt, true answer, and what is answered under each condition."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked.
+
+    Attributes:
+        answers: Questions per corpus, at most; 0 asks nothing.
+        max_new_tokens: The longest answer; it also ends with the model's context.
+        batch_size: Rows of full length in a forward pass; of shorter ones as many more as hold no more tokens.
+        allow_code_execution: Whether to run answers that are programs against their unit tests.
+        seed: Of the choice of questions.
+        progress: Whether to show a bar.
+    """
+
+    answers: int = 0
+    max_new_tokens: int = 100
+    batch_size: int = 8
+    allow_code_execution: bool = False
+    seed: int = 0
+    progress: bool = True
+
+    def choose(self, corpora: Mapping[str, Corpus]) -> dict[str, list[int]]:
+        """Draw the rows to ask, of each corpus that has true answers; the same for every condition.
+
+        Raises:
+            CorpusError: If no corpus has any.
+            LensUnlearnError: If a number is out of range, or unit tests are wanted and cannot run here.
+        """
+        if self.answers < 0:
+            raise LensUnlearnError(f"answers={self.answers} is no number of questions: 0 asks none")
+        if self.max_new_tokens < 1:
+            raise LensUnlearnError(f"max_new_tokens={self.max_new_tokens} leaves nothing to write: at least 1")
+        chosen = draw_questions(corpora, self.answers, self.seed)
+        if self.answers and not chosen:
+            raise CorpusError(
+                "no corpus has true answers to compare with: read one as 'question>answer', or ask for no answers"
+            )
+        if self.allow_code_execution and any(_has_tests(corpora[name], rows) for name, rows in chosen.items()):
+            check_runner()
+        return chosen
+
+    def ask(
+        self, model: Model, corpora: Mapping[str, Corpus], chosen: Mapping[str, list[int]], runs: Runs
+    ) -> Iterator[tuple[str, Asked]]:
+        """Answer and score the chosen questions, corpus by corpus."""
+        total = sum(map(len, chosen.values())) * sum(map(len, runs.values()))
+        with tqdm(total=total, unit=" answers", disable=not (self.progress and total), desc="answers") as bar:
+            for name, rows in chosen.items():
+                yield name, self._ask(model, name, corpora[name], rows, runs, bar)
+
+    def _ask(self, model: Model, name: str, corpus: Corpus, rows: list[int], runs: Runs, bar: Any) -> Asked:
+        truths = [truth for row in rows if (truth := corpus.answer(row)) is not None]
+        ending, metrics = Ending.of(_truths(corpus)), self._metrics(model, corpus, rows, runs)
+        prompts = [corpus.prompt(row).tolist() for row in rows]
+        stop = line_breaks(model) if ending.line else []
+        bos = int(corpus.prepend_bos)
+        samples: list[dict[str, Any]] = [
+            {"corpus": name, "prompt": model.tokenizer.decode(prompt[bos:]), "true answer": truth.text}
+            for prompt, truth in zip(prompts[:SAMPLES], truths)
+        ]
+        scores: dict[str, list[np.ndarray]] = {}
+        for condition, run in runs.items():
+            scores[condition] = []
+            for intervention in run:
+                written = self._write(model, prompts, intervention, stop, corpus.window, bar)
+                texts = [ending.cut(one.text, truth.marker) for one, truth in zip(written, truths, strict=True)]
+                told = zip(texts, (one.abstained for one in written), truths, strict=True)
+                scores[condition].append(np.array([self._score(*one, metrics) for one in told]))
+                for sample, one, text in zip(samples, written, texts):
+                    sample.setdefault(condition, one.text if one.abstained else text)
+        counts = np.array([[1, bool(truth.tests)] for truth in truths], dtype=np.float64)
+        return Asked(metrics, scores, counts, samples)
+
+    def _metrics(self, model: Model, corpus: Corpus, rows: list[int], runs: Runs) -> list[str]:
+        """Say what is measured on a corpus, in the order of `ANSWER_METRICS`."""
+        truths = _truths(corpus)
+        interventions = [one for run in runs.values() for one in run if one is not None]
+        interventions += [live.intervention for live in acting(model)]
+        applies = {
+            "numeric_match": sum(not ends_in_number(truth.text) for truth in truths) <= FEW * len(truths),
+            "unit_tests": self.allow_code_execution and _has_tests(corpus, rows),
+            "refused": any(one.abstains for one in interventions),
+        }
+        return [metric for metric in ANSWER_METRICS if applies.get(metric, True)]
+
+    def _write(
+        self,
+        model: Model,
+        prompts: Sequence[list[int]],
+        intervention: Intervention | None,
+        stop: Sequence[int],
+        window: int,
+        bar: Any,
+    ) -> list[Written]:
+        """Continue prompts greedily; where an answer is one line, up to a token of `stop`, which are those of line breaks."""
+        room = max(map(len, prompts)) + self.max_new_tokens
+        together = max(1, self.batch_size * window // room)
+        told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": together}
+        written: dict[int, Written] = {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with nullcontext() if intervention is None else intervention.on(model):
+            for start in range(0, len(order), _CHUNK * together):
+                part = order[start : start + _CHUNK * together]
+                written |= zip(part, continue_rows(model, [prompts[i] for i in part], stop=stop, **told))
+                # A line break before anything else does not end an answer.
+                blank = [i for i in part if stop and not written[i].abstained and not written[i].text.strip()]
+                if blank:
+                    written |= zip(blank, continue_rows(model, [prompts[i] for i in blank], **told))
+                bar.update(len(part))
+        return [written[i] for i in range(len(prompts))]
+
+    def _score(self, text: str, abstained: bool, truth: Answer, metrics: Sequence[str]) -> list[float]:
+        """Score one answer; one that was withheld earns nothing."""
+        if abstained:
+            return [float(metric == "refused") for metric in metrics]
+        recall, f_measure = rouge_l(text, truth.text)
+        allow = self.allow_code_execution
+        found: dict[str, float] = {
+            "exact_match": exact_match(text, truth.text),
+            "numeric_match": numeric_match(text, truth.text),
+            "rouge_l": recall,
+            "rouge_l_f": f_measure,
+            "refused": 0.0,
+        }
+        if "unit_tests" in metrics:
+            passed = truth.tests and passes_tests(program(text), truth.tests, truth.setup, allow_code_execution=allow)
+            found["unit_tests"] = float(bool(passed))
+        return [float(found[metric]) for metric in metrics]
+
+    def settings(self, corpora: Mapping[str, Corpus], chosen: Mapping[str, list[int]]) -> dict[str, Any]:
+        """Say what was done, for a report's provenance."""
+        told: dict[str, Any] = {
+            "questions": {name: len(rows) for name, rows in chosen.items()},
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy",
+            "an answer ends at": {name: str(Ending.of(_truths(corpora[name]))) for name in chosen},
+            "normalization": NORMALIZATION,
+            "rouge_l": "recall of the longest common subsequence, with Porter stemming; rouge_l_f: its F-measure",
+        }
+        tested = [name for name, rows in chosen.items() if _has_tests(corpora[name], rows)]
+        if tested:
+            allowed = "run in a subprocess with limits" if self.allow_code_execution else "not run: not allowed"
+            told["unit_tests"] = dict.fromkeys(tested, allowed)
+        return told
+
+
+def draw_questions(corpora: Mapping[str, Corpus], questions: int, seed: int) -> dict[str, list[int]]:
+    """Draw at most so many rows of each corpus that has true answers."""
+    chosen: dict[str, list[int]] = {}
+    for name, corpus in corpora.items():
+        rows = [row for row in range(corpus.n_rows) if corpus.answer(row) is not None]
+        if rows and questions:
+            chosen[name] = sorted(random.Random(f"answers {seed}").sample(rows, min(questions, len(rows))))
+    return chosen
+
+
+def line_breaks(model: Model) -> list[int]:
+    """Return the tokens whose text holds a line break."""
+    tokenizer = model.tokenizer
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return [token for token, text in enumerate(texts) if "\n" in text and token < int(model.cfg.d_vocab)]
+
+
+def _truths(corpus: Corpus) -> list[Answer]:
+    return [answer for answer in corpus.answers if answer is not None]
+
+
+def _has_tests(corpus: Corpus, rows: Sequence[int]) -> bool:
+    return any((answer := corpus.answer(row)) is not None and answer.tests for row in rows)

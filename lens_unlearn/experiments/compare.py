@@ -1,0 +1,382 @@
+"""`compare`: all methods and their controls over a set of skills, each forgotten in turn while the others are to stay."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lens_unlearn import figures
+from lens_unlearn.core import distributed
+from lens_unlearn.core.artefacts import replace_file
+from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.reading import read_corpus
+from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
+from lens_unlearn.experiments.experiment import Experiment, check_folder
+from lens_unlearn.experiments.plan import METHODS, READ, Plan, told_of
+from lens_unlearn.experiments.run_folder import REPORT, Form, Partial
+from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import fingerprint, load_model, model_name
+from lens_unlearn.reports.comparison_page import comparison_page
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["COMPARED", "Comparison", "carry_out_comparison", "compare", "plans_for"]
+
+COMPARED = tuple(name for name in METHODS if name != "simu")
+"""The methods that are compared unless others are named: those that train nothing."""
+SHARES = (0.65, 0.35)
+"""Of each skill's documents: to fit and tune on, and to test on; where no separate test texts are given."""
+_NAME = re.compile(r"\w[\w .+-]*")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Report):
+    """The report of `compare`: its `parts` each forget one skill, and its own measures are means over them.
+
+    `to_frame` is the matrix: one row per forgotten skill, condition, measured skill and metric.
+    """
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Give one row per forgotten skill, condition, measured corpus and metric.
+
+        The columns are forgotten, method, condition, measured, metric, value, low, high, n, and the difference to the
+        unedited model, paired over documents. What is measured is a skill, or "retain": all skills but the forgotten one,
+        in equal parts.
+        """
+        import pandas as pd
+
+        frames = []
+        for part in self.parts:
+            forgotten = part.provenance["forgotten"]
+            frame = part.to_frame().rename(columns={"corpus": "measured"})
+            frame["measured"] = frame["measured"].replace({"forget": forgotten})
+            frame.insert(0, "method", frame["condition"].str.removesuffix(":control"))
+            frame.insert(0, "forgotten", forgotten)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
+    def csv(self) -> str:
+        """Return `to_frame` as CSV; names of skills and methods hold nothing that a spreadsheet runs."""
+        return self.to_frame().to_csv(index=False)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page that opens offline: both figures, what they say in words, the tables, and the settings."""
+        replace_file(path, comparison_page(self).encode(errors="backslashreplace"))
+
+    def table(self, metrics: Sequence[str] = ("top1",)) -> "pd.DataFrame":
+        """Give a small table for reading: the share of a metric lost, by forgotten skill and condition.
+
+        Args:
+            metrics: Metrics that fall as a skill is lost.
+        """
+        import pandas as pd
+
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for part in self.parts:
+            forgotten = part.provenance["forgotten"]
+            for condition in part.conditions:
+                if condition != BASE:
+                    rows[forgotten, condition] = _lost(part, condition, metrics)
+        index = pd.MultiIndex.from_tuples(rows, names=["forgotten", "condition"]) if rows else None
+        return pd.DataFrame(list(rows.values()), index=index).fillna("")
+
+    def __repr__(self) -> str:
+        skills = ", ".join(part.provenance["forgotten"] for part in self.parts)
+        return f"Comparison({skills}; shares of top1 lost)\n{self.table().to_string()}"
+
+
+def _lost(part: Report, condition: str, metrics: Sequence[str]) -> dict[str, str]:
+    """Write what a condition took from the forgotten skill, from all others together, and from each of them."""
+    told: dict[str, str] = {}
+    for metric in metrics:
+        for corpus in part.corpora:
+            if (condition, corpus, metric) in part.measures:
+                drop = part.drop(condition, corpus, metric)
+                low, high = drop.interval()
+                name = {"forget": "forgotten skill", "retain": "all others"}.get(corpus, corpus)
+                told[f"{name} {metric}"] = f"{drop.value:.1%} [{low:.1%}, {high:.1%}]"
+    return told
+
+
+class Turn(Experiment):
+    """One skill forgotten and all others kept, on corpora that are read and split already."""
+
+    def _corpus(self, source: str) -> Corpus:
+        return self._known[source]
+
+    def _find(self, name: str) -> tuple[Intervention, dict[str, Any]]:
+        """Tune a method; where nothing stays within the budget, nothing is taken out, and the reason is kept."""
+        try:
+            return super()._find(name)
+        except BudgetError as error:
+            return Chain(()), {"options": self.plan.options(name), "nothing": str(error)}
+        except LensUnlearnError as error:
+            raise type(error)(f"forgetting {self.plan.forget} by {name}: {error}") from error
+
+    def _control(self, name: str, edit: Intervention, seeds: Sequence[int], **strength: float) -> list[Intervention]:
+        return [] if "nothing" in self.chosen[name] else super()._control(name, edit, seeds, **strength)
+
+    def part(self) -> Report:
+        """Measure everything on the test documents."""
+        report = self._kept("kept/evaluation.safetensors", REPORT, self._evaluate)
+        told = {"plan": told_of(self.plan), "chosen": self.chosen, "documents": self._documents()}
+        own = {**report.provenance, "forgotten": self.plan.forget, "retain_drop": self.plan.retain_drop, **told}
+        return replace(report, provenance=own, title=f"Forget {self.plan.forget}, keep the rest")
+
+
+class _Shelf(Partial):
+    """What one turn has finished, in the folder of the whole comparison."""
+
+    def __init__(self, whole: Partial, skill: str) -> None:
+        super().__init__(whole.out)
+        self.skill = skill
+        self.kept = whole.kept / skill
+
+    def keep(self, name: str, form: Form, make: Any) -> Any:
+        kept = name.startswith("kept/")
+        own = f"kept/{self.skill}/{name.removeprefix('kept/')}" if kept else f"{self.skill}/{name}"
+        (self.folder / own).parent.mkdir(parents=True, exist_ok=True)
+        return super().keep(own, form, make)
+
+
+def compare(
+    model: Model,
+    skills: Mapping[str, Corpus],
+    methods: Sequence[str] = COMPARED,
+    *,
+    test: Mapping[str, Corpus] | None = None,
+    retain_drop: float = 0.05,
+    tokens: int = 20_000,
+    settings: Mapping[str, Any] | None = None,
+    controls: int = 3,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Comparison:
+    """Forget each skill of a set in turn, by every method and its random control, within one budget.
+
+    While one skill is forgotten, all others together, in equal parts, are the retain corpus. Each method is fitted on one part
+    of the documents, tuned on another as `tune` does, so that the retain corpus loses at most the budget, and
+    reported on a third. A method of which no strength stays within the budget takes nothing out, and the report says so.
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
+        skills: Two or more corpora, by name.
+        methods: By the names that the command line uses, such as "selective-pruning". Default: all but "simu", which
+            unlearns answers, by training.
+        test: Separate test texts of each skill. Default: 35 % of each skill's documents, split off.
+        retain_drop: The budget: the largest share of top-1 accuracy that the retain corpus may lose, in [0, 1].
+        tokens: Tokens of each side to fit on, and to test on; half as many to tune on.
+        settings: Options of the methods, as in ``{"importance": "rms", "neuron-adjust.site": "mlp.post"}``.
+        controls: Random controls per method, each with a seed of its own.
+        seed: Of splits, samples, controls and the bootstrap.
+        batch_size: Full-length rows per forward pass.
+        progress: Whether to show bars.
+
+    Returns:
+        A report whose `parts` each forget one skill: there "forget" is that skill and "retain" all others, and every other skill
+        is measured for itself too. Its own measures are means over the parts. `lens_unlearn.plot.forgetting_matrix` and
+        `lens_unlearn.plot.frontier` draw it.
+
+    Raises:
+        LensUnlearnError: If there are fewer than two skills, or a name or method cannot be used.
+        CorpusError: If a corpus is too short to be split, fits another model, or is a part of another skill's.
+    """
+    plans = plans_for(
+        list(skills), model_name(model), methods=tuple(methods), retain_drop=retain_drop, tokens=tokens,
+        settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    turns = _turns(plans, model, _texts(skills, test, seed), progress=progress)
+    return _report(turns, {skill: turn.part() for skill, turn in _fitted(turns)})
+
+
+def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, Plan]:
+    """Return one plan per skill, in which it is forgotten and all others are kept.
+
+    Raises:
+        LensUnlearnError: If there are fewer than two skills, or a name, method, budget or number cannot be used.
+    """
+    for name in skills:
+        if not _NAME.fullmatch(name) or name in ("kept", "all others"):
+            raise LensUnlearnError(f"{name!r} cannot name a skill: use letters, digits, blanks, and . _ + -")
+    if len(skills) < 2:
+        raise LensUnlearnError(f"there are {len(skills)} skills to compare on: give two or more, each by a name")
+    budget, controls = settings.get("retain_drop"), settings.get("controls", 1)
+    if not isinstance(budget, int | float) or not 0 <= budget <= 1:
+        raise LensUnlearnError(f"retain_drop={budget} is no share of the accuracy: give a number from 0 to 1")
+    if controls < 1 or settings.get("tokens", 2) < 2:
+        raise LensUnlearnError("give at least one seed for the controls, and two tokens of each side")
+    plans = {}
+    for skill in skills:
+        others = [name for name in skills if name != skill]
+        plans[skill] = Plan(
+            model=model, forget=skill, retain=tuple(others), also={name: _test(name) for name in others},
+            test_forget=_test(skill), test_retain=tuple(map(_test, others)), sweep=False, **settings,
+        )  # fmt: skip
+    return plans
+
+
+def _test(skill: str) -> str:
+    """Name the test texts of a skill, which stand beside those that are fitted and tuned on."""
+    return f"{skill}:test"
+
+
+def _texts(skills: Mapping[str, Corpus], test: Mapping[str, Corpus] | None, seed: int) -> dict[str, Corpus]:
+    """Return what to fit and tune on, by skill, and what to test on."""
+    if test is not None and set(test) != set(skills):
+        raise LensUnlearnError(
+            f"test texts are of {_list(test)}, and skills are {_list(skills)}: give each skill's, or none"
+        )
+    for one, other in permutations(skills, 2):
+        if set(skills[one].keys) <= set(skills[other].keys):
+            raise CorpusError(f"every document of {one} also stands in {other}: nothing could tell these skills apart")
+    texts: dict[str, Corpus] = {}
+    for name, corpus in skills.items():
+        texts[name], texts[_test(name)] = corpus.split(*SHARES, seed=seed) if test is None else (corpus, test[name])
+    return texts
+
+
+def _list(names: Mapping[str, Any]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _turns(plans: Mapping[str, Plan], model: Model, texts: dict[Any, Corpus], *, progress: bool) -> dict[str, Turn]:
+    told = {"progress": progress and distributed.is_first(), "known": texts}
+    return {skill: Turn(plan, model, **told) for skill, plan in plans.items()}
+
+
+def _fitted(turns: Mapping[str, Turn]) -> Iterator[tuple[str, Turn]]:
+    """Fit and tune every method, turn by turn."""
+    for skill, turn in turns.items():
+        turn.fit()
+        yield skill, turn
+        turn.fitted.clear()  # statistics of every method and skill need not be held together
+
+
+def _report(turns: Mapping[str, Turn], parts: Mapping[str, Report]) -> Comparison:
+    one = next(iter(turns.values()))
+    told = {
+        "model": model_name(one.model),
+        "fingerprint": fingerprint(one.model),
+        "skills": list(parts),
+        "methods": list(one.plan.methods),
+        "retain_drop": one.plan.retain_drop,
+        "corpora": {},
+        "chosen": {skill: part.provenance["chosen"] for skill, part in parts.items()},
+        "documents": {skill: part.provenance["documents"] for skill, part in parts.items()},
+    }
+    title = f"Forget {', '.join(parts)}, each in turn"
+    whole = Comparison(_means(list(parts.values())), provenance_of(told), title=title, parts=tuple(parts.values()))
+    drawn = {"frontier": figures.frontier(whole), "matrix": figures.forgetting_matrix(whole)}
+    return replace(whole, figures=drawn)
+
+
+def _means(parts: Sequence[Report]) -> dict[tuple[str, str, str], Measure]:
+    """Average the measures of the forgotten and the retained texts over the turns.
+
+    Where a turn has no such condition, as no control of a method that took nothing out, the unedited model stands for it.
+    """
+    keys = dict.fromkeys(key for part in parts for key in part.measures if key[1] in ("forget", "retain"))
+    means: dict[tuple[str, str, str], Measure] = {}
+    for condition, corpus, metric in keys:
+        found = [p.measures.get((condition, corpus, metric), p.measures.get((BASE, corpus, metric))) for p in parts]
+        known = [one for one in found if one is not None]
+        if metric != "perplexity" and len(known) == len(parts):
+            value, count = float(np.mean([one.value for one in known])), sum(one.n for one in known)
+            means[condition, corpus, metric] = Measure(value, _mean_draws([one.draws for one in known]), count)
+    order = {BASE: 0} | {condition: 1 for condition, _, _ in means if condition != BASE}
+    return dict(sorted(means.items(), key=lambda item: order[item[0][0]]))
+
+
+def _mean_draws(draws: Sequence[np.ndarray]) -> np.ndarray:
+    """Average bootstrap draws over skills; each skill's are shuffled by themselves, since skills vary independently."""
+    if any(not one.size for one in draws):
+        return np.empty(0)
+    shuffled = [one[np.random.default_rng(turn).permutation(one.size)] for turn, one in enumerate(draws)]
+    return np.mean(shuffled, axis=0)
+
+
+def carry_out_comparison(
+    plans: Mapping[str, Plan],
+    sources: Mapping[str, str],
+    out: str | os.PathLike[str],
+    *,
+    test: Mapping[str, str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Comparison | None:
+    """Do what plans say, and write everything into a new folder, whole or not at all, as `run.carry_out` does.
+
+    Args:
+        plans: As `plans_for` makes them.
+        sources: Of each skill's texts, as `read_corpus` takes them.
+        out: A new folder: `compare.html`, `matrix.csv`, `run.json`, and `<skill>/<method>.safetensors`.
+        test: Of separate test texts of each skill.
+        resume: Whether to go on with what an interrupted comparison of the same plans has finished.
+        overwrite: Whether an earlier run in `out` is replaced.
+        progress: Whether to show bars.
+
+    Returns:
+        The report; None where `resume` finds that this comparison was finished before.
+
+    Raises:
+        LensUnlearnError: As `run.carry_out` does.
+    """
+    target, partial = Path(out), Partial(out)
+    told: dict[str, Any] = {"skills": dict(sources), "test": test and dict(test)}
+    told |= {"turns": {skill: told_of(plan) for skill, plan in plans.items()}}
+    if test and set(test) != set(sources):
+        raise LensUnlearnError(f"--test names {_list(test)}, and --skill {_list(sources)}: give each skill's, or none")
+    if distributed.from_first(lambda: _ready(target, partial, told, resume=resume, overwrite=overwrite)):
+        return None
+    plan = next(iter(plans.values()))
+    model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
+    read = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
+    skills, tests = (
+        {name: read_corpus(source, model, name=source, **read) for name, source in (given or {}).items()}
+        for given in (sources, test)
+    )
+    turns = _turns(plans, model, _texts(skills, tests or None, plan.seed), progress=progress)
+    same = {f"{skill}: {key}": value for skill, turn in turns.items() for key, value in turn.texts().items()}
+    with partial.open(told, same) if distributed.is_first() else nullcontext():
+        for skill, turn in turns.items():
+            turn.partial = _Shelf(partial, skill)
+        report = _report(turns, {skill: turn.part() for skill, turn in _fitted(turns)})
+        report = replace(report, provenance={**report.provenance, "plan": told})
+        if distributed.is_first():
+            report.to_html(partial.folder / "compare.html")
+            report.to_csv(partial.folder / "matrix.csv")
+            # The last: where it is, everything is.
+            replace_file(partial.folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+            partial.commit()
+    return report
+
+
+def _ready(target: Path, partial: Partial, told: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+    """Refuse what cannot be; return whether the comparison was finished before."""
+    if resume and not overwrite and _finished(target, told):
+        return True
+    check_folder(target, overwrite=overwrite)
+    partial.check(told, resume=resume)
+    if partial.whole:
+        partial.commit()
+        return True
+    return False
+
+
+def _finished(folder: Path, told: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads((folder / "run.json").read_text())["plan"] == told
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

@@ -1,0 +1,123 @@
+"""`lens-unlearn demo`: forget Python and keep English, then the other way round, then forget persons; one report."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lens_unlearn import figures
+from lens_unlearn.core.artefacts import replace_file
+from lens_unlearn.corpora.reading import read_corpus
+from lens_unlearn.demo import WITHOUT_FACTS_DIR
+from lens_unlearn.evaluation.evaluate import evaluate
+from lens_unlearn.evaluation.report import Report
+from lens_unlearn.evaluation.tofu import forget_quality
+from lens_unlearn.experiments.experiment import Experiment, check_folder, new_folder
+from lens_unlearn.experiments.plan import METHODS, READ, Plan
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.methods.simu import simu
+from lens_unlearn.methods.tuning import controls_for
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import load_model
+from lens_unlearn.neurons.attribution import attribute, critical
+
+__all__ = ["showcase"]
+
+SKILLS = ("python", "english", "arithmetic", "esperanto", "facts")
+PERSONS = {"forget": "facts_forget:train", "retain": "facts_retain:dev", "unseen": "facts_holdout:dev"}
+STEPS, MOST = 60, 40
+BUDGET = 0.05
+FRACTIONS, FALSE_ALARMS = (0.1, 0.2, 0.4, 0.7), (0.01, 0.03, 0.1, 0.3)
+
+
+def showcase(
+    out: str | os.PathLike[str], *, tokens: int = 1000, seed: int = 0, overwrite: bool = False, progress: bool = True
+) -> Report:
+    """Run every method and its control on skills and facts of the embedded model, and write one folder.
+
+    Fitted, tuned and tested on standard-library modules, sums and sentences that the model never saw, apart from one
+    another; facts are memorized, so they were seen, but the test questions are others than those fitted on. The retain
+    corpus is all other skills in equal parts, and each of them is measured for itself too.
+
+    Args:
+        out: A new folder. `report.html` shows everything; the other way round, and the persons, also have a folder below.
+        tokens: Tokens of each corpus.
+        seed: Of splits, controls and the bootstrap.
+        overwrite: Whether an earlier run in `out` is replaced.
+        progress: Whether to show bars.
+
+    Returns:
+        The report on forgetting Python, with the other way round, and forgetting persons, as its parts.
+
+    Raises:
+        LensUnlearnError: If `out` holds something else, or a run and `overwrite` is not set.
+    """
+    check_folder(Path(out), overwrite=overwrite)
+    model = load_model("demo")
+    experiments, reports, known = [], [], {}
+    command = f"lens-unlearn demo --tokens {tokens} --seed {seed} --out again"
+    for forget, twin in (("python", "english"), ("english", "python")):
+        others = [twin, *(skill for skill in SKILLS if skill not in (forget, twin))]
+        plan = Plan(
+            model="demo",
+            forget=f"demo:{forget}",
+            retain=tuple(f"demo:{skill}" for skill in others),
+            test_forget=f"demo:{forget}:test",
+            test_retain=tuple(f"demo:{skill}:test" for skill in others),
+            also={skill: f"demo:{skill}:test" for skill in others},
+            methods=tuple(method for method in METHODS if method != "simu"),  # which unlearns answers: see below
+            tokens=tokens,
+            retain_drop=BUDGET,
+            seed=seed,
+            controls=2,
+            fractions=FRACTIONS,
+            false_alarms=FALSE_ALARMS,
+        )
+        experiment = Experiment(plan, model, progress=progress, known=known)
+        experiment.fit()
+        experiments.append(experiment)
+        report = experiment.report()
+        report.provenance["command"] = command
+        reports.append(replace(report, title=f"Forget {forget}, keep {twin} and the rest"))
+    persons, delta = forget_persons(model, tokens=tokens, seed=seed, progress=progress)
+    persons.provenance["command"] = command
+    whole = replace(reports[0], parts=(reports[1], persons))
+    with new_folder(out, overwrite=overwrite) as folder:
+        experiments[0].write(folder, whole)
+        (folder / "the-other-way-round").mkdir()
+        experiments[1].write(folder / "the-other-way-round", reports[1])
+        (folder / "persons").mkdir()
+        persons.to_csv(folder / "persons" / "metrics.csv")
+        delta.save(folder / "persons" / "simu.safetensors", model, note="forgets eight of the demo's persons")
+        replace_file(folder / "persons" / "run.json", json.dumps(persons.provenance, indent=2, default=str).encode())
+    return whole
+
+
+def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> tuple[Report, Delta]:
+    """Forget eight invented persons with SIMU, beside random updates and a model that never knew them.
+
+    What is to be forgotten is measured on the questions trained on, as TOFU does; what is to stay on persons that the training
+    did not look at, and on every other skill.
+    """
+    train = {name: read_corpus(f"demo:{source}", model) for name, source in PERSONS.items()}
+    hang_on = attribute(model, train["forget"], progress=progress)
+    told: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "steps": STEPS, "check_every": 4, "forget_weight": 0.4}
+    told |= {"mask": critical(hang_on), "attention": "lora", "seed": seed, "progress": progress}
+    delta = simu(model, train["forget"], train["retain"], unseen=train["unseen"], **told)
+    tests = {"forget": train["forget"], "retain": read_corpus("demo:facts_retain:test", model).sample(tokens, seed)}
+    tests["never seen"] = read_corpus("demo:facts_holdout:test", model)
+    tests |= {s: read_corpus(f"demo:{s}:test", model, tokens=READ * tokens).sample(tokens, seed) for s in SKILLS[:-1]}
+    conditions = {"simu": delta, "simu:control": controls_for(model, delta, [seed])}
+    report = evaluate(model, tests, conditions, memorization=MOST, seed=seed, progress=progress)
+    unaware = load_model(str(WITHOUT_FACTS_DIR))
+    told = {"memorization": MOST, "seed": seed, "progress": progress}
+    without = evaluate(unaware, {"forget": read_corpus(f"demo:{PERSONS['forget']}", unaware)}, {}, **told)
+    quality = {name: forget_quality(report, without, condition=name) for name in ("base", "simu")}
+    drawn = {
+        "How the update was trained": figures.training_curves(delta),
+        "Neurons that the persons hang on": figures.attribution_map(hang_on, critical(hang_on)),
+    }
+    found = {"forget_quality": {name: one.p for name, one in quality.items()}, "training": dict(delta.record)}
+    title = "Forget eight persons, keep the others and every skill"
+    return replace(report, title=title, figures=drawn, provenance={**report.provenance, **found}), delta

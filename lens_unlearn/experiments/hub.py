@@ -1,0 +1,178 @@
+"""Sharing results on the Hugging Face hub: files go up with a card that says what they are, and come down by name.
+
+What comes down is read like any other file: a checksum, a model fingerprint, and nothing that is executed.
+"""
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.model.host import Model
+
+__all__ = ["push_to_hub"]
+
+_SHARED = (".safetensors", ".html", ".csv", ".json")
+_METRICS = ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "answer_probability")
+_ROWS = 60
+
+
+def push_to_hub(
+    what: Intervention | str | os.PathLike[str],
+    repo: str,
+    *,
+    model: Model | None = None,
+    name: str = "intervention",
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Put an intervention, a file of ours, or the folder of a run on the Hugging Face hub, with a card that says what it is.
+
+    Whoever has the name can use it: ``load_intervention("hf:OWNER/NAME/FILE", model)``.
+
+    Args:
+        what: An intervention, a file that lens_unlearn wrote, or a folder that `run` or `compare` wrote.
+        repo: "OWNER/NAME" of a model repository; it is made if there is none.
+        model: Of an intervention: whose fingerprint the file keeps, so that it refuses every other model.
+        name: Of an intervention: what its file is called.
+        private: Whether a new repository is private; default as the owner's settings say.
+        revision: A branch; default the main one.
+        token: Default the one that `huggingface_hub` knows (``hf auth login``).
+        message: Of the commit.
+
+    Returns:
+        Where the commit can be seen.
+
+    Raises:
+        ArtefactError: If there is nothing of ours to share, or the hub cannot be reached or refuses.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(what, Intervention):
+            file = Path(scratch) / f"{name}.safetensors"
+            what.save(file, model)
+            files = [file]
+        elif model is not None:
+            raise LensUnlearnError("model is for an intervention: a file knows its own")
+        else:
+            files = _files(Path(what))
+        headers = {file.name: artefacts.read(file)[0] for file in files if file.suffix == ".safetensors"}
+        if not headers:
+            raise ArtefactError(f"{os.fspath(files[0].parent)} has nothing to share: no .safetensors file of ours")
+        card = _card(repo, headers, files)
+        told = message or f"lens_unlearn: {', '.join(sorted(headers))}"
+        return _commit(repo, {**{file.name: file for file in files}, "README.md": card}, private, revision, token, told)
+
+
+def _commit(
+    repo: str,
+    files: Mapping[str, Path | bytes],
+    private: bool | None,
+    revision: str | None,
+    token: str | None,
+    told: str,
+) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token, library_name="lens_unlearn")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        operations = [
+            CommitOperationAdd(name, data if isinstance(data, bytes) else os.fspath(data))
+            for name, data in files.items()
+        ]
+        done = api.create_commit(repo, operations, commit_message=told, revision=revision)
+    except Exception as error:
+        raise ArtefactError(f"{repo} cannot be written on the hub: {artefacts.first_line(error)}") from error
+    return str(done.commit_url)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ArtefactError(f"{path} cannot be shared: there is no such file or folder")
+    found = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _SHARED)
+    if not found:
+        raise ArtefactError(f"{path} has nothing to share: no .safetensors file of ours")
+    return found
+
+
+def _card(repo: str, headers: Mapping[str, Mapping[str, Any]], files: list[Path]) -> bytes:
+    """Write the repository's page: what the files hold, how to use them, and what was measured."""
+    lines = ["---", "library_name: lens_unlearn", "tags:", "- interpretability", "- unlearning", "---", ""]
+    lines += [f"# {repo.split('/')[-1]}", ""]
+    lines += [
+        "Made with lens_unlearn: interventions that act through hooks for the length of a `with` block, and leave the model as",
+        "it was. They are experiments, not deletions: whoever leaves the block has everything back.",
+        "",
+        "| file | holds | for |",
+        "| --- | --- | --- |",
+    ]
+    for name, header in headers.items():
+        lines.append(f"| `{name}` | {_cell(header.get('text') or header['kind'])} | {_cell(_whose(header))} |")
+    kind = "moments" if all(h["kind"] == "moments" for h in headers.values()) else "intervention"
+    first = next((name for name, header in headers.items() if header["kind"] == kind), next(iter(headers)))
+    lines += ["", "```python", "import lens_unlearn as lu", ""]
+    if kind == "intervention":
+        lines += [
+            "model = lu.load_model(...)  # the model named above: others are refused",
+            f'edit = lu.load_intervention("hf:{repo}/{first}", model)',
+            "with edit.on(model):",
+            '    print(lu.generate(model, "..."))',
+        ]
+    else:
+        lines += [f'moments = lu.load_moments("hf:{repo}/{first}")']
+    lines += ["```", ""]
+    for file in files:
+        if file.name == "metrics.csv":
+            lines += _measured(file)
+        if file.name == "run.json":
+            lines += [f"Settings, seeds and versions: `{file.name}`.", ""]
+    return "\n".join(lines).encode()
+
+
+def _whose(header: Mapping[str, Any]) -> str:
+    """Say which model a file is for, as far as its header tells."""
+    known = header.get("model")
+    if not isinstance(known, Mapping):
+        return "any model of its shape"
+    return f"{known.get('layers')} layers of {known.get('width')}, weights {known.get('weights')}"
+
+
+def _measured(file: Path) -> list[str]:
+    with open(file, newline="") as text:
+        rows = [row for row in csv.DictReader(text) if row.get("metric") in _METRICS]
+    lines = [
+        "## Measured",
+        "",
+        "| condition | corpus | metric | value | 95 % interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows[:_ROWS]:
+        low, high, value = (_number(row.get(key)) for key in ("low", "high", "value"))
+        cells = [_cell(row[key]) for key in ("condition", "corpus", "metric")]
+        lines.append(f"| {' | '.join(cells)} | {value} | {low} to {high} |")
+    more = [f"and {len(rows) - _ROWS} more rows in `{file.name}`", ""] if len(rows) > _ROWS else []
+    return [*lines, "", *more]
+
+
+def _number(text: str | None) -> str:
+    try:
+        return f"{float(text or 'nan'):.3f}"
+    except ValueError:
+        return ""
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

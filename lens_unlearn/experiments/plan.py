@@ -1,0 +1,159 @@
+"""The experiment behind `lens-unlearn run` and `demo`: fit, tune and test on separate documents, with controls, into one folder."""
+
+import inspect
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.methods.key_space_detection import key_space_detection
+from lens_unlearn.methods.neuron_adjust import neuron_adjust
+from lens_unlearn.methods.selective_pruning import selective_pruning
+from lens_unlearn.methods.simu import simu
+
+__all__ = ["METHODS", "Plan"]
+
+METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
+    "selective-pruning": (selective_pruning, {"site": "mlp.post"}),
+    "selective-pruning-attention": (selective_pruning, {"site": "attn.z"}),
+    "neuron-adjust": (neuron_adjust, {}),
+    "key-space-detection": (key_space_detection, {}),
+    "simu": (simu, {}),
+}
+"""Methods by the name that the command line and the report use, with what the name fixes."""
+
+READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
+QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
+SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
+FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one experiment, as `run.json` keeps them."""
+
+    model: str
+    forget: str
+    retain: tuple[str, ...]
+    also: dict[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ("selective-pruning",)
+    settings: dict[str, Any] = field(default_factory=dict)
+    test_forget: str | None = None
+    test_retain: tuple[str, ...] = ()
+    template: str | None = None
+    tokens: int = 20_000
+    window: int | None = None
+    retain_drop: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    controls: int = 5
+    """Random controls per method, each with a seed of its own."""
+    sweep: bool = True
+    fractions: tuple[float, ...] = SWEEP
+    """Shares of neurons to sweep over."""
+    false_alarms: tuple[float, ...] = FALSE_ALARMS
+    """Shares of false alarms to sweep over, for methods that judge prompts."""
+    strengths: tuple[float, ...] = STRENGTHS
+    """Strengths of a trained update to sweep over."""
+    answers: int = 0
+    """Questions of each question-answer corpus to answer."""
+    memorization: int = 0
+    """Questions of each question-answer corpus whose true answers' probabilities are measured."""
+    dtype: str = "float32"
+    """Of the model's weights."""
+    device_map: str | None = None
+    """How a model that does not fit one device is spread: "auto", "balanced", ..."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before a model is loaded."""
+        if not self.methods:
+            raise LensUnlearnError(f"no method was named: choose from {', '.join(METHODS)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise LensUnlearnError(f"there is no method {method!r}: choose from {', '.join(METHODS)}")
+        for key in self.settings:
+            self._check_setting(key)
+        for name in self.also:
+            if name in ("forget", "retain", "") or any(c in name for c in "/@:=,"):
+                raise LensUnlearnError(f"{name!r} cannot name a corpus: use letters, and not 'forget' or 'retain'")
+        if self.forget in self.retain:
+            raise LensUnlearnError(
+                f"forget and retain are the same text ({self.forget}): nothing could tell them apart"
+            )
+        if bool(self.test_forget) != bool(self.test_retain):
+            raise LensUnlearnError("test sources come in pairs: give both --test-forget and --test-retain, or neither")
+
+    def _check_setting(self, key: str) -> None:
+        method, _, option = key.rpartition(".")
+        if method and method not in self.methods:
+            raise LensUnlearnError(f"--set {key}: {method!r} is not a method of this run ({', '.join(self.methods)})")
+        known = {name: option_names(name) for name in ([method] if method else self.methods)}
+        if not any(option in names for names in known.values()):
+            choices = ", ".join(sorted({name for names in known.values() for name in names}))
+            raise LensUnlearnError(f"--set {key}: no method of this run has such an option: choose from {choices}")
+
+    def options(self, method: str) -> dict[str, Any]:
+        """Return a method's options: what its name fixes, then what was set."""
+        chosen = dict(METHODS[method][1])
+        for key, value in self.settings.items():
+            owner, _, option = key.rpartition(".")
+            if option in option_names(method) and owner in ("", method):
+                chosen[option] = value
+        return chosen
+
+
+def command_of(plan: Plan) -> str:
+    """Return the command that carries out a plan; empty for a plan with settings that no option can give.
+
+    Examples:
+        >>> command_of(Plan("demo", "demo:python", ("demo:english",), settings={"fraction": 0.1}, tokens=500))
+        'lens-unlearn run --model demo --forget demo:python --retain demo:english --set fraction=0.1 --tokens 500 --out again'
+    """
+    usual = {one.name: one.default for one in fields(Plan)}
+    if any(getattr(plan, name) != usual[name] for name in ("controls", "fractions", "false_alarms", "strengths")):
+        return ""
+    words = ["lens-unlearn", "run", "--model", plan.model, "--forget", plan.forget]
+    several = {"--retain": plan.retain, "--method": plan.methods if plan.methods != usual["methods"] else ()}
+    several |= {"--also": [f"{name}={source}" for name, source in plan.also.items()]}
+    several |= {"--set": [f"{key}={_as_text(value)}" for key, value in plan.settings.items()]}
+    several |= {"--test-retain": plan.test_retain}
+    words += [word for option, values in several.items() for value in values for word in (option, value)]
+    for name in (
+        "test_forget",
+        "template",
+        "tokens",
+        "window",
+        "retain_drop",
+        "seed",
+        "batch_size",
+        "answers",
+        "memorization",
+        "dtype",
+        "device_map",
+    ):
+        value = getattr(plan, name)
+        if value != usual[name]:
+            words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
+    return shlex.join([*words, *([] if plan.sweep else ["--no-sweep"]), "--out", "again"])
+
+
+def _as_text(value: Any) -> str:
+    """Write an option's value as `--set` reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_as_text, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def option_names(method: str) -> list[str]:
+    """Return the options of a method that `--set` can give."""
+    return [name for name in inspect.signature(METHODS[method][0]).parameters if name not in _OWN]
+
+
+def told_of(plan: Plan) -> dict[str, Any]:
+    """Return a plan as `run.json` keeps it."""
+    return json.loads(json.dumps(asdict(plan), default=str))

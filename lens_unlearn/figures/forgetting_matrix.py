@@ -1,0 +1,155 @@
+"""`forgetting_matrix`: what forgetting each skill takes from every skill, one panel per method."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.evaluation.conditions import BASE, RISING, SUFFIX, Estimate, conditions_of, families, words
+from lens_unlearn.evaluation.report import Report
+from lens_unlearn.figures import theme
+
+__all__ = ["forgetting_matrix", "turns_of"]
+
+CELL = 34
+MAX_WRITTEN = 10
+"""Skills of which every cell can hold a number."""
+
+
+def turns_of(report: Report, what: str) -> dict[str, Report]:
+    """Return the reports of a comparison, by the skill that each forgets.
+
+    Raises:
+        LensUnlearnError: If the report is of no comparison; names the figure.
+    """
+    turns = {str(part.provenance["forgotten"]): part for part in report.parts if "forgotten" in part.provenance}
+    if not turns:
+        raise LensUnlearnError(
+            f"{what} draws what lu.compare returns, and this report forgets one skill only: compare some"
+        )
+    return turns
+
+
+def forgetting_matrix(
+    report: Report, *, metric: str = "top1", controls: bool = True, title: str | None = None
+) -> go.Figure:
+    """Draw the change of every skill (columns) where each skill was forgotten (rows), one panel per method.
+
+    Of a metric that falls as a skill is lost, the share of the unedited model's value that was lost; of loss, perplexity and
+    divergence, the difference to it. Red is a loss of skill and blue a gain. A method that forgets one skill and leaves the
+    others alone is red on the diagonal and white elsewhere.
+
+    Args:
+        report: What `compare` returned.
+        metric: Any metric of the report.
+        controls: Whether each method's random control stands beside it.
+        title: Instead of the default title.
+
+    Raises:
+        LensUnlearnError: If the report is of no comparison, or the metric was not measured.
+    """
+    turns = turns_of(report, "forgetting_matrix")
+    skills = list(turns)
+    if not any(name == metric for part in turns.values() for _, _, name in part.measures):
+        known = ", ".join(next(iter(turns.values())).metrics)
+        raise LensUnlearnError(f"forgetting_matrix: no {metric!r} was measured: the report has {known}")
+    methods = families([c for part in turns.values() for c in conditions_of(part)])
+    shown = [name for method in methods for name in ((method, method + SUFFIX) if controls else (method,))]
+    columns = 2 if controls else min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    height = CELL * len(skills) + 58
+    fig = make_subplots(
+        rows, columns, shared_yaxes=True, vertical_spacing=58 / (rows * height) if rows > 1 else 0,
+        horizontal_spacing=0.03, subplot_titles=[_heading(name) for name in shown],
+    )  # fmt: skip
+    limit = 0.0
+    for place, condition in enumerate(shown):
+        at = {"row": place // columns + 1, "col": place % columns + 1}
+        cells = [
+            [_change(part, skill, condition, measured, metric) for measured in skills] for skill, part in turns.items()
+        ]
+        _panel(fig, cells, turns, condition, metric, at)
+        limit = max([limit, *(abs(cell.value) for row in cells for cell in row if math.isfinite(cell.value))])
+    falls = metric not in RISING
+    limit = limit or 0.05
+    bar = {"title": "share<br>lost" if falls else f"change<br>of {metric}", "thickness": 14}
+    bar |= {"tickformat": "~%"} if falls else {}
+    scale = {"colorscale": theme.SIGNED, "cmin": -limit, "cmax": limit, "colorbar": bar}
+    fig.update_layout(coloraxis=scale, showlegend=False)
+    ticks = {"tickvals": list(range(len(skills))), "ticktext": [theme.plain(name, 16) for name in skills]}
+    fig.update_xaxes(**ticks, showgrid=False, zeroline=False, tickangle=0 if len(skills) <= 5 else 45)
+    fig.update_yaxes(**ticks, showgrid=False, zeroline=False, autorange="reversed")
+    fig.update_yaxes(title_text="forgotten", col=1)
+    fig.update_xaxes(title_text="measured", row=rows)
+    what = f"share of {words(metric)} lost" if falls else f"change of {words(metric)}"
+    note = (
+        "red: lost, blue: gained" if falls else "red: rises, blue: falls"
+    ) + "; the diagonal is what was to be forgotten, all else is its cost"
+    return theme.finish(
+        fig,
+        title or f"What forgetting each skill takes from every skill: {what}",
+        note,
+        about=f"model {report.provenance['model']}" if report.provenance.get("model") else "",
+        height=rows * height + 30,
+        columns=columns,
+        facets=True,
+        provenance=theme.origin(report),
+        name="forgetting_matrix",
+    )
+
+
+def _heading(condition: str) -> str:
+    return "random control" if condition.endswith(SUFFIX) else f"<b>{theme.plain(condition, 30)}</b>"
+
+
+def _change(part: Report, forgotten: str, condition: str, measured: str, metric: str) -> Estimate:
+    """Return the share that was lost, or the difference; NaN where it was not measured."""
+    corpus = "forget" if measured == forgotten else measured
+    edited, base = part.measures.get((condition, corpus, metric)), part.measures.get((BASE, corpus, metric))
+    if edited is None or (base is None and metric != "kl"):
+        return Estimate(math.nan, math.nan, math.nan)
+    if metric not in RISING:
+        return Estimate.of(part.drop(condition, corpus, metric))
+    value, draws = (0.0, np.zeros(1)) if base is None else (base.value, base.draws)
+    return Estimate.of(replace(edited, value=edited.value - value, draws=edited.draws - draws))
+
+
+def _panel(
+    fig: go.Figure,
+    cells: list[list[Estimate]],
+    turns: dict[str, Report],
+    condition: str,
+    metric: str,
+    at: dict[str, Any],
+) -> None:
+    skills = list(turns)
+    told = [
+        [_told(cell, condition, forgotten, measured, metric) for measured, cell in zip(skills, row, strict=True)]
+        for forgotten, row in zip(skills, cells, strict=True)
+    ]
+    number = "%{z:.0%}" if metric not in RISING else "%{z:.2f}"
+    fig.add_heatmap(
+        z=[[cell.value for cell in row] for row in cells],
+        x=list(range(len(skills))),
+        y=list(range(len(skills))),
+        text=told,
+        coloraxis="coloraxis",
+        texttemplate=number if len(skills) <= MAX_WRITTEN else None,
+        hovertemplate="%{text}<extra></extra>",
+        hoverongaps=False,
+        name=theme.plain(condition),
+        xgap=2,
+        ygap=2,
+        **at,
+    )
+
+
+def _told(cell: Estimate, condition: str, forgotten: str, measured: str, metric: str) -> str:
+    rising = f"{metric} {cell.value:+.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+    change = rising if metric in RISING else f"{words(metric)}: {cell.percent()} lost"
+    method = theme.plain(condition.removesuffix(SUFFIX)) + (", random control" if condition.endswith(SUFFIX) else "")
+    return f"<b>{theme.plain(forgotten)} forgotten by {method}</b><br>measured on {theme.plain(measured)}<br>{change}"

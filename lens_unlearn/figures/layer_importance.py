@@ -1,0 +1,162 @@
+"""`layer_importance`: in which layers the selected, or the highest-scored, neurons are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.figures import theme
+from lens_unlearn.neurons.maps import NeuronMap
+
+__all__ = ["layer_importance"]
+
+MAX_SELECTIONS = 6
+
+
+def layer_importance(
+    score: NeuronMap | Mapping[str, NeuronMap],
+    selection: NeuronMap | None = None,
+    *,
+    kind: str | None = None,
+    title: str | None = None,
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw, per layer, the share of neurons that is selected and the mean score, MLP and attention side by side.
+
+    Args:
+        score: A score, a selection, or selections by name (such as a method's and its control's).
+        selection: A selection to show above the score.
+        kind: The one kind to draw; default: all.
+        title: Instead of the default title.
+        subtitle: Such as model and corpora, which a map does not know.
+
+    Raises:
+        LensUnlearnError: If there is nothing to draw, or `selection` is not boolean.
+
+    Examples:
+        >>> import torch
+        >>> from lens_unlearn.model.sites import Site
+        >>> score = NeuronMap({Site(layer, "mlp.post"): torch.arange(8.0) * layer for layer in range(4)})
+        >>> [trace.name for trace in layer_importance(score, score.top(0.25)).data]
+        ['selected', 'mean score']
+    """
+    selections, scored = _parts(score, selection)
+    maps = [*selections.values(), *([] if scored is None else [scored])]
+    kinds = list(dict.fromkeys(name for part in maps for name in theme.kinds_of(part, kind)))
+    layers = sorted({site.layer for part in maps for site in part})
+    rows = bool(selections) + (scored is not None)
+    fig = make_subplots(
+        rows, len(kinds), shared_yaxes=True, column_titles=kinds, vertical_spacing=0.3 / rows, horizontal_spacing=0.04
+    )
+    for column, name in enumerate(kinds, start=1):
+        for index, (label, part) in reversed(list(enumerate(selections.items()))):
+            _shares(fig, column, name, label, part, _colour(label, index, len(selections)), len(layers))
+        if scored is not None and name in scored.kinds:
+            _means(fig, rows, column, name, scored)
+        if selections:
+            fig.update_xaxes(title_text="neurons selected", tickformat="~%", row=1, col=column, rangemode="tozero")
+            fig.update_xaxes(matches="x", row=1, col=column)
+        if scored is not None:
+            fig.update_xaxes(title_text="mean score", row=rows, col=column)
+    fig.update_yaxes(matches="y", **theme.layer_ticks(layers))
+    fig.update_yaxes(title_text="layer", col=1)
+    fig.update_layout(barmode="group", bargap=0.25, showlegend=len(selections) > 1)
+    # Bars of a group stack upwards: drawn in reverse, the first selection is the uppermost.
+    fig.update_layout(legend_traceorder="reversed")
+    what = "Share of neurons selected" if selections else "Mean score"
+    what += " and mean score" if selections and scored is not None else ""
+    height = rows * (theme.layer_height(layers) + 80)
+    note = "dotted: the share over all layers" if len(selections) == 1 else ""
+    told = " · ".join(part for part in (subtitle, _extent(selections), note) if part)
+    return theme.finish(fig, title or f"{what}, by layer", told, height=height, columns=len(kinds), facets=True)
+
+
+def _parts(
+    score: NeuronMap | Mapping[str, NeuronMap], selection: NeuronMap | None
+) -> tuple[dict[str, NeuronMap], NeuronMap | None]:
+    """Tell selections, by name, from the score."""
+    if isinstance(score, NeuronMap):
+        theme.require_neurons(score, "layer_importance")
+        selections = {"selected": score} if score.is_selection else {}
+        scored = None if score.is_selection else score
+    elif isinstance(score, Mapping) and score:
+        selections, scored = dict(score), None
+    else:
+        raise LensUnlearnError("layer_importance has nothing to draw: pass a score, a selection, or selections by name")
+    if selection is not None:
+        selections["selected"] = selection
+    for part in selections.values():
+        theme.require_selection(part, "layer_importance")
+    if len(selections) > MAX_SELECTIONS:
+        raise LensUnlearnError(
+            f"layer_importance tells {MAX_SELECTIONS} selections apart, not {len(selections)}: draw fewer at a time"
+        )
+    return selections, scored
+
+
+def _colour(label: str, index: int, count: int) -> str:
+    if "control" in label.lower():
+        return theme.CONTROL
+    return theme.FORGET if count == 1 else theme.METHODS[index % len(theme.METHODS)]
+
+
+def _shares(fig: go.Figure, column: int, kind: str, label: str, part: NeuronMap, colour: str, layers: int) -> None:
+    if kind not in part.kinds:
+        return
+    of_kind = part[kind]
+    shares = of_kind.per_layer()
+    counts = [f"{int(value.sum()):,} of {value.numel():,}" for _, value in of_kind.items()]
+    fig.add_bar(
+        x=list(shares.values()),
+        y=[site.layer for site in shares],
+        orientation="h",
+        name=theme.plain(label),
+        legendgroup=theme.plain(label),
+        showlegend=theme.is_first(fig, theme.plain(label)),
+        marker_color=colour,
+        customdata=list(zip(map(str, shares), counts, strict=True)),
+        hovertemplate=f"<b>%{{customdata[0]}}</b><br>{theme.plain(label)}: %{{customdata[1]}} neurons (%{{x:.2%}})"
+        "<extra></extra>",
+        row=1,
+        col=column,
+    )
+    if colour == theme.FORGET and layers > 1:
+        panel: Any = {"row": 1, "col": column}
+        line = {"dash": "dot", "width": 1, "color": theme.TEXT}
+        fig.add_vline(x=of_kind.count() / of_kind.numel(), line=line, **panel)
+
+
+def _means(fig: go.Figure, row: int, column: int, kind: str, score: NeuronMap) -> None:
+    layers, means, told = [], [], []
+    for site, value in theme.values_of(score[kind]).items():
+        finite = value[np.isfinite(value)]
+        layers.append(site.layer)
+        means.append(float(finite.mean()) if finite.size else None)
+        left_out = f", {value.size - finite.size:,} not finite left out" if finite.size < value.size else ""
+        median = f"{np.median(finite):.4g}" if finite.size else "none"
+        told.append((str(site), f"{value.size:,} neurons{left_out}", median))
+    fig.add_bar(
+        x=means,
+        y=layers,
+        orientation="h",
+        name="mean score",
+        showlegend=False,
+        marker_color=theme.METHODS[0],
+        customdata=told,
+        hovertemplate="<b>%{customdata[0]}</b><br>mean score %{x:.4g}, median %{customdata[2]}<br>%{customdata[1]}"
+        "<extra></extra>",
+        row=row,
+        col=column,
+    )
+
+
+def _extent(selections: Mapping[str, NeuronMap]) -> str:
+    if len(selections) != 1:
+        return ""
+    (part,) = selections.values()
+    return f"{part.count():,} of {part.numel():,} neurons selected" + (
+        "" if part.count() else ": the selection is empty"
+    )

@@ -1,0 +1,90 @@
+"""`relearning`: the share of a corpus that is known again, over the steps of a fine-tuning."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.evaluation.relearning import Relearning
+from lens_unlearn.figures import theme
+
+__all__ = ["relearning"]
+
+NEVER = "never saw it"
+
+
+def relearning(
+    runs: Mapping[str, "Relearning"],
+    *,
+    corpus: str = "forget",
+    never_saw: Relearning | None = None,
+    original: float | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Draw how much of a corpus is known after each number of fine-tuning steps, a line per method.
+
+    Steps are drawn as log(1 + step), so that 0 has a place. A line that rises faster than that of the model that never saw the
+    texts shows knowledge that was left.
+
+    Args:
+        runs: What `relearn` returned, by the name of the method.
+        corpus: Which of the measured corpora.
+        never_saw: The same fine-tuning of a model that never saw the texts; grey and dashed.
+        original: The share known before unlearning; a dotted line.
+        title: Instead of the default title.
+
+    Raises:
+        LensUnlearnError: If there is no run, or one did not measure the corpus.
+    """
+    if not runs:
+        raise LensUnlearnError("relearning has nothing to draw: give what relearn returned, by name")
+    fig = go.Figure()
+    steps = {step for run in (*runs.values(), *([never_saw] if never_saw else [])) for step, _ in run[corpus]}
+    if never_saw is not None:
+        _line(fig, NEVER, never_saw[corpus], theme.CONTROL, "circle-open", "dash")
+    for index, (name, run) in enumerate(runs.items()):
+        colour, symbol = theme.METHODS[index % len(theme.METHODS)], theme.SYMBOLS[index % len(theme.SYMBOLS)]
+        _line(fig, theme.plain(name), run[corpus], colour, symbol, "solid")
+    if original is not None:
+        ends = [float(np.log1p(min(steps))), float(np.log1p(max(steps)))]
+        line = {"color": theme.TEXT, "width": 1.5, "dash": "dot"}
+        hover = f"<b>before unlearning</b><br>known {original:.1%}<extra></extra>"
+        fig.add_scatter(
+            x=ends, y=[original] * 2, mode="lines", line=line, name="before unlearning", hovertemplate=hover
+        )
+    ticks = sorted(steps)
+    fig.update_xaxes(
+        title_text="steps of fine-tuning",
+        tickvals=[float(np.log1p(t)) for t in ticks],
+        ticktext=[f"{t:,}" for t in ticks],
+    )
+    fig.update_yaxes(title_text="tokens known", tickformat="~%", range=[0, 1.04])
+    first = next(iter(runs.values())).provenance
+    told = first.get("relearning", {})
+    about = [f"model {theme.short(first['model'])}"] if first.get("model") else []
+    if told:
+        measured, texts = told["measured"].get(corpus, {}), told["texts"]
+        about.append(theme.source({"corpus": measured.get("source"), "tokens": measured.get("tokens")}, corpus))
+        about.append(f"fine-tuned on {theme.short(texts['source'])} at lr {told['lr']:g}")
+    return theme.finish(
+        fig,
+        title or f"What fine-tuning brings back: {corpus}",
+        "share of tokens that are the single most probable one",
+        about=" · ".join(about),
+        provenance={key: first[key] for key in ("model", "relearning") if key in first},
+        name="relearning",
+    )
+
+
+def _line(fig: go.Figure, name: str, curve: list[tuple[int, float]], colour: str, symbol: str, dash: str) -> None:
+    fig.add_scatter(
+        x=[float(np.log1p(step)) for step, _ in curve],
+        y=[share for _, share in curve],
+        mode="lines+markers",
+        line={"color": colour, "width": 2, "dash": dash},
+        marker={"size": 7, "symbol": symbol},
+        name=name,
+        hovertext=[f"<b>{name}</b><br>step {step:,}<br>known {share:.1%}" for step, share in curve],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )

@@ -1,0 +1,105 @@
+"""Seeing text: what neurons, interventions and selections do at each token.
+
+    lu.token_activations(model, text, "L3.mlp.post[17]")      # the text, coloured by a neuron's activation
+    lu.token_losses(model, text, {"pruned": prune})           # by how much harder each token became to predict
+    lu.token_firing(model, text, selection)                   # by how many of the selected neurons fire there
+    lu.generations(model, prompts, {"pruned": prune})         # what the model writes, with and without
+
+Each returns plain data that shows itself as the last line of a cell; `lens_unlearn.examples` has a neuron's top examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.evaluation.generation import generate
+from lens_unlearn.evaluation.report import BASE
+from lens_unlearn.inspection.shown import Shown, named_conditions, shortened
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import model_name
+
+__all__ = ["Generations", "generations"]
+
+
+@dataclass(frozen=True, eq=False)
+class Generations(Shown):
+    """What a model writes to prompts, under each condition."""
+
+    prompts: tuple[str, ...]
+    written: Mapping[str, tuple[str, ...]]
+    """By condition, in the order of the prompts."""
+    about: str = ""
+    """Model and settings."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Give one row per prompt and condition: prompt, condition, text."""
+        import pandas as pd
+
+        rows = [(p, name, texts[i]) for i, p in enumerate(self.prompts) for name, texts in self.written.items()]
+        return pd.DataFrame(rows, columns=["prompt", "condition", "text"])
+
+    def html(self) -> str:
+        """Return what `lens_unlearn.plot.generations` draws of it."""
+        from lens_unlearn.figures.generations import generations  # only here does a value reach up to what draws it
+
+        return generations(self)
+
+    def __repr__(self) -> str:
+        return f"Generations({len(self.prompts):,} prompts: {shortened(tuple(self.written))})"
+
+
+def generations(
+    model: Model,
+    prompts: str | Sequence[str],
+    conditions: Mapping[str, Intervention | None],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    prepend_bos: bool | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Generations:
+    """Continue prompts under several conditions, side by side; `generate` says what the options mean.
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer` with a tokenizer.
+        prompts: One or several texts.
+        conditions: By name: an intervention, or None. The model as it is here always comes first, as "base".
+        max_new_tokens: The longest continuation.
+        temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
+        prepend_bos: Whether the prompt begins with BOS; default as the model was trained.
+        batch_size: Prompts of one length that are run together, at temperature 0.
+        seed: Of the draws: the same for every condition.
+
+    Raises:
+        LensUnlearnError: If one of the conditions is no intervention, or "base" is one.
+        CorpusError: If there is no prompt, the model has no tokenizer, or a prompt is empty or longer than the context.
+    """
+    given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    for number, prompt in enumerate(given):
+        if not prompt:
+            raise CorpusError(f"prompt {number} is empty: give a text to continue")
+    if not given:
+        raise CorpusError("there is no prompt: give at least one")
+    written: dict[str, tuple[str, ...]] = {}
+    for name, intervention in named_conditions(conditions).items():
+        if intervention is None and written:
+            written[name] = written[BASE]
+            continue
+        written[name] = tuple(
+            generate(
+                model,
+                given,
+                intervention=intervention,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                prepend_bos=prepend_bos,
+                batch_size=batch_size,
+                seed=seed,
+            )
+        )
+    drawn_at = f"temperature {temperature:g}, seed {seed}" if temperature > 0 else "the most probable tokens"
+    return Generations(given, written, f"{model_name(model)} · {drawn_at}, at most {max_new_tokens:,}")

@@ -1,0 +1,130 @@
+"""Interventions: frozen values that become hooks for the length of a `with` block.
+
+    prune = Ablate(score.top(0.02))
+    with prune.on(model):
+        model.generate("def fib(n):")
+
+Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
+object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.interventions.base import HookFunction, Intervention, Parts, check_shape, maps_in, selection_in
+from lens_unlearn.model.sites import Point, Site
+from lens_unlearn.neurons.maps import NeuronMap
+
+__all__ = ["Ablate"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablate(Intervention):
+    """Put a fixed value in place of the selected neurons' activations: x' = value where selected, else x.
+
+    With value 0 at `mlp.post` this equals zeroing rows of W_out, at `attn.z` rows of W_O.
+
+    Args:
+        selection: A boolean `NeuronMap`, with at least one neuron.
+        value: A number, or a `NeuronMap` of values, such as means over a retain corpus.
+        basis: Optionally per attention site a matrix per head, ``[heads, d_head, d_head]``; then the selection is of
+            directions in that basis: with T the matrix, x' = x + (value - x T) [selected] T^-1.
+
+    Raises:
+        SelectionError: If the selection is not boolean or empty, or the value or basis does not cover it.
+    """
+
+    selection: NeuronMap
+    value: float | NeuronMap = 0.0
+    basis: NeuronMap | None = None
+
+    def __post_init__(self) -> None:
+        """Check the three arguments against each other."""
+        if not self.selection.is_selection:
+            raise SelectionError("Ablate needs a boolean map: select first, as in score.top(0.02)")
+        if self.selection.count() == 0:
+            raise SelectionError(
+                "the selection is empty: nothing would be ablated; raise the fraction or the threshold"
+            )
+        for given, name in ((self.value, "value"), (self.basis, "basis")):
+            if isinstance(given, NeuronMap):
+                lacking = [site for site in self._sites() if site not in given]
+                if lacking:
+                    raise SelectionError(f"the {name} map has nothing at {lacking[0]}, where neurons are selected")
+        if isinstance(self.value, NeuronMap):
+            for site in self._sites():
+                if self.value[site].shape != self.selection[site].shape:
+                    raise SelectionError(f"{site}: the value map has another shape than the selection")
+                if not bool(torch.isfinite(self.value[site][self.selection[site]]).all()):
+                    raise SelectionError(f"{site}: the value map holds NaN or infinity at a selected neuron")
+        elif not torch.isfinite(torch.tensor(float(self.value))):
+            raise SelectionError(f"value={self.value} is not a number to put in place of an activation")
+        if self.basis is not None:
+            for site in self._sites():
+                _check_basis(site, self.basis[site], tuple(self.selection[site].shape))
+
+    def _sites(self) -> list[Site]:
+        return [site for site in self.selection if bool(self.selection[site].any())]
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return one hook per site with a selected neuron."""
+        return [(site, self._hook(site)) for site in self._sites()]
+
+    def _hook(self, site: Site) -> HookFunction:
+        chosen = self.selection[site]
+        value = self.value[site] if isinstance(self.value, NeuronMap) else torch.tensor(float(self.value))
+        value = value.to(torch.float64)
+        if self.basis is None:
+            return lambda x, live: torch.where(live.like(chosen, x), live.like(value, x), x)
+        forward = self.basis[site].double()
+        # x' = x - (x D - c) with D = T diag(selected) T^-1 and c = (value, selected) T^-1: one product per head, and
+        # exactly x in a head where nothing is selected.
+        inverse = torch.linalg.inv(forward)
+        drop = torch.einsum("hij,hj,hjk->hik", forward, chosen.double(), inverse)
+        offset = torch.einsum("hj,hjk->hk", torch.where(chosen, value, 0.0), inverse)
+        return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(drop, x)) - live.like(offset, x))
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Refuse a model with other numbers of neurons."""
+        for site in self._sites():
+            check_shape(site, tuple(self.selection[site].shape), points[site])
+
+    def parts(self) -> Parts:
+        """Return the selection, and the values and basis where there are any."""
+        header: dict[str, Any] = {
+            "kind": "ablate",
+            "value": "map" if isinstance(self.value, NeuronMap) else float(self.value),
+        }
+        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
+        if isinstance(self.value, NeuronMap):
+            tensors |= {f"value/{site}": value for site, value in self.value.items() if site in self.selection}
+        if self.basis is not None:
+            tensors |= {f"basis/{site}": value for site, value in self.basis.items() if site in self.selection}
+        return header, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Ablate":
+        """Rebuild from `parts`."""
+        selection = selection_in(tensors)
+        basis = maps_in(tensors, "basis")
+        value = NeuronMap(maps_in(tensors, "value")) if header["value"] == "map" else float(header["value"])
+        return cls(selection, value, NeuronMap(basis) if basis else None)
+
+    def __repr__(self) -> str:
+        what = "means" if isinstance(self.value, NeuronMap) else "zero" if self.value == 0 else f"{self.value:g}"
+        layers = len({site.layer for site in self.selection})
+        basis = ", in a per-head basis" if self.basis is not None else ""
+        count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
+        return f"Ablate({what}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{basis})"
+
+
+def _check_basis(site: Site, basis: Tensor, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or tuple(basis.shape) != (*shape, *shape[-1:]):
+        raise SelectionError(f"{site}: the basis has shape {tuple(basis.shape)}, and the selection {shape}")
+    if not bool(torch.isfinite(basis).all()) or bool(torch.linalg.inv_ex(basis.double()).info.any()):
+        raise SelectionError(f"{site}: the basis holds a matrix that cannot be inverted")

@@ -1,0 +1,151 @@
+"""Interventions: frozen values that become hooks for the length of a `with` block.
+
+    prune = Ablate(score.top(0.02))
+    with prune.on(model):
+        model.generate("def fib(n):")
+
+Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
+object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lens_unlearn.core.counter_rng import key_of, mix, uniform
+from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts, check_shape, maps_in, selection_in
+from lens_unlearn.model.sites import Point, Site
+from lens_unlearn.neurons.maps import NeuronMap
+
+__all__ = ["Adjust"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adjust(Intervention):
+    """Neuron Adjust: carry the selected neurons' activations that look like the forget texts to the retain side.
+
+    With N the normal density, per selected neuron and position:
+
+        p_r = N(x; mu_r, sigma_r),  p_f = N(x; mu_f, sigma_f)
+        x' = mu_r - sigma_r (x - mu_f) / sigma_f   if p_f >= p_r (and, for rule "random", with probability
+                                                   p_f / (p_r + p_f)), else x
+
+    In log-densities, since both densities underflow in the tails. The random rule's coin depends on the seed, the neuron
+    and the tokens up to the position, and on nothing else: not on the batch, the padding or the cache.
+
+    Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (2025). The released code
+    keeps the variance under the name of sigma, overwrites sigma_f with mu_f, and draws one coin per row.
+
+    Args:
+        selection: A boolean `NeuronMap`, with at least one neuron.
+        forget_mean: mu_f, for every neuron of the selection's sites.
+        forget_std: sigma_f, likewise.
+        retain_mean: mu_r, likewise.
+        retain_std: sigma_r, likewise.
+        rule: "random" (published) or "deterministic".
+        seed: Of the coins.
+        floored: How many of the selected neurons' sigmas were raised to a floor; kept for `repr`.
+
+    Raises:
+        SelectionError: If the selection is not boolean or empty, or a sigma of a selected neuron is not positive.
+    """
+
+    selection: NeuronMap
+    forget_mean: NeuronMap
+    forget_std: NeuronMap
+    retain_mean: NeuronMap
+    retain_std: NeuronMap
+    rule: Literal["random", "deterministic"] = "random"
+    seed: int = 0
+    floored: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the maps against each other."""
+        if not self.selection.is_selection or self.selection.count() == 0:
+            raise SelectionError(
+                "Adjust needs a boolean map with at least one neuron: select first, as in score.top(0.02)"
+            )
+        if self.rule not in ("random", "deterministic"):
+            raise SelectionError(f"rule={self.rule!r} is not known: choose from random, deterministic")
+        for site in self._sites():
+            for name in self._MAPS:
+                given = getattr(self, name)
+                if site not in given or given[site].shape != self.selection[site].shape:
+                    raise SelectionError(f"{site}: {name} does not cover the selection")
+                values = given[site][self.selection[site]]
+                if not bool(torch.isfinite(values).all()) or (name.endswith("std") and not bool((values > 0).all())):
+                    raise SelectionError(f"{site}: {name} of a selected neuron is not finite, or not positive")
+
+    _MAPS: ClassVar[tuple[str, ...]] = ("forget_mean", "forget_std", "retain_mean", "retain_std")
+
+    def _sites(self) -> list[Site]:
+        return [site for site in self.selection if bool(self.selection[site].any())]
+
+    @property
+    def looks_at_rows(self) -> bool:  # type: ignore[override]
+        """The random rule's coins depend on the text."""
+        return self.rule == "random"
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return one hook per site with a selected neuron."""
+        return [(site, self._hook(site)) for site in self._sites()]
+
+    def _hook(self, site: Site) -> HookFunction:
+        index = self.selection[site].reshape(-1).nonzero()[:, 0]
+        mu_f, sigma_f, mu_r, sigma_r = (getattr(self, m)[site].reshape(-1)[index].float() for m in self._MAPS)
+        lift = (sigma_r / sigma_f).log()  # log p_f - log p_r where x is at both means
+        neuron = mix(index + key_of("neuron adjust", self.seed, str(site)))
+        random = self.rule == "random"
+
+        def act(x: Tensor, live: Live) -> Tensor:
+            flat = x.reshape(*x.shape[:2], -1)
+            where = live.like(index, x)
+            mf, sf, mr, sr, up = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, lift))
+            chosen = flat.index_select(2, where).float()
+            z = (chosen - mf) / sf
+            away = (chosen - mr) / sr
+            odds = 0.5 * (away - z) * (away + z) + up  # log p_f / p_r; the squares' difference, before they overflow
+            flip = odds >= 0
+            if random:
+                if live.rows is None:
+                    raise LensUnlearnError(
+                        "rule='random' needs token ids: run the model on tokens, or take 'deterministic'"
+                    )
+                live.rows.check(x)
+                keys = live.rows.beside(x).keys
+                flip &= uniform(keys[:, :, None] + live.like(neuron, x)) < odds.sigmoid()
+            new = torch.where(flip, (mr - sr * z).to(x.dtype), flat.index_select(2, where))
+            return flat.index_copy(2, where, new).reshape(x.shape)
+
+        return act
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Refuse a model with other numbers of neurons."""
+        for site in self._sites():
+            check_shape(site, tuple(self.selection[site].shape), points[site])
+
+    def parts(self) -> Parts:
+        """Return the selection and the four maps."""
+        header = {"kind": "adjust", "rule": self.rule, "seed": self.seed, "floored": self.floored}
+        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
+        for name in self._MAPS:
+            tensors |= {f"{name}/{s}": v.float() for s, v in getattr(self, name).items() if s in self.selection}
+        return header, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Adjust":
+        """Rebuild from `parts`."""
+        maps = {name: NeuronMap(maps_in(tensors, name)) for name in cls._MAPS}
+        told = {"rule": header["rule"], "seed": int(header["seed"]), "floored": int(header["floored"])}
+        return cls(selection_in(tensors), **maps, **told)
+
+    def __repr__(self) -> str:
+        floored = f", {self.floored:,} sigmas floored" if self.floored else ""
+        seed = f", seed {self.seed}" if self.rule == "random" else ""
+        layers = len({site.layer for site in self._sites()})
+        count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
+        return f"Adjust({self.rule}{seed}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{floored})"

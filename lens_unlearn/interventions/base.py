@@ -1,0 +1,342 @@
+"""Interventions: frozen values that become hooks for the length of a `with` block.
+
+    prune = Ablate(score.top(0.02))
+    with prune.on(model):
+        model.generate("def fib(n):")
+
+Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
+object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.model.hooks import Remover, attach, detach_all, logit_functions, on_forward, on_logits, one_thread
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import fingerprint
+from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
+from lens_unlearn.model.positions import Rows, ends_of_text, pad_of
+from lens_unlearn.model.sites import Point, Site, resolve
+from lens_unlearn.neurons.maps import NeuronMap
+
+__all__ = ["Chain", "Intervention", "Live"]
+
+HookFunction = Callable[[Tensor, "Live"], Tensor]
+MatrixFunction = Callable[[Tensor, Tensor, "Live"], Tensor]
+"""Takes the input and the output of a matrix; returns a new output."""
+Parts = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+class Live:
+    """One intervention acting on one model: yielded by `Intervention.on`, dead after the block."""
+
+    def __init__(self, intervention: "Intervention", model: Model) -> None:
+        self.intervention = intervention
+        self.model = model
+        self.active = True
+        self.abstained: Tensor = torch.zeros(0, dtype=torch.bool)
+        """For each row of the last forward pass (or generation), whether the model withheld its answer."""
+        self.rows: Rows | None = None
+        """Where the forward pass that runs stands in its rows; only for interventions that look at rows."""
+        self.notes: dict[int, Any] = {}
+        """What members keep from hook to hook, and from a prompt to the tokens generated behind it."""
+        self._ends: Tensor | None = None
+        self._lengths: Tensor | None = None
+        self._stop: tuple[int, ...] = ()
+        self._refusals: dict[int, str] = {}
+        self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, int, Tensor]] = {}
+
+    def expect(
+        self,
+        ends: Int[Tensor, "batch"] | None,
+        stop: Sequence[int] = (),
+        lengths: Int[Tensor, "batch"] | None = None,
+    ) -> None:
+        """Say where each row's prompt ends in the next forward pass, which begins new texts.
+
+        Args:
+            ends: Positions of the prompts' last tokens; None for each row's last token that is no padding, which is what
+                holds where nothing was said.
+            stop: Tokens that end a text that is being generated, besides the tokenizer's.
+            lengths: Tokens of each row of text padded on the right; None where the tokenizer's padding tells.
+        """
+        self._ends, self._stop, self._lengths, self.rows = ends, tuple(stop), lengths, None
+        self.notes.clear()
+
+    def refusal(self, row: int) -> str | None:
+        """Return what is written in place of a row of the last forward pass or generation; None if nothing is."""
+        return self._refusals.get(row)
+
+    def begin(self, tokens: Int[Tensor, "batch pos"] | None, cached: int) -> None:
+        """Look at the tokens of a forward pass before it runs; None where it runs on something else."""
+        self._settle()  # of a pass that was cut short
+        if tokens is None:
+            self.rows = None
+            return
+        stop = {*ends_of_text(self.model), *self._stop}
+        self.rows = Rows.of(tokens, cached, self.rows, pad_of(self.model), self._ends, stop, self._lengths)
+        self._ends = self._lengths = None
+        if not self.rows.continues:
+            self.notes.clear()
+            self._refusals.clear()
+            self.abstained = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    def withhold(self, rows: Bool[Tensor, "batch"], refusal: str) -> None:
+        """Note that rows get no answer but a refusal."""
+        self.abstained = self.abstained | rows
+        for row in rows.nonzero()[:, 0].tolist():
+            self._refusals.setdefault(row, refusal)
+
+    def tell(self, refusals: Sequence[str | None]) -> None:
+        """Say of the rows of several passes, in the user's order, what is written in place of each; None for an answer."""
+        silent = [told is not None for told in refusals]
+        self.abstained = torch.tensor(silent, dtype=torch.bool, device=self.abstained.device)
+        self._refusals = {row: told for row, told in enumerate(refusals) if told is not None}
+
+    def _settle(self) -> None:
+        for member in members_of(self.intervention):
+            member.settle(self)
+
+    def _end(self) -> None:
+        self.active, self.rows = False, None
+        self._moved.clear()
+        self.notes.clear()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Forget the forward passes of a `with` block, which are not the user's."""
+        kept = (self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes)
+        self._refusals, self.notes = {}, {}
+        try:
+            yield
+        finally:
+            self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes = kept
+
+    def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
+        """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.
+
+        It is kept for the next forward pass, until somebody changes it in place, and unless it needs a gradient.
+        """
+        dtype = activation.dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.requires_grad:
+            return tensor.to(device=activation.device, dtype=dtype)
+        key, version = (id(tensor), activation.device, dtype), 0 if tensor.is_inference() else tensor._version
+        if key not in self._moved or self._moved[key][1] != version:
+            self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))  # keeps the id taken
+        return self._moved[key][2]
+
+    def __repr__(self) -> str:
+        return f"Live({self.intervention!r}, {'acting' if self.active else 'ended'})"
+
+
+class _Finish:
+    """The last hook of an intervention that looks at rows: hands it the logits."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.live.intervention.finish(logits, self.live)
+
+
+def acting(model: Model) -> list[Live]:
+    """Return the interventions that look at rows and act on a model now, outermost first."""
+    return [f.live for f in logit_functions(model) if isinstance(f, _Finish)]
+
+
+class Intervention(ABC):
+    """A removable change of a model's computation. Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return where to act, and what to do with the tensor there."""
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Return what a file keeps of this intervention: a header with its "kind", and tensors."""
+
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return which weight matrices to change, and what to do with the input and output of each."""
+        return ()
+
+    def check(self, points: Mapping[Site, Point]) -> None:  # noqa: B027 - most have nothing to check
+        """Refuse a model whose sites have other shapes; called before any hook is added."""
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:  # noqa: B027 - most have none
+        """Refuse a model whose matrices have other shapes; called before any hook is added."""
+
+    looks_at_rows: bool = False
+    """Whether the hooks need to know which text each row is, and where its prompt ends."""
+
+    abstains: bool = False
+    """Whether it can withhold an answer."""
+
+    def settle(self, live: Live) -> None:  # noqa: B027 - most have nothing to decide
+        """Decide on what the hooks saw in a forward pass that is over; only called where `looks_at_rows`."""
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Change the logits at the end of a forward pass; only called where `looks_at_rows`."""
+        return logits
+
+    def __add__(self, other: "Intervention") -> "Chain":
+        """Compose: the left one acts first, as if its block were the outer one."""
+        if not isinstance(other, Intervention):
+            return NotImplemented
+        return Chain((*members_of(self), *members_of(other)))
+
+    @contextmanager
+    def on(self, model: Model) -> Iterator[Live]:
+        """Attach to a model for the length of a `with` block.
+
+        Every site and matrix is resolved before the first hook is added. Leaving the block, in whatever way, removes exactly the
+        hooks that were added here; blocks may nest, repeat, and close in any order; a user's own hooks are untouched.
+
+        The hooks belong to the model, not to a thread: they act on every forward pass while the block is open, so that a
+        text can be streamed from a thread that was started inside it. Let that thread end before the block does, and run
+        one forward pass at a time. While one thread is inside a block, or in `collect`, `evaluate` or `attribute`, another one
+        that enters any of these for the same model is refused, since each would see the other's hooks.
+
+        An interrupt (Ctrl-C) is taken care of wherever it comes, even while hooks are added or removed. If it comes in the
+        first or last instruction of the `with` statement itself, which Python gives nobody a chance to guard, the hooks go
+        when the traceback does: in a notebook with the next error, or after `del sys.last_traceback, sys.last_value`.
+
+        Raises:
+            SiteError: If the model lacks a site or a matrix.
+            SelectionError: If it has another number of neurons there, or another shape.
+            ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
+        """
+        hooks, changes = list(self.hooks()), list(self.matrices())
+        live = Live(self, model)
+        removers: list[Remover] = []
+        with one_thread(model):
+            with ExitStack() as outer:
+                for other in acting(model):  # the probe is no text of theirs
+                    outer.enter_context(other._aside())
+                points = resolve(model, [site for site, _ in hooks]) if hooks else {}
+                shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
+            self.check(points)
+            self.check_matrices(shapes)
+            try:
+                try:
+                    if self.looks_at_rows:
+                        on_forward(model, live.begin, removers)
+                        on_logits(model, _Finish(live), removers)
+                    for site, function in hooks:
+                        attach(points[site].hook, lambda t, f=function: f(t, live), removers)
+                    for matrix, change in changes:
+                        on_matrix(model, *matrix, lambda x, y, f=change: f(x, y, live), removers)
+                    yield live
+                finally:
+                    detach_all(removers)
+            finally:  # an interrupt may come in front of the line above; where all went well, nothing is left here
+                detach_all(removers)
+                live._end()
+
+    def save(self, path: str | os.PathLike[str], model: Model | None = None, *, note: str = "") -> None:
+        """Write a safetensors file with a header and a checksum.
+
+        Args:
+            path: Where to.
+            model: If given, the file will refuse every other model.
+            note: Free text kept in the header.
+        """
+        header, tensors = self.parts()
+        content: dict[str, Any] = {"intervention": header, "text": repr(self), "note": note}
+        if model is not None:
+            content["model"] = fingerprint(model)
+        artefacts.write(path, "intervention", tensors, content)
+
+
+def members_of(intervention: Intervention) -> tuple[Intervention, ...]:
+    if not isinstance(intervention, Chain):
+        return (intervention,)
+    return tuple(one for member in intervention.members for one in members_of(member))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Chain(Intervention):
+    """Several interventions, acting in order. ``Chain(())`` does nothing."""
+
+    members: tuple[Intervention, ...] = ()
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return the members' hooks, in order."""
+        return [hook for member in self.members for hook in member.hooks()]
+
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return the members' changes, in order."""
+        return [change for member in self.members for change in member.matrices()]
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Let every member check."""
+        for member in self.members:
+            member.check(points)
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:
+        """Let every member check."""
+        for member in self.members:
+            member.check_matrices(shapes)
+
+    @property
+    def looks_at_rows(self) -> bool:  # type: ignore[override]
+        """Whether any member does."""
+        return any(member.looks_at_rows for member in self.members)
+
+    @property
+    def abstains(self) -> bool:  # type: ignore[override]
+        """Whether any member can."""
+        return any(member.abstains for member in self.members)
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Let every member finish, in order."""
+        for member in self.members:
+            logits = member.finish(logits, live)
+        return logits
+
+    def parts(self) -> Parts:
+        """Return the members' headers, and their tensors under their number."""
+        headers, tensors = [], {}
+        for number, member in enumerate(self.members):
+            header, own = member.parts()
+            headers.append(header)
+            tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
+        return {"kind": "chain", "members": headers}, tensors
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.members)) if self.members else "Chain(nothing)"
+
+
+def check_shape(site: Site, shape: tuple[int, ...], point: Point) -> None:
+    """Refuse a site of another shape.
+
+    Raises:
+        SelectionError: Naming both shapes.
+    """
+    if shape != point.shape:
+        raise SelectionError(
+            f"{site} has neurons of shape {point.shape} in this model, and {shape} in the intervention"
+        )
+
+
+def maps_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[Site, Tensor]:
+    """Read the tensors ``prefix/site`` of a file."""
+    return {Site.parse(n.removeprefix(f"{prefix}/")): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
+
+
+def selection_in(tensors: Mapping[str, Tensor]) -> NeuronMap:
+    """Read the selection of a file."""
+    flags = maps_in(tensors, "selection")
+    for site, value in flags.items():
+        if value.dtype != torch.uint8 or bool((value > 1).any()) or value.ndim not in (1, 2):
+            raise SelectionError(f"{site}: a selection holds something other than 0 and 1 for each neuron")
+    return NeuronMap({site: value.bool() for site, value in flags.items()})

@@ -1,0 +1,207 @@
+"""How well distances tell the queries of one skill from those of others, and how their keys look in a plane.
+
+Used by `key_space`; nothing here knows of models or corpora.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_unlearn.keyspace.regions import Region
+
+__all__ = ["POOLED", "Mahalanobis", "Plane", "Value", "against", "best_scale", "centre_distance", "coverage"]
+
+POOLED = "others"
+"""Stands for all other skills together."""
+DRAWS = 200
+DIRECTIONS = 72
+"""Corners that the shadow of a box is drawn with."""
+TINY = 1e-12
+"""A score of 0 has no logarithm."""
+
+
+class Value(NamedTuple):
+    """A measure with its bootstrap 95 % interval over documents, NaN where there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Mahalanobis:
+    """Distance from a mean under a covariance shrunk towards a multiple of the identity (Ledoit and Wolf, 2004).
+
+    With m keys of n coordinates, centred as X, S = X'X / m, t = trace(S) / n and shrinkage s, the covariance is
+    (1 - s) S + s t I. Its inverse is exact in the basis of the eigenvectors of X X' (m by m): no n by n matrix is formed.
+    """
+
+    mean: Float[Tensor, "n"]
+    axes: Float[Tensor, "rank n"]
+    variance: Float[Tensor, "rank"]
+    rest: float
+    """The variance in every direction in which the keys do not vary."""
+
+    @classmethod
+    def fit(cls, keys: Float[Tensor, "keys n"]) -> "Mahalanobis":
+        """Fit mean and covariance."""
+        mean = keys.double().mean(0)
+        x = keys.double() - mean
+        gram, (m, n) = x @ x.T, x.shape
+        t = float(gram.trace()) / (m * n)
+        size = float(gram.square().sum()) / m**2  # sum of the squares of the entries of S
+        noise = (float(gram.diagonal().square().mean()) - size) / m
+        # Never quite 0: directions in which the keys do not vary would be infinitely far.
+        s = max(min(noise / (size - n * t**2), 1.0), 1e-6) if size > n * t**2 else 1.0
+        spread, vectors = torch.linalg.eigh(gram)
+        kept = spread > 1e-10 * spread[-1]
+        axes = (vectors[:, kept] / spread[kept].sqrt()).T @ x
+        return cls(mean, axes, (1 - s) * spread[kept] / m + s * t, s * t)
+
+    def score(self, keys: Float[Tensor, "keys n"]) -> Float[Tensor, "keys"]:
+        """Return the distance of every key."""
+        x = keys.double() - self.mean
+        along = (x @ self.axes.T).square()
+        beside = (x.square().sum(-1) - along.sum(-1)).clamp_min(0)
+        return ((along / self.variance).sum(-1) + beside / self.rest).sqrt()
+
+
+def document_weights(documents: Int[Tensor, "queries"], seed: int) -> Float[Tensor, "draws queries"]:
+    """Return how often every query is in each resample of the documents; in the first row, each is once."""
+    found, of = documents.unique(return_inverse=True)
+    drawn = torch.randint(len(found), (DRAWS, len(found)), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(DRAWS, len(found), dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    if len(found) < 2:
+        counts.fill_(math.nan)  # one document says nothing of others
+    return torch.cat([torch.ones(1, len(of), dtype=torch.float64), counts[:, of]])
+
+
+def against(
+    scores: Mapping[str, Float[Tensor, "_"]],
+    skill: str,
+    weights: Mapping[str, Float[Tensor, "draws _"]],
+    measure: Literal["auc", "area"],
+) -> dict[str, Value]:
+    """Compare the scores of a skill's queries with those of each other skill, and of all of them together.
+
+    Over pairs of a query i of the skill and j of another: the AUC is the mean of [s_i < s_j] (ties count half), the area
+    between the coverage curves is sum of log(s_j / s_i) over sum of abs(log(s_j / s_i)), and 0 where all are equal.
+    """
+    own, sums = scores[skill].double(), {}
+    for other, theirs in scores.items():
+        if other != skill:
+            ours, theirs = own[:, None], theirs.double()[None]
+            gap = theirs.clamp_min(TINY).log() - ours.clamp_min(TINY).log()
+            parts = [((theirs - ours).sign() + 1) / 2, torch.ones_like(gap)] if measure == "auc" else [gap, gap.abs()]
+            sums[other] = torch.stack([((weights[skill] @ part) * weights[other]).sum(1) for part in parts])
+    sums[POOLED] = torch.stack(list(sums.values())).sum(0)
+    return {other: _estimate(*pair) for other, pair in sums.items()}
+
+
+def _estimate(top: Float[Tensor, "draws"], bottom: Float[Tensor, "draws"]) -> Value:
+    share = torch.where(bottom == 0, 0.0, top / bottom)
+    low, high = torch.quantile(share[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Value(float(share[0]), low, high)
+
+
+def coverage(scores: Float[Tensor, "queries"], scale: Float[Tensor, "scales"]) -> Float[Tensor, "scales"]:
+    """Return the share of queries inside at each scale."""
+    ordered = scores.double().sort().values
+    return torch.searchsorted(ordered, scale.double(), right=True).double() / len(ordered)
+
+
+def best_scale(own: Float[Tensor, "queries"], others: Float[Tensor, "others"]) -> tuple[float, float]:
+    """Return the scale at which the coverage of a skill exceeds that of others most, and by how much.
+
+    The scale lies in the middle, in proportion, of those that do equally well; NaN if none covers more of the skill.
+    """
+    steps = torch.cat([own, others]).double().unique()
+    gaps = coverage(own, steps) - coverage(others, steps)
+    best = int(gaps.argmax())
+    if float(gaps[best]) <= 0:
+        return math.nan, 0.0
+    return math.sqrt(float(steps[best]) * float(steps[best + 1])), float(gaps[best])  # at the last step the gap is 0
+
+
+def centre_distance(a: Region, b: Region) -> float:
+    """Return the root mean square, over coordinates, of (mu_a - mu_b) / sqrt((sigma_a^2 + sigma_b^2) / 2)."""
+    variance = (a.scale.double().square() + b.scale.double().square()) / 2
+    return float(((a.centres[0] - b.centres[0]).double().square() / variance).mean().sqrt())
+
+
+def cluster_agreement(
+    fit: Mapping[str, Float[Tensor, "_ n"]], held: Mapping[str, Float[Tensor, "_ n"]], seed: int
+) -> dict[str, float]:
+    """Fit as many k-means clusters as there are skills, and compare those of the held-out keys with the skills."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+    keys = torch.cat(list(held.values())).double()
+    skills = [i for i, part in enumerate(held.values()) for _ in part]
+    found = KMeans(len(fit), n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
+    clusters: Any = found.fit(torch.cat(list(fit.values())).double().numpy()).predict(keys.numpy())
+    apart = torch.cdist(keys, keys).fill_diagonal_(0).numpy()
+    one = len(set(clusters.tolist())) < 2
+    return {
+        "adjusted_rand": float(adjusted_rand_score(skills, clusters)),
+        "silhouette": math.nan if one else float(silhouette_score(apart, clusters, metric="precomputed")),
+        "silhouette_skills": float(silhouette_score(apart, skills, metric="precomputed")),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """The two main axes of the keys of all skills: held-out queries, and each skill's box.
+
+    A box of hundreds of coordinates casts a shadow many times as wide as the keys it was fitted on, so there is also the
+    box of the two coordinates in the plane alone.
+    """
+
+    points: Mapping[str, Float[Tensor, "_ 2"]]
+    boxes: Mapping[str, Float[Tensor, "4 2"]]
+    """mu +- k sigma of the fitted queries' places in the plane."""
+    shadows: Mapping[str, Float[Tensor, "directions 2"]]
+    """The projection of mu +- k sigma in all coordinates."""
+    explained: tuple[float, float]
+    """Share of the variance along each axis."""
+
+    @classmethod
+    def fit(
+        cls,
+        fit: Mapping[str, Float[Tensor, "_ n"]],
+        held: Mapping[str, Float[Tensor, "_ n"]],
+        boxes: Mapping[str, Region],
+        seed: int,
+    ) -> "Plane":
+        """Fit the axes (and the boxes in the plane) on one half of the queries, and place the other half."""
+        from sklearn.decomposition import PCA
+
+        everything = torch.cat(list(fit.values())).double()
+        found = PCA(2, random_state=seed).fit(everything.numpy())
+        axes, mean = torch.from_numpy(found.components_), everything.mean(0)
+
+        def place(keys: Tensor) -> Tensor:
+            return (keys.double() - mean) @ axes.T
+
+        angles = torch.arange(DIRECTIONS, dtype=torch.float64) * (2 * math.pi / DIRECTIONS)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=1) @ axes
+        shadows = {
+            skill: place(box.centres[0] + directions.sign() * box.k * box.scale.double())
+            for skill, box in boxes.items()
+        }
+        corners = {skill: _rectangle(place(keys)) for skill, keys in fit.items()}
+        x, y = (float(share) for share in found.explained_variance_ratio_)
+        return cls({skill: place(keys) for skill, keys in held.items()}, corners, shadows, (x, y))
+
+
+def _rectangle(points: Float[Tensor, "queries 2"]) -> Float[Tensor, "4 2"]:
+    """Return the corners of the smallest mu +- k sigma that covers the points."""
+    mean, sigma = points.mean(0), points.std(0).clamp_min(TINY)
+    reach = ((points - mean).abs() / sigma).amax() * sigma
+    return mean + torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * reach

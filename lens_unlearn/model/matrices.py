@@ -1,0 +1,296 @@
+"""Hook points: the only module that knows TransformerLens by name.
+
+A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
+probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
+callable that removes exactly that hook. `backbone` runs a model without its unembedding.
+
+Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
+`TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
+points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+"""
+
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_unlearn.core.errors import SiteError
+from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register
+from lens_unlearn.model.host import Model, require_eval, require_model
+
+__all__ = ["MATRICES", "Matrix", "matrix_shape", "matrix_value", "on_matrix"]
+
+# --- weight matrices, as linear maps that are computed somewhere ---------------------------------------------------------
+
+MATRICES: dict[str, tuple[str, str, str]] = {
+    "W_Q": ("attn", "q", "hook_q"),
+    "W_K": ("attn", "k", "hook_k"),
+    "W_V": ("attn", "v", "hook_v"),
+    "W_O": ("attn", "o", "hook_z"),
+    "W_in": ("mlp", "in", "hook_pre"),
+    "W_gate": ("mlp", "gate", "hook_pre"),
+    "W_out": ("mlp", "out", "hook_post"),
+}
+"""The matrices of a block: the part they are in; the bridge's module of each; the hook point at its output, or for
+W_O and W_out at its input. Beside a gate, the output of W_in is at `hook_pre_linear`."""
+
+_MATRIX = re.compile(r"L(\d+)\.(W_[A-Za-z]+)")
+
+
+class Matrix(NamedTuple):
+    """A weight matrix of a model, as a map ``[in, out]``: a layer and a name of `MATRICES`. Prints as ``L3.W_out``."""
+
+    layer: int
+    name: str
+
+    def __repr__(self) -> str:
+        return f"L{self.layer}.{self.name}"
+
+    __str__ = __repr__
+
+    @classmethod
+    def parse(cls, text: str) -> "Matrix":
+        """Read what `repr` wrote.
+
+        Raises:
+            SiteError: If the text is not ``L<layer>.<name>`` with a name of `MATRICES`.
+        """
+        match = _MATRIX.fullmatch(text)
+        if match is None:
+            raise SiteError(f"{text!r} is not a matrix: write it as 'L3.W_out', with one of {', '.join(MATRICES)}")
+        return cls(int(match[1]), check_matrix(match[2]))
+
+
+def check_matrix(name: str) -> str:
+    """Return the name of a matrix that exists.
+
+    Raises:
+        SiteError: Otherwise, naming all.
+    """
+    if name in MATRICES:
+        return name
+    raise SiteError(f"there is no matrix {name!r}: choose from {', '.join(MATRICES)}")
+
+
+LinearFunction = Callable[[Tensor, Tensor], Tensor]
+"""Takes the input and the output of a linear map, ``[*batch, in]`` and ``[*batch, out]``; returns a new output."""
+
+_shapes: "weakref.WeakKeyDictionary[Any, dict[Matrix, tuple[Any, tuple[int, int]]]]" = weakref.WeakKeyDictionary()
+
+
+def matrix_shape(model: Model, layer: int, name: str) -> tuple[int, int]:
+    """Return the shape ``[in, out]`` of a matrix; heads lie side by side.
+
+    Raises:
+        SiteError: If the model does not have it, or does not compute with it as one linear map.
+    """
+    return matrix_shapes(model, [Matrix(layer, name)])[Matrix(layer, name)]
+
+
+def matrix_shapes(model: Model, matrices: Iterable[Matrix]) -> dict[Matrix, tuple[int, int]]:
+    """Find matrices and prove, with one forward over two tokens, that each is one linear map that is used once.
+
+    Returns:
+        The shape ``[in, out]`` of each: as the map is seen to act, however the weights are stored.
+
+    Raises:
+        SiteError: If one does not exist here, or is not used once in a forward pass.
+        ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
+            measures it.
+    """
+    require_model(model)
+    require_eval(model)
+    wanted = list(dict.fromkeys(matrices))
+    with one_thread(model):
+        places = {matrix: _computed_by(model, matrix) for matrix in wanted}
+        known = _shapes.setdefault(model, {})
+        missing = [m for m in wanted if m not in known or known[m][0] is not places[m]]
+        seen: dict[Matrix, list[tuple[int, int]]] = {matrix: [] for matrix in missing}
+        removers: list[Remover] = []
+        thread = threading.get_ident()
+
+        def watch(matrix: Matrix) -> LinearFunction:
+            def look(x: Tensor, y: Tensor) -> Tensor:
+                if threading.get_ident() == thread:
+                    seen[matrix].append((x.shape[-1], y.shape[-1]))
+                return y
+
+            return look
+
+        try:
+            try:
+                for matrix in missing:
+                    on_matrix(model, *matrix, watch(matrix), removers)
+                if missing:
+                    with torch.no_grad():
+                        backbone(model, torch.zeros(1, 2, dtype=torch.long))
+            finally:
+                detach_all(removers)
+        finally:  # as in `_probe`
+            detach_all(removers)
+        for matrix, shapes in seen.items():
+            if len(shapes) != 1:
+                raise SiteError(f"{matrix} was used {len(shapes)} times in one forward pass: it cannot be changed here")
+            known[matrix] = (places[matrix], shapes[0])
+        return {matrix: known[matrix][1] for matrix in wanted}
+
+
+def matrix_value(model: Model, layer: int, name: str) -> Tensor:
+    """Return a matrix as ``[in, out]``: the weights as they are now, without gradients; they are not to be changed.
+
+    Raises:
+        SiteError: If the model does not have it, or not as plain numbers (as in quantized models).
+    """
+    shape = matrix_shape(model, layer, name)
+    module = _computed_by(model, Matrix(layer, name))
+    if hasattr(model, "original_model"):
+        weight = module.weight.detach()
+        value = weight if type(module).__name__ == "Conv1D" else weight.t()
+    else:
+        # Queries that share keys do so in the weights as well, unless these are ungrouped.
+        held = [getattr(module, key).detach() for key in (f"_{name}", name) if hasattr(module, key)]
+        weight = next((weight for weight in held if weight.numel() == shape[0] * shape[1]), held[0])
+        value = weight.transpose(0, 1).flatten(1) if name in ("W_Q", "W_K", "W_V") else weight.flatten(0, -2)
+    if not value.is_floating_point() or tuple(value.shape) != shape:
+        raise SiteError(
+            f"{Matrix(layer, name)} is kept as {tuple(weight.shape)} {weight.dtype}: it cannot be read here"
+        )
+    return value
+
+
+_FORKED = {
+    "W_Q": ("use_split_qkv_input", "use_attn_in"),
+    "W_K": ("use_split_qkv_input", "use_attn_in"),
+    "W_V": ("use_split_qkv_input", "use_attn_in"),
+    "W_O": ("use_attn_result",),
+}
+"""Options of TransformerLens under which a matrix is not one linear map, but one for each head."""
+
+
+def _computed_by(model: Model, matrix: Matrix) -> Any:
+    """Return the module that computes with a matrix: the linear one of a bridge, else the block's part."""
+    if not 0 <= matrix.layer < int(model.cfg.n_layers):
+        raise SiteError(f"{matrix} is not in this model: its layers are 0 to {int(model.cfg.n_layers) - 1}")
+    part, module, _ = MATRICES[check_matrix(matrix.name)]
+    for option in _FORKED.get(matrix.name, ()):
+        if getattr(model.cfg, option, False):
+            raise SiteError(f"{matrix} is used head by head under {option}: call model.set_{option}(False) first")
+    here = matrix_names(model, matrix.layer)
+    if matrix.name not in here:
+        raise SiteError(f"{matrix} does not exist in this model: layer {matrix.layer} has {', '.join(here) or 'none'}")
+    owner = getattr(model.blocks[matrix.layer], part)
+    return getattr(owner, module).original_component if hasattr(model, "original_model") else owner
+
+
+def matrix_names(model: Model, layer: int) -> list[str]:
+    """Name the matrices that a layer has."""
+    bridged = hasattr(model, "original_model")
+    found = []
+    for name, (part, module, _) in MATRICES.items():
+        owner = getattr(model.blocks[layer], part, None)
+        inner = getattr(getattr(owner, module, None), "original_component", None) if bridged else None
+        if (getattr(inner, "weight", None) is not None) if bridged else hasattr(owner, name):
+            found.append(name)
+    return found
+
+
+def on_matrix(
+    model: Model, layer: int, name: str, function: LinearFunction, removers: list[Remover] | None = None
+) -> Remover:
+    """Pass what a linear map makes of its input through a function, which sees the input that the map itself sees.
+
+    That is the input behind every hook point in front of the map, whatever is attached there, and whenever; the hook
+    points behind the map see the function's result.
+
+    Args:
+        model: The model.
+        layer: The matrix' layer.
+        name: The matrix' name.
+        function: Takes the input and the output; returns a new output.
+        removers: As in `attach`.
+
+    Returns:
+        A callable that ends this; it returns False if the hooks were already gone.
+
+    Raises:
+        SiteError: If the model does not have the matrix.
+    """
+    module = _computed_by(model, Matrix(layer, name))
+    part = MATRICES[name][0]
+    owner = getattr(model.blocks[layer], part)
+    if not hasattr(model, "original_model"):
+        places = _around(module, name, function)
+    elif part == "mlp" and getattr(owner, "_use_processed_weights", False) and hasattr(owner, "gate"):
+        places = _between(owner, name, function)
+    else:
+
+        def run(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            return function(args[0] if args else next(iter(kwargs.values())), y)
+
+        places = [(module, "_forward_hooks", run)]
+
+    return register(places, removers)
+
+
+def _between(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return hooks for a gated MLP in compatibility mode, which computes with its weights beside their modules.
+
+    The hook points before and behind the weights still fire: the input is looked at as it leaves the one (behind every
+    other hook there), and the output is changed as it enters the other.
+    """
+    linear = getattr(owner, MATRICES[name][1])
+    point, behind = (linear.hook_in if name == "W_out" else owner.hook_in), linear.hook_out
+    seen: list[Tensor] = []
+
+    def look(module: Any, args: Any, kwargs: Any, x: Tensor) -> None:
+        seen[:] = [x]
+
+    def last(module: Any, args: Any, kwargs: Any) -> None:
+        for key in [key for key, hook in point._forward_hooks.items() if hook is look]:
+            point._forward_hooks.move_to_end(key)  # behind masks that were attached since
+
+    def change(module: Any, args: Any, kwargs: Any) -> Any:
+        return ((function(seen.pop(), args[0]), *args[1:]), kwargs) if seen else None
+
+    before, after = "_forward_pre_hooks", "_forward_hooks"
+    return [(owner, before, last), (point, after, look), (behind, before, change)]
+
+
+def _around(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return hooks for a part of a `HookedTransformer`, whose maps are no modules: where, of which kind, and what."""
+    point = getattr(owner, MATRICES[name][2])
+    if name == "W_in" and hasattr(owner, "W_gate"):
+        point = owner.hook_pre_linear
+    seen: list[Tensor] = []
+    before, after = "_forward_pre_hooks", "_forward_hooks"
+
+    def keep(tensor: Tensor) -> None:
+        seen[:] = [tensor]
+
+    if name in ("W_O", "W_out"):
+
+        def look(module: Any, args: Any, kwargs: Any, x: Tensor) -> None:
+            keep(x.flatten(2))
+
+        def last(module: Any, args: Any, kwargs: Any) -> None:
+            for key in [key for key, hook in point._forward_hooks.items() if hook is look]:
+                point._forward_hooks.move_to_end(key)  # behind masks that were attached since
+
+        def add(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+            return function(seen.pop(), y) if seen else None
+
+        return [(owner, before, last), (point, after, look), (owner, after, add)]
+    given = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}.get(name, "x")
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        keep(kwargs[given] if given in kwargs else args["QKV".index(name[-1]) if name[-1] in "QKV" else 0])
+
+    def change(module: Any, args: Any, kwargs: Any) -> Any:
+        y = args[0]
+        return ((function(seen.pop(), y.flatten(2)).reshape(y.shape), *args[1:]), kwargs) if seen else None
+
+    return [(owner, before, enter), (point, before, change)]

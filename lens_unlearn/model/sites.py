@@ -1,0 +1,205 @@
+"""Hook points: the only module that knows TransformerLens by name.
+
+A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
+probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
+callable that removes exactly that hook. `backbone` runs a model without its unembedding.
+
+Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
+`TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
+points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+"""
+
+import difflib
+import re
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_unlearn.core.errors import SiteError
+from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
+from lens_unlearn.model.host import Model, require_eval, require_model
+
+__all__ = ["KINDS", "Point", "Site", "resolve"]
+
+KINDS: dict[str, str] = {
+    "mlp.pre": "mlp.hook_pre",
+    "mlp.pre_linear": "mlp.hook_pre_linear",
+    "mlp.post": "mlp.hook_post",
+    "attn.q": "attn.hook_q",
+    "attn.k": "attn.hook_k",
+    "attn.v": "attn.hook_v",
+    "attn.z": "attn.hook_z",
+    "resid": "hook_resid_post",
+}
+"""What a site can be, and the TransformerLens name of it inside a block."""
+
+_SITE = re.compile(r"L(\d+)\.([a-z_.]+)")
+
+
+class Site(NamedTuple):
+    """A place in a model that has neurons: a layer and a kind. Prints as ``L3.mlp.post``.
+
+    Examples:
+        >>> Site(3, "mlp.post")
+        L3.mlp.post
+        >>> Site.parse("L3.mlp.post").layer
+        3
+    """
+
+    layer: int
+    kind: str
+
+    def __repr__(self) -> str:
+        return f"L{self.layer}.{self.kind}"
+
+    __str__ = __repr__
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """Read what `repr` wrote.
+
+        Raises:
+            SiteError: If the text is not ``L<layer>.<kind>`` with a kind of `KINDS`.
+        """
+        match = _SITE.fullmatch(text)
+        if match is None:
+            raise SiteError(f"{text!r} is not a site: write it as 'L3.mlp.post', with one of {', '.join(KINDS)}")
+        return cls(int(match[1]), check_kind(match[2]))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A site of one model, as the probe forward found it."""
+
+    site: Site
+    hook: Any
+    shape: tuple[int, ...]
+    """``(neurons,)``, or ``(heads, d_head)`` in attention."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+def check_kind(kind: str) -> str:
+    """Return a kind that exists.
+
+    Raises:
+        SiteError: Otherwise, naming the nearest kinds.
+    """
+    if kind in KINDS:
+        return kind
+    near = difflib.get_close_matches(kind, KINDS, n=3, cutoff=0.3) or list(KINDS)
+    raise SiteError(f"there is no site kind {kind!r}: did you mean {' or '.join(near)}?")
+
+
+def parse_sites(sites: str | Site | Iterable[str | Site], n_layers: int) -> list[Site]:
+    """Expand kinds to every layer; keep the order given, without repeats.
+
+    Raises:
+        SiteError: If a kind or a layer does not exist, or nothing was asked for.
+    """
+    given = [sites] if isinstance(sites, str | Site) else list(sites)
+    found: dict[Site, None] = {}
+    for item in given:
+        if isinstance(item, str) and not _SITE.fullmatch(item):
+            found |= {Site(layer, check_kind(item)): None for layer in range(n_layers)}
+            continue
+        site = Site.parse(item) if isinstance(item, str) else Site(item.layer, check_kind(item.kind))
+        if not 0 <= site.layer < n_layers:
+            raise SiteError(f"{site} is not in this model: its layers are 0 to {n_layers - 1}")
+        found[site] = None
+    if not found:
+        raise SiteError(f"no sites were asked for: name at least one of {', '.join(KINDS)}")
+    return list(found)
+
+
+# The probe's findings per model. Weak, so that a model can be freed; checked against the live hook points on each use,
+# because compatibility mode and the split options of TransformerLens replace them.
+_probed: "weakref.WeakKeyDictionary[Any, dict[Site, Point]]" = weakref.WeakKeyDictionary()
+
+
+def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site, Point]:
+    """Find the hook points of sites and prove, with one forward over two tokens, that each is what it should be.
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer`, in evaluation mode.
+        sites: Kinds (all layers), sites, or both.
+
+    Returns:
+        One `Point` per site, in the order asked for.
+
+    Raises:
+        SiteError: If a site does not exist here (naming those that do), does not fire exactly once, or has no neuron
+            axis, as in mixture-of-experts layers.
+        ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
+            measures it.
+    """
+    require_model(model)
+    require_eval(model)
+    wanted = parse_sites(sites, int(model.cfg.n_layers))
+    with one_thread(model):
+        hooks = {site: _hook_point(model, site) for site in wanted}
+        known = _probed.setdefault(model, {})
+        missing = [s for s in wanted if s not in known or known[s].hook is not hooks[s]]
+        if missing:
+            known.update(_probe(model, {site: hooks[site] for site in missing}))
+        return {site: known[site] for site in wanted}
+
+
+def _hook_point(model: Model, site: Site) -> Any:
+    name = f"blocks.{site.layer}.{KINDS[site.kind]}"
+    if site.kind.startswith("mlp") and mlp_width(model, site.layer) is None:
+        mlp = type(getattr(model.blocks[site.layer], "mlp", None)).__name__
+        raise SiteError(
+            f"{site} has no neuron axis: layer {site.layer} has a {mlp}, without one output matrix "
+            "(mixture-of-experts layers route each token to other neurons, and are not supported)"
+        )
+    try:
+        return model.hook_dict[name]
+    except KeyError:
+        prefix = f"blocks.{site.layer}."
+        here = [kind for kind, tail in KINDS.items() if prefix + tail in model.hook_dict]
+        raise SiteError(f"{site} does not exist in this model: layer {site.layer} has {', '.join(here)}") from None
+
+
+def mlp_width(model: Model, layer: int) -> int | None:
+    """Count the neurons of a layer's MLP from its output matrix; None where it has no single one."""
+    mlp: Any = getattr(model.blocks[layer], "mlp", None)
+    try:
+        matrix = getattr(mlp, "W_out", None)
+    except NotImplementedError:  # its values are on a disk; which way round it is stored differs
+        found = [p.shape for p in mlp.out.parameters() if p.ndim == 2]
+        return sum(found[0]) - int(model.cfg.d_model) if len(found) == 1 else None
+    return int(matrix.shape[0]) if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
+
+
+def _probe(model: Model, hooks: dict[Site, Any]) -> dict[Site, Point]:
+    seen: dict[Site, list[Tensor]] = {site: [] for site in hooks}
+    removers: list[Remover] = []
+    try:
+        try:
+            for site, hook in hooks.items():
+                attach(hook, lambda t, s=site: seen[s].append(t.detach()[:0]), removers, own_thread=True)
+            with torch.no_grad():
+                backbone(model, torch.zeros(1, 2, dtype=torch.long))
+        finally:
+            detach_all(removers)
+    finally:  # an interrupt may come in front of the line above; where all went well, nothing is left here
+        detach_all(removers)
+    return {site: _check(model, site, hooks[site], tensors) for site, tensors in seen.items()}
+
+
+def _check(model: Model, site: Site, hook: Any, tensors: list[Tensor]) -> Point:
+    if len(tensors) != 1:
+        raise SiteError(f"{site} fired {len(tensors)} times in one forward pass: it cannot be used in this model")
+    tensor = tensors[0]
+    shape = tuple(tensor.shape[2:])
+    if len(shape) != (2 if site.kind.startswith("attn") else 1):
+        raise SiteError(f"{site} has shape {tuple(tensor.shape)}: there is no neuron axis at that place")
+    width = mlp_width(model, site.layer) if site.kind.startswith("mlp") else None
+    if width is not None and shape != (width,):
+        raise SiteError(f"{site} is {shape[0]} wide, but the layer has {width} neurons: it is not a neuron axis")
+    return Point(site, hook, shape, tensor.dtype, tensor.device)

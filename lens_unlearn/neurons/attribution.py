@@ -1,0 +1,432 @@
+"""Attribution: how much each neuron adds to the answers that a model gives, by integrated gradients.
+
+The keys of one layer (all neurons together, at the positions that predict the answer) are scaled from nothing to what they
+are, and the gradient of the answer is summed on the way. With value beta of neuron k at sample i, F the objective, and m steps
+
+    att(k) = (1/m) sum_j sum_i  beta_ik  dF_i(c_j beta_i) / d beta_ik,      c_j = j/m  or  (j - 1/2)/m
+
+after Dai et al., "Knowledge Neurons in Pretrained Transformers" (arXiv 2104.08696), and Agarwal et al., "SIMU" (arXiv
+2510.07822). A positive attribution means that the neuron raises the objective: for "prob" and "logprob" it supports the
+answer. SIMU speaks of the loss; with "loss" the signs are those of a loss, and `critical` finds what speaks against the answer.
+
+All attributions of a layer together come to F(beta) - F(0), up to the error of the sum, which falls as 1/m ("right") or
+1/m^2 ("midpoint"): `Attribution.completeness` holds both sides.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
+from lens_unlearn.corpora.corpus import Batch, Corpus
+from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import model_name
+from lens_unlearn.model.replay import Replay, replaying
+from lens_unlearn.model.shortcuts import lean
+from lens_unlearn.model.sites import Point, Site, resolve
+from lens_unlearn.neurons.maps import NeuronMap
+
+__all__ = ["Attribution", "Completeness", "attribute", "critical", "critical_mask"]
+
+LOST = 0.1
+"""A site of which less than this share is attributed is warned of."""
+
+Objective = Literal["prob", "logprob", "loss"]
+Mode = Literal["teacher_forced", "prefix"]
+Rule = Literal["right", "midpoint"]
+
+
+class Completeness(NamedTuple):
+    """Both sides of what should be an equation, in units of the objective, summed over all answer tokens."""
+
+    attributed: float
+    """The attributions of a layer's neurons together."""
+    difference: float
+    """F(beta) - F(0): the objective of the model as it is, less that with the layer's keys at zero."""
+
+    @property
+    def ratio(self) -> float:
+        """What was attributed over what there was to attribute: 1 where the sum over the steps is exact."""
+        return self.attributed / self.difference if self.difference else float("nan")
+
+
+class Attribution(NeuronMap):
+    """A map of attributions, float64, that knows how complete it is.
+
+    Arithmetic on it gives a plain `NeuronMap`.
+    """
+
+    __slots__ = ("completeness", "provenance")
+
+    def __init__(
+        self,
+        values: Mapping[Site, Shaped[Tensor, "*neurons"]],
+        completeness: Mapping[Site, Completeness],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        super().__init__(values)
+        self.completeness: dict[Site, Completeness] = {site: completeness[site] for site in self.sites}
+        """For each site what was attributed, and what there was to attribute."""
+        self.provenance: dict[str, Any] = dict(provenance)
+        """How it was measured: model, corpus, tokens, and every option."""
+
+    def __repr__(self) -> str:
+        ratios = [one.ratio for one in self.completeness.values()]
+        return f"{super().__repr__().replace('NeuronMap', 'Attribution', 1)[:-1]}; complete to {_span(ratios)})"
+
+
+def _span(ratios: list[float]) -> str:
+    low, high = min(ratios), max(ratios)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
+
+
+def attribute(
+    model: Model,
+    corpus: Corpus,
+    sites: str | Site | Iterable[str | Site] = "mlp.post",
+    *,
+    steps: int = 5,
+    objective: Objective = "prob",
+    mode: Mode = "teacher_forced",
+    rule: Rule = "right",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Attribution:
+    """Attribute the answers of a corpus to the neurons of each layer, by integrated gradients.
+
+    One path per site: its neurons are scaled together, all other sites are as the model computes them. Inside an
+    intervention's block, the model is the one with the intervention acting. No gradient of a parameter is computed,
+    layers below the scaled one are not run again, and only positions that predict are unembedded; only where an
+    intervention decides on whole rows (as `Abstain` does), or a model's blocks hand on more than one residual stream, are the
+    passes whole ones.
+
+    Where a norm follows the MLP (Gemma 2), scaling all its keys together changes nothing until they are almost zero: next to
+    nothing is attributed, and a warning says so.
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
+        corpus: Prompts with answers, whose counted tokens are the answer's; of other texts every counted token is
+            predicted. A token without one before it has nothing that predicts it, and is left out.
+        sites: Kinds (all layers), sites, or both. For "attn.z" in compatibility mode, note that zero is another place there.
+        steps: Points on the path, m.
+        objective: What is attributed, summed over the answers' tokens: "prob", p(token | what stands before it); "logprob",
+            its logarithm; or "loss", the negative of that.
+        mode: "teacher_forced" scales all positions of a row that predict an answer token at once; "prefix" makes each
+            answer token its own sample, and scales only the last position of what stands before it, as in the papers:
+            slower by about the number of tokens of an answer. The two do not select the same neurons.
+        rule: Points at j/m ("right", as in the papers) or (j - 1/2)/m ("midpoint", more exact at equal cost).
+        batch_size: Full-length rows per forward, steps included: rows and steps share a forward, and as many of them as hold
+            no more tokens than so many rows of the corpus' longest. Results do not depend on it.
+        progress: Whether to show a bar, in predicted tokens times sites.
+
+    Returns:
+        The attributions: a map with `completeness`, and `provenance`. A neuron that is always zero has exactly 0.
+
+    Raises:
+        CorpusError: If the corpus has no token that anything predicts, or was tokenized for another model.
+        SiteError: If a site does not exist or has no neuron axis.
+        ActivationError: If an activation or a gradient is NaN or infinite.
+        ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
+        LensUnlearnError: If an option is unknown.
+    """
+    for name, given, known in (("objective", objective, Objective), ("mode", mode, Mode), ("rule", rule, Rule)):
+        if given not in known.__args__:
+            raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known.__args__)}")
+    if steps < 1:
+        raise LensUnlearnError(f"steps={steps} is no number of steps: at least 1")
+    corpus.check(model)
+    points = resolve(model, sites)
+    predicted = _predicted(corpus)
+    nodes = (torch.arange(1, steps + 1) - (0.5 if rule == "midpoint" else 0)) / steps
+    room = batch_size * int(corpus.starts.diff().max())  # tokens of a forward
+    bar = tqdm(total=predicted * len(points), unit=" tokens", unit_scale=True, disable=not progress)
+    bar.set_description(f"attribute {corpus.name}")
+    with (
+        bar,
+        one_thread(model),
+        torch.inference_mode(False),
+        _looked_at(points),
+        lean(model) as out,
+        replaying(model, out) as replay,
+    ):
+        sums = {site: torch.zeros(point.shape, dtype=torch.float64) for site, point in points.items()}
+        gaps = dict.fromkeys(points, 0.0)
+        for batch in corpus.batches(batch_size):
+            samples = _Samples.of(batch, mode)
+            if samples is None:
+                continue
+            with torch.no_grad(), _finite(points, samples.all):
+                logits = replay.first(batch.tokens[:, :-1], samples.all)
+            whole = float(_objective(logits, samples.next[samples.all], objective))
+            for site, point in points.items():
+                path = _Path(replay, point, samples, objective, room)
+                gaps[site] += whole - path.at_zero()
+                sums[site] += path.integral(nodes)
+                bar.update(len(logits))
+    completeness = {site: Completeness(float(sums[site].sum()), gaps[site]) for site in points}
+    lost = [str(s) for s, both in completeness.items() if abs(both.attributed) < LOST * abs(both.difference)]
+    if lost:
+        warnings.warn(
+            f"less than {LOST:.0%} of what {', '.join(lost)} add was attributed: take more steps; where a norm follows "
+            "the MLP (as in Gemma 2), scaling its keys does nothing until they are almost zero, and no number of steps helps",
+            stacklevel=2,
+        )
+    settings = {"objective": objective, "mode": mode, "rule": rule, "steps": steps}
+    known = {"model": model_name(model), "corpus": corpus.name, "tokens": predicted}
+    return Attribution(sums, completeness, known | settings)
+
+
+def _predicted(corpus: Corpus) -> int:
+    """Count the tokens that something predicts.
+
+    Raises:
+        CorpusError: If there are none.
+    """
+    first = torch.zeros_like(corpus.counted)
+    first[corpus.starts[:-1]] = True
+    count = int((corpus.counted & ~first).sum())
+    if count == 0:
+        raise CorpusError(f"{corpus.name} has no counted token with one before it: there is nothing to attribute")
+    return count
+
+
+def _objective(
+    logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, "n"], objective: Objective
+) -> Float[Tensor, ""]:
+    """Return the sum of the objective over tokens."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    loss = cross_entropy(logits, targets.to(logits.device), reduction="none")
+    values = {"prob": lambda: (-loss).exp(), "logprob": lambda: -loss, "loss": lambda: loss}[objective]()
+    return values.sum(dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What is scaled together, the longest first: a row, and the positions of it that predict."""
+
+    all: Bool[Tensor, "batch pos"]
+    """The positions of the batch that predict a counted token."""
+    next: Int[Tensor, "batch pos"]
+    """The token behind each position."""
+    rows: Int[Tensor, "samples"]
+    where: Bool[Tensor, "samples pos"]
+
+    @classmethod
+    def of(cls, batch: Batch, mode: Mode) -> "_Samples | None":
+        """Take the samples of a batch; None if it has none."""
+        predicting = batch.counted[:, 1:]
+        if mode == "prefix":
+            rows, places = predicting.nonzero(as_tuple=True)
+            where = torch.arange(predicting.shape[1]) == places[:, None]
+        else:
+            rows = predicting.any(1).nonzero()[:, 0]
+            where = predicting[rows]
+        if len(rows) == 0:
+            return None
+        order = torch.sort(_lengths(where), descending=True, stable=True).indices
+        return cls(predicting, batch.tokens[:, 1:], rows[order], where[order])
+
+
+def _lengths(where: Bool[Tensor, "samples pos"]) -> Int[Tensor, "samples"]:
+    """Count the positions of each sample up to its last that predicts."""
+    return (where * torch.arange(1, where.shape[1] + 1)).amax(1)
+
+
+class _Path:
+    """The way of one site's activations from zero to what they are, over some samples."""
+
+    def __init__(self, replay: Replay, point: Point, samples: _Samples, objective: Objective, room: int) -> None:
+        self.replay, self.point, self.samples, self.room = replay, point, samples, room
+        self.objective: Objective = objective
+
+    def at_zero(self) -> float:
+        """Return the objective at the beginning of the path."""
+        return sum(value for value, *_ in self._runs(torch.zeros(1), gradient=False))
+
+    def integral(self, nodes: Float[Tensor, "steps"]) -> Float[Tensor, "*neurons"]:
+        """Return activation times gradient, averaged over the nodes and summed over samples and positions."""
+        total = torch.zeros(self.point.shape, dtype=torch.float64)
+        for _, activation, gradient in self._runs(nodes, gradient=True):
+            total += (activation * gradient).sum(0, dtype=torch.float64).cpu()
+        if not bool(torch.isfinite(total).all()):
+            raise ActivationError(
+                f"the gradient at {self.point.site} is NaN or infinite: the model overflows or is broken above it; "
+                "try a wider dtype"
+            )
+        return total / len(nodes)
+
+    def _runs(self, nodes: Tensor, *, gradient: bool) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Yield the objective, the activations and their gradients, for as many samples and nodes as fit in a forward."""
+        s = self.samples
+        lengths = _lengths(s.where)
+        # Samples and nodes in one order: every pair of them is a row of its own.
+        sample = torch.arange(len(s.rows)).repeat_interleave(len(nodes))
+        scale = nodes.repeat(len(s.rows))
+        while len(sample):
+            width = int(lengths[sample[0]])
+            take = max(1, self.room // width)
+            yield self._run(sample[:take], scale[:take], width, gradient)
+            sample, scale = sample[take:], scale[take:]
+
+    def _run(self, sample: Tensor, scale: Tensor, width: int, gradient: bool) -> tuple[float, Tensor, Tensor]:
+        where = self.samples.where[sample, :width]
+        rows = self.samples.rows[sample]
+        seen: list[Tensor] = []
+
+        def scaled(tensor: Tensor) -> Tensor:
+            here = where.to(tensor.device)
+            factor = torch.where(here, scale.to(here.device)[:, None], 1.0).to(tensor.dtype)
+            leaf = tensor.detach() * factor.reshape(*factor.shape, *[1] * (tensor.ndim - 2))
+            seen[:] = [tensor.detach()[here], leaf.requires_grad_(gradient)]
+            torch.set_grad_enabled(gradient)  # so that nothing below is recorded; `no_grad` ends it
+            return leaf
+
+        removers: list[Remover] = []
+        try:
+            attach(self.point.hook, scaled, removers, own_thread=True)
+            with torch.no_grad():
+                logits = self.replay.again(self.point.site.layer, rows, where)
+                value = _objective(logits, self.samples.next[rows, :width][where], self.objective)
+        finally:
+            detach_all(removers)
+        activation, leaf = seen
+        if not gradient:
+            return float(value), activation, activation
+        slope = torch.autograd.grad(value, leaf)[0][where.to(leaf.device)]
+        if slope.dtype in (torch.bfloat16, torch.float16):
+            activation, slope = activation.float(), slope.float()
+        return float(value.detach()), activation, slope
+
+
+@contextmanager
+def _looked_at(points: Mapping[Site, Point]) -> Iterator[None]:
+    """Keep a hook at every point, so that `lean` leaves in place where others will be hung.
+
+    It refuses passes of other threads, which `lean` would make others.
+    """
+    thread = threading.get_ident()
+    removers: list[Remover] = []
+
+    def own(tensor: Tensor) -> None:
+        if threading.get_ident() != thread:
+            raise ModelError(
+                "another thread measures this model: let it end first, or give each thread a model of its own"
+            )
+
+    try:
+        for point in points.values():
+            attach(point.hook, own, removers)
+        yield
+    finally:
+        detach_all(removers)
+
+
+@contextmanager
+def _finite(points: Mapping[Site, Point], where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+    """Look at the activations of a forward pass, at the positions that predict.
+
+    Raises:
+        ActivationError: At the first that is NaN or infinite; names the neuron.
+    """
+
+    def look(tensor: Tensor, site: Site) -> None:
+        values = tensor[where.to(tensor.device)]
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            index = ",".join(str(int(i)) for i in bad[0, 1:])
+            raise ActivationError(
+                f"{site}[{index}] is {float(values[tuple(bad[0])])} at a position that predicts: the model overflows or is "
+                "broken there; try a wider dtype, or look at that text"
+            )
+
+    removers: list[Remover] = []
+    try:
+        for site, point in points.items():
+            attach(point.hook, partial(look, site=site), removers, own_thread=True)
+        yield
+    finally:
+        detach_all(removers)
+
+
+def critical(attribution: NeuronMap, threshold: float = 0.3) -> NeuronMap:
+    """Select the neurons whose attribution is above a share of their own layer's maximum.
+
+    critical(l, k)  <=>  att(l, k) > threshold * max_k att(l, k)
+
+    A layer in which nothing is positive has no critical neuron; a warning names it.
+
+    Args:
+        attribution: What `attribute` returned, with "prob" or "logprob" for the neurons that support the answers.
+        threshold: Share of the layer's maximum, above 0 and below 1 (at 1 not even the maximum is above it).
+
+    Returns:
+        A boolean map of the same sites.
+
+    Raises:
+        SelectionError: If the threshold is outside (0, 1), an attribution is NaN, or no layer has anything positive.
+    """
+    if not 0 < threshold < 1:
+        raise SelectionError(f"threshold={threshold!r} is no share of a layer's maximum: give one above 0 and below 1")
+    chosen: dict[Site, Tensor] = {}
+    for site, value in attribution.items():
+        if bool(torch.isnan(value).any()):
+            raise SelectionError(f"an attribution at {site} is NaN: mend the map before selecting")
+        chosen[site] = (value > threshold * value.max()) & (value > 0)
+    none = [str(site) for site, mask in chosen.items() if not bool(mask.any())]
+    if len(none) == len(chosen):
+        raise SelectionError(
+            f"no neuron has a positive attribution at any of {len(none)} sites: is the objective right?"
+        )
+    if none:
+        warnings.warn(
+            f"nothing has a positive attribution at {', '.join(none)}: no neuron is critical there", stacklevel=2
+        )
+    return NeuronMap(chosen)
+
+
+def critical_mask(
+    forget: NeuronMap,
+    retain: NeuronMap,
+    threshold: float = 0.3,
+    *,
+    kind: Literal["dual", "forget_only", "union"] = "dual",
+) -> NeuronMap:
+    """Select the neurons to edit, of those critical for what is to be forgotten (S_f) and for what is to stay (S_r).
+
+    Args:
+        forget: Attributions of the forget corpus.
+        retain: Attributions of the retain corpus, at the same sites.
+        threshold: As in `critical`, for both.
+        kind: "dual" takes S_f, with the neurons that are critical for both (better in SIMU's ablation); "forget_only" takes
+            S_f without S_r; "union" takes S_f and S_r.
+
+    Returns:
+        A boolean map of the same sites.
+
+    Raises:
+        SelectionError: If the threshold is outside (0, 1), the kind is unknown, or no neuron is left.
+    """
+    if kind not in ("dual", "forget_only", "union"):
+        raise SelectionError(f"kind={kind!r} is not known: choose from dual, forget_only, union")
+    mask = critical(forget, threshold)
+    if kind == "dual":
+        return mask
+    kept = critical(retain, threshold)
+    mask = mask | kept if kind == "union" else mask & ~kept
+    if mask.count() == 0:
+        raise SelectionError(
+            f"threshold={threshold} leaves no neuron that is critical for the forget corpus alone: change it, or take "
+            "kind='dual'"
+        )
+    return mask

@@ -1,0 +1,147 @@
+"""Streamed statistics of activations: `Moments` and `Histogram`.
+
+A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
+joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
+State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
+standard deviation also where the mean is hundreds of standard deviations away from zero.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, require_finite
+
+__all__ = ["Histogram"]
+
+_HISTOGRAM_TILE = (1024, 256)  # tokens and neurons put into bins at a time: likewise
+
+
+class Histogram:
+    """Counts of every neuron's activation in fixed bins, the same for every corpus and model.
+
+    Bin edges are equally spaced in asinh(x / scale): fine about zero, and reaching to `limit` on both sides, so two
+    histograms always merge and compare. What lies beyond the limits is counted in the outermost bins.
+
+    Args:
+        bins: Number of bins; even, so that zero is an edge.
+        scale: Where the spacing turns from linear to logarithmic, in units of the activation.
+        limit: The largest absolute activation that is told apart.
+    """
+
+    def __init__(self, *, bins: int = 128, scale: float = 0.1, limit: float = 1000.0) -> None:
+        if bins < 2 or bins % 2 or scale <= 0 or limit <= scale:
+            raise LensUnlearnError("a histogram needs an even number of bins and 0 < scale < limit")
+        self.bins, self.scale, self.limit = bins, scale, limit
+        self.provenance: dict[str, Any] = {}
+        self._counts: dict[Site, Tensor] = {}
+
+    def fresh(self) -> "Histogram":
+        """Return an empty histogram with the same bins."""
+        return Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
+
+    @property
+    def edges(self) -> Float[Tensor, "edges"]:
+        """The bin edges, in units of the activation."""
+        top = math.asinh(self.limit / self.scale)
+        return self.scale * torch.sinh(torch.linspace(-top, top, self.bins + 1, dtype=torch.float64))
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere."""
+        rows = weight.to(values.device).nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        x = values.detach()
+        flat = x.reshape(len(x), -1)
+        counts = torch.zeros(flat.shape[1], self.bins, dtype=torch.int64)
+        tokens, neurons = _HISTOGRAM_TILE if flat.device.type == "cpu" else flat.shape
+        for some in rows.split(tokens):
+            for start in range(0, flat.shape[1], neurons):
+                part = flat[:, start : start + neurons].index_select(0, some).float()
+                if not math.isfinite(float(part.sum())):
+                    require_finite(site, flat[rows], tuple(x.shape[1:]))
+                    part = part.nan_to_num()  # what float32 cannot hold
+                width, bins = part.shape[1], self._bins(part)
+                bins += torch.arange(width, dtype=torch.int32, device=bins.device) * self.bins
+                found = torch.bincount(bins.reshape(-1), minlength=width * self.bins)
+                counts[start : start + width] += found.view(width, self.bins).cpu()
+        counts = counts.reshape(*x.shape[1:], self.bins)
+        self._counts[site] = self._counts[site] + counts if site in self._counts else counts
+
+    def _bins(self, x: Float[Tensor, "tokens n"]) -> Int[Tensor, "tokens n"]:
+        """Return the bin of each value, in a new tensor.
+
+        asinh(y) is the sign of y times log(abs(y) + sqrt(y^2 + 1)), and PyTorch's log is ten times as fast as its asinh. The
+        sign is put on the bin: next to zero the logarithm is zero, and which side it is would be lost.
+        """
+        half = self.bins // 2
+        step = half / math.asinh(self.limit / self.scale)
+        y = torch.zeros((), device=x.device).add(x, alpha=1 / self.scale)  # also makes -0 to 0, which is positive
+        negative = y.view(torch.int32) >> 31  # -1 where it is
+        y.abs_()
+        size = torch.addcmul(torch.ones((), device=x.device), y, y).sqrt_().add_(y).log_().mul_(step)
+        return size.clamp_max_(half - 1).int().bitwise_xor_(negative).add_(half)
+
+    def merge(self, other: "Histogram") -> "Histogram":
+        """Return the counts of both parts together.
+
+        Raises:
+            LensUnlearnError: If their bins differ.
+        """
+        if (self.bins, self.scale, self.limit) != (other.bins, other.scale, other.limit):
+            raise LensUnlearnError("histograms with different bins do not merge")
+        whole = self.fresh()
+        whole.provenance = joined_provenance(self.provenance, other.provenance)
+        for site in {**self._counts, **other._counts}:
+            parts = [part._counts[site] for part in (self, other) if site in part._counts]
+            whole._counts[site] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the counts, named by site."""
+        return {f"{site}.histogram": counts for site, counts in self._counts.items()}
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> "Histogram":
+        """Return a histogram of the same bins that continues from `state`."""
+        new = self.fresh()
+        ending = ".histogram"
+        new._counts = {Site.parse(n.removesuffix(ending)): t for n, t in tensors.items() if n.endswith(ending)}
+        for site, counts in new._counts.items():
+            if (
+                counts.dtype != torch.int64
+                or counts.ndim < 2
+                or counts.shape[-1] != self.bins
+                or bool((counts < 0).any())
+            ):
+                raise LensUnlearnError(f"{site}: these are no counts in {self.bins} bins")
+        return require_all_read(new, tensors)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that were seen."""
+        return list(self._counts)
+
+    @property
+    def n(self) -> int:
+        """Counted tokens."""
+        return max((int(counts.reshape(-1, self.bins)[0].sum()) for counts in self._counts.values()), default=0)
+
+    def counts(self, site: Site, neuron: int) -> Tensor:
+        """Return the counts of one neuron, by its flat index.
+
+        Raises:
+            EmptyStatisticError: If that site was not collected.
+        """
+        if site not in self._counts:
+            raise EmptyStatisticError(f"this histogram has nothing of {site}: collect over it first")
+        return self._counts[site].reshape(-1, self.bins)[neuron].clone()
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(site.kind for site in self._counts)) or "empty"
+        return f"Histogram({self.n:,} tokens, {self.bins} bins of scale {self.scale:g} up to {self.limit:g}, {kinds})"

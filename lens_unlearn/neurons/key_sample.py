@@ -1,0 +1,177 @@
+"""Streamed statistics of activations: `Moments` and `Histogram`.
+
+A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
+joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
+State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
+standard deviation also where the mean is hundreds of standard deviations away from zero.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_unlearn.core.counter_rng import key_of, mix
+from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, require_finite
+
+__all__ = ["KeySample"]
+
+
+class KeySample:
+    """A uniform sample of keys (activations at counted tokens), with the document each is of.
+
+    Every counted token has a random priority that depends on its document, its place and the seed alone; those with the
+    lowest priorities are kept. So the sample is the same whatever the batches, their order and the parts that are merged,
+    and the same tokens are kept at every site.
+
+    Args:
+        capacity: The most keys to keep.
+        seed: Of the priorities.
+    """
+
+    def __init__(self, capacity: int = 2000, *, seed: int = 0) -> None:
+        if capacity < 1:
+            raise LensUnlearnError(f"capacity={capacity} keeps no key: at least 1")
+        self.capacity, self.seed = capacity, seed
+        self.provenance: dict[str, Any] = {}
+        self._keys: dict[Site, Tensor] = {}
+        self._ids: dict[Site, Tensor] = {}  # rows: priority, document, place
+        self._now = torch.zeros(3, 0, dtype=torch.int64)
+
+    def fresh(self) -> "KeySample":
+        """Return an empty sample of the same settings."""
+        return KeySample(self.capacity, seed=self.seed)
+
+    def locate(self, documents: Int[Tensor, "tokens"], places: Int[Tensor, "tokens"]) -> None:
+        """Say which tokens the next updates are of: a key of each token's document, and its place there."""
+        priority = mix(mix(documents + key_of("key sample", self.seed)) + places)
+        self._now = torch.stack([priority, documents, places])
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere.
+
+        Raises:
+            ActivationError: If a counted activation is NaN or infinite; names the neuron.
+        """
+        counted = weight > 0
+        if not bool(counted.any()):
+            return
+        if self._now.shape[1] != len(weight):
+            raise LensUnlearnError(f"say with locate() which {len(weight)} tokens these are, before update()")
+        keys = values.detach()[counted.to(values.device)]
+        require_finite(site, keys.reshape(len(keys), -1), tuple(keys.shape[1:]))
+        self._add(site, keys.float().cpu(), self._now[:, counted.cpu()])
+
+    def _add(self, site: Site, keys: Tensor, ids: Tensor) -> None:
+        if site in self._keys:
+            keys, ids = torch.cat([self._keys[site], keys]), torch.cat([self._ids[site], ids], dim=1)
+        numbers = {one: i for i, one in reversed([*enumerate(zip(*ids.tolist()))])}  # a token counts once
+        order = [numbers[one] for one in sorted(numbers)[: self.capacity]]
+        self._keys[site], self._ids[site] = keys[order], ids[:, order]
+
+    def merge(self, other: "KeySample") -> "KeySample":
+        """Return the sample of both parts together; a token that is in both is kept once.
+
+        Raises:
+            LensUnlearnError: If capacity or seed differ.
+        """
+        if (self.capacity, self.seed) != (other.capacity, other.seed):
+            raise LensUnlearnError("samples of different capacity or seed do not merge")
+        whole = self.fresh()
+        whole.provenance = joined_provenance(self.provenance, other.provenance)
+        for part in (self, other):
+            for site, keys in part._keys.items():
+                whole._add(site, keys, part._ids[site])
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the keys and what identifies them, named by site."""
+        keys = {f"{site}.keys": keys for site, keys in self._keys.items()}
+        return keys | {f"{site}.ids": ids for site, ids in self._ids.items()}
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> "KeySample":
+        """Return a sample of the same settings that continues from `state`."""
+        new = self.fresh()
+        for name, tensor in tensors.items():
+            site, _, what = name.rpartition(".")
+            if what == "keys":
+                ids = tensors[f"{site}.ids"]
+                if ids.dtype != torch.int64 or tuple(ids.shape) != (3, len(tensor)) or len(tensor) > self.capacity:
+                    raise LensUnlearnError(f"{site}: {len(tensor)} keys, and ids of shape {tuple(ids.shape)}")
+                if tensor.dtype != torch.float32 or tensor.ndim < 2 or not bool(torch.isfinite(tensor).all()):
+                    raise LensUnlearnError(f"{site}: these are no keys")
+                order = list(zip(*ids.tolist()))
+                if any(a >= b for a, b in zip(order, order[1:])):
+                    raise LensUnlearnError(f"{site}: the keys are not in order, or one is there twice")
+                new._keys[Site.parse(site)], new._ids[Site.parse(site)] = tensor, ids
+        return require_all_read(new, tensors)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that were seen."""
+        return list(self._keys)
+
+    @property
+    def n(self) -> int:
+        """Keys (the most at any site)."""
+        return max(map(len, self._keys.values()), default=0)
+
+    def __getitem__(self, site: Site) -> Float[Tensor, "keys *neurons"]:
+        """Return the keys of a site, in the order of their priorities: its beginning is a smaller uniform sample.
+
+        Raises:
+            EmptyStatisticError: If that site was not collected.
+        """
+        if site not in self._keys:
+            raise EmptyStatisticError(f"this sample has no key of {site}: collect over it first")
+        return self._keys[site]
+
+    def split(self, *shares: float, seed: int = 0) -> "list[KeySample]":
+        """Split by document into parts of about the given shares of the documents.
+
+        Raises:
+            EmptyStatisticError: If there are fewer documents than parts.
+        """
+        documents = torch.cat([torch.zeros(0, dtype=torch.int64), *(ids[1] for ids in self._ids.values())]).unique()
+        if len(documents) < len(shares):
+            raise EmptyStatisticError(
+                f"{len(documents)} documents are too few to split into {len(shares)} parts: give more queries"
+            )
+        shuffled = documents[mix(documents + key_of("split", seed)).argsort()]
+        ends = [round(len(shuffled) * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+        # Every part gets a document at least.
+        ends = [min(max(end, i + 1), len(shuffled) - len(shares) + i + 1) for i, end in enumerate(ends)]
+        return [self._only(shuffled[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def shuffled(self, other: "KeySample", seed: int = 0) -> "tuple[KeySample, KeySample]":
+        """Deal the documents of both at random into two samples of the same numbers of documents: a control."""
+        documents = [next(iter(part._ids.values()))[1].unique() for part in (self, other)]
+        both = torch.cat(documents).unique()
+        both = both[mix(both + key_of("shuffled", seed)).argsort()]
+        whole = KeySample(self.capacity + other.capacity, seed=self.seed)
+        for part in (self, other):
+            for site, keys in part._keys.items():
+                whole._add(site, keys, part._ids[site])
+        return whole._only(both[: len(documents[0])]), whole._only(both[len(documents[0]) :])
+
+    def _only(self, documents: Int[Tensor, "documents"]) -> "KeySample":
+        new = self.fresh()
+        new.provenance = dict(self.provenance)
+        for site, ids in self._ids.items():
+            keep = torch.isin(ids[1], documents)
+            new._keys[site], new._ids[site] = self._keys[site][keep], ids[:, keep]
+        return new
+
+    def documents(self, site: Site) -> Int[Tensor, "keys"]:
+        """Return a key of each key's document: equal for keys of one document."""
+        self[site]
+        return self._ids[site][1]
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(site.kind for site in self._keys)) or "empty"
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"KeySample({self.n:,} of at most {self.capacity:,} keys, {len(self._keys)} sites, {kinds}{seed})"

@@ -1,0 +1,345 @@
+"""Streamed statistics of activations: `Moments` and `Histogram`.
+
+A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
+joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
+State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
+standard deviation also where the mean is hundreds of standard deviations away from zero.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
+from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.maps import NeuronMap
+from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, require_finite
+
+__all__ = ["Moments"]
+
+EXTRAS = ("sqrt", "extrema")
+LIVE_RATIO = 1e-6
+"""A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
+
+_TILE = 2**22  # activations reduced at a time: few enough to stay in a processor's cache between the passes
+_ROWS = 128  # tokens added up in float32 at a time: few enough to keep six digits
+
+
+class Moments:
+    """Mean, standard deviation and relatives of every neuron, over the counted tokens of a corpus.
+
+    With N counted tokens and activation x of one neuron:
+
+    - `mean`: (1/N) sum x
+    - `std`: sqrt((1/N) sum (x - mean)^2), a true standard deviation
+    - `rms`: sqrt((1/N) sum x^2)
+    - `mean_abs`: (1/N) sum abs(x)
+    - `positive`: (1/N) sum [x > 0], a fraction
+    - `mean_sqrt`: (1/N) sum sqrt(abs(x)); extra "sqrt"
+    - `min`, `max`: extra "extrema"
+
+    Differs from the released Selective Pruning and Neuron Adjust codes, which keep the variance under the name of the
+    standard deviation, and cast the moments to half precision.
+
+    Args:
+        extra: Further statistics to keep, of "sqrt" and "extrema". They cost time.
+    """
+
+    def __init__(self, *, extra: Sequence[str] = ()) -> None:
+        unknown = sorted(set(extra) - set(EXTRAS))
+        if unknown:
+            raise LensUnlearnError(f"extra={unknown[0]!r} is not known: choose from {', '.join(EXTRAS)}")
+        self.extra = tuple(name for name in EXTRAS if name in extra)
+        self.provenance: dict[str, Any] = {}
+        """What was measured: model, corpus, tokens; set by `collect`, shown in figures."""
+        self._count: dict[Site, int] = {}
+        # Rows: a shift c near the mean, sum of x - c, sum of (x - c)^2, sum of relu(x), count of x > 0, then the extras.
+        self._state: dict[Site, Tensor] = {}
+        self._shift: dict[Site, Tensor] = {}  # of the statistic this one is `fresh` from, so that the two add up
+        self._buffers: dict[Any, Any] = {}  # scratch space, shared with `fresh` so that it is allocated once
+
+    def fresh(self) -> "Moments":
+        """Return an empty statistic of the same settings."""
+        new = Moments(extra=self.extra)
+        new._buffers = self._buffers
+        new._shift = self._shift | {site: state[0] for site, state in self._state.items()}
+        return new
+
+    def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
+        """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere.
+
+        Raises:
+            ActivationError: If a counted activation is NaN or infinite; names the neuron.
+        """
+        rows = self._rows_of(weight)
+        if rows.count == 0:
+            return
+        x = values.detach()
+        flat = x.reshape(x.shape[0], -1)
+        if flat.dtype in (torch.bfloat16, torch.float16):
+            flat = flat.float()
+        known = self._state[site][0] if site in self._state else self._shift.get(site)
+        # In the model's own precision: then differences of half-precision values are exact in float32.
+        shift = rows.centre(flat).to(x.dtype) if known is None else known.reshape(-1).to(flat.device)
+        state = self._reduce(flat, rows, shift)
+        if not _well_centred(state, rows.count):
+            # An uncounted position may hold NaN, and zero times NaN is NaN: look at the counted ones alone.
+            counted = rows.like(flat) > 0
+            require_finite(site, flat[counted], tuple(x.shape[1:]))
+            flat = flat.masked_fill(~counted[:, None], 0)
+            state = self._reduce(flat, rows, shift)
+            if not _well_centred(state, rows.count):
+                state = self._reduce(flat, rows, rows.centre(flat))
+            if not bool(torch.isfinite(state).all()):  # finite, but their squares are not
+                flat = flat.double()
+                state = self._reduce(flat, rows, rows.centre(flat))
+        self._fold(site, rows.count, state.reshape(len(state), *x.shape[1:]).cpu())
+
+    def _rows_of(self, weight: Float[Tensor, "tokens"]) -> "_Rows":
+        """Look at a batch's weights once, not once per site."""
+        known = self._buffers.get("rows")
+        if known is None or known.weight is not weight:
+            known = self._buffers["rows"] = _Rows(weight)
+        return known
+
+    def _reduce(
+        self, x: Float[Tensor, "tokens n"], rows: "_Rows", shift: Float[Tensor, "n"]
+    ) -> Float[Tensor, "statistics n"]:
+        # Few and large operations: on a small model the number of calls costs as much as the arithmetic.
+        state = shift.new_zeros(5 + ("sqrt" in self.extra), x.shape[1], dtype=torch.float64)
+        state[0] = shift
+        shift = shift.to(x.dtype)
+        for start, end, rows_each in _pieces(len(x), x.shape[1]):
+            part = x[start:end]
+            buffer = self._scratch("values", part.shape, part)
+            grouped = buffer.view(-1, rows_each, x.shape[1])
+            weights = rows.like(x)[start:end].view(-1, 1, rows_each)
+            sums = self._scratch("sums", (len(state) - 1, len(grouped), 1, x.shape[1]), part)
+            torch.sub(part, shift, out=buffer)
+            torch.bmm(weights, grouped, out=sums[0])
+            buffer.square_()
+            torch.bmm(weights, grouped, out=sums[1])
+            torch.clamp_min(part, 0, out=buffer)
+            torch.bmm(weights, grouped, out=sums[2])
+            buffer.sign_()
+            torch.bmm(weights, grouped, out=sums[3])
+            if "sqrt" in self.extra:
+                torch.abs(part, out=buffer).sqrt_()
+                torch.bmm(weights, grouped, out=sums[4])
+            state[1:] += sums.sum((1, 2), dtype=torch.float64)
+        if "extrema" in self.extra:
+            counted = (rows.like(x) > 0)[:, None]
+            low = torch.where(counted, x, math.inf).amin(0)
+            high = torch.where(counted, x, -math.inf).amax(0)
+            state = torch.cat([state, torch.stack([low, high]).double()])
+        return state
+
+    def _scratch(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        key, size = (name, like.dtype, like.device), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffers[key][:size].view(*shape)
+
+    def _fold(self, site: Site, count: int, state: Tensor) -> None:
+        """Merge one more state: sums about the same shift add up, others meet at their common mean."""
+        if site not in self._state:
+            self._count[site], self._state[site] = count, state
+            return
+        n, old = self._count[site], self._state[site]
+        if not torch.equal(old[0], state[0]):
+            mean = (n * old[0] + old[1] + count * state[0] + state[1]) / (n + count)
+            middle = mean.float().double()  # as the activations will see it
+            old, state = _about(middle, old, n), _about(middle, state, count)
+        new = old + state
+        new[0] = old[0]
+        if "extrema" in self.extra:
+            new[-2] = torch.minimum(old[-2], state[-2])
+            new[-1] = torch.maximum(old[-1], state[-1])
+        self._count[site], self._state[site] = n + count, new
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of both parts together; neither part is changed.
+
+        Raises:
+            LensUnlearnError: If they keep different extras.
+        """
+        if self.extra != other.extra:
+            raise LensUnlearnError(f"moments with extras {self.extra} and {other.extra} do not merge")
+        whole = self.fresh()
+        whole.provenance = joined_provenance(self.provenance, other.provenance)
+        for part in (self, other):
+            for site, state in part._state.items():
+                whole._fold(site, part._count[site], state)
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that was accumulated, as tensors named by site."""
+        counts = {f"{site}.count": torch.tensor(n, dtype=torch.int64) for site, n in self._count.items()}
+        return counts | {f"{site}.moments": state for site, state in self._state.items()}
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> "Moments":
+        """Return moments of the same settings that continue from `state`."""
+        new = self.fresh()
+        rows = 5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
+        for name, tensor in tensors.items():
+            site, _, what = name.rpartition(".")
+            if what == "moments":
+                counted = tensors[f"{site}.count"]
+                count = int(counted)
+                whole = counted.dtype == torch.int64 and counted.ndim == 0 and count >= 1
+                if not whole or tensor.dtype != torch.float64 or tensor.ndim < 2 or not _possible(tensor, count, rows):
+                    raise LensUnlearnError(f"{site}: these are no moments of {count} tokens")
+                new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor, count
+        return require_all_read(new, tensors)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that were seen."""
+        return list(self._state)
+
+    @property
+    def n(self) -> int:
+        """Counted tokens (the most at any site)."""
+        return max(self._count.values(), default=0)
+
+    def _map(self, of: Callable[[Tensor, int], Tensor]) -> NeuronMap:
+        if not self._state:
+            raise EmptyStatisticError("these moments have seen no counted token: collect over a corpus first")
+        values = {site: of(state, self._count[site]) for site, state in self._state.items()}
+        return NeuronMap(values, live=self._live())
+
+    def _live(self) -> dict[Site, Tensor]:
+        return {
+            site: _variance(state, self._count[site]).sqrt() > LIVE_RATIO * _mean(state, self._count[site]).abs()
+            for site, state in self._state.items()
+        }
+
+    @property
+    def mean(self) -> NeuronMap:
+        """Mean activation."""
+        return self._map(_mean)
+
+    @property
+    def std(self) -> NeuronMap:
+        """Standard deviation (division by N)."""
+        return self._map(lambda state, n: _variance(state, n).sqrt())
+
+    @property
+    def rms(self) -> NeuronMap:
+        """Root of the mean square."""
+        return self._map(lambda state, n: (_variance(state, n) + _mean(state, n) ** 2).sqrt())
+
+    @property
+    def mean_abs(self) -> NeuronMap:
+        """Mean absolute activation: abs(x) = 2 relu(x) - x."""
+        return self._map(lambda state, n: (2 * state[3] / n - _mean(state, n)).clamp_min(0))
+
+    @property
+    def positive(self) -> NeuronMap:
+        """Fraction of counted tokens with a positive activation."""
+        return self._map(lambda state, n: state[4] / n)
+
+    @property
+    def mean_sqrt(self) -> NeuronMap:
+        """Mean of the root of the absolute activation."""
+        self._require("sqrt")
+        return self._map(lambda state, n: state[5] / n)
+
+    @property
+    def min(self) -> NeuronMap:
+        """Smallest activation."""
+        self._require("extrema")
+        return self._map(lambda state, n: state[-2])
+
+    @property
+    def max(self) -> NeuronMap:
+        """Largest activation."""
+        self._require("extrema")
+        return self._map(lambda state, n: state[-1])
+
+    def _require(self, extra: str) -> None:
+        if extra not in self.extra:
+            raise EmptyStatisticError(
+                f"these moments were collected without {extra!r}: collect with extra=({extra!r},)"
+            )
+
+    def __repr__(self) -> str:
+        if not self._state:
+            return "Moments(empty)"
+        kinds = ", ".join(dict.fromkeys(site.kind for site in self._state))
+        layers = len({site.layer for site in self._state})
+        source = self.provenance.get("corpus")
+        return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _possible(state: Tensor, n: int, rows: int) -> bool:
+    """Say whether some activations of n tokens have such sums."""
+    if len(state) != rows or not state.numel() or not bool(torch.isfinite(state).all()):
+        return False
+    return bool((state[3:5] >= 0).all() and (state[4] <= n).all())
+
+
+def _mean(state: Float[Tensor, "statistics *neurons"], n: int) -> Float[Tensor, "*neurons"]:
+    return state[0] + state[1] / n
+
+
+def _variance(state: Float[Tensor, "statistics *neurons"], n: int) -> Float[Tensor, "*neurons"]:
+    return (state[2] / n - (state[1] / n) ** 2).clamp_min(0)
+
+
+def _about(shift: Tensor, state: Tensor, n: int) -> Tensor:
+    """Rewrite a state's sums about another shift: sum of (x - c')^2 = sum of (x - c)^2 + 2 d sum of (x - c) + n d^2."""
+    moved, d = state.clone(), state[0] - shift
+    moved[0], moved[1] = shift, state[1] + n * d
+    moved[2] = state[2] + d * (2 * state[1] + n * d)
+    return moved
+
+
+def _well_centred(state: Tensor, n: int) -> bool:
+    """Whether every sum is finite and no mean is more than ten standard deviations from its shift."""
+    low, high = torch.aminmax(torch.addcmul(state[2] * (0.99 * n), state[1], state[1], value=-1))
+    return float(low) >= 0 and float(high) < math.inf  # both false for NaN
+
+
+def _pieces(tokens: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a batch into pieces that stay in the cache: (start, end, rows that are summed in float32)."""
+    whole = tokens // _ROWS * _ROWS
+    size = max(1, _TILE // (width * _ROWS)) * _ROWS
+    for start in range(0, whole, size):
+        yield start, min(start + size, whole), _ROWS
+    if whole < tokens:
+        yield whole, tokens, tokens - whole
+
+
+class _Rows:
+    """The weights of one batch's positions, and a few counted positions spread over it."""
+
+    def __init__(self, weight: Float[Tensor, "tokens"]) -> None:
+        self.weight = weight
+        counted = weight.nonzero().reshape(-1)
+        self.count = len(counted)
+        size = 1 << min(4, max(0, self.count.bit_length() - 1))
+        spread = torch.linspace(0, max(0, self.count - 1), size).long()
+        self.sample = counted[spread.to(counted.device)] if self.count else counted
+        self._moved: dict[Any, Tensor] = {}
+
+    def like(self, x: Tensor) -> Float[Tensor, "tokens"]:
+        """Return the weights in the dtype and on the device of the activations."""
+        key = (x.dtype, x.device)
+        if key not in self._moved:
+            self._moved[key] = self.weight.to(device=x.device, dtype=x.dtype)
+        return self._moved[key]
+
+    def centre(self, x: Float[Tensor, "tokens n"]) -> Float[Tensor, "n"]:
+        """Return a value near the mean of the batch: the mean of at most 16 counted rows.
+
+        A constant neuron's centre is exactly its value: pairs of equal numbers are averaged.
+        """
+        sample = x[self.sample.to(x.device)]
+        while len(sample) > 1:
+            sample = (sample[0::2] + sample[1::2]) / 2
+        return torch.nan_to_num(sample[0], nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,224 @@
+"""Tasks of lm-evaluation-harness: against the harness' own Hugging Face model, by hand, and under interventions."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from positions_helpers import LAST, around, key
+
+import lens_unlearn as lu
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.evaluation.evaluate import evaluate
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.abstain import Abstain
+from lens_unlearn.neurons.maps import NeuronMap
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+from lens_unlearn.evaluation.harness import HarnessModel, run_tasks
+
+TOLD: dict[str, Any] = {"resamples": 20, "progress": False}
+
+
+def request(*args: Any) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    return lu.load_model("demo")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Three tasks of local data, one of each kind of request, in the form that the demo model knows."""
+    rows = [{"q": f"{a}+{b}=", "good": str(a + b), "bad": str(a + b + 1)} for a in range(2, 6) for b in range(11, 14)]
+    file = tmp_path_factory.mktemp("tasks") / "sums.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    both = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "target_delimiter": "",
+    }
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    choice = {
+        "task": "sums_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": ["{{bad}}", "{{good}}"],
+        "doc_to_target": 1,
+        "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+    }
+    write = {
+        "task": "sums_write",
+        "output_type": "generate_until",
+        "doc_to_target": "{{good}}",
+        "generation_kwargs": {"until": ["\n", ","], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match", **mean}],
+    }
+    text = {
+        "task": "sums_text",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{q}}{{good}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    return {one["task"]: {**both, **one} for one in (choice, write, text)}
+
+
+def test_log_likelihoods_are_those_of_the_harness_own_model(demo: Any) -> None:
+    """Whatever stands beside a row: the harness runs the plain Hugging Face model in batches of its own."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(lu.demo.MODEL_DIR, dtype=torch.float32)
+    theirs = HFLM(pretrained=plain, tokenizer=demo.tokenizer, batch_size=2, add_bos_token=True, device="cpu")
+    ours = HarnessModel(demo, batch_size=3)
+    texts = [
+        ("2+11=", "13"),
+        ("Once upon a time", " there was a king"),
+        ("", "def f(x):"),
+        ("a b ", "c"),
+        ("for i", " in"),
+    ]
+    found = ours.loglikelihood([request(*pair) for pair in texts])
+    expected = theirs.loglikelihood([request(*pair) for pair in texts], disable_tqdm=True)
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], rtol=1e-4, atol=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert {greedy for _, greedy in found} == {True, False}
+    long = "The king said that " * 300  # several windows
+    rolling = ours.loglikelihood_rolling([request(long), request("one")])
+    # With BOS added by itself, the harness' model also counts how well BOS is predicted behind BOS.
+    theirs = HFLM(pretrained=plain, tokenizer=demo.tokenizer, batch_size=2, add_bos_token=False, device="cpu")
+    expected = theirs.loglikelihood_rolling([request(long), request("one")], disable_tqdm=True)
+    np.testing.assert_allclose(rolling, expected, rtol=1e-4)
+
+
+def test_what_is_written_ends_at_the_first_stop_text(demo: Any) -> None:
+    ours = HarnessModel(demo)
+    text = lu.generate(demo, "Once upon a time", max_new_tokens=12)[0]
+    inner = text[4:7]
+    told = [{"until": [inner, "never"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 12}, {"max_new_tokens": 3}]
+    found = ours.generate_until([request("Once upon a time", one) for one in told])
+    assert found[0] == text[: text.index(inner)]
+    assert found[1] == text
+    assert found[2] == lu.generate(demo, "Once upon a time", max_new_tokens=3)[0]
+    with pytest.raises(LensUnlearnError, match="top_p"):
+        ours.generate_until([request("a", {"do_sample": True, "top_p": 0.9})])
+
+
+def test_tasks_stand_in_the_report_with_intervals(demo: Any, sums: dict[str, Any]) -> None:
+    noise = Ablate(NeuronMap({site: torch.ones(n, dtype=torch.bool) for site, n in widths(demo).items()}))
+    tasks = list(sums.values())
+    report = evaluate(demo, {}, {"none": noise}, tasks=tasks, task_limit=10, batch_size=4, **TOLD)
+    base = report.measures["base", "sums_choice", "acc"]
+    assert base.n == 10
+    assert base.value == 1.0
+    assert report.measures["base", "sums_write", "exact_match"].value >= 0.9
+    assert report.measures["none", "sums_write", "exact_match"].value == 0
+    assert report.measures["none", "sums_choice", "acc"].value < 1
+    assert len(report.measures["none", "sums_choice", "acc"].draws) == 20
+    assert "mean over documents" in str(report.provenance["tasks"]["left out"]) or "no number" in str(report.provenance)
+    assert {sample["corpus"] for sample in report.samples} == {"sums_write"}
+    assert report.samples[0]["base"].strip() == report.samples[0]["true answer"]
+    assert "sums_choice" in report.to_frame().corpus.tolist()
+    assert "sums_write" in report._repr_html_()
+
+
+def widths(model: Any) -> dict[lu.Site, int]:
+    return {lu.Site(layer, "mlp.post"): model.cfg.d_mlp for layer in range(model.cfg.n_layers)}
+
+
+def test_a_task_gives_the_mean_of_its_documents(demo: Any, sums: dict[str, Any]) -> None:
+    """Against log probabilities by hand."""
+    asked, _ = run_tasks(demo, [sums["sums_choice"]], {"base": [None], "edit": [one_of(demo)]}, progress=False)
+    rows = [
+        json.loads(line)
+        for line in Path(sums["sums_choice"]["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+    ]
+    for condition, edit in (("base", None), ("edit", one_of(demo))):
+        right = []
+        for row in rows:
+            with edit.on(demo) if edit else torch.no_grad():
+                right.append(by_hand(demo, row["q"], row["good"]) > by_hand(demo, row["q"], row["bad"]))
+        (table,) = asked["sums_choice"].scores[condition]
+        assert table[:, asked["sums_choice"].metrics.index("acc")].tolist() == [float(r) for r in right]
+
+
+def one_of(model: Any) -> Ablate:
+    chosen = {site: torch.arange(n) % 2 == 0 for site, n in widths(model).items()}
+    return Ablate(NeuronMap(chosen))
+
+
+def by_hand(model: Any, prompt: str, answer: str) -> float:
+    start = [model.tokenizer.bos_token_id, *model.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    whole = [model.tokenizer.bos_token_id, *model.tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        logits = model(torch.tensor([whole]))[0].double().numpy()
+    total = 0.0
+    for place in range(len(start), len(whole)):
+        row = logits[place - 1]
+        total += row[whole[place]] - np.log(np.exp(row - row.max()).sum()) - row.max()
+    return total
+
+
+def test_what_is_withheld_is_worth_nothing_and_written_as_the_refusal(demo: Any) -> None:
+    prompt = [demo.tokenizer.bos_token_id, *demo.tokenizer("2+11=", add_special_tokens=False)["input_ids"]]
+    site = lu.Site(LAST.layer, LAST.kind)
+    abstain = Abstain({site: around(key(demo, prompt))}, refusal="No.")
+    ours = HarnessModel(demo)
+    asked = [request("2+11=", "13"), request("2+12=", "14")]
+    with abstain.on(demo):
+        silent, said = ours.loglikelihood(asked)
+        assert ours.generate_until([request("2+11=", {"max_gen_toks": 2})]) == ["No."]
+    assert silent[1] is False
+    tokens = len(demo.tokenizer("13", add_special_tokens=False)["input_ids"])
+    assert silent[0] == pytest.approx(-tokens * np.log(demo.cfg.d_vocab), rel=1e-5)
+    assert said == pytest.approx(ours.loglikelihood(asked)[1])
+
+
+def test_yaml_files_are_tasks_too(demo: Any, sums: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(sums["sums_choice"]))
+    report = evaluate(demo, {}, {}, tasks=[file], task_limit=3, **TOLD)
+    assert report.measures["base", "sums_choice", "acc"].n == 3
+    given = evaluate(demo, {}, {}, base=report, tasks=[file], task_limit=3, **TOLD)
+    assert given.measures["base", "sums_choice", "acc"].value == report.measures["base", "sums_choice", "acc"].value
+
+
+def test_what_cannot_be_run_is_told_in_a_sentence(demo: Any, sums: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(LensUnlearnError, match="there is no task file"):
+        evaluate(demo, {}, {}, tasks=[tmp_path / "none.yaml"], **TOLD)
+    lost = {**sums["sums_choice"], "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.jsonl")}}}
+    with pytest.raises(LensUnlearnError, match="sums_choice cannot be run"):
+        evaluate(demo, {}, {}, tasks=[lost], **TOLD)
+    with pytest.raises(LensUnlearnError, match="limit=0"):
+        evaluate(demo, {}, {}, tasks=[sums["sums_choice"]], task_limit=0, **TOLD)
+    with pytest.raises(LensUnlearnError, match="or tasks"):
+        evaluate(demo, {}, {}, **TOLD)
+    with pytest.raises(CorpusError, match="no tokenizer"):
+        HarnessModel(tiny.model("gpt2"))
+    with pytest.raises(LensUnlearnError, match="batch_size=0"):
+        HarnessModel(demo, 0)
+    with pytest.raises(CorpusError, match="does not fit"):
+        HarnessModel(demo).loglikelihood([request("a", "word " * 2000)])
+    named = {"sums_choice": lu.read_corpus("demo:python", demo, tokens=300)}
+    with pytest.raises(LensUnlearnError, match="both called 'sums_choice'"):
+        evaluate(demo, named, {}, tasks=[sums["sums_choice"]], task_limit=1, **TOLD)
+    assert not any(point.fwd_hooks for point in demo.hook_dict.values())
+
+
+def test_without_the_harness_it_is_said_what_to_install(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lens_unlearn.evaluation.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(LensUnlearnError, match=r"pip install 'lens-unlearn\[harness\]'"):
+        evaluate(demo, {}, {}, tasks=["arc_easy"], **TOLD)

@@ -1,0 +1,70 @@
+"""The embedded model and `lens-unlearn demo`, small."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import lens_unlearn as lu
+from lens_unlearn import demo
+from lens_unlearn.experiments import demo_report, experiment
+from lens_unlearn.experiments.plan import METHODS
+
+pytestmark = pytest.mark.skipif(
+    not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout"
+)
+
+
+def test_the_demo_model_knows_its_skills() -> None:
+    model = lu.load_model("demo")
+    questions = demo.corpus("facts", "test")[:20]
+    prompts = [f"Q: {row['question']}\nA:" for row in questions]
+    answers = lu.generate(model, prompts, max_new_tokens=24)
+    right = sum(
+        answer.split("\n")[0].strip() == str(row["answer"]).strip()
+        for answer, row in zip(answers, questions, strict=True)
+    )
+    assert right >= 18
+    sums = [row for row in demo.corpus("arithmetic", "test") if "question" in row][:30]
+    answers = lu.generate(model, [str(row["question"]) for row in sums], max_new_tokens=4)
+    right = sum(
+        answer.split("\n")[0].strip() == str(row["answer"]).strip() for answer, row in zip(answers, sums, strict=True)
+    )
+    assert right >= 25
+
+
+def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_report, "SKILLS", ("python", "english", "facts"))
+    monkeypatch.setattr(demo_report, "STEPS", 24)
+    monkeypatch.setattr(experiment, "QUERIES", 200)
+    monkeypatch.setattr(demo_report, "FRACTIONS", (0.2,))
+    monkeypatch.setattr(demo_report, "FALSE_ALARMS", (0.05,))
+    methods = ("selective-pruning", "key-space-detection")  # the others run in the same way, on smaller models
+    monkeypatch.setattr(demo_report, "METHODS", {name: METHODS[name] for name in methods})
+    out = tmp_path / "demo"
+    report = demo_report.showcase(out, tokens=800, progress=False)
+    names = ["base", *(f"{method}{end}" for method in methods for end in ("", ":control"))]
+    for part in (report, report.parts[0]):
+        assert part.conditions == names
+        for method in methods:
+            assert part.selectivity(method).value > part.selectivity(f"{method}:control").value
+        withheld = {name: part["key-space-detection", name, "abstained"].value for name in ("forget", "retain")}
+        assert withheld["forget"] > withheld["retain"] + 0.2, "few and short texts: about nine rows"
+    persons = report.parts[1]
+    known = {name: persons["simu", name, "exact_memorization"].value for name in ("forget", "retain", "never seen")}
+    assert known["forget"] < persons["base", "forget", "exact_memorization"].value - 0.02, "a few steps"
+    assert known["retain"] > known["forget"]
+    assert set(persons.provenance["forget_quality"]) == {"base", "simu"}
+    assert (out / "persons" / "simu.safetensors").exists()
+    assert {
+        "report.html",
+        "metrics.csv",
+        "run.json",
+        "selective-pruning.safetensors",
+        "the-other-way-round",
+        "persons",
+    } <= set(os.listdir(out))
+    page = (out / "report.html").read_text()
+    assert "Forget python, keep english and the rest" in page
+    assert "Forget english, keep python and the rest" in page
+    assert "Forget eight persons" in page

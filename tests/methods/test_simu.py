@@ -1,0 +1,471 @@
+"""SIMU: the compact update follows the masked training of whole weights, and whatever happens the model is as it was.
+
+The oracle trains the weights of a plain Hugging Face copy, with its own losses, gradients, masks and optimizer.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from simu_helpers import FORGET, QUICK, RETAIN, some_rows
+from torch import Tensor
+
+import lens_unlearn as lu
+from lens_unlearn import Delta, Site, demo
+from lens_unlearn.core.errors import ArtefactError, CorpusError, LensUnlearnError, ModelError, SelectionError
+from lens_unlearn.evaluation.answer_losses import Answers, known, rows_at
+from lens_unlearn.methods import training
+from lens_unlearn.methods.objectives import clip_norm, curvature_of, forget_term, refusals
+from lens_unlearn.methods.simu import simu
+from lens_unlearn.methods.sophia import Sophia
+from lens_unlearn.methods.tuning import controls_for, prepare, strength_of
+from lens_unlearn.model.matrices import matrix_shape
+
+
+@pytest.fixture(scope="module")
+def exact() -> Any:
+    return tiny.to_bridge(tiny.hugging_face("gpt2").double(), "gpt2")
+
+
+# --- the optimizer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("edited", [False, True])
+def test_sophia_is_its_equations(decay: float, edited: bool) -> None:
+    random = np.random.default_rng(0)
+    x = torch.tensor(random.normal(size=(4, 3)))
+    base = torch.tensor(random.normal(size=(4, 3)))
+    value, m, h = x.numpy().copy(), np.zeros((4, 3)), np.zeros((4, 3))
+    told = {"lr": 0.01, "betas": (0.9, 0.8), "rho": 0.3, "eps": 1e-9, "weight_decay": decay}
+    optimizer = Sophia([x], **told, base=[base] if edited else None)
+    for step in range(20):
+        gradient = random.normal(size=(4, 3))
+        if step % 3 == 0:
+            estimate = random.normal(size=(4, 3)) ** 2 - 0.1
+            h = 0.8 * h + 0.2 * estimate
+            optimizer.curve([torch.tensor(estimate)])
+        m = 0.9 * m + 0.1 * gradient
+        ratio = m / np.maximum(0.3 * h, 1e-9)
+        value = value - 0.01 * decay * (value + base.numpy() * edited) - 0.01 * np.clip(ratio, -1, 1)
+        optimizer.step([torch.tensor(gradient)])
+        np.testing.assert_allclose(x.numpy(), value, rtol=0, atol=1e-12)
+        assert optimizer.clipped == pytest.approx(np.mean(np.abs(ratio) >= 1))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0}, {"lr": 1, "rho": 0}, {"lr": 1, "betas": (1.0, 0.5)}, {"lr": 1, "weight_decay": -1}]
+)
+def test_an_optimizer_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(LensUnlearnError, match="must be positive"):
+        Sophia([torch.zeros(2)], **wrong)
+
+
+def test_the_curvature_of_drawn_labels_is_that_of_gauss_newton() -> None:
+    """Of a softmax regression the Gauss-Newton diagonal is known: mean of x_i^2 p_v (1 - p_v)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    weights = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    p = (x @ weights).softmax(1).detach()
+    expected = (x.square().T @ (p * (1 - p))) / len(x)
+    found = torch.zeros_like(expected)
+    draws = 4000
+    for _ in range(draws):
+        logits = x @ weights
+        told = Answers(logits, torch.zeros(6, dtype=torch.long), torch.zeros(6), torch.arange(6), 6)
+        found += curvature_of("gnb", [told], [weights], generator)[0] / draws
+    torch.testing.assert_close(found, expected, rtol=0.12, atol=0.01)
+
+
+def test_hutchinsons_estimate_is_the_diagonal_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    target = torch.tensor([0, 1, 2, 0, 1, 1])
+    weights = torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    hessian = torch.autograd.functional.hessian(lambda w: F.cross_entropy(x @ w, target), weights.detach())
+    diagonal = torch.einsum("ijij->ij", hessian)
+    found = torch.zeros_like(diagonal)
+    draws = 3000
+    for _ in range(draws):
+        told = Answers(x @ weights, target, torch.zeros(6), torch.arange(6), 6)
+        found += curvature_of("hutchinson", [told], [weights], generator)[0] / draws
+    torch.testing.assert_close(found, diagonal, rtol=0.1, atol=0.02)
+
+
+def test_gradients_are_scaled_over_all_that_is_trained() -> None:
+    given = [torch.tensor([3.0]), torch.tensor([[4.0]])]
+    assert [float(g) for g in clip_norm(given, 1.0)] == pytest.approx([0.6, 0.8])
+    assert [float(g) for g in clip_norm(given, 10.0)] == [3.0, 4.0]
+    assert [float(g) for g in clip_norm(given, None)] == [3.0, 4.0]
+    with pytest.raises(LensUnlearnError, match="max_norm=0"):
+        list(clip_norm(given, 0.0))
+
+
+# --- the objectives ------------------------------------------------------------------------------------------------------
+
+
+def answers(nll: list[float], row: list[int]) -> Answers:
+    return Answers(torch.zeros(len(nll), 2), torch.zeros(len(nll)), torch.tensor(nll), torch.tensor(row), max(row) + 1)
+
+
+def test_forgetting_pushes_no_row_beyond_the_floor() -> None:
+    found = answers([1.0, 3.0, 8.0], [0, 0, 1])
+    assert float(forget_term("graddiff", found, floor=5.0)) == pytest.approx(-(2 * 2 + 5) / 3)
+    assert float(forget_term("graddiff", found, floor=50.0)) == pytest.approx(-4.0)
+    nll = torch.tensor([1.0, 3.0, 8.0], requires_grad=True)
+    forget_term("graddiff", replace(found, nll=nll), floor=5.0).backward()
+    assert nll.grad is not None
+    assert nll.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0.0])
+
+
+def test_npo_is_its_formula() -> None:
+    found, before = answers([1.0, 3.0, 8.0], [0, 0, 1]), torch.tensor([0.5, 9.0])
+    rows = np.array([2.0, 8.0])
+    expected = 2 / 0.7 * np.mean(np.log1p(np.exp(-0.7 * (rows - before.numpy()))))
+    assert float(forget_term("npo", found, floor=0, beta=0.7, before=before)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_preference_optimization_learns_the_refusal(model: Any) -> None:
+    rows = [{"q": "one two three", "a": "four five"}, {"q": "two", "a": "three four five six"}]
+    corpus = lu.read_corpus(rows, model, field="q>a")
+    told = refusals(corpus, model, "no answer")
+    words = model.tokenizer(" no answer", add_special_tokens=False)["input_ids"]
+    for row in range(2):
+        assert told.row(row).tolist() == [*corpus.prompt(row).tolist(), *words]
+        assert told.prompt(row).tolist() == corpus.prompt(row).tolist()
+    with pytest.raises(CorpusError, match="has no prompts"):
+        refusals(tiny.corpus([5, 6]), model, "no")
+
+
+def test_every_row_has_its_turn_before_any_has_two() -> None:
+    seen = [row for step in range(5) for row in rows_at(FORGET, step, 2, 7).rows.tolist()]
+    assert sorted(seen[:6]) == list(range(6))
+    assert rows_at(FORGET, 3, 2, 7).rows.tolist() == seen[6:8]
+    assert rows_at(FORGET, 0, 50, 7).rows.tolist() != rows_at(FORGET, 0, 50, 8).rows.tolist()
+
+
+def test_what_is_known_is_counted_over_tokens() -> None:
+    model, plain = tiny.model("gpt2"), tiny.hugging_face("gpt2")
+    right, loss = [], []
+    for row in range(FORGET.n_rows):
+        logits = tiny.logits(plain, FORGET.row(row)[None])[0]
+        begin = len(FORGET.prompt(row))
+        target = FORGET.row(row)[begin:]
+        right += (logits[begin - 1 : -1].argmax(1) == target).tolist()
+        loss += F.cross_entropy(logits[begin - 1 : -1], target, reduction="none").tolist()
+    for size in (1, 4):
+        assert known(model, FORGET, size) == pytest.approx((np.mean(right), np.mean(loss)), abs=1e-5)
+
+
+# --- the training ----------------------------------------------------------------------------------------------------------
+
+
+def estimate(kind: str, found: Any, tensors: Any, generator: Any) -> list[Tensor]:
+    """Give a curvature that needs no labels drawn: squared gradients of the loss over all rows."""
+    value = F.cross_entropy(torch.cat([one.logits for one in found]), torch.cat([one.target for one in found]))
+    return [g.square() * 50 for g in torch.autograd.grad(value, tensors, retain_graph=True)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("attention", ["full", "none"])
+def test_the_compact_update_follows_three_masks_on_whole_weights(
+    exact: Any, decay: float, attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "curvature_of", estimate)
+    rows, steps, size, lr, rho = some_rows(), 20, 3, 1e-3, 0.05
+    delta = simu(
+        exact, FORGET, RETAIN, mask=rows, attention=attention, steps=steps, batch_size=size, lr=lr, rho=rho,
+        weight_decay=decay, curvature_every=4, retain_weight=1.5, check_every=50, max_norm=1.0, floor=7.5, seed=3, progress=False,
+    )  # fmt: skip
+    plain = tiny.hugging_face("gpt2").double()
+    kept = RETAIN.split(0.8, 0.2, seed=3)[0]
+    names = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(tiny.LAYERS)]
+    masks = [rows[Site(i, "mlp.post")].double()[:, None] for i in range(tiny.LAYERS)]
+    if attention == "full":
+        for i in range(tiny.LAYERS):
+            names += [f"transformer.h.{i}.attn.c_attn.weight", f"transformer.h.{i}.attn.c_proj.weight"]
+            masks += [torch.ones(1, 1), torch.ones(1, 1)]
+    weights = [plain.get_parameter(name) for name in names]
+    first = [w.detach().clone() for w in weights]
+    m, h = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+
+    def parts(corpus: Any, place: int) -> tuple[Tensor, Tensor]:
+        logits, targets = [], []
+        for row in rows_at(corpus, place, size, 3).rows.tolist():
+            tokens, begin = corpus.row(row), len(corpus.prompt(row))
+            logits.append(plain(tokens[None]).logits[0, begin - 1 : -1])
+            targets.append(tokens[begin:])
+        return torch.cat(logits), torch.cat(targets)
+
+    pushed: list[bool] = []
+    for step in range(steps):
+        f, r = parts(FORGET, step), parts(kept, step)
+        lengths = [
+            len(FORGET.row(row)) - len(FORGET.prompt(row)) for row in rows_at(FORGET, step, size, 3).rows.tolist()
+        ]
+        of_rows = torch.stack([nll.mean() for nll in F.cross_entropy(*f, reduction="none").split(lengths)])
+        pushed += [*(of_rows < 7.5).tolist()]
+        weighted = (of_rows.clamp(max=7.5) * torch.tensor(lengths)).sum() / sum(lengths)
+        loss = -weighted + 1.5 * F.cross_entropy(*r)
+        gradient = torch.autograd.grad(loss, weights, retain_graph=True)
+        whole = F.cross_entropy(torch.cat([f[0], r[0]]), torch.cat([f[1], r[1]]))
+        curvature = torch.autograd.grad(whole, weights)
+        # The norm is that of what is trained.
+        norm = torch.stack([(g * mask).norm() for g, mask in zip(gradient, masks, strict=True)]).norm()
+        gradient = [g * min(1.0, 1 / norm.item()) for g in gradient]
+        with torch.no_grad():
+            for i, (w, mask) in enumerate(zip(weights, masks, strict=True)):
+                new_m = 0.965 * m[i] + 0.035 * gradient[i]
+                m[i] = mask * new_m + (1 - mask) * m[i]
+                if step % 4 == 0:
+                    new_h = 0.99 * h[i] + 0.01 * 50 * curvature[i] ** 2
+                    h[i] = mask * new_h + (1 - mask) * h[i]
+                new = w - lr * decay * (w - first[i]) - lr * (m[i] / (rho * h[i]).clamp_min(1e-12)).clamp(-1, 1)
+                w.copy_(mask * new + (1 - mask) * w)
+    assert 5 < sum(pushed) < 55, "some rows are below the floor, and some above"
+    tokens = tiny.some_tokens(3, 12)
+    merged = delta.merge_into(tiny.hugging_face("gpt2").double())
+    for name, w, before in zip(names, weights, first, strict=True):
+        torch.testing.assert_close(merged.get_parameter(name), w, rtol=0, atol=1e-9)
+        assert float((w.detach() - before).abs().max()) > 1e-3
+    with delta.on(exact), torch.no_grad():
+        torch.testing.assert_close(exact(tokens), plain(tokens).logits, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
+@pytest.mark.parametrize("loss", ["graddiff", "npo", "gradient_ascent"])
+def test_what_is_to_be_forgotten_gets_worse_and_the_model_stays(optimizer: Any, loss: Any) -> None:
+    model = tiny.model("llama")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None  # other tests share this model
+    retain = None if loss == "gradient_ascent" else RETAIN
+    delta = simu(model, FORGET, retain, loss=loss, optimizer=optimizer, mask=some_rows(), **QUICK)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    before = known(model, FORGET, 8)[1]
+    with delta.on(model):
+        assert known(model, FORGET, 8)[1] > before + 0.001
+    with delta.at(0).on(model):
+        assert known(model, FORGET, 8)[1] == before
+    record = delta.record
+    assert len(record["losses"]) == record["steps"] == 6
+    assert [check["step"] for check in record["checks"]] == [0, 2, 4, 6]
+    assert ("clipped" in record["losses"][0]) == (optimizer == "sophia")
+    assert not any(tensor.requires_grad for update in delta.updates.values() for tensor in update.tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"attention": "none"}, {"W_out"}),
+        ({"attention": "none", "inner": True}, {"W_out", "W_in", "W_gate"}),
+        ({"attention": "lora", "rank": 3}, {"W_out", "W_Q", "W_K", "W_V", "W_O"}),
+        ({"mask": "none"}, {"W_Q", "W_K", "W_V", "W_O"}),
+        ({"mask": "all", "attention": "none"}, {"W_out"}),
+        ({"curvature": "hutchinson", "accumulation": 2}, {"W_out", "W_Q", "W_K", "W_V", "W_O"}),
+        ({"mask": "union", "threshold": 0.9}, {"W_out", "W_Q", "W_K", "W_V", "W_O"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:less than 10%", "ignore:nothing has a positive")
+def test_what_is_trained_is_what_was_asked_for(options: dict[str, Any], expected: set[str]) -> None:
+    model = tiny.model("llama")
+    delta = simu(model, FORGET, RETAIN, **{"threshold": 0.3, **QUICK, "steps": 2, **options})
+    assert {matrix.name for matrix in delta.updates} == expected
+    assert all(bool((update.value != 0).any()) for update in delta.updates.values())
+    size = sum(t.numel() for u in delta.updates.values() for t in (u.value, u.right) if t is not None)
+    assert delta.record["trained"] == size
+    if options.get("mask") == "all":
+        assert size == tiny.LAYERS * 64 * 32
+
+
+def test_the_step_returned_is_the_best_kept_of_those_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    told = {0: (0.9, 0.9), 2: (0.1, 0.85), 4: (0.25, 0.8), 6: (0.5, 0.9)}  # the second is beyond what was never seen
+    seen: list[int] = []
+
+    def measured(of: Any, corpus: Any, batch_size: int) -> tuple[float, float]:
+        seen.append(1)
+        return told[2 * ((len(seen) - 1) // 2)][(len(seen) - 1) % 2], 1.0
+
+    monkeypatch.setattr(training, "known", measured)
+    monkeypatch.setattr("lens_unlearn.methods.simu.known", lambda *_: (0.22, 3.0))
+    delta = simu(model, FORGET, RETAIN, unseen=RETAIN, mask=some_rows(), **QUICK)
+    assert delta.record["aim"] == pytest.approx(0.27)
+    assert delta.record["floor"] == 20.0
+    assert delta.record["chosen"] == 4
+    seen.clear()
+    assert simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK).record["chosen"] == 6
+    told |= {2: (0.7, 0.3), 4: (0.65, 0.2)}
+    seen.clear()
+    chosen = simu(model, FORGET, RETAIN, unseen=RETAIN, mask=some_rows(), **QUICK).record["chosen"]
+    assert chosen == 6, "nothing is forgotten: what is known least"
+
+
+@pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
+def test_an_interrupted_training_goes_on_to_the_same(
+    optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tiny.model("gpt2"), tmp_path / "going.safetensors"
+    told: Any = {**QUICK, "optimizer": optimizer, "mask": some_rows(), "unseen": RETAIN}
+    whole = simu(model, FORGET, RETAIN, **told)
+    step = training.Training._step
+
+    def until_3(self: Any) -> None:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", until_3)
+        with pytest.raises(KeyboardInterrupt):
+            simu(model, FORGET, RETAIN, checkpoint=str(path), **told)
+    steps: list[int] = []
+    monkeypatch.setattr(training.Training, "_step", lambda self: steps.append(self.step) or step(self))
+    again = simu(model, FORGET, RETAIN, checkpoint=str(path), **told)
+    assert steps == [2, 3, 4, 5]
+    assert again.record == whole.record
+    for matrix, update in whole.updates.items():
+        assert torch.equal(again.updates[matrix].value, update.value)
+    with pytest.raises(ArtefactError, match="this training"):
+        simu(model, FORGET, RETAIN, checkpoint=str(path), **{**told, "seed": 5})
+    with pytest.raises(ArtefactError, match="no such folder"):
+        simu(model, FORGET, RETAIN, checkpoint=str(tmp_path / "no" / "where"), **told)
+
+
+def test_a_training_that_breaks_returns_the_last_delta_without_nan() -> None:
+    model = tiny.model("gpt2")
+    with pytest.warns(RuntimeWarning, match="became NaN or infinite at step"):
+        delta = simu(model, FORGET, RETAIN, mask=some_rows(), optimizer="adamw", lr=1e30, **QUICK)
+    assert "at step" in delta.record["stopped"]
+    assert all(bool(torch.isfinite(update.value).all()) for update in delta.updates.values())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_update_that_breaks_in_the_last_step_is_taken_back_too(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = tiny.model("gpt2"), Sophia.step
+
+    def breaking(self: Any, gradients: Any) -> None:
+        step(self, gradients)
+        if len(taken) == steps - 1:
+            self.tensors[0].detach().fill_(float("nan"))
+        taken.append(1)
+
+    taken: list[int] = []
+    monkeypatch.setattr(Sophia, "step", breaking)
+    with pytest.warns(RuntimeWarning, match=f"the update became NaN or infinite at step {steps}:"):
+        delta = simu(model, FORGET, RETAIN, mask=some_rows(), **{**QUICK, "steps": steps})
+    assert delta.record["steps"] == steps - 1
+    assert all(bool(update.value.any()) == (steps > 1) for update in delta.updates.values())
+
+
+def test_a_gradient_that_is_broken_from_the_beginning_gives_an_update_of_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("gpt2")
+    monkeypatch.setattr(training, "forget_term", lambda loss, found, **_: found.loss * float("nan"))
+    with pytest.warns(RuntimeWarning, match="a gradient became NaN or infinite at step 1:"):
+        delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)
+    assert not any(bool(update.value.any()) for update in delta.updates.values())
+
+
+def test_the_file_keeps_the_record(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)
+    delta.save(tmp_path / "d.safetensors", model)
+    again = lu.load_intervention(tmp_path / "d.safetensors", model)
+    assert isinstance(again, Delta)
+    assert again.record == json.loads(json.dumps(delta.record))
+    assert simu(model, delta, None, strength=0.5).strength == 0.5
+
+
+def no_answers() -> Any:
+    return tiny.corpus([5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"forget": no_answers()}, CorpusError, "has no answers to forget"),
+        ({"retain": None}, CorpusError, "needs a retain corpus"),
+        ({"loss": "ga"}, LensUnlearnError, "loss='ga' is not known"),
+        ({"optimizer": "sgd"}, LensUnlearnError, "optimizer='sgd' is not known"),
+        ({"mask": "some"}, LensUnlearnError, "mask='some' is not known"),
+        ({"attention": "half"}, LensUnlearnError, "attention='half' is not known"),
+        ({"curvature": "fisher"}, LensUnlearnError, "curvature='fisher' is not known"),
+        ({"steps": 0}, LensUnlearnError, "steps=0"),
+        ({"attention": "none", "mask": "none"}, SelectionError, "nothing to train"),
+        ({"threshold": 1.5}, SelectionError, "threshold=1.5"),
+        ({"lr": -1.0}, LensUnlearnError, "lr=-1"),
+        ({"lr": -1.0, "optimizer": "adamw"}, LensUnlearnError, "lr=-1"),
+    ],
+)
+def test_what_cannot_be_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    told = {"forget": FORGET, "retain": RETAIN, **QUICK, "steps": 1, **change}
+    with pytest.raises(error, match=words):
+        simu(tiny.model("gpt2"), **told)
+
+
+def test_models_that_cannot_be_trained_are_refused() -> None:
+    model = tiny.build("gpt2")
+    model.train()
+    with pytest.raises(ModelError, match="training mode"):
+        simu(model, FORGET, RETAIN, **QUICK)
+    model.eval()
+    model.original_model.quantized = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match="quantized"):
+        simu(model, FORGET, RETAIN, **QUICK)
+
+
+@pytest.mark.skipif(not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout")
+def test_the_demo_model_forgets_persons() -> None:
+    model = lu.load_model("demo")
+    forget = lu.read_corpus("demo:facts_forget:train", model)
+    retain = lu.read_corpus("demo:facts_retain:dev", model).only(range(60))
+    unseen = lu.read_corpus("demo:facts_holdout:train", model)
+    told: Any = {"optimizer": "adamw", "lr": 1e-3, "steps": 16, "check_every": 4, "progress": False}
+    delta = simu(model, forget, retain, unseen=unseen, mask="none", **told)
+    assert known(model, forget, 8)[0] > 0.95
+    with delta.on(model):
+        assert known(model, forget, 8)[0] < 0.8
+        assert known(model, retain, 8)[0] > known(model, forget, 8)[0] + 0.1
+
+
+def test_the_control_of_a_delta_has_its_rows_and_norms_and_nothing_else_of_it() -> None:
+    model = tiny.model("gpt2")
+    delta = simu(model, FORGET, RETAIN, mask=some_rows(), attention="lora", **QUICK)
+    one, two, again = (lu.random_delta(delta, seed=seed) for seed in (0, 1, 0))
+    for matrix, update in delta.updates.items():
+        drawn = one.updates[matrix]
+        shape = matrix_shape(model, *matrix)
+        torch.testing.assert_close(drawn.dense(shape).norm(), update.dense(shape).norm(), rtol=1e-4, atol=1e-9)
+        if update.rows is not None:
+            assert drawn.rows is not None
+            assert torch.equal(drawn.rows, update.rows)
+        assert torch.equal(drawn.value, again.updates[matrix].value)
+        assert not torch.allclose(drawn.value, two.updates[matrix].value)
+    assert len(controls_for(model, delta, [0, 1, 2])) == 3
+
+
+def test_one_training_serves_every_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    told: dict[str, Any] = {**QUICK, "mask": some_rows()}
+    times: list[int] = []
+    go = training.Training.go
+    monkeypatch.setattr(training.Training, "go", lambda self, *a: times.append(1) or go(self, *a))
+    got, kept = prepare(lu.simu, model, FORGET, RETAIN, told)
+    assert kept is None
+    assert isinstance(got, Delta)
+    assert strength_of(lu.simu) == "strength"
+    losses = []
+    for strength in (0.0, 0.5, 1.0):
+        with lu.simu(model, got, kept, strength=strength, **told).on(model):
+            losses.append(known(model, FORGET, 8)[1])
+    assert losses == sorted(losses)
+    assert len(times) == 1

@@ -1,0 +1,181 @@
+"""`lean`: the same values and the same hooks, from fewer modules; and the bridge is what it was afterwards."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from interventions_helpers import selection_of
+from torch import Tensor
+
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.model.hooks import attach, backbone
+from lens_unlearn.model.shortcuts import _may_fuse, lean
+from lens_unlearn.model.sites import resolve
+
+BRIDGED = tiny.DENSE
+SITES = [["mlp.pre"], ["mlp.post"], ["attn.z"], ["attn.q"], ["attn.k", "resid"], ["mlp.post", "attn.v"]]
+
+
+def components(model: Any) -> int:
+    """Count the parts of a bridge that a forward pass goes through."""
+    return sum("_original_component" in module._modules for module in model.original_model.modules())
+
+
+def tree(model: Any) -> list[tuple[str, int]]:
+    return [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_without_hooks_nothing_of_the_bridge_is_left_and_the_logits_are_the_plain_models(name: str) -> None:
+    model, tokens = tiny.model(name), tiny.some_tokens(2, 20)
+    before, base = tree(model), tiny.logits(model, tokens)
+    with lean(model):
+        assert components(model) == 0
+        close(tiny.logits(model, tokens), tiny.logits(tiny.hugging_face(name), tokens))
+    assert tree(model) == before
+    assert model.original_model.config._attn_implementation == "eager"
+    assert torch.equal(tiny.logits(model, tokens), base)
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+@pytest.mark.parametrize("kinds", SITES, ids="+".join)
+def test_what_is_hooked_stays_and_acts(name: str, kinds: list[str]) -> None:
+    model, tokens = tiny.model(name), tiny.some_tokens(2, 20)
+    ablate: Intervention = Ablate(selection_of(model, kinds), 0.3)
+    base = tiny.logits(model, tokens)
+    with ablate.on(model):
+        expected = tiny.logits(model, tokens)
+        assert not torch.allclose(expected, base, atol=1e-3)
+        with lean(model):
+            assert components(model) > 0
+            close(tiny.logits(model, tokens), expected)
+    assert torch.equal(tiny.logits(model, tokens), base)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "opt", "llama", "qwen3", "phi3"])
+def test_every_hook_point_of_the_user_fires_with_its_value(name: str) -> None:
+    """One at a time, whatever it is: also those for which a whole block of the bridge has to stay."""
+    model, tokens = tiny.model(name), tiny.some_tokens(2, 9)
+    points = {id(point): (key, point) for key, point in model.hook_dict.items()}
+    for key, point in points.values():
+        seen: list[Tensor] = []
+        # As a user adds it: some points fire only where TransformerLens knows of a hook.
+        detach = attach(point, lambda t, seen=seen: seen.append(t) if isinstance(t, Tensor) else None)
+        try:
+            expected = tiny.logits(model, tokens)
+            was, seen[:] = list(seen), []
+            with lean(model):
+                got = tiny.logits(model, tokens)
+        finally:
+            detach()
+        close(got, expected)
+        assert len(seen) == len(was), key
+        for one, other in zip(seen, was):
+            if one.is_floating_point() and not torch.isinf(other).any():
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "phi3"])
+@pytest.mark.parametrize("matrix", ["W_Q", "W_O"])
+def test_edited_weights_are_those_that_are_used(name: str, matrix: str) -> None:
+    """A bridge has views of fused projections, or copies, of whose edits the plain module does not know."""
+    model, tokens = tiny.build(name), tiny.some_tokens(2, 9)
+    base = tiny.logits(model, tokens)
+    with lean(model):
+        assert components(model) == 0
+    with torch.no_grad():
+        tiny.matrix_in_place(model, 0, matrix).mul_(1.5)
+    expected = tiny.logits(model, tokens)
+    assert not torch.allclose(base, expected, atol=1e-3)
+    with lean(model):
+        assert bool(components(model)) == (name == "neox" and matrix == "W_Q")
+        close(tiny.logits(model, tokens), expected)
+
+
+def test_it_leaves_nothing_after_an_error_and_may_be_nested() -> None:
+    model = tiny.model("llama")
+    before = tree(model)
+    for _ in range(2):
+        with lean(model), lean(model):
+            assert components(model) == 0
+    with pytest.raises(KeyboardInterrupt), lean(model), lean(model):
+        raise KeyboardInterrupt
+    assert tree(model) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2-compat", "llama-compat", *tiny.NATIVE, *tiny.HOOKED])
+def test_elsewhere_it_does_nothing(name: str) -> None:
+    model = tiny.model(name)
+    before, base = tree(model), tiny.logits(model)
+    with lean(model):
+        assert tree(model) == before
+        assert torch.equal(tiny.logits(model), base)
+
+
+def test_attention_that_caps_its_scores_stays_explicit() -> None:
+    model = tiny.model("gemma2")
+    with lean(model):
+        assert model.original_model.config._attn_implementation == "eager"
+    with lean(tiny.model("llama")):
+        assert tiny.model("llama").original_model.config._attn_implementation == "sdpa"
+    tiny.logits(tiny.model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("supported", "cap", "dtype", "fused"),
+    [
+        (True, None, torch.float32, True),
+        (True, None, torch.bfloat16, True),
+        (True, 50.0, torch.float32, False),  # some versions of transformers drop the cap without a word
+        (False, None, torch.float32, False),
+        (True, None, torch.float64, False),
+    ],
+)
+def test_attention_is_fused_only_where_it_stays_the_same(
+    supported: bool, cap: float | None, dtype: torch.dtype, fused: bool
+) -> None:
+    inner = torch.nn.ParameterList([torch.zeros(2, dtype=dtype)])
+    inner._supports_sdpa, inner.config = supported, SimpleNamespace(attn_logit_softcapping=cap)  # type: ignore[assignment]
+    assert _may_fuse(inner) == fused
+
+
+def test_a_pattern_that_is_looked_at_is_computed() -> None:
+    model, tokens = tiny.model("llama"), tiny.some_tokens(1, 6)
+    seen: list[Tensor] = []
+    handle = model.hook_dict["blocks.1.attn.hook_pattern"].register_forward_hook(lambda m, i, o: seen.append(o))
+    try:
+        with lean(model), torch.no_grad():
+            backbone(model, tokens)
+    finally:
+        handle.remove()
+    assert [tuple(pattern.shape) for pattern in seen] == [(1, 4, 6, 6)]
+    assert resolve(model, "mlp.post")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "phi3", "llama", "qwen3"])
+def test_attention_is_fused_where_only_its_output_map_is_hooked(name: str) -> None:
+    """Also where q, k and v are one projection, and the bridge keeps its output map beside the plain attention."""
+    model, tokens = tiny.model(name), tiny.some_tokens(2, 9)
+    before, points = tree(model), resolve(model, "attn.z")
+    seen: list[Tensor] = []
+    handles = [point.hook.register_forward_hook(lambda m, i, o: seen.append(o)) for point in points.values()]
+    try:
+        backbone(model, tokens)
+        was, seen[:] = list(seen), []
+        with lean(model):
+            assert model.original_model.config._attn_implementation == "sdpa"
+            backbone(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(was) == tiny.LAYERS
+    for one, other in zip(seen, was):
+        close(one, other)
+    assert tree(model) == before
