@@ -35,7 +35,7 @@ def plain(hf: Any, places: Sequence[torch.nn.Module], batches: Sequence[Tensor],
 
 def once(hf: Any, place: torch.nn.Module, tokens: Tensor, prompt: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return a layer's keys, and the gradient of the answers' probabilities by them where they are scaled."""
-    kept: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def change(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         factor = torch.ones(args[0].shape[1], 1, dtype=args[0].dtype, device=args[0].device)
@@ -45,7 +45,7 @@ def once(hf: Any, place: torch.nn.Module, tokens: Tensor, prompt: int, scale: fl
             scaled.retain_grad()
         else:
             scaled.requires_grad_()
-        kept[:] = [args[0].detach(), scaled]
+        seen[:] = [args[0].detach(), scaled]
         return (scaled,)
 
     handle = place.register_forward_pre_hook(change)
@@ -53,9 +53,9 @@ def once(hf: Any, place: torch.nn.Module, tokens: Tensor, prompt: int, scale: fl
     handle.remove()
     logits.log_softmax(-1).gather(2, tokens[:, prompt:, None]).exp().sum().backward()
     hf.zero_grad(set_to_none=True)
-    gradient = kept[1].grad
+    gradient = seen[1].grad
     assert gradient is not None
-    return kept[0], gradient
+    return seen[0], gradient
 
 
 def measure(shape: Mapping[str, int], args: Any) -> tuple[dict[str, list[float]], float]:
@@ -69,16 +69,16 @@ def measure(shape: Mapping[str, int], args: Any) -> tuple[dict[str, list[float]]
     rows, corpus = list(tokens.split(args.batch_size)), corpus_of(tokens, args.prompt)
     results: dict[str, Tensor] = {}
 
-    def kept(name: str, way: Callable[[], Tensor]) -> Callable[[], None]:
+    def recorded(name: str, way: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: results.update({name: way()})
 
-    told = {"steps": args.steps, "batch_size": args.batch_size, "progress": False}
+    settings = {"steps": args.steps, "batch_size": args.batch_size, "progress": False}
     ways = {
         "plain, all gradients": lambda: plain(hf, places[id(hf)], rows, args.prompt, args.steps),
         "plain, parameters frozen": lambda: plain(frozen, places[id(frozen)], rows, args.prompt, args.steps),
-        "attribute": lambda: attribute(bridge, corpus, **told).stack(),
+        "attribute": lambda: attribute(bridge, corpus, **settings).stack(),
     }
-    times = interleaved({name: kept(name, way) for name, way in ways.items()}, args.repeats)
+    times = interleaved({name: recorded(name, way) for name, way in ways.items()}, args.repeats)
     expected = results["plain, all gradients"]
     return times, float((results["attribute"] - expected).abs().max() / expected.abs().max())
 

@@ -4,7 +4,7 @@
     python benchmarks/collect.py --repeats 15 --threads 2 --batches 6
 
 Compared, over the same tokens: the logits-free Hugging Face forward (1.00), the full forward, `collect` with three sites
-at every layer and the default statistics, the same with a histogram of every neuron, and what one would use instead:
+at every layer and the default statistics, the same with a histogram of every neuron, and the alternatives:
 `run_with_cache` and reduce, and plain PyTorch hooks with naive float32 sums; nnsight and welford-torch where installed.
 """
 
@@ -56,8 +56,8 @@ def naive_histograms(hf: Any, batches: list[Tensor], bins: int = 128) -> None:
     def add(key: object, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1])
         index = torch.bucketize(flat, edges) + torch.arange(flat.shape[1]) * bins
-        found = torch.bincount(index.reshape(-1), minlength=flat.shape[1] * bins)
-        counts[key] = counts[key] + found if key in counts else found
+        counted = torch.bincount(index.reshape(-1), minlength=flat.shape[1] * bins)
+        counts[key] = counts[key] + counted if key in counts else counted
 
     watched(hf, batches, add)
 
@@ -87,8 +87,8 @@ def welford(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not i
     """welford-torch's `OnlineCovariance`-free running mean and variance, under module hooks."""
     from welford_torch import Welford
 
-    kept: dict[object, Any] = {}
-    watched(hf, batches, lambda key, x: kept.setdefault(key, Welford()).add_all(x.reshape(-1, x.shape[-1])))
+    running: dict[object, Any] = {}
+    watched(hf, batches, lambda key, x: running.setdefault(key, Welford()).add_all(x.reshape(-1, x.shape[-1])))
 
 
 def traced(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not installed
@@ -98,12 +98,12 @@ def traced(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not in
     wrapped, sums = NNsight(hf.transformer), {}
     for batch in batches:
         with wrapped.trace(input_ids=batch, use_cache=False):
-            kept = save({})
+            activations = save({})
             for layer, block in enumerate(wrapped.h):
-                kept[layer, "z"] = block.attn.c_proj.input
-                kept[layer, "pre"] = block.mlp.c_fc.output
-                kept[layer, "post"] = block.mlp.c_proj.input
-        for key, value in kept.items():
+                activations[layer, "z"] = block.attn.c_proj.input
+                activations[layer, "pre"] = block.mlp.c_fc.output
+                activations[layer, "post"] = block.mlp.c_proj.input
+        for key, value in activations.items():
             _add(sums, key, value.reshape(-1, value.shape[-1]))
 
 

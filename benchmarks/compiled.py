@@ -39,12 +39,12 @@ def measure(shape: Mapping[str, int], repeats: int, backend: str) -> tuple[dict[
             model(tokens)
             facts[f"seconds to compile, {name}"] = time.perf_counter() - start
         start = time.perf_counter()
-        found: Any = under(compiled["bridge"])()
+        under_ablation: Any = under(compiled["bridge"])()
         facts["seconds to compile again under Ablate"] = time.perf_counter() - start
         facts["largest difference of logits, compiled bridge"] = float(
             (compiled["bridge"](tokens) - expected).abs().max()
         )
-        facts["the same, both under Ablate"] = float((found - edited).abs().max())
+        facts["the same, both under Ablate"] = float((under_ablation - edited).abs().max())
         facts["what Ablate changes"] = float((edited - expected).abs().max())
         ways = {
             "plain Hugging Face": lambda: hf(tokens),
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # On tiny shapes nothing is generated: that takes a C++ compiler, and a minute.
         times, facts = measure({**SHAPES, **TINY}[name], args.repeats, "eager" if args.tiny else "inductor")
         show(f"forward with logits; {name}; batches of {BATCH} by {WINDOW} tokens", times)
-        for told, value in facts.items():
-            print(f"{told}: {value:.3g}")
+        for fact, value in facts.items():
+            print(f"{fact}: {value:.3g}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ r"""Neuron Adjust and Key Space Detection on the skills of a model: the tables o
         --skill code=../shared/data/skillmix_fit/code.jsonl=../shared/data/skillmix_heldout/code.jsonl --skill ...
     python benchmarks/effective.py detect --model demo --skill python=demo:python=demo:python:test --skill ...
 
-Each skill names a source to fit on and a source to test on. Documents of the test source are taken out of the fit. The retain
+Each skill names a source to fit on and a source to test on. Documents of the test source are removed from the fit. The retain
 side is all other skills, in equal parts. Nothing is chosen on the test texts.
 """
 
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 import lens_unlearn as lu
+from lens_unlearn.core.intervals import auc
 from lens_unlearn.corpora.sources import open_source
 from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.methods.key_space_detection import auc, query_keys
 from lens_unlearn.methods.tuning import sweep
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import query_keys
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 QUERIES, ASKED = 400, 200  # prompts of each skill to fit on, and to test on
@@ -41,19 +42,19 @@ def read(args: argparse.Namespace, model: Any, prompts: str) -> tuple[dict[str, 
     """Read fit and test corpora by skill: whole texts, or texts cut into prompts ("cut" or "natural")."""
     fit, test = {}, {}
     for skill, (source, held_out) in args.skills.items():
-        told: dict[str, Any] = {"window": args.window, "template": args.template, "tokens": args.read}
+        reading: dict[str, Any] = {"window": args.window, "template": args.template, "tokens": args.read}
         if prompts == "natural":
             parts = [
                 lu.read_corpus(
                     list(natural(s, args.template or "{prompt} {answer}")),
                     model,
                     field="prompt>rest",
-                    **{**told, "template": "{prompt}{answer}"},
+                    **{**reading, "template": "{prompt}{answer}"},
                 )
                 for s in (source, held_out)
             ]
         else:
-            parts = [lu.read_corpus(s, model, count="all", **told) for s in (source, held_out)]
+            parts = [lu.read_corpus(s, model, count="all", **reading) for s in (source, held_out)]
         parts[0] = parts[0].without(parts[1])[0]
         fit[skill], test[skill] = parts
     return fit, test
@@ -105,8 +106,8 @@ def adjust(args: argparse.Namespace, model: Any) -> None:
                     method, model, forget, retain, texts, fractions=args.fractions, options=options,
                     control_seeds=range(seed, seed + 3), progress=False,
                 )  # fmt: skip
-                told = method.__name__.replace("_", "-")
-                for label, condition in ((name, told), (f"{name}: control", f"{told}:control")):
+                family = method.__name__.replace("_", "-")
+                for label, condition in ((name, family), (f"{name}: control", f"{family}:control")):
                     cells = [
                         " / ".join(
                             percent(report.drop(f"{condition}@{f:g}", corpus)) for corpus in ("forget", "retain")
@@ -117,7 +118,7 @@ def adjust(args: argparse.Namespace, model: Any) -> None:
 
 
 def detect(args: argparse.Namespace, model: Any) -> None:
-    """Print AUC, detection and false alarms, and what is lost, as published and with everything chosen automatically."""
+    """Print AUC, the shares abstained from and lost, as published and with everything chosen automatically."""
     heads = ["forget", "prompts", "seed", "AUC, box, last layer", "method", "abstained", "lost"]
     heads += ["most abstained of another", "most lost of another", "chosen"]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
@@ -137,7 +138,7 @@ def detect(args: argparse.Namespace, model: Any) -> None:
                 published = lu.key_space_detection(model, forget, retain, layer=-1, seed=seed, progress=False)
                 keys = {s: query_keys(model, c, last, progress=False)[last] for s, c in asked.items()}
                 scores = {s: published.regions[last].score(k) for s, k in keys.items()}
-                area = auc(scores[skill], torch.cat([scores[o] for o in others]))
+                area, _ = auc(scores[skill], torch.cat([scores[o] for o in others]))
                 edits = {
                     "box, last layer, 5 %": published,
                     "box, automatic, 2 %": lu.key_space_detection(

@@ -1,4 +1,4 @@
-r"""SIMU and what it is compared with, on facts that a model has memorized: the tables of docs/results.md.
+r"""SIMU and its baselines, on facts that a model has memorized: the tables of docs/results.md.
 
     python benchmarks/forgetting.py --model ../shared/models/skillmix-tofu --template 'Q: {prompt}\nA: {answer}' \
         --forget '../shared/data/tofu/forget10.jsonl:question>answer@0:100' \
@@ -7,8 +7,8 @@ r"""SIMU and what it is compared with, on facts that a model has memorized: the 
         --unseen '../shared/data/tofu/holdout10.jsonl:question>answer' --skill code=... --seeds 0 1 2
 
 SOURCE@BEGIN:END takes some of its documents. Half of the unseen facts sets the floor and the aim of forgetting, the other half
-is reported. Neighbours are known to the model and not in the retain loss. Values are shares of answer tokens (of all tokens,
-for skills) that are the most probable ones.
+is reported. Neighbours are memorized too, and not in the retain loss. Values are accuracies: shares of answer tokens (of all
+tokens, for skills) that are the most probable ones.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import lens_unlearn as lu
-from lens_unlearn.evaluation.answer_losses import known
 from lens_unlearn.evaluation.report import provenance_of
+from lens_unlearn.evaluation.teacher_forcing import accuracy
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -65,33 +65,33 @@ def main(given: Sequence[str] | None = None) -> None:
     args.template = args.template and args.template.replace("\\n", "\n")
     model = lu.load_model(args.model)
     start = time.time()
-    told = {name: read(getattr(args, name), model, args) for name in ("forget", "retain", "neighbours", "unseen")}
-    aim, told["unseen"] = told["unseen"].split(0.5, 0.5, seed=0)
+    facts = {name: read(getattr(args, name), model, args) for name in ("forget", "retain", "neighbours", "unseen")}
+    aim, facts["unseen"] = facts["unseen"].split(0.5, 0.5, seed=0)
     skills = {name: read(source, model, args, args.tokens) for name, source in (s.split("=", 1) for s in args.skill)}
-    base = {name: known(model, corpus, 8)[0] for name, corpus in (told | skills).items()}
+    corpora = facts | skills
+    base = {name: accuracy(model, corpus, 8)[0] for name, corpus in corpora.items()}
     print(f"{args.model}; {provenance_of({})['versions']}")
     for rule in ("right", "midpoint") if args.completeness else ():
-        ratios = [
-            one.ratio for one in lu.attribute(model, told["forget"], rule=rule, progress=False).completeness.values()
-        ]
+        attribution = lu.attribute(model, facts["forget"], rule=rule, progress=False)
+        ratios = [layer.ratio for layer in attribution.completeness.values()]
         print(f"{rule} sum of 5 steps, complete to {[round(ratio, 3) for ratio in ratios]} by layer")
-    print({name: f"{c.n_documents:,} documents, {c.n_tokens:,} tokens" for name, c in (told | skills).items()}, "\n")
+    print({name: f"{c.n_documents:,} documents, {c.n_tokens:,} tokens" for name, c in corpora.items()}, "\n")
     never = None
     if args.retrained:
         other = lu.load_model(args.retrained)
         asked = {"forget": read(args.forget, other, args)}
         never = lu.evaluate(other, asked, {}, memorization=1000, progress=False)
-        told_base = lu.evaluate(model, {"forget": told["forget"]}, {}, memorization=1000, progress=False)
+        unedited = lu.evaluate(model, {"forget": facts["forget"]}, {}, memorization=1000, progress=False)
         share = never["base", "forget", "exact_memorization"].value
-        print(f"The model that never saw it knows {share:.3f}; forget quality of the unedited one: "
-              f"p = {lu.forget_quality(told_base, never, condition='base').p:.2g}\n")  # fmt: skip
-    heads = [*told, *(f"{name} lost" for name in skills), "forget quality", "trained", "step", "clipped", "s"]
+        print(f"The model that never saw it recalls {share:.3f}; forget quality of the unedited one: "
+              f"p = {lu.forget_quality(unedited, never, condition='base').p:.2g}\n")  # fmt: skip
+    heads = [*facts, *(f"{name} lost" for name in skills), "forget quality", "trained", "step", "clipped", "s"]
     print("| condition | seed | " + " | ".join(heads) + " |\n|" + " --- |" * (len(heads) + 2))
     print(
-        "| unedited | | " + " | ".join(f"{base[n]:.3f}" for n in told) + " |" + " |" * (len(heads) - len(told)),
+        "| unedited | | " + " | ".join(f"{base[n]:.3f}" for n in facts) + " |" + " |" * (len(heads) - len(facts)),
         flush=True,
     )
-    critical = lu.critical(lu.attribute(model, told["forget"], progress=False))
+    critical = lu.critical(lu.attribute(model, facts["forget"], progress=False))
     trajectories = []
     for name in args.conditions:
         for seed in args.seeds:
@@ -103,8 +103,8 @@ def main(given: Sequence[str] | None = None) -> None:
             began = time.time()
             delta = lu.simu(
                 model,
-                told["forget"],
-                told["retain"],
+                facts["forget"],
+                facts["retain"],
                 unseen=aim,
                 steps=args.steps,
                 seed=seed,
@@ -113,14 +113,14 @@ def main(given: Sequence[str] | None = None) -> None:
             )
             seconds = time.time() - began
             with delta.on(model):
-                now = {key: known(model, corpus, 8)[0] for key, corpus in (told | skills).items()}
+                now = {key: accuracy(model, corpus, 8)[0] for key, corpus in corpora.items()}
             record = delta.record
-            cells = [f"{now[key]:.3f}" for key in told] + [f"{1 - now[key] / base[key]:.1%}" for key in skills]
+            cells = [f"{now[key]:.3f}" for key in facts] + [f"{1 - now[key] / base[key]:.1%}" for key in skills]
             if never is not None:
-                told_now = lu.evaluate(
-                    model, {"forget": told["forget"]}, {"simu": delta}, memorization=1000, progress=False
+                edited = lu.evaluate(
+                    model, {"forget": facts["forget"]}, {"simu": delta}, memorization=1000, progress=False
                 )
-                cells.append(f"p = {lu.forget_quality(told_now, never, condition='simu').p:.2g}")
+                cells.append(f"p = {lu.forget_quality(edited, never, condition='simu').p:.2g}")
             else:
                 cells.append("")
             clipped = record["losses"][-1].get("clipped")
@@ -133,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> None:
             print(f"| {name} | {seed} | " + " | ".join(cells) + " |", flush=True)
             checks = " ".join(f"{c['step']}: {c['forget']:.2f}/{c['retain']:.2f}" for c in record["checks"])
             trajectories.append(f"- {name}, seed {seed}: {checks}")
-    print("\nOn the way (step: forget/retain kept out of the loss):\n\n" + "\n".join(trajectories))
+    print("\nOn the way (step: forget/retain held out of the loss):\n\n" + "\n".join(trajectories))
     print(f"\n{time.time() - start:.0f} s")
 
 

@@ -38,7 +38,7 @@ def interventions(model: Any) -> dict[str, Intervention]:
     post, pre = random_map(model, "mlp.post"), random_map(model, "mlp.pre")
     last = Site(layers - 1, "mlp.post")
     width = len(post[last])
-    zero, one = pre * 0.0, pre * 0.0 + 1.0
+    zeros, ones = pre * 0.0, pre * 0.0 + 1.0
     rows = {
         s.layer: (value >= value.sort().values[-max(1, len(value) // 50)]).nonzero()[:, 0] for s, value in post.items()
     }
@@ -49,7 +49,7 @@ def interventions(model: Any) -> dict[str, Intervention]:
     }
     return {
         "Ablate": Ablate(post.top(0.02, within="layer")),
-        "Adjust": Adjust(pre.top(0.03, within="layer"), zero, one, zero + 0.5, one),
+        "Adjust": Adjust(pre.top(0.03, within="layer"), zeros, ones, zeros + 0.5, ones),
         "Abstain": Abstain({last: Box(torch.zeros(1, width), torch.ones(width), 1e-3)}),
         "Delta": Delta(thin),
         "Delta with whole attention": Delta(thin | {m: Update(1e-3 * torch.randn(s)) for m, s in attention.items()}),
@@ -64,10 +64,10 @@ def random_map(model: Any, kind: str) -> NeuronMap:
 def plain_masks(places: Sequence[Any], ablate: Ablate) -> Iterator[None]:
     """What a user would write for an ablation: PyTorch hooks that multiply with a mask, on the modules of W_out."""
     weight = next(places[0].parameters())
-    kept = [(~value).to(device=weight.device, dtype=weight.dtype) for _, value in ablate.selection.items()]
+    masks = [(~value).to(device=weight.device, dtype=weight.dtype) for _, value in ablate.selection.items()]
     handles = [
-        place.register_forward_pre_hook(lambda m, args, k=keep: (args[0] * k,))
-        for place, keep in zip(places, kept, strict=True)
+        place.register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask,))
+        for place, mask in zip(places, masks, strict=True)
     ]
     try:
         yield
@@ -80,7 +80,7 @@ def measure(model: Any, tokens: torch.Tensor, repeats: int, places: Sequence[Any
     """Time the forward pass alone, and under each intervention; entering and leaving it is not timed."""
     made = interventions(model)
     assert isinstance(made["Ablate"], Ablate)
-    inside: dict[str, Any] = {name: partial(one.on, model) for name, one in made.items()}
+    inside: dict[str, Any] = {name: partial(intervention.on, model) for name, intervention in made.items()}
     inside["plain mask hooks"] = lambda: plain_masks(places, made["Ablate"])  # type: ignore[arg-type]
     ways = {name: (lambda: model(tokens, return_type="logits")) for name in ["no intervention", *inside]}
     with torch.no_grad():

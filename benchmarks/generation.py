@@ -4,7 +4,7 @@
 
 `lu.generate` on a bridge, whole: attaching, generating, detaching, decoding; against `generate` of an unbridged copy of the
 same weights. Two prompts of 16 tokens, 128 new tokens each. The bridge's own `generate`, under the same ablation, is what one
-would run without `lens_unlearn.generate`, which takes the bridge's unhooked parts out.
+would run without `lens_unlearn.generate`, which bypasses the bridge's parts that have no hook.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def measure(
     bridge.cfg.eos_token_id = None
     hf.generation_config.eos_token_id = None
     rows = torch.randint(1, vocabulary, (PROMPTS, PROMPT), device=device)
-    told = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     given = rows.tolist()
     made = interventions(bridge)
 
@@ -52,13 +52,13 @@ def measure(
                 rows, max_new_tokens=new, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
             )
 
-    expected = hf.generate(rows, **told)[:, PROMPT:].tolist()
-    written = [one.text for one in continue_rows(bridge, given, max_new_tokens=new)]
+    expected = hf.generate(rows, **settings)[:, PROMPT:].tolist()
+    written = [continued.text for continued in continue_rows(bridge, given, max_new_tokens=new)]
     assert [len(text.split()) for text in written] == [new] * PROMPTS == [len(row) for row in expected]
     same = sum(a == b for row, text in zip(expected, written, strict=True) for a, b in zip(map(str, row), text.split()))
     print(f"without an intervention, {same} of {new * PROMPTS} tokens are those of the plain model")
     ways: dict[str, Callable[[], object]] = {
-        "plain Hugging Face generate": lambda: hf.generate(rows, attention_mask=torch.ones_like(rows), **told),
+        "plain Hugging Face generate": lambda: hf.generate(rows, attention_mask=torch.ones_like(rows), **settings),
         "lens_unlearn, no intervention": ours(None),
         **{f"lens_unlearn, {name}": ours(name) for name in made},
         "the bridge's generate, Ablate": bridged,
@@ -76,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape = {**SHAPES, **TINY}[name]
         hf, bridge = gpt2(shape, PROMPT + NEW)
         times = measure(hf, bridge, shape["vocab_size"], new, args.repeats)
-        goals = {f"lens_unlearn, {one}": GOAL for one in ("no intervention", "Ablate", "Adjust", "Abstain", "Delta")}
+        goals = {
+            f"lens_unlearn, {condition}": GOAL
+            for condition in ("no intervention", "Ablate", "Adjust", "Abstain", "Delta")
+        }
         show(f"greedy generation of {new} tokens with a cache; {name}; {PROMPTS} prompts", times, goals=goals)
 
 

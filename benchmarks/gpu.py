@@ -139,12 +139,12 @@ def rows_one_and_two(hf: Any, bridge: Any, args: Any, rate: float) -> None:
     corpus = random_corpus(int(hf.config.vocab_size), args.batch_size * args.batches, args.length)
     batches = [batch.tokens.to(args.device) for batch in corpus.batches(args.batch_size)]
     base = hf.base_model
-    told: dict[str, Any] = {"batch_size": args.batch_size, "progress": False}
+    settings: dict[str, Any] = {"batch_size": args.batch_size, "progress": False}
     ways: dict[str, Callable[[], object]] = {
         "logits-free forward": lambda: [base(input_ids=batch, use_cache=False) for batch in batches],
         "full forward": lambda: [hf(input_ids=batch, use_cache=False) for batch in batches],
-        "collect": lambda: collect(bridge, corpus, SITES, **told),
-        "collect, histograms": lambda: collect(bridge, corpus, SITES, statistic=Histogram(), **told),
+        "collect": lambda: collect(bridge, corpus, SITES, **settings),
+        "collect, histograms": lambda: collect(bridge, corpus, SITES, statistic=Histogram(), **settings),
     }
     with torch.no_grad():
         times = interleaved(ways, args.repeats, args.device)
@@ -163,17 +163,17 @@ def rows_one_and_two(hf: Any, bridge: Any, args: Any, rate: float) -> None:
 
 def row_three(hf: Any, bridge: Any, args: Any, rate: float) -> None:
     """The memory of `collect` over once and 20 times the tokens."""
-    found = []
+    peaks = []
     for times in (1, 20):
         corpus = random_corpus(int(hf.config.vocab_size), args.batch_size * times, args.length)
         peak = Peak(args.device)
         collect(bridge, corpus, SITES, batch_size=args.batch_size, progress=False)
-        found.append(peak.read())
+        peaks.append(peak.read())
     print(
-        f"\n3: highest memory of collect {found[0] / 1e9:.3f} GB, over 20 times the tokens {found[1] / 1e9:.3f} GB:",
+        f"\n3: highest memory of collect {peaks[0] / 1e9:.3f} GB, over 20 times the tokens {peaks[1] / 1e9:.3f} GB:",
         end=" ",
     )
-    print(f"{found[1] / found[0]:.3f}, {verdict(found[1] / found[0], 1.02)}")
+    print(f"{peaks[1] / peaks[0]:.3f}, {verdict(peaks[1] / peaks[0], 1.02)}")
 
 
 def row_four(hf: Any, bridge: Any, args: Any, rate: float) -> None:
@@ -192,7 +192,7 @@ def row_five(hf: Any, bridge: Any, args: Any, rate: float) -> None:
     new = 4 if args.tiny else 128
     peak = Peak(args.device)
     times = generation(hf, bridge, int(hf.config.vocab_size), new, args.repeats, args.device)
-    goals = {f"lens_unlearn, {one}": GENERATION for one in ("no intervention", *GOALS)}
+    goals = {f"lens_unlearn, {condition}": GENERATION for condition in ("no intervention", *GOALS)}
     show(f"5: greedy generation of {new} tokens with a cache", times, goals=goals)
     print(f"highest memory {peak.read() / 1e9:.2f} GB")
 

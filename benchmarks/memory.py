@@ -90,8 +90,8 @@ def train(shape: dict[str, int], way: str) -> tuple[int, int]:
         full_weights(hf, forget, retain)
     else:
         attention: Any = "full" if way == "simu, attention" else "none"
-        told = {"steps": STEPS, "batch_size": ROWS, "check_every": STEPS, "curvature_every": 2, "progress": False}
-        simu(bridge, forget, retain, attention=attention, **told)
+        settings = {"steps": STEPS, "batch_size": ROWS, "check_every": STEPS, "curvature_every": 2, "progress": False}
+        simu(bridge, forget, retain, attention=attention, **settings)
     return before, highest()
 
 
@@ -106,8 +106,9 @@ def full_weights(hf: Any, forget: Any, retain: Any) -> None:
         return hf(input_ids=rows.tokens, use_cache=False).logits[:, :-1][where], rows.tokens[:, 1:][where]
 
     for step in range(STEPS):
-        gone, kept = read(forget, step), read(retain, step)
-        gradients = gradients_of(2 * F.cross_entropy(*kept) - F.cross_entropy(*gone), parameters)
+        forget_answers, retain_answers = read(forget, step), read(retain, step)
+        loss = 2 * F.cross_entropy(*retain_answers) - F.cross_entropy(*forget_answers)
+        gradients = gradients_of(loss, parameters)
         if step % 2 == 0:
             logits = torch.cat([read(forget, step)[0], read(retain, step)[0]])
             drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
@@ -115,22 +116,22 @@ def full_weights(hf: Any, forget: Any, retain: Any) -> None:
         sophia.step(list(clip_norm(gradients, 1.0)))
 
 
-def apart(shape: str, what: str, repeats: int) -> tuple[float, float]:
+def apart(shape: str, task: str, repeats: int) -> tuple[float, float]:
     """Measure in processes of their own; return the medians of the size before and of the highest, in bytes."""
     if shape in TINY:
-        return alone(shape, what)
-    found = []
+        return alone(shape, task)
+    sizes = []
     for _ in range(repeats):
-        command = [sys.executable, __file__, "--only", what, "--of", shape]
-        told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | STRICT).stdout
-        found.append(json.loads(told.splitlines()[-1]))
-    return statistics.median(one[0] for one in found), statistics.median(one[1] for one in found)
+        command = [sys.executable, __file__, "--only", task, "--of", shape]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | STRICT).stdout
+        sizes.append(json.loads(printed.splitlines()[-1]))
+    return statistics.median(before for before, _ in sizes), statistics.median(high for _, high in sizes)
 
 
-def alone(shape: str, what: str) -> tuple[int, int]:
-    """Do one measurement, in this process."""
+def alone(shape: str, task: str) -> tuple[int, int]:
+    """Do one measurement in this process: `collect` over so many times the tokens, or a way of training."""
     numbers = {**SHAPES, **TINY}[shape]
-    return collecting(numbers, int(what)) if what.isdecimal() else training(numbers, what)
+    return collecting(numbers, int(task)) if task.isdecimal() else training(numbers, task)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,9 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--of", help=argparse.SUPPRESS)
     if "--only" in (sys.argv[1:] if arguments is None else arguments):
-        told = parser.parse_args(arguments)
+        args = parser.parse_args(arguments)
         torch.set_num_threads(1)
-        print(json.dumps(alone(told.of, told.only)))
+        print(json.dumps(alone(args.of, args.only)))
         return
     args = begin(parser, arguments)
     for shape in list(TINY) if args.tiny else args.shape or SHAPES:
@@ -152,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"ratio of the highest {more[1] / once[1]:.3f}, {verdict(more[1] / once[1], 1.02)}")
         ways = ("full weights, Sophia", *GOALS)
         beyond = {way: apart(shape, way, args.repeats) for way in ways}
-        whole = max(1, beyond[ways[0]][1] - beyond[ways[0]][0])  # a tiny shape may fit into what is there
+        full = max(1, beyond[ways[0]][1] - beyond[ways[0]][0])  # a tiny shape may fit into memory that is there
         for way, (before, high) in beyond.items():
-            share = (high - before) / whole
+            share = (high - before) / full
             print(
                 f"{way:24} beyond the model{(high - before) / 1e6:7.0f} MB {before / 1e6:10.0f}{high / 1e6:10.0f}"
                 f"   {share:.3f} {verdict(share, GOALS.get(way))}"

@@ -39,19 +39,19 @@ def main() -> None:
     rows, repeats = (16, 1) if args.tiny else (args.rows, args.repeats)
     _, model = gpt2(shape, 128)
     corpus = random_corpus(shape["vocab_size"], rows, 128)
-    told = {"batch_size": 8, "progress": False}
+    settings = {"batch_size": 8, "progress": False}
     times: dict[str, list[float]] = {"alone": [], "together": []}
-    found: dict[str, Moments] = {}
-    collect(model, corpus, SITES, **told)  # warm
+    stats: dict[str, Moments] = {}
+    collect(model, corpus, SITES, **settings)  # warm
     for _ in range(repeats):
         for variant in times:
             dist.barrier()
             start = time.perf_counter()
             if variant == "together":
-                found[variant] = collect(model, corpus, SITES, **told)
+                stats[variant] = collect(model, corpus, SITES, **settings)
             elif distributed.is_first():
                 with patch.object(distributed, "_here", lambda: (0, 1)):
-                    found[variant] = collect(model, corpus, SITES, **told)
+                    stats[variant] = collect(model, corpus, SITES, **settings)
             times[variant].append(time.perf_counter() - start)
             dist.barrier()
     if distributed.is_first():
@@ -61,8 +61,8 @@ def main() -> None:
             float((a - b).abs().max() / a.abs().max())
             for reading in READINGS
             for a, b in (
-                (getattr(found["alone"], reading)[site], getattr(found["together"], reading)[site])
-                for site in found["alone"].sites
+                (getattr(stats["alone"], reading)[site], getattr(stats["together"], reading)[site])
+                for site in stats["alone"].sites
             )
         )
         print(machine())

@@ -1,10 +1,10 @@
-r"""How fast the demo model relearns eight persons after each method took them out: the table of docs/results.md.
+r"""How fast the demo model relearns eight persons after each method unlearned them: the table of docs/results.md.
 
     python benchmarks/relearning.py --seeds 0 1 2
 
-Each method is fitted to forget the persons and keep the others; then all matrices are fine-tuned on the persons' questions, with
-the intervention attached and, where that can be, baked into the weights. The model that never saw the persons is fine-tuned in
-the same way; the anamnesis index is the ratio of the steps to within 10 % of what the unedited model knows.
+Each method is fitted to forget the persons and to retain the others; then all matrices are fine-tuned on the persons' questions,
+with the intervention attached and, where that can be, baked into the weights. The model that never saw the persons is fine-tuned in
+the same way; the anamnesis index is the ratio of the steps to within 10 % of the unedited model's accuracy.
 """
 
 import argparse
@@ -44,17 +44,17 @@ def main(given: Sequence[str] | None = None) -> None:
     print("| method | seed | threat | " + " | ".join(map(str, STEPS)) + " | neighbours, 0 | 64 | index |")
     print("| --- | --- | --- |" + " --- |" * (len(STEPS) + 3))
     for seed in args.seeds:
-        told: dict[str, Any] = {"steps": STEPS, "seed": seed, **quiet}
+        settings: dict[str, Any] = {"steps": STEPS, "seed": seed, **quiet}
         base = read(unaware, "facts_forget:train")
         measured = {"forget": base, "neighbours": read(unaware, "facts_retain:test", 2000)}
-        never = lu.relearn(unaware, base, measured=measured, **told)
+        never = lu.relearn(unaware, base, measured=measured, **settings)
         show("never saw", seed, "", never, "")
         measured = {"forget": persons, "neighbours": read(model, "facts_retain:test", 2000)}
         for name, fit in methods.items():
             edit = fit(seed)
             for attached in (True, False):
                 try:
-                    run = lu.relearn(model, persons, edit, measured=measured, attached=attached, **told)
+                    run = lu.relearn(model, persons, edit, measured=measured, attached=attached, **settings)
                 except lu.LensUnlearnError as error:
                     if attached:
                         print(f"| {name} | {seed} | attached | {error} |", flush=True)

@@ -17,7 +17,7 @@ from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.report import Measure, Report, provenance_of, separability
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import SWEEP, Plan
-from lens_unlearn.methods.tuning import controls_for
+from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.model.loading import load_model
 
 
@@ -26,7 +26,9 @@ def percent(measure: Measure) -> str:
     return f"{measure.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def one(model: object, args: argparse.Namespace, skill: str, budget: float, seed: int) -> tuple[list[str], Experiment]:
+def forget_one(
+    model: object, args: argparse.Namespace, skill: str, budget: float, seed: int
+) -> tuple[list[str], Experiment]:
     """Forget one skill; return a row of the table."""
     others = [other for other in args.skills if other != skill]
     plan = Plan(
@@ -46,7 +48,7 @@ def one(model: object, args: argparse.Namespace, skill: str, budget: float, seed
     edit = experiment.edits[args.method]
     controls = controls_for(model, edit, range(seed, seed + 5))
     conditions = {args.method: edit, "control": controls}
-    report = evaluate(model, experiment.parts.test, conditions, seed=seed, progress=False)
+    report = evaluate(model, experiment.documents.test, conditions, seed=seed, progress=False)
     row = [
         skill,
         f"{budget:.0%}",
@@ -89,7 +91,7 @@ def main() -> None:
     for skill in args.skills:
         for seed in args.seeds:
             for budget in args.budgets:
-                row, experiment = one(model, args, skill, budget, seed)
+                row, experiment = forget_one(model, args, skill, budget, seed)
                 rows.append(row)
                 print("done:", *row, flush=True)
         report, path = curve(experiment, args.method)

@@ -30,7 +30,7 @@ def separately(model: Any, fit: Sequence[Any], corpora: dict[str, Any], fraction
 
 def stepwise(model: Any, fit: Sequence[Any], corpora: dict[str, Any], steps: int, fraction: float) -> None:
     """Collect under the ablation so far, rank, and evaluate, in every step."""
-    ablation: lu.Intervention = lu.interventions.Chain(())
+    ablation: lu.Intervention = lu.Chain(())
     for step in range(1, steps + 1):
         with ablation.on(model):
             forget, retain = (lu.collect(model, part, **QUIET) for part in fit)
@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test = [lu.read_corpus(f"demo:{name}:test", model, tokens=tokens) for name in names]
     corpora = dict(zip(("forget", "retain"), test, strict=True))
     fractions = [0.02 * (i + 1) for i in range(count)]
-    told: dict[str, Any] = {"fractions": fractions, "control_seeds": (), **QUIET}
+    settings: dict[str, Any] = {"fractions": fractions, "control_seeds": (), **QUIET}
     ways = {
         "separate evaluations": partial(separately, model, fit, corpora, fractions),
-        "sweep": lambda: sweep(lu.selective_pruning, model, *fit, corpora, **told),
+        "sweep": lambda: sweep(lu.selective_pruning, model, *fit, corpora, **settings),
     }
     title = f"{count} fractions on two corpora of {tokens:,} tokens, demo model"
     show(title, interleaved(ways, args.repeats), goals={"sweep": GOAL}, unit="s")

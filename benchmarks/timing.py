@@ -64,7 +64,7 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """Name the processor, where Linux tells it."""
+    """Name the processor, where Linux says it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -186,7 +186,7 @@ def corpus_of(tokens: torch.Tensor, prompt: int = 1, name: str = "random tokens"
     )
 
 
-def random_corpus(vocabulary: int, rows: int, length: int, seed: int = 0, **told: Any) -> Corpus:
-    """Make a corpus of random tokens."""
+def random_corpus(vocabulary: int, rows: int, length: int, seed: int = 0, **fields: Any) -> Corpus:
+    """Make a corpus of random tokens; further fields as for `corpus_of`."""
     tokens = torch.randint(1, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-    return corpus_of(tokens, **told)
+    return corpus_of(tokens, **fields)

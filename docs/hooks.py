@@ -1,4 +1,4 @@
-"""What the site has that the pages do not: notebooks, gallery and changelog as pages, equations as MathML, links out of docs/.
+"""What the site has beyond the pages of docs/: notebooks, gallery and changelog as pages, equations as MathML, links out of docs/.
 
 The notebooks become pages here, from their stored outputs, so that the built site holds pictures and no script from elsewhere.
 """
@@ -85,9 +85,11 @@ def page_of(path: Path) -> Page:
     text = "\n\n".join(parts)
     heading = re.search(r"^# (.+)$", text, re.MULTILINE)
     title = re.sub(r"[*`]", "", heading[1]).strip() if heading else path.stem
-    told = f"*This page is [{path.name}]({REPOSITORY}/blob/main/notebooks/{path.name}) with the outputs stored in it. "
-    told += "In the notebook the figures can be zoomed and hovered.*"
-    text = text.replace(heading[0], f"{heading[0]}\n\n{told}", 1) if heading else f"# {title}\n\n{told}\n\n{text}"
+    notice = (
+        f"*This page is [{path.name}]({REPOSITORY}/blob/main/notebooks/{path.name}) with the outputs stored in it. "
+    )
+    notice += "In the notebook the figures can be zoomed and hovered.*"
+    text = text.replace(heading[0], f"{heading[0]}\n\n{notice}", 1) if heading else f"# {title}\n\n{notice}\n\n{text}"
     return Page(title, text, pictures, raw)
 
 
@@ -169,12 +171,12 @@ def mathml(match: "re.Match[str]") -> str:
 
 def requests(page: str) -> list[str]:
     """Return what a built page would fetch from elsewhere; links that a reader clicks are none of these."""
-    found = []
+    addresses = []
     for tag in re.findall(r"<(?:script|img|link|iframe|source|video|audio|object|embed)\b[^>]*>", page):
         address = re.search(r"""(?:src|href|data)=["']?((?:https?:)?//[^"'\s>]+)""", tag)
         if address and "canonical" not in tag:
-            found.append(address[1])
-    return found
+            addresses.append(address[1])
+    return addresses
 
 
 # What mkdocs calls, in this order.

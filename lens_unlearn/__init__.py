@@ -1,4 +1,4 @@
-"""lens_unlearn: find where a language model keeps a skill, and take it out reversibly, with hooks.
+"""lens_unlearn: find where a language model keeps a skill, and remove it reversibly, with hooks.
 
 Names are imported when they are first used, so that `import lens_unlearn` stays quick.
 """
@@ -159,7 +159,7 @@ if TYPE_CHECKING:
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, fit_region
     from lens_unlearn.methods.controls import random_delta, random_pruning
-    from lens_unlearn.methods.key_space_detection import key_space_detection, query_keys
+    from lens_unlearn.methods.key_space_detection import key_space_detection
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.ov_basis import ov_basis
     from lens_unlearn.methods.selective_pruning import selective_pruning
@@ -169,7 +169,7 @@ if TYPE_CHECKING:
     from lens_unlearn.model.matrices import Matrix
     from lens_unlearn.model.sites import Site
     from lens_unlearn.neurons.attribution import Attribution, attribute, critical, critical_mask
-    from lens_unlearn.neurons.collect import collect, load_moments, save_moments
+    from lens_unlearn.neurons.collect import collect, load_moments, query_keys, save_moments
     from lens_unlearn.neurons.histogram import Histogram
     from lens_unlearn.neurons.key_sample import KeySample
     from lens_unlearn.neurons.maps import NeuronMap

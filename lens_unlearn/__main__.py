@@ -1,4 +1,4 @@
-"""`python -m lens_unlearn`."""
+"""Run the command line as `python -m lens_unlearn`."""
 
 from lens_unlearn.cli import main
 

@@ -1,6 +1,7 @@
 """The command line: `lens-unlearn demo | run | compare | collect | evaluate | generate | show | push`.
 
-Heavy imports happen inside the commands, so that `--help` answers at once.
+Knows options and how they map to the functions of the package; knows nothing of what these do. Heavy imports happen inside the
+commands, so that `--help` answers at once.
 """
 
 import json
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="lens-unlearn",
-    help="Find where a language model keeps a skill, and take it out reversibly, with hooks.",
+    help="Find the neurons of a skill in a language model, and remove it reversibly, with hooks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,13 +31,13 @@ Model = Annotated[str, typer.Option(help="'demo', a Hugging Face directory, or a
 Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped, if there is one.")
+    bool, typer.Option("--resume", help="Continue an interrupted run of the same command, if there is one.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
-Tokens = Annotated[int, typer.Option(help="Tokens to read of each corpus.")]
-BatchSize = Annotated[int, typer.Option(help="Full-length rows per forward pass.")]
-Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context, at most 512]")]
-Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
+Tokens = Annotated[int, typer.Option(help="Number of tokens to read from each corpus.")]
+BatchSize = Annotated[int, typer.Option(help="Rows of full length per forward pass.")]
+Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context length, at most 512]")]
+Dtype = Annotated[str, typer.Option(help="The dtype of the weights: float32, bfloat16, float16 or float64.")]
 DeviceMap = Annotated[
     str | None,
     typer.Option(help="Spread the model over devices with accelerate: auto, balanced, ... [default: one device]"),
@@ -43,63 +45,89 @@ DeviceMap = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        help="How question and answer are joined; \\n is a newline. [default: {prompt} {answer}, or as the demo was trained]"
+        help="How prompt and answer are joined; \\n is a newline. [default: {prompt} {answer}; for the demo, as it was trained]"
     ),
 ]
+
+
+class MethodsCommand(TyperCommand):
+    """A command whose help lists the methods; they are imported only when that help is asked for, since that is slow."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, with the table of methods at the end."""
+        from lens_unlearn.methods import METHODS
+
+        super().format_help(ctx, formatter)
+        with formatter.section("Methods"):
+            formatter.write_dl([(method.name, method.summary) for method in METHODS])
 
 
 @app.command()
 def demo(
     out: Out = Path("demo-report"),
     tokens: Tokens = 1000,
-    seed: Annotated[int, typer.Option(help="Of splits and controls.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of splits and controls.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Run every method and its control on the embedded model, and write one report."""
-    from lens_unlearn.experiments.demo_report import showcase
+    from lens_unlearn.experiments.demo_report import demo_report
 
-    report = showcase(out, tokens=tokens, seed=seed, overwrite=overwrite, progress=not quiet)
+    report = demo_report(out, tokens=tokens, seed=seed, overwrite=overwrite, progress=not quiet)
     for part in (report, *report.parts):
         typer.echo(f"{part.title}\n{part.table(['top1']).to_string()}\n")
     typer.echo(f"report: {out / 'report.html'}")
 
 
-@app.command()
+@app.command(cls=MethodsCommand)
 def run(
     model: Model,
-    forget: Annotated[str, typer.Option(metavar="SRC", help=f"What to remove: {SRC}.")],
-    retain: Annotated[list[str], typer.Option(metavar="SRC", help="What to keep; may be given several times.")],
+    forget: Annotated[str, typer.Option(metavar="SRC", help=f"Texts of the skill to unlearn: {SRC}.")],
+    retain: Annotated[
+        list[str], typer.Option(metavar="SRC", help="Texts of a skill to retain; may be given several times.")
+    ],
     out: Out,
     method: Annotated[list[str], typer.Option(help="A method; may be given several times.")] = ["selective-pruning"],  # noqa: B006
-    also: Annotated[list[str], typer.Option(metavar="NAME=SRC", help="Test this corpus too.")] = [],  # noqa: B006
+    also: Annotated[
+        list[str], typer.Option(metavar="NAME=SRC", help="A further corpus to evaluate on; may be given several times.")
+    ] = [],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
-    test_forget: Annotated[str | None, typer.Option(metavar="SRC", help="Separate test texts.")] = None,
-    test_retain: Annotated[list[str], typer.Option(metavar="SRC", help="Separate test texts.")] = [],  # noqa: B006
+    test_forget: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Separate test texts of the skill to unlearn.")
+    ] = None,
+    test_retain: Annotated[
+        list[str], typer.Option(metavar="SRC", help="Separate test texts of a skill to retain.")
+    ] = [],  # noqa: B006
     template: Template = None,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
-        float | None, typer.Option(help="Tune the fraction: forget most while retain loses at most this share of top1.")
+        float | None,
+        typer.Option(
+            help="Tune the strength: forget as much as possible while retain loses at most this share of its accuracy."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
-    sweep: Annotated[bool, typer.Option(help="Evaluate a range of fractions for the trade-off figure.")] = True,
+    sweep: Annotated[bool, typer.Option(help="Evaluate a range of strengths for the trade-off figure.")] = True,
     answers: Annotated[
-        int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
+        int, typer.Option(help="Also generate answers to at most this many questions of each question>answer corpus.")
     ] = 0,
     memorization: Annotated[
-        int, typer.Option(help="Also see how well at most so many true answers of each are known by heart.")
+        int,
+        typer.Option(
+            help="Also measure the memorization of at most this many true answers of each question>answer corpus."
+        ),
     ] = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find a skill, remove it with hooks, and report what was lost beside a random control.
+    """Find the neurons of a skill, ablate them with hooks, and report the effect beside a random control.
 
-    What is finished is kept in OUT.partial until the end: a run that was interrupted or killed goes on from there with
+    Finished parts are stored in OUT.partial until the end: a run that was interrupted or killed continues from there with
     --resume, to the same numbers.
     """
     from lens_unlearn.core import distributed
@@ -132,7 +160,7 @@ def run(
     if not distributed.is_first():
         return
     if done is None:
-        typer.echo(f"{out} holds this run, finished before")
+        typer.echo(f"{out} already holds this run, finished before")
     else:
         experiment, report = done
         for name, edit in experiment.edits.items():
@@ -141,28 +169,32 @@ def run(
     typer.echo(f"report: {out / 'report.html'}")
 
 
-@app.command()
+@app.command(cls=MethodsCommand)
 def compare(
     model: Model,
     skill: Annotated[
-        list[str], typer.Option(metavar="NAME=SRC", help=f"A skill, forgotten in turn; two or more: {SRC}.")
+        list[str],
+        typer.Option(metavar="NAME=SRC", help=f"Texts of a skill; give two or more, each is unlearned in turn: {SRC}."),
     ],
     out: Out,
     method: Annotated[
-        list[str], typer.Option(help="A method; may be given several times. [default: all that train nothing]")
+        list[str], typer.Option(help="A method; may be given several times. [default: all without training]")
     ] = [],  # noqa: B006
     test: Annotated[
-        list[str], typer.Option(metavar="NAME=SRC", help="Separate test texts of a skill; for all of them, or none.")
+        list[str], typer.Option(metavar="NAME=SRC", help="Separate test texts of a skill; for all skills, or for none.")
     ] = [],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
     template: Template = None,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
-        float, typer.Option(help="The budget: forget most while the other skills lose at most this share of top1.")
+        float,
+        typer.Option(
+            help="The budget: forget as much as possible while the other skills lose at most this share of their accuracy."
+        ),
     ] = 0.05,
-    seeds: Annotated[int, typer.Option(help="Random controls per method, each with a seed of its own.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of splits, controls and the bootstrap.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Random controls per method, each with its own seed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -170,19 +202,19 @@ def compare(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Forget each skill of a set in turn, by every method and its control, within one budget.
+    """Unlearn each skill of a set in turn, by every method and its control, within one budget.
 
-    While one is forgotten, all others in equal parts are to stay. OUT holds compare.html, matrix.csv, run.json, and a folder
-    of interventions per skill. What is finished is kept in OUT.partial until the end, as by run.
+    While one skill is unlearned, all others are to be retained, in equal parts. OUT holds compare.html, matrix.csv, run.json, and
+    a folder of interventions per skill. Finished parts are stored in OUT.partial until the end, as by run.
     """
     from lens_unlearn.core import distributed
-    from lens_unlearn.experiments.compare import COMPARED, carry_out_comparison, plans_for
+    from lens_unlearn.experiments.compare import carry_out_comparison, compared, plans_for
 
     skills = _pairs(skill, "--skill")
     plans = plans_for(
         list(skills),
         model,
-        methods=tuple(method) or COMPARED,
+        methods=tuple(method) or compared(),
         settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
         template=template and _newlines(template),
         tokens=tokens,
@@ -194,12 +226,12 @@ def compare(
         dtype=dtype,
         device_map=device_map,
     )
-    told: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
+    settings: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
     with _interruptible(out):
-        report = carry_out_comparison(plans, skills, out, test=_pairs(test, "--test") or None, **told)
+        report = carry_out_comparison(plans, skills, out, test=_pairs(test, "--test") or None, **settings)
     if not distributed.is_first():
         return
-    typer.echo(f"{out} holds this comparison, finished before" if report is None else repr(report))
+    typer.echo(f"{out} already holds this comparison, finished before" if report is None else repr(report))
     typer.echo(f"report: {out / 'compare.html'}")
 
 
@@ -210,7 +242,7 @@ def collect(
     out: Annotated[Path, typer.Option(help="The file to write, ending in .safetensors.")],
     sites: Annotated[str, typer.Option(help="Comma-separated sites, such as mlp.post,attn.z.")] = "mlp.post",
     extra: Annotated[str, typer.Option(help="Comma-separated further statistics: sqrt, extrema.")] = "",
-    tokens: Annotated[int | None, typer.Option(help="Tokens to read. [default: all]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Number of tokens to read. [default: all]")] = None,
     window: Window = None,
     template: Template = None,
     batch_size: BatchSize = 8,
@@ -220,13 +252,13 @@ def collect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Stream a corpus through a model once, and keep the moments of every neuron."""
+    """Stream a corpus through a model once, and save the moments of every neuron."""
     import lens_unlearn as lu
     from lens_unlearn.core import artefacts, distributed
     from lens_unlearn.neurons.collect import gather, own_checkpoint
 
     if out.suffix != ".safetensors":
-        raise lu.ArtefactError(f"{out} should end in .safetensors: that is the format it is written in")
+        raise lu.ArtefactError(f"{out} does not end in .safetensors, the format it is written in: give another --out")
     if out.exists() and not overwrite:
         raise lu.ArtefactError(f"{out} exists: give another --out, or --overwrite to replace it")
     partial = out.with_name(out.name + ".partial")
@@ -237,7 +269,7 @@ def collect(
     texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=template and _newlines(template))
     wanted = [site.strip() for site in sites.split(",") if site.strip()]
     with _interruptible(out):
-        # The checkpoint goes when the result is in its file, not before.
+        # The checkpoint is deleted below, once the result is in its file: killed in between, nothing is lost.
         moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, progress=not quiet)
         if distributed.is_first():
             lu.save_moments(out, moments, loaded)
@@ -250,12 +282,12 @@ def evaluate(
     model: Model,
     out: Out,
     corpus: Annotated[
-        list[str], typer.Option(metavar="NAME=SRC", help="Texts to measure on; may be given several times.")
+        list[str], typer.Option(metavar="NAME=SRC", help="Texts to evaluate on; may be given several times.")
     ] = [],  # noqa: B006
     task: Annotated[
         list[str],
         typer.Option(
-            help="A task of lm-evaluation-harness, or its YAML file; may be given several times. Takes the extra 'harness'."
+            help="A task of lm-evaluation-harness, or its YAML file; may be given several times. Needs the extra 'harness'."
         ),
     ] = [],  # noqa: B006
     task_limit: Annotated[int | None, typer.Option(help="Documents per task. [default: all]")] = None,
@@ -267,29 +299,33 @@ def evaluate(
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     answers: Annotated[
-        int, typer.Option(help="Also answer at most so many questions of each question>answer corpus.")
+        int, typer.Option(help="Also generate answers to at most this many questions of each question>answer corpus.")
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 100,
     memorization: Annotated[
-        int, typer.Option(help="Also see how well at most so many true answers of each are known by heart.")
+        int,
+        typer.Option(
+            help="Also measure the memorization of at most this many true answers of each question>answer corpus."
+        ),
     ] = 0,
     allow_code_execution: Annotated[
         bool,
         typer.Option(
             "--allow-code-execution",
-            help="Run answers that are programs against their unit tests: code that a model wrote, in a subprocess with "
-            "limits, which is no sandbox. Off unless given.",
+            help="Run generated programs against their unit tests: this executes code that a model wrote, in a subprocess with "
+            "limits, which is not a sandbox. Off by default.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the choice of questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of the choice of questions.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model with and without saved interventions."""
+    """Evaluate a model with and without saved interventions."""
     import lens_unlearn as lu
     from lens_unlearn.core import distributed
     from lens_unlearn.core.artefacts import replace_file
-    from lens_unlearn.experiments.experiment import check_folder, new_folder
+    from lens_unlearn.evaluation.metrics import metric
+    from lens_unlearn.experiments.run_folder import check_folder, new_folder
 
     distributed.from_first(lambda: check_folder(out, overwrite=overwrite))
     sources = _pairs(corpus, "--corpus")
@@ -297,53 +333,53 @@ def evaluate(
     edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
     if len(edits) < len(intervention):
         raise lu.LensUnlearnError(
-            "two interventions have files of the same name: rename one, since names tell them apart"
+            "two intervention files have the same name, by which the report distinguishes them: rename one"
         )
-    told = {"tokens": tokens, "window": window, "template": template and _newlines(template)}
-    texts = {name: lu.read_corpus(source, loaded, **told) for name, source in sources.items()}
-    asked: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
-    asked["allow_code_execution"] = allow_code_execution
-    asked |= {"tasks": task, "task_limit": task_limit}
-    report = lu.evaluate(loaded, texts, edits, **asked, batch_size=batch_size, seed=seed, progress=not quiet)
+    reading = {"tokens": tokens, "window": window, "template": template and _newlines(template)}
+    texts = {name: lu.read_corpus(source, loaded, **reading) for name, source in sources.items()}
+    quantities: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
+    quantities["allow_code_execution"] = allow_code_execution
+    quantities |= {"tasks": task, "task_limit": task_limit}
+    report = lu.evaluate(loaded, texts, edits, **quantities, batch_size=batch_size, seed=seed, progress=not quiet)
     if not distributed.is_first():
         return
     with new_folder(out, overwrite=overwrite) as folder:
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
-    first = ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "unit_tests")
-    first += ("answer_probability", "truth_ratio", "exact_memorization", "extraction_strength", "acc", "acc_norm")
-    typer.echo(report.table([metric for metric in report.metrics if metric in first]).to_string())
+    typer.echo(report.table([name for name in report.metrics if metric(name).brief]).to_string())
     if "not run" in str(report.provenance.get("answers", {}).get("unit_tests", "")):
-        typer.echo("unit tests were not run: that takes --allow-code-execution")
+        typer.echo("unit tests were not run: give --allow-code-execution to run them")
     typer.echo(f"report: {out / 'report.html'}")
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Option(help="What to continue; may be given several times.")],
-    intervention: Annotated[list[Path], typer.Option(help="A saved intervention; several act in order.")] = [],  # noqa: B006
-    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 60,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    prompt: Annotated[list[str], typer.Option(help="A text to continue; may be given several times.")],
+    intervention: Annotated[
+        list[Path], typer.Option(help="A saved intervention; several act in the order given.")
+    ] = [],  # noqa: B006
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation in tokens.")] = 60,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
 ) -> None:
-    """Continue a prompt, under saved interventions if there are any."""
+    """Continue a prompt, with saved interventions if any are given."""
     import lens_unlearn as lu
 
     loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
-    told = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     prompts = [_newlines(text) for text in prompt]
-    for text, answer in zip(prompts, lu.generate(loaded, prompts, intervention=edit, **told), strict=True):
+    for text, answer in zip(prompts, lu.generate(loaded, prompts, intervention=edit, **sampling), strict=True):
         typer.echo(text + answer)
 
 
 @app.command()
 def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote.")]) -> None:
-    """Say in words what a file holds."""
+    """Describe what a file holds."""
     from lens_unlearn import load_intervention, load_moments
     from lens_unlearn.core import artefacts
 
@@ -352,8 +388,8 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
     if header["kind"] == "intervention":
         edit = load_intervention(file)
         typer.echo(repr(edit))
-        for layer, count in _per_layer(edit).items():
-            typer.echo(f"  {layer}: {count}")
+        for place, text in edit.describe().items():
+            typer.echo(f"  {place}: {text}")
     elif header["kind"] == "moments":
         moments = load_moments(file)
         typer.echo(repr(moments))
@@ -365,54 +401,34 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
 
 @app.command()
 def push(
-    what: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote, or the folder of a run.")],
+    path: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote, or the folder of a run.")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME of a model repository on the Hugging Face hub.")],
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new, keep it private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch. [default: the main one]")] = None,
 ) -> None:
-    """Share a file or a run on the Hugging Face hub, with a card; files come back as hf:OWNER/NAME/FILE."""
+    """Share a file or a run on the Hugging Face hub, with a model card; files can be loaded as hf:OWNER/NAME/FILE."""
     from lens_unlearn.experiments.hub import push_to_hub
 
-    typer.echo(push_to_hub(what, repo, private=private or None, revision=revision))
-
-
-def _per_layer(edit: Any) -> dict[str, str]:
-    from lens_unlearn.interventions.ablate import Ablate
-    from lens_unlearn.interventions.abstain import Abstain
-    from lens_unlearn.interventions.adjust import Adjust
-    from lens_unlearn.interventions.base import Chain
-    from lens_unlearn.interventions.delta import Delta
-
-    told: dict[str, str] = {}
-    for member in edit.members if isinstance(edit, Chain) else (edit,):
-        if isinstance(member, Ablate | Adjust):
-            for site, chosen in member.selection.items():
-                if bool(chosen.any()):
-                    told[str(site)] = f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
-        elif isinstance(member, Abstain):
-            told |= {str(site): repr(region) for site, region in member.regions.items()}
-        elif isinstance(member, Delta):
-            told |= {str(matrix): repr(update) for matrix, update in member.updates.items()}
-    return told
+    typer.echo(push_to_hub(path, repo, private=private or None, revision=revision))
 
 
 @contextmanager
 def _interruptible(out: Path) -> Iterator[None]:
-    """Say how to go on after an interruption, where something is kept."""
+    """On Ctrl-C, say how to continue if finished parts are stored, and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:
         partial = out.parent / f"{out.name}.partial"
-        told = f": the same command with --resume goes on from {partial}" if partial.exists() else ""
-        typer.echo(f"lens-unlearn: interrupted{told}", err=True)
+        hint = f": the same command with --resume goes on from {partial}" if partial.exists() else ""
+        typer.echo(f"lens-unlearn: interrupted{hint}", err=True)
         raise typer.Exit(130) from None
 
 
-def _pairs(given: list[str], option: str) -> dict[str, str]:
+def _pairs(entries: list[str], option: str) -> dict[str, str]:
     from lens_unlearn.core.errors import LensUnlearnError
 
     pairs: dict[str, str] = {}
-    for text in given:
+    for text in entries:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             raise LensUnlearnError(f"{option} {text}: write it as NAME=VALUE")
@@ -423,7 +439,7 @@ def _pairs(given: list[str], option: str) -> dict[str, str]:
 
 
 def _value(text: str) -> Any:
-    """Read what --set gives: a JSON value where it is one, a tuple where there are commas, else the text."""
+    """Parse a value of --set: a JSON value if it is one, a tuple if there are commas, else the text."""
     if "," in text and not text.startswith(("[", "{")):
         return tuple(_value(part) for part in text.split(","))
     try:

@@ -62,7 +62,7 @@ def execute(path: Path, timeout: int = 600) -> float:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Take out what another run, or another machine, would have written differently, and what shows nothing."""
+    """Remove what another run, or another machine, would have written differently, and what shows nothing."""
     notebook.metadata = NotebookNode(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python"},
@@ -84,20 +84,20 @@ def _is_noise(output: NotebookNode) -> bool:
 
 def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
     """Make one output of what was printed in several pieces, which depends on how fast the machine was."""
-    kept: list[NotebookNode] = []
+    joined: list[NotebookNode] = []
     for output in outputs:
-        if kept and output.output_type == kept[-1].output_type == "stream":
-            kept[-1].text += output.text
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
         else:
-            kept.append(output)
-    return kept
+            joined.append(output)
+    return joined
 
 
 def title_of(figure: dict) -> str:
     """Return what a plotly figure is called, in plain text."""
     title = figure.get("layout", {}).get("title", "")
-    told = title.get("text", "") if isinstance(title, dict) else title
-    return re.sub(r"<[^>]+>", "", re.sub(r"<br.*", "", told or "", flags=re.DOTALL)) or "Figure"
+    text = title.get("text", "") if isinstance(title, dict) else title
+    return re.sub(r"<[^>]+>", "", re.sub(r"<br.*", "", text or "", flags=re.DOTALL)) or "Figure"
 
 
 def draw(notebook: NotebookNode) -> None:
@@ -124,19 +124,19 @@ def draw(notebook: NotebookNode) -> None:
 def check(path: Path) -> list[str]:
     """Return what is wrong with the outputs that a notebook stores, one sentence each; nothing if all is well."""
     notebook = nbformat.read(path, as_version=4)
-    found = []
+    faults = []
     if path.stat().st_size > MOST_NOTEBOOK:
-        found.append(f"{path.name} is above {MOST_NOTEBOOK:,} bytes")
+        faults.append(f"{path.name} is above {MOST_NOTEBOOK:,} bytes")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not any(cell.outputs for cell in code):
-        found.append(f"{path.name} has no stored outputs: run notebooks/execute.py")
+        faults.append(f"{path.name} has no stored outputs: run notebooks/execute.py")
     for cell in code:
         where = f"{path.name}, cell {cell.id}"
         if cell.execution_count is None and cell.source.strip():
-            found.append(f"{where}: was not run")
+            faults.append(f"{where}: was not run")
         for output in cell.outputs:
-            found += [f"{where}: {what}" for what in _faults(output)]
-    return found
+            faults += [f"{where}: {fault}" for fault in _faults(output)]
+    return faults
 
 
 def _faults(output: NotebookNode) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _faults(output: NotebookNode) -> Iterator[str]:
     size = len(json.dumps(output))
     if size > MOST_OUTPUT:
         yield f"an output of {size:,} bytes, above {MOST_OUTPUT:,}"
-    text = json.dumps({**output, "data": {kind: told for kind, told in data.items() if kind != PNG}})
+    text = json.dumps({**output, "data": {kind: content for kind, content in data.items() if kind != PNG}})
     for path in machine_paths():
         at = re.search(r"(?<![\w.+/])" + re.escape(json.dumps(path)[1:-1]), text)
         if at:
@@ -176,11 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="notebooks; default: all beside this script")
     parser.add_argument("--check", action="store_true", help="run nothing; say what is wrong with the stored outputs")
     parser.add_argument("--timeout", type=int, default=600, help="seconds that a cell may take")
-    told = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     faults = []
-    for path in told.files or sorted(HERE.glob("*.ipynb")):
-        if not told.check:
-            print(f"{path.name}: {execute(path.resolve(), told.timeout):.0f} s", flush=True)
+    for path in args.files or sorted(HERE.glob("*.ipynb")):
+        if not args.check:
+            print(f"{path.name}: {execute(path.resolve(), args.timeout):.0f} s", flush=True)
         faults += check(path)
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -1,5 +1,6 @@
 """The command line: what it writes, and that bad input ends with one sentence, exit code 2, and nothing left behind."""
 
+import html
 import json
 import os
 import pickle
@@ -30,9 +31,9 @@ def texts(tmp_path: Path) -> dict[str, Path]:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert all(
-        command in told for command in ("demo", "run", "compare", "collect", "evaluate", "generate", "show", "push")
+        command in output for command in ("demo", "run", "compare", "collect", "evaluate", "generate", "show", "push")
     )
 
 
@@ -59,11 +60,11 @@ def test_run_writes_report_table_artefact_and_settings(
     assert list(table.condition.unique()) == ["base", *(name + end for name in methods for end in ("", ":control"))]
     assert list(table.corpus.unique()) == ["forget", "retain", "third"]
     assert {"loss", "perplexity", "top1", "top10", "top1_rare", "kl"} == set(table.metric)
-    told = json.loads((out / "run.json").read_text())
-    assert told["plan"]["settings"] == {"fraction": 0.1, "importance": "rms"}
-    assert told["plan"]["seed"] == 0
-    assert {"torch", "transformer_lens", "lens_unlearn"} <= set(told["versions"])
-    assert told["fingerprint"]["weights"]
+    saved = json.loads((out / "run.json").read_text())
+    assert saved["plan"]["settings"] == {"fraction": 0.1, "importance": "rms"}
+    assert saved["plan"]["seed"] == 0
+    assert {"torch", "transformer_lens", "lens_unlearn"} <= set(saved["versions"])
+    assert saved["fingerprint"]["weights"]
     assert "<script" in (out / "report.html").read_text()
     assert not [name for name in os.listdir(out.parent) if name != "one"]  # no working folder is left
     capsys.readouterr()
@@ -81,10 +82,10 @@ def test_run_with_methods_that_adjust_and_abstain(
     table = pd.read_csv(out / "metrics.csv")
     silent = table[table.metric == "abstained"].set_index(["condition", "corpus"]).value
     assert silent["key-space-detection", "forget"] > silent["base", "forget"] == 0
-    told = json.loads((out / "run.json").read_text())
-    assert told["corpora"]["forget"]["source"].endswith("cut into prompts)")
-    page = (out / "report.html").read_text()
-    for figure in ("Which layers tell the queries apart", "Finding the queries at L", "The queries&#x27; keys at L"):
+    saved = json.loads((out / "run.json").read_text())
+    assert saved["corpora"]["forget"]["source"].endswith("cut into prompts)")
+    page = html.unescape((out / "report.html").read_text())
+    for figure in ("Which layers tell the queries apart", "Finding the queries at L", "The queries' keys at L"):
         assert figure in page
     capsys.readouterr()
     assert call("show", out / "neuron-adjust.safetensors") == 0
@@ -132,8 +133,8 @@ def test_run_asks_for_answers_and_looks_how_well_they_are_known(
     assert {"exact_match", "rouge_l", "answer_probability", "exact_memorization", "extraction_strength"} <= set(
         table.metric
     )
-    told = json.loads((out / "run.json").read_text())
-    assert told["answers"]["questions"] == told["memorization"]["questions"]
+    saved = json.loads((out / "run.json").read_text())
+    assert saved["answers"]["questions"] == saved["memorization"]["questions"]
     capsys.readouterr()
     plain = ["--model", model_dir, "--forget", texts["forget"], "--retain", texts["retain"], "--tokens", 300]
     plain += ["--method", "selective-pruning", "--out", tmp_path / "none", "--no-sweep", "--quiet"]
@@ -150,7 +151,7 @@ def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dic
         model=str(model_dir), forget=str(texts["forget"]), retain=(str(texts["retain"]),), tokens=400, window=32,
         test_forget=str(test_file), test_retain=(str(texts["third"]),),
     )  # fmt: skip
-    parts = experiment.Experiment(plan, model, progress=False).parts
+    parts = experiment.Experiment(plan, model, progress=False).documents
     for name in ("forget", "retain"):
         used = [set(part[name].keys) for part in (parts.fit, parts.tune, parts.test)]
         assert not used[0] & used[1]
@@ -221,8 +222,8 @@ def test_collect_evaluate_and_generate_work_together(
         call("generate", "--model", model_dir, "--intervention", half, "--prompt", "the quick", "--max-new-tokens", 5)
         == 0
     )
-    told = capsys.readouterr().out.rstrip("\n")
-    assert told == "the quick" + lu.generate(model, "the quick", intervention=edit, max_new_tokens=5)[0]
+    output = capsys.readouterr().out.rstrip("\n")
+    assert output == "the quick" + lu.generate(model, "the quick", intervention=edit, max_new_tokens=5)[0]
 
 
 def test_collect_resumes_to_the_same_bytes(
@@ -255,7 +256,7 @@ def test_collect_resumes_to_the_same_bytes(
         patch.setattr(collect, "backbone", interrupted)
         assert call(*arguments, "--out", resumed) == 130
     assert not resumed.exists()
-    assert call(*arguments, "--out", resumed) == 2  # what is left of it is not overwritten silently
+    assert call(*arguments, "--out", resumed) == 2  # the rest of it is not overwritten silently
     assert call(*arguments, "--out", resumed, "--resume") == 0
     assert whole.read_bytes() == resumed.read_bytes()
     assert not list(tmp_path.glob("*.partial"))
@@ -275,16 +276,16 @@ def test_an_interrupted_run_says_how_to_go_on(
         raise KeyboardInterrupt
 
     arguments = run_arguments(model_dir, texts, out)
-    for place, kept in (("load_model", False), ("evaluate", True), ("evaluate", True)):
+    for place, stored in (("load_model", False), ("evaluate", True), ("evaluate", True)):
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(experiment, place, interrupted)
             assert call(*arguments, "--resume") == 130
-        told = capsys.readouterr().err.strip()
-        assert len(told.splitlines()) == 1
-        assert told.startswith("lens-unlearn: interrupted")
-        assert told.endswith(f": the same command with --resume goes on from {out}.partial") == kept
-        assert (tmp_path / "out.partial").exists() == kept
+        output = capsys.readouterr().err.strip()
+        assert len(output.splitlines()) == 1
+        assert output.startswith("lens-unlearn: interrupted")
+        assert output.endswith(f": the same command with --resume goes on from {out}.partial") == stored
+        assert (tmp_path / "out.partial").exists() == stored
         assert not out.exists()
     assert call(*arguments) == 2
     assert "give --resume to go on" in capsys.readouterr().err
@@ -338,14 +339,14 @@ def test_bad_input_to_run_is_one_sentence_and_exit_code_2(
     out = tmp_path / "out"
     before = sorted(os.listdir(tmp_path))
     assert call(*run_arguments(model_dir, texts, out), *extra) == 2
-    told = capsys.readouterr().err.strip()
-    assert told.startswith("lens-unlearn: ")
-    assert len(told.splitlines()) == 1
-    assert expected in told
+    output = capsys.readouterr().err.strip()
+    assert output.startswith("lens-unlearn: ")
+    assert len(output.splitlines()) == 1
+    assert expected in output
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_an_output_folder_with_another_run_is_kept_unless_told(
+def test_an_output_folder_with_another_run_is_not_replaced_unless_asked(
     model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -397,10 +398,10 @@ def test_bad_artefacts_are_refused_by_name(
     ]
     write_texts(tmp_path / "texts.jsonl", 1)
     assert call(*arguments, "--quiet") == 2
-    told = capsys.readouterr().err.strip()
-    assert len(told.splitlines()) == 1
-    assert str(path) in told
-    assert {"other model": "weights", "pickle": "pickle", "missing": "cannot be read"}.get(kind, "") in told
+    output = capsys.readouterr().err.strip()
+    assert len(output.splitlines()) == 1
+    assert str(path) in output
+    assert {"other model": "weights", "pickle": "pickle", "missing": "cannot be read"}.get(kind, "") in output
     assert not out.exists()
 
 
@@ -414,14 +415,14 @@ def test_evaluate_answers_questions_and_runs_code_only_where_allowed(
     arguments = ["evaluate", "--model", model_dir, "--corpus", f"c={source}:q>a", "--out", out, "--quiet"]
     arguments += ["--answers", 3, "--max-new-tokens", 4, "--overwrite"]
     assert call(*arguments) == 0
-    assert "unit tests were not run: that takes --allow-code-execution" in capsys.readouterr().out
+    assert "unit tests were not run: give --allow-code-execution to run them" in capsys.readouterr().out
     table = pd.read_csv(out / "metrics.csv").set_index("metric")
     assert {"exact_match", "rouge_l", "rouge_l_f"} <= set(table.index)
     assert "unit_tests" not in table.index
     assert table.n["exact_match"] == 3
-    told = json.loads((out / "run.json").read_text())["answers"]
-    assert told["questions"] == {"c": 3}
-    assert told["unit_tests"] == {"c": "not run: not allowed"}
+    saved = json.loads((out / "run.json").read_text())["answers"]
+    assert saved["questions"] == {"c": 3}
+    assert saved["unit_tests"] == {"c": "not run: not allowed"}
     assert "true answer" in (out / "report.html").read_text()
     assert call(*arguments, "--allow-code-execution") == 0
     assert "not run" not in capsys.readouterr().out
@@ -436,9 +437,9 @@ def test_evaluate_answers_questions_and_runs_code_only_where_allowed(
 
 
 def test_weights_may_be_of_another_dtype(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
-    told = ["--model", model_dir, "--corpus", f"{texts['forget']}:text", "--tokens", 200, "--window", 32, "--quiet"]
-    assert call("collect", *told, "--out", tmp_path / "a.safetensors", "--dtype", "bfloat16") == 0
+    options = ["--model", model_dir, "--corpus", f"{texts['forget']}:text", "--tokens", 200, "--window", 32, "--quiet"]
+    assert call("collect", *options, "--out", tmp_path / "a.safetensors", "--dtype", "bfloat16") == 0
     assert artefacts.read(tmp_path / "a.safetensors")[0]["model"]["dtype"] == "bfloat16"
-    assert call("collect", *told, "--out", tmp_path / "b.safetensors", "--dtype", "int8") == 2
-    assert call("collect", *told, "--out", tmp_path / "b.safetensors", "--device-map", "nowhere") == 2
+    assert call("collect", *options, "--out", tmp_path / "b.safetensors", "--dtype", "int8") == 2
+    assert call("collect", *options, "--out", tmp_path / "b.safetensors", "--device-map", "nowhere") == 2
     assert not (tmp_path / "b.safetensors").exists()

@@ -7,17 +7,28 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+from package_tree import MODULES
+from test_imports import ROOMS, SHOWS_ITSELF
 from typer.testing import CliRunner
 
 import lens_unlearn as lu
-from lens_unlearn import figures, testing
-from lens_unlearn.core import errors
+from lens_unlearn import figures, methods, testing
+from lens_unlearn.core import artefacts, errors
+from lens_unlearn.evaluation.metric import Needs
+from lens_unlearn.evaluation.metrics import METRICS
+from lens_unlearn.evaluation.teacher_forcing import Outcome
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.keyspace import regions
+from lens_unlearn.methods.method import Method
+from lens_unlearn.neurons.statistic import Statistic
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -199,6 +210,127 @@ def test_calls_that_are_not_run_are_calls_that_there_are(path: Path) -> None:
                 takes = inspect.signature(function).parameters  # type: ignore[arg-type]
                 unknown = {word.arg for word in node.keywords if word.arg} - set(takes)
                 assert not unknown, f"{shown(path)}: {ast.unparse(node.func)} takes no {sorted(unknown)}"
+
+
+# --- the architecture ----------------------------------------------------------------------------------------------------
+
+ARCHITECTURE = DOCS / "architecture.md"
+
+
+def section(heading: str) -> str:
+    """The text of the architecture's page below one heading."""
+    return ARCHITECTURE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_the_rooms_of_the_page_are_those_that_are_enforced() -> None:
+    """In the order of imports; every file that a row names is in its room, and every exception is named."""
+    rows = re.findall(r"^\| `([\w/.]+)` \|(.*)$", section("The rooms"), re.MULTILINE)
+    assert [name.removesuffix("/").removesuffix(".py").replace("/", ".") for name, _ in rows] == [*ROOMS]
+    for name, rest in rows:
+        if name.endswith("/"):
+            files = [file for file in re.findall(r"`(\w+\.py)`", rest) if file != "NAME.py"]
+            assert [file for file in files if not (ROOT / "lens_unlearn" / name / file).is_file()] == []
+    assert all(f"`{method}`" in section("The rooms") for _, method, _ in SHOWS_ITSELF)
+
+
+def test_the_architecture_names_files_and_tests_that_there_are() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:lens_unlearn|benchmarks|tests)/[\w/.]+)`", text):
+        assert "NAME" in file or (ROOT / file).exists(), f"there is no {file}"
+    for paragraph in re.split(r"\n\n|\n(?=\|)", text):
+        links = re.findall(r"\]\((\.\./tests/[\w/]+\.py)\)", paragraph)
+        linked = "".join((DOCS / link).read_text(encoding="utf-8") for link in links)
+        for test in re.findall(r"`(test_\w+)`", paragraph):
+            assert f"def {test}(" in linked, f"{test} is in none of {links}"
+
+
+def defined(room: str, kind: type) -> Iterator[type]:
+    """The classes of one kind that the modules of a room define, without abstract and private ones."""
+    for name in MODULES:
+        if name.startswith(f"{room}."):
+            module = importlib.import_module(f"lens_unlearn.{name}")
+            own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+            for value in own:
+                public = value is not kind and not inspect.isabstract(value) and not value.__name__.startswith("_")
+                if public and issubclass(value, kind):
+                    yield value
+
+
+def test_every_method_is_in_the_table() -> None:
+    """Whatever file has a record, METHODS has it too, with a sentence for --help; the page names no other."""
+    made = [
+        value
+        for name in MODULES
+        if name.startswith("methods.")
+        for value in vars(importlib.import_module(f"lens_unlearn.{name}")).values()
+        if isinstance(value, Method)
+    ]
+    missing = [record.name for record in made if record not in methods.METHODS]
+    assert not missing, f"METHODS in lens_unlearn/methods/__init__.py lacks {missing}"
+    assert len({record.name for record in methods.METHODS}) == len(methods.METHODS)
+    for record in methods.METHODS:
+        assert record.summary, f"{record.name} has no summary for --help"
+        assert record.strength in record.options, f"{record.name} has no option {record.strength}"
+    named = set(re.findall(r"`([a-z]+(?:-[a-z]+)*)`", (DOCS / "methods.md").read_text(encoding="utf-8")))
+    assert named <= set(methods.names()), "docs/methods.md names a method that there is not"
+
+
+def test_every_row_of_the_metric_table_holds_together() -> None:
+    assert len({row.name for row in METRICS}) == len(METRICS)
+    for row in METRICS:
+        assert row.words, f"{row.name} has no words for figures and pages"
+        assert row.range[0] < row.range[1]
+        assert row.needs in get_args(Needs)
+        for quantity in row.quantities:
+            assert hasattr(Outcome, quantity), f"{row.name} reads {quantity}, which Outcome does not have"
+        if row.derived_from:
+            assert row.derived_from in {other.name for other in METRICS}, f"{row.name} is derived from no metric"
+        else:
+            assert callable(row.of) == (row.needs != "tasks"), f"{row.name} has no function, or one that nobody calls"
+
+
+def test_every_metric_is_on_a_page() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "evaluation.md").read_text(encoding="utf-8"), re.MULTILINE)
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    missing = {row.name for row in METRICS} - explained
+    assert not missing, f"docs/evaluation.md explains no {sorted(missing)}"
+
+
+def test_every_figure_is_in_a_file_of_its_name() -> None:
+    for name in figures.__all__:
+        assert getattr(figures, name).__module__ == f"lens_unlearn.figures.{name}"
+
+
+def test_every_kind_is_public_and_can_be_read() -> None:
+    """Statistics, regions and interventions: each has a public name; of the latter two, files are read."""
+    of_regions, edits = [*defined("keyspace", regions.Region)], [*defined("interventions", Intervention)]
+    for kind in (*defined("neurons", Statistic), *of_regions, *edits):
+        assert kind.__name__ in lu.__all__, f"{kind.__name__} is not in the table of public names"
+    assert {region.shape for region in of_regions} == set(get_args(regions.Shape))
+    with pytest.raises(lu.LensUnlearnError) as caught:
+        lu.fit_region(torch.ones(9, 2), "nothing")  # type: ignore[arg-type]
+    assert all(region.shape in str(caught.value) for region in of_regions)
+    stored = sorted((ROOT / "tests" / "data" / "golden").glob("*.safetensors"))
+    read = {type(lu.load_intervention(path)) for path in stored if artefacts.read(path)[0]["kind"] == "intervention"}
+    assert read == {*edits}, "files.py reads every kind of intervention, and tests/data/golden has a file of each"
+
+
+def test_every_benchmark_is_on_a_page() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"timing"}  # which the others share
+    assert set(re.findall(r"benchmarks/(\w+)\.py", text)) - {"NAME"} == files
+
+
+def test_every_command_is_on_a_page() -> None:
+    from lens_unlearn.cli import app
+
+    page = (DOCS / "howto" / "command_line.md").read_text(encoding="utf-8")
+    for command in app.registered_commands:
+        name = command.name or getattr(command.callback, "__name__", "")
+        assert f"`{name}`" in page, f"docs/howto/command_line.md does not name the command {name}"
+
+
+# --- the site ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

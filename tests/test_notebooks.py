@@ -164,8 +164,8 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_check_finds(name: str, tmp_path: Path) -> None:
-    make, told = FAULTS[name]
-    assert [fault for fault in tool().check(stored(tmp_path, make())) if told in fault], told
+    make, options = FAULTS[name]
+    assert [fault for fault in tool().check(stored(tmp_path, make())) if options in fault], options
 
 
 def test_the_check_finds_cells_that_were_not_run(tmp_path: Path) -> None:

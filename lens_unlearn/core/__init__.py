@@ -1,4 +1,4 @@
-"""What everything else stands on: errors, files that cannot run code, processes, random numbers without a state, resampling.
+"""Foundations of the package: errors, a safe file format, multi-process jobs, counter-based random numbers, resampling.
 
 Knows tensors and files; knows nothing of models, texts or neurons.
 """

@@ -1,8 +1,13 @@
-"""Files that others can trust: safetensors with a JSON header, a checksum, and refusals that say what differs.
+"""Safe files: safetensors with a JSON header and a checksum, written atomically, and errors that say what differs.
 
-Reading never executes anything: the kind in the header is looked up in closed tables by the callers, and the tensors
-are plain arrays. Writing is atomic: a file is either the old one or the whole new one.
+Knows tensors, headers and paths; knows nothing of what they mean (an intervention, moments): that is up to the callers.
 """
+
+# Why not pickle (`torch.save`): loading one can run any code, and these files are shared on the Hugging Face hub. Here nothing
+# in a file names code: tensors are plain arrays, and callers look up the "kind" of the header in closed tables.
+# Why a checksum: safetensors checks sizes but not values, so a flipped bit or an edited header would silently give other
+# numbers. It covers header and tensors, and protects from accidents only: whoever forges a file can also compute it.
+# Why limits on the header: JSON takes far more memory parsed than written, so a small hostile file could exhaust it.
 
 import hashlib
 import json
@@ -40,13 +45,13 @@ SCHEMA = 1
 HUB = "hf:"
 KEY = "lens_unlearn"
 MAX_HEADER = 5 * 2**20
-"""Bytes of a header."""
+"""Most bytes of a header."""
 STALE = 3600.0
-"""Seconds after which a temporary file is no longer that of somebody who is still writing."""
+"""Seconds after which a temporary file is taken to be left by a killed process, not to be still written."""
 MAX_VALUES = 200_000
-"""Values in a header: in memory each can take seventy times what it takes in the file."""
+"""Most values in a header: parsed, each can take seventy times its size in the file."""
 MAX_DEPTH = 200
-"""Lists and objects inside one another in a header: so deep, nothing recurses to its limit."""
+"""Deepest nesting of lists and objects in a header: far below Python's recursion limit."""
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16) + (
     torch.int64,
     torch.int32,
@@ -55,11 +60,11 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16) + (
     torch.uint8,
     torch.bool,
 )
-"""What tensors can be of; of the others some operations do not exist."""
-Path_ = str | os.PathLike[str]
+"""The dtypes that a file may hold; PyTorch lacks some operations on the others, such as float8."""
+FilePath = str | os.PathLike[str]
 
 
-def write(path: Path_, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a header as one file, atomically.
 
     Raises:
@@ -74,9 +79,9 @@ def write(path: Path_, kind: str, tensors: Mapping[str, Tensor], header: Mapping
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
-        flat[name] = plain.clone() if place in places else plain  # two may share their values, and in a file not
+        flat[name] = plain.clone() if place in places else plain  # safetensors refuses tensors that share memory
         places.add(place)
-    # As `read` will see it: with text as keys, in the order of that text.
+    # Through JSON and back, so that the checksum is of what `read` will see: keys are strings, tuples are lists.
     content = json.loads(json.dumps({"schema": SCHEMA, "kind": kind, "lens_unlearn": __version__, **header}))
     content["checksum"] = _checksum(flat, content)
     data = save(flat, metadata={KEY: json.dumps(content, sort_keys=True)})
@@ -86,24 +91,24 @@ def write(path: Path_, kind: str, tensors: Mapping[str, Tensor], header: Mapping
             raise ValueError(f"{size:,} bytes of header, and {MAX_HEADER:,} are read")
         _content(_outer(data[8 : 8 + size])[0])
     except ValueError as error:
-        raise ArtefactError(f"{path} is not written, since it could not be read again: {error}") from error
+        raise ArtefactError(f"{path} cannot be written, since it could not be read again: {error}") from error
     replace_file(path, data)
 
 
-def read(path: Path_, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: FilePath, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file that `write` made.
 
-    Besides the tensors, it takes memory for the file and for tens of megabytes of header at most.
+    Peak memory is that of the tensors, the bytes of the file, and at most some tens of megabytes for the header.
 
     Args:
-        path: The file; on the Hugging Face hub as `local` has it.
-        kind: What it has to hold; None takes any kind.
+        path: The file; for one on the Hugging Face hub, see `local`.
+        kind: The kind that it has to be of; None accepts any.
 
     Returns:
         The header and the tensors.
 
     Raises:
-        ArtefactError: If it is missing, truncated, altered, not ours, made by a newer version, or of another kind.
+        ArtefactError: If it is missing, truncated, altered, not a lens_unlearn file, made by a newer version, or of another kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -138,16 +143,16 @@ def read(path: Path_, kind: str | None = None) -> tuple[dict[str, Any], dict[str
         TypeError,
         ValueError,
     ) as error:
-        raise ArtefactError(f"{path} is no lens_unlearn file: it is damaged, or something else") from error
+        raise ArtefactError(f"{path} is not a lens_unlearn file, or it is damaged") from error
     if not intact:
-        raise ArtefactError(f"{path} was altered or damaged after it was written: its checksum does not fit")
+        raise ArtefactError(f"{path} was altered or damaged after it was written: its checksum does not match")
     if kind is not None and content["kind"] != kind:
         raise ArtefactError(f"{path} holds {_short(repr(content['kind']))}, not {kind!r}")
     return content, tensors
 
 
-def local(path: Path_) -> Path_:
-    """Return where a file is on this machine; one that is on the hub is fetched into the cache of `huggingface_hub`.
+def local(path: FilePath) -> FilePath:
+    """Return the local path of a file; one on the Hugging Face hub is downloaded into the cache of `huggingface_hub`.
 
     Args:
         path: A path, or "hf:OWNER/NAME/FILE"; "hf:OWNER/NAME@REVISION/FILE" takes a branch, tag or commit, and a repository with
@@ -167,30 +172,30 @@ def local(path: Path_) -> Path_:
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="lens_unlearn")
-    told: dict[str, Any] = {"revision": revision or None}
+    at: dict[str, Any] = {"revision": revision or None}
     try:
         if not file:
-            files = [one for one in api.list_repo_files(f"{owner}/{repo}", **told) if one.endswith(".safetensors")]
+            files = [entry for entry in api.list_repo_files(f"{owner}/{repo}", **at) if entry.endswith(".safetensors")]
             if len(files) != 1:
                 raise ValueError(f"name one of its {len(files)} .safetensors files: {', '.join(sorted(files)[:20])}")
             file = files[0]
-        return api.hf_hub_download(f"{owner}/{repo}", file, **told)
+        return api.hf_hub_download(f"{owner}/{repo}", file, **at)
     except Exception as error:
         raise ArtefactError(f"{name} cannot be fetched from the hub: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error of another library says, in a line."""
+    """Return the first line of another library's error message, or the error's type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-def _open(path: Path_) -> tuple[dict[str, Any], bytes]:
-    """Return the header of ours and the bytes of the file, which are not read before their number is right."""
+def _open(path: FilePath) -> tuple[dict[str, Any], bytes]:
+    """Return our header and the bytes of the file, whose length is checked before they are read."""
     where = local(path)
     try:
-        if not stat.S_ISREG(os.stat(where).st_mode):  # a pipe would be waited for
-            raise ArtefactError(f"{path} cannot be read: it is no file")
+        if not stat.S_ISREG(os.stat(where).st_mode):  # reading a pipe would block
+            raise ArtefactError(f"{path} cannot be read: it is not a regular file")
     except (OSError, ValueError) as error:
         if isinstance(error, ArtefactError):
             raise
@@ -211,65 +216,66 @@ def _open(path: Path_) -> tuple[dict[str, Any], bytes]:
 
 
 def _outer(header: bytes) -> tuple[str, int]:
-    """Return the text of our header in the header of a safetensors file, and where its tensors end."""
-    found = parse(header.decode("ascii"))
-    text = found.pop("__metadata__")[KEY]
-    return text, max((tensor["data_offsets"][1] for tensor in found.values()), default=0)
+    """Return the text of our header, which is in the header of a safetensors file, and the offset at which its tensors end."""
+    entries = parse(header.decode("ascii"))
+    text = entries.pop("__metadata__")[KEY]
+    return text, max((tensor["data_offsets"][1] for tensor in entries.values()), default=0)
 
 
 def _content(text: str) -> dict[str, Any]:
-    """Read our header, if it is not nested too deep for those who look at it."""
+    """Parse our header, and refuse one so deeply nested that code walking through it would hit the recursion limit."""
     content = parse(text)
     level: list[Any] = [content]
     for _ in range(MAX_DEPTH):
-        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
         level = [value for values in inner for value in values]
         if not level:
             return content
-    raise ValueError(f"lists inside one another in the header, more than {MAX_DEPTH} deep")
+    raise ValueError(f"a header nested more than {MAX_DEPTH} deep")
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Read a JSON object out of a file, with at most `MAX_VALUES` values, of different names.
+    """Parse a JSON object with at most `MAX_VALUES` values and no key twice.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is anything else.
     """
-    if not text.isascii():  # what is written escapes the rest, and one odd letter would make a text four times as large
-        raise ValueError("a header with letters that are never written")
+    # `json.dumps` escapes everything else, and one wide character makes a Python string four times as large.
+    if not text.isascii():
+        raise ValueError("a header with characters that are never written")
     values = sum(text.count(mark) for mark in "[{,")
     if values > MAX_VALUES:
         raise ValueError(f"{values:,} values in the header, and {MAX_VALUES:,} are read")
-    found = json.loads(text, object_pairs_hook=_once)
-    if not isinstance(found, dict):
-        raise ValueError("a header that is no object")
-    return found
+    content = json.loads(text, object_pairs_hook=_without_duplicates)
+    if not isinstance(content, dict):
+        raise ValueError("a header that is not a JSON object")
+    return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("two values of one name")
-    return found
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key that occurs twice")
+    return content
 
 
 @contextmanager
-def usable(path: Path_, what: str) -> Iterator[None]:
-    """Refuse a sound file whose content is false: whatever goes wrong in the block becomes one sentence.
+def usable(path: FilePath, content: str) -> Iterator[None]:
+    """Turn whatever fails while the content of an intact file is interpreted into one `ArtefactError`.
 
     Args:
         path: The file.
-        what: Such as "moments that can be read".
+        content: What the file should hold, for the message; such as "moments that can be read".
 
     Raises:
-        ArtefactError: Naming the file.
+        ArtefactError: If the block raises; the message names the file.
     """
     try:
         yield
     except KeyError as error:
-        raise ArtefactError(f"{path} holds no {what}: it has no {_short(error)}") from error
+        raise ArtefactError(f"{path} holds no {content}: it has no {_short(error)}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtefactError(f"{path} holds no {what}: {_short(error, 300)}") from error
+        raise ArtefactError(f"{path} holds no {content}: {_short(error, 300)}") from error
 
 
 def _checksum(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
@@ -280,21 +286,27 @@ def _checksum(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def require_same(path: Path_, theirs: Any, ours: Mapping[str, Any], what: str) -> None:
-    """Refuse a file made with something else.
+def require_same(path: FilePath, theirs: Any, ours: Mapping[str, Any], owner: str) -> None:
+    """Refuse a file that was made with another model, or by a run with other settings.
+
+    Args:
+        path: The file.
+        theirs: What the file says it was made with.
+        ours: What it has to be made with.
+        owner: What `ours` describes, for the message; such as "this model".
 
     Raises:
-        ArtefactError: Naming the fields that differ.
+        ArtefactError: If any field differs; the message names those that do, with both values.
     """
     if not isinstance(theirs, Mapping):
         raise ArtefactError(f"{path} does not say what it was made with: write it again")
     odd = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if odd:
-        told = "; ".join(
-            f"{_short(key)}: {_short(theirs.get(key))} in the file, {_short(ours.get(key))} in {what}"
+        differences = "; ".join(
+            f"{_short(key)}: {_short(theirs.get(key))} in the file, {_short(ours.get(key))} in {owner}"
             for key in odd[:30]
         )
-        raise ArtefactError(f"{path} does not belong to {what}: {told}")
+        raise ArtefactError(f"{path} does not belong to {owner}: {differences}")
 
 
 def _short(value: Any, length: int = 120) -> str:
@@ -304,15 +316,16 @@ def _short(value: Any, length: int = 120) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def replace_file(path: Path_, data: bytes) -> None:
-    """Put a whole file in place, or leave what was there: temporary file, fsync, rename.
-
-    Every writer has a temporary file of its own, so that of two at a time the last one wins, and they never mix. What a killed
-    writer left of its own is deleted by whoever writes the same file an hour later.
+def replace_file(path: FilePath, data: bytes) -> None:
+    """Write a file atomically: into a temporary file, which then replaces the old one.
 
     Raises:
         ArtefactError: If the folder does not exist or cannot be written.
     """
+    # A process can be killed at any byte. Renaming within a folder is atomic, so readers see the old file or the new one and
+    # never a part; fsync comes first, or after a power cut the file could be empty. Each writer has its own temporary file, so two
+    # at a time never mix: the last one wins. What a killed writer leaves behind is deleted by whoever writes the same file an hour
+    # later (`STALE`), not before, since it could still be in use.
     target = Path(path)
     temporary: str | None = None
     try:
@@ -333,21 +346,24 @@ def replace_file(path: Path_, data: bytes) -> None:
 
 
 def temporary_name(target: Path) -> tuple[str, str]:
-    """Return how the names of a path's temporary files, or folders, end and begin; those of no other path do."""
+    """Return the suffix and the prefix of the names of a path's temporary files or folders.
+
+    The suffix holds a checksum of the whole name, since the prefix is cut: no other path in the folder has the same.
+    """
     return f".{zlib.crc32(os.fsencode(target.name)):08x}.part", f".{target.name[:40]}."
 
 
-def sweep(path: Path_, age: float = STALE) -> None:
-    """Delete the temporary files and folders of a path that killed writers left, if they are so many seconds old."""
+def sweep(path: FilePath, age: float = STALE) -> None:
+    """Delete the temporary files and folders of a path that killed writers left, if they are at least `age` seconds old."""
     target = Path(path)
     with suppress(OSError):
-        for left in target.parent.glob(f".*{temporary_name(target)[0]}"):
-            if left.stat().st_mtime <= time.time() - age:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for leftover in target.parent.glob(f".*{temporary_name(target)[0]}"):
+            if leftover.stat().st_mtime <= time.time() - age:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def remove(path: Path_) -> None:
-    """Delete a file that is done with, and what killed writers left of it."""
+def remove(path: FilePath) -> None:
+    """Delete a file that is no longer needed, and every temporary file that killed writers left of it."""
     Path(path).unlink(missing_ok=True)
     sweep(path, age=0.0)
 

@@ -1,8 +1,10 @@
-"""Several processes on one job: who does which batches, and how their sums come together.
+"""Several processes on one job: which process runs which batches, and how their results are gathered.
 
-`torchrun --nproc_per_node=N` (or `accelerate launch`) starts N processes of the same program. Each of them runs the whole of it
-on the same settings and comes to the same decisions; only the passes over a corpus are shared out, batch by batch, and every
-process goes on with the merged result of all. The first one writes. In a notebook there is one, and nothing here does anything.
+`torchrun --nproc_per_node=N` (or `accelerate launch`) starts N processes of the same program. Each runs all of it with the same
+settings and comes to the same decisions; only the passes over a corpus are divided, batch by batch, and every process goes on
+with the merged result. The first process writes the files. In a single process, as in a notebook, nothing here has any effect.
+
+Knows ranks and `torch.distributed`; knows nothing of what is gathered.
 """
 
 import os
@@ -17,9 +19,9 @@ T = TypeVar("T")
 
 
 def _here() -> tuple[int, int]:
-    """Return which process this is, and of how many; join the others where a launcher started several."""
-    asked = int(os.environ.get("WORLD_SIZE") or 1)
-    if asked < 2 or "RANK" not in os.environ:
+    """Return this process' rank and the number of processes; join the process group if a launcher started several."""
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size < 2 or "RANK" not in os.environ:
         return 0, 1
     import torch.distributed as distributed
 
@@ -28,61 +30,61 @@ def _here() -> tuple[int, int]:
             distributed.init_process_group("gloo")
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
-                f"the {asked} processes of WORLD_SIZE={asked} did not find each other ({_line(error)}): start them with "
+                f"the {world_size} processes of WORLD_SIZE={world_size} did not find each other ({_line(error)}): start them with "
                 "torchrun, or unset WORLD_SIZE"
             ) from error
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def count() -> int:
-    """Return how many processes work together."""
+    """Return the number of processes on this job."""
     return _here()[1]
 
 
 def number() -> int:
-    """Return which of them this process is, from 0."""
+    """Return the rank of this process, from 0."""
     return _here()[0]
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and shows."""
+    """Whether this process is the one that writes files and shows progress."""
     return _here()[0] == 0
 
 
 def share(items: Iterable[T]) -> Iterator[T]:
-    """Yield this process' share of items: every N-th."""
+    """Yield this process' share of the items: every N-th, which balances batches sorted by length."""
     rank, ranks = _here()
     return (item for number, item in enumerate(items) if number % ranks == rank)
 
 
 def gather(value: T) -> list[T]:
-    """Return what every process passed, in order; each has to call this, at the same place.
+    """Return the values that all processes passed, in order of rank; every process has to call this at the same point.
 
     Raises:
-        ProcessError: If another process ended meanwhile.
+        ProcessError: If another process has ended.
     """
     if count() == 1:
         return [value]
     import torch.distributed as distributed
 
-    found: list[Any] = [None] * count()
-    _together(lambda: distributed.all_gather_object(found, value))
-    return found
+    values: list[Any] = [None] * count()
+    _together(lambda: distributed.all_gather_object(values, value))
+    return values
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Return, in every process, what the first one makes; the others do not call it.
+    """Return, in every process, what `make` returns in the first one; the others do not call it.
 
     Raises:
-        ProcessError: If another process ended meanwhile.
+        ProcessError: If another process has ended.
     """
     if count() == 1:
         return make()
     import torch.distributed as distributed
 
-    found: list[Any] = [make() if is_first() else None]
-    _together(lambda: distributed.broadcast_object_list(found, 0))
-    return found[0]
+    values: list[Any] = [make() if is_first() else None]
+    _together(lambda: distributed.broadcast_object_list(values, 0))
+    return values[0]
 
 
 def _together(call: Callable[[], None]) -> None:

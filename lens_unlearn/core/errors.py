@@ -1,12 +1,17 @@
-"""The errors a user can meet: each says what, where, and what to do, in one sentence."""
+"""The errors that users can meet; every message says in one sentence what is wrong, where, and what to do.
+
+Knows no other module of the package.
+"""
 
 __all__ = [
     "ActivationError",
     "ArtefactError",
+    "BudgetError",
     "CorpusError",
     "EmptyStatisticError",
     "LensUnlearnError",
     "ModelError",
+    "ProcessError",
     "SelectionError",
     "SiteError",
 ]

@@ -1,4 +1,4 @@
-"""Texts as tokens: where they come from, which positions count, which document each row is of.
+"""Texts as tokens: where they come from, which positions are counted, and which document each row belongs to.
 
 Knows tokenizers; knows nothing of neurons or hooks.
 """

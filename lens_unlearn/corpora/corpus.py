@@ -1,12 +1,15 @@
-"""Texts become a `Corpus`: tokens, a mask of the positions that count, and document ids. Reading goes through `datasets`.
+"""`Corpus`: tokenized documents in rows, with a mask of the counted positions; batches, prompts, splits, samples.
 
-A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``
-(or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", not trained on and not the test), a
-`datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
-then only the answer's tokens count, and the prompt is kept as the query. Where rows also have the fields of MBPP, "test_list"
-and "test_setup_code", these are kept as the answer's unit tests; and those of TOFU, "perturbed_answer", "paraphrased_answer" and
-"paraphrased_question", as what it is compared with.
+Knows token ids, documents and their answers; knows nothing of files, tokenization, or what is measured at the tokens.
 """
+
+# Why prompts do not count: a question and its answer are one text to the model, but the skill is in the answer. If the tokens of
+# the question counted, "Who wrote ...?" would make the neurons of questions look like neurons of the facts, and a model that
+# abstains would still be credited for predicting the question. So they are context: run, but neither measured nor scored.
+#
+# Why splits go by a digest of the document's text, not by row or index: rows of one document share their topic and often their
+# wording, and data sets repeat documents. A test row whose document, or its copy, was used to select neurons would make the result
+# look better than it is. By key, equal documents are always on one side, and `without` finds those that two sources share.
 
 import hashlib
 import json
@@ -24,36 +27,68 @@ from lens_unlearn.core.counter_rng import key_of, uniform
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.model.host import Model
 
-__all__ = ["Answer", "Batch", "Corpus"]
+__all__ = ["Answer", "Batch", "Corpus", "vocabulary_digest"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a corpus, padded on the right."""
+    """Some rows of a corpus, padded on the right with token 0 (whatever the tokenizer's padding token is)."""
 
     tokens: Int[Tensor, "batch pos"]
     counted: Bool[Tensor, "batch pos"]
     rows: Int[Tensor, "batch"]
+    """The indices of these rows in their corpus."""
+    lengths: Int[Tensor, "batch"]
+    """Number of tokens of each row, without its padding."""
+    bos: bool = False
+    """Whether every row begins with BOS."""
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Int[Tensor, "_"]],
+        counted: Sequence[Bool[Tensor, "_"]],
+        numbers: Sequence[int],
+        *,
+        bos: bool,
+    ) -> "Batch":
+        """Pad rows of tokens, each with the mask of its counted tokens, to one length."""
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for i, (row, row_mask) in enumerate(zip(rows, counted, strict=True)):
+            tokens[i, : len(row)], mask[i, : len(row)] = row, row_mask
+        return cls(tokens, mask, torch.tensor(list(numbers)), lengths, bos)
+
+    @property
+    def prompt_ends(self) -> Int[Tensor, "batch"]:
+        """The position of the last token of each row's prompt: before the first counted token; the row's last if all count."""
+        first = torch.where(self.counted.any(1), self.counted.int().argmax(1), self.lengths)
+        return torch.where(first > int(self.bos), first, self.lengths) - 1
 
     def run(self, function: Callable[["Batch"], T]) -> list[T]:
-        """Return what a function makes of the batch; or of its halves, where the device runs out of memory over the whole.
+        """Return the results of a function on the batch, or on its halves if the device runs out of memory.
 
-        The function is called again on each half (and so on, down to single rows), so it must not have kept anything of a call
-        that failed.
+        Halves are halved again, down to single rows. The function is called again after it has failed, so it must not have stored
+        anything by then.
         """
         try:
             return [function(self)]
         except torch.OutOfMemoryError:
             if len(self.rows) == 1:
                 raise
-        if torch.cuda.is_available():  # here, where the frames of the failed call are gone
+        if (
+            torch.cuda.is_available()
+        ):  # only now: inside `except`, the traceback still holds the tensors of the failed call
             torch.cuda.empty_cache()
         middle = len(self.rows) // 2
         cuts = [slice(None, middle), slice(middle, None)]
-        halves = [Batch(self.tokens[cut], self.counted[cut], self.rows[cut]) for cut in cuts]
-        return [one for half in halves for one in half.run(function)]
+        halves = [
+            Batch(self.tokens[cut], self.counted[cut], self.rows[cut], self.lengths[cut], self.bos) for cut in cuts
+        ]
+        return [result for half in halves for result in half.run(function)]
 
 
 @dataclass(frozen=True)
@@ -62,27 +97,27 @@ class Answer:
 
     text: str
     tests: tuple[str, ...] = ()
-    """Where the answer is a program: statements that fail if it is wrong."""
+    """Unit tests, if the answer is a program: statements that fail if it is wrong."""
     setup: str = ""
-    """What the tests need before them."""
+    """Code that has to run before the tests."""
     marker: str = ""
-    """How a line begins with which the next prompt begins: the last line of what the template has before the prompt, where
-    that holds a letter or digit."""
+    """The beginning of the line with which another prompt would begin (such as "Q:"), which ends a generated answer: the last line
+    of the template before the prompt, if it has a letter or digit."""
     perturbed: tuple[str, ...] = ()
     """Wrong answers to the same prompt."""
     paraphrase: str = ""
-    """The answer in other words."""
+    """A paraphrase of the answer."""
     paraphrased_prompt: str = ""
-    """The prompt in other words."""
+    """A paraphrase of the prompt."""
     head: str = field(default="", compare=False, repr=False)
-    """What the template makes of the prompt: all that stands before the answer."""
+    """The prompt in the template: all text before the answer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokenized documents, cut into rows no longer than a window, with a mask of the positions that count.
+    """Tokenized documents, cut into rows no longer than a window, with a mask of the counted positions.
 
-    A token counts unless it is BOS, padding, or (in question-answer corpora) part of the prompt. Statistics are taken
+    Every token is counted unless it is BOS, padding, or (in question-answer corpora) part of the prompt. Statistics are taken
     at counted tokens; the loss is that of predicting counted tokens, so the first token of a row without BOS, which
     nothing predicts, counts for statistics only.
     """
@@ -92,7 +127,7 @@ class Corpus:
     counted: Bool[Tensor, "total"]
     starts: Int[Tensor, "boundaries"]
     document: Int[Tensor, "rows"]
-    """Which document each row is of: an index into `keys`."""
+    """The document of each row, as an index into `keys`."""
     keys: tuple[str, ...]
     """A digest of each document's text."""
     window: int
@@ -102,21 +137,21 @@ class Corpus:
     skipped: dict[str, int] = field(default_factory=dict)
     """Documents left out while reading, by reason."""
     answers: tuple[Answer | None, ...] = ()
-    """For each document its answer, where it was read as a prompt and an answer; empty where none was."""
+    """For each document its answer, or None if it was not read as a prompt with an answer; empty if none was."""
 
     @property
     def n_tokens(self) -> int:
-        """Counted tokens."""
+        """Number of counted tokens."""
         return int(self.counted.sum())
 
     @property
     def n_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.keys)
 
     @property
     def n_rows(self) -> int:
-        """Rows: a document longer than the window has several."""
+        """Number of rows; a document longer than the window has several."""
         return len(self.document)
 
     @property
@@ -127,15 +162,15 @@ class Corpus:
             digest.update(tensor.contiguous().numpy().tobytes())
         digest.update(f"{self.prepend_bos} {self.vocabulary}".encode())
         tests = [(place, answer.tests, answer.setup) for place, answer in enumerate(self.answers) if answer]
-        if any(told for _, told, _ in tests):
+        if any(statements for _, statements, _ in tests):
             digest.update(repr(tests).encode())
-        others = [
+        comparisons = [
             (place, answer.perturbed, answer.paraphrase, answer.paraphrased_prompt)
             for place, answer in enumerate(self.answers)
             if answer and (answer.perturbed or answer.paraphrase or answer.paraphrased_prompt)
         ]
-        if others:
-            digest.update(repr(others).encode())
+        if comparisons:
+            digest.update(repr(comparisons).encode())
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Int[Tensor, "pos"]:
@@ -148,16 +183,16 @@ class Corpus:
         return self.row(index)[: int(counted.int().argmax())]
 
     def answer(self, index: int) -> Answer | None:
-        """Return the true answer to the prompt of one row; None where it was not read as a prompt and an answer."""
+        """Return the true answer to the prompt of one row; None if it was not read as a prompt with an answer."""
         return self.answers[int(self.document[index])] if self.answers else None
 
     @property
     def has_prompts(self) -> bool:
-        """Whether every row begins with a prompt: tokens besides BOS that do not count."""
+        """Whether every row begins with a prompt: uncounted tokens other than BOS."""
         return bool((self._prompt_lengths() > int(self.prepend_bos)).all())
 
     def _prompt_lengths(self) -> Int[Tensor, "rows"]:
-        """Count the tokens of each row before its first counted one, BOS included."""
+        """Return the number of tokens of each row before its first counted one, BOS included."""
         lengths = self.starts.diff()
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
@@ -165,12 +200,12 @@ class Corpus:
         return lengths.scatter_reduce(0, row_of, first, "amin", include_self=False)
 
     def with_prompts(self, tokens: int | None = None, *, seed: int = 0) -> "Corpus":
-        """Make the beginning of every row its prompt: it no longer counts, and what follows is what is predicted.
+        """Turn the beginning of every row into its prompt, which is not counted; the rest of the row is to be predicted.
 
         Args:
-            tokens: Length of each prompt, BOS not included. Default: each row is cut at a random place, so that the
-                prompt's last token gives nothing away of the kind of text.
-            seed: Of the random places; a row's place depends on its tokens and the seed alone.
+            tokens: Length of each prompt in tokens, without BOS. Default: each row is cut at a random position, so that the
+                prompt's last token does not reveal the kind of text.
+            seed: The seed of the positions; a row's position depends only on its tokens and the seed.
 
         Raises:
             CorpusError: If no row is longer than its prompt.
@@ -180,32 +215,32 @@ class Corpus:
         head, lengths = int(self.prepend_bos), self.starts.diff()
         body = lengths - head
         if tokens is None:
-            drawn = uniform(torch.tensor([self._row_key(row, seed) for row in range(self.n_rows)])).double()
-            # At least four tokens of prompt and of text behind it, where the row is long enough.
+            draws = uniform(torch.tensor([self._row_key(row, seed) for row in range(self.n_rows)])).double()
+            # At least four tokens of prompt and four of text after it, if the row is long enough.
             room = (body - 1).clamp(1, 4)
-            ends = head + (room + drawn * (body - 2 * room + 1).clamp_min(1)).long().minimum((body - 1).clamp_min(1))
+            ends = head + (room + draws * (body - 2 * room + 1).clamp_min(1)).long().minimum((body - 1).clamp_min(1))
         else:
             ends = torch.full_like(body, head + tokens)
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
-        # What the true answers answer is no longer the prompt.
+        # The answers are dropped: they belong to the prompts that were read, not to these.
         cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of], answers=())
-        kept = lengths > ends
-        if not bool(kept.any()):
+        long_enough = lengths > ends
+        if not bool(long_enough.any()):
             raise CorpusError(
                 f"no row of {self.name} is longer than a prompt of {tokens or 1} tokens: give longer texts"
             )
-        return cut if bool(kept.all()) else cut._rows(kept)
+        return cut if bool(long_enough.all()) else cut._rows(long_enough)
 
     def queries(self) -> "Corpus":
-        """Return the prompt of every row alone, with its last token as the one that counts.
+        """Return the prompts alone, with the last token of each as its only counted one.
 
         Raises:
             CorpusError: If there are no prompts: read "question>answer", or make some with `with_prompts`.
         """
         ends = self._prompt_lengths()
-        kept = ends > int(self.prepend_bos)
-        if not bool(kept.any()):
+        prompted = ends > int(self.prepend_bos)
+        if not bool(prompted.any()):
             raise CorpusError(
                 f"{self.name} has no prompts: read it as 'question>answer', or cut its texts with .with_prompts()"
             )
@@ -220,13 +255,13 @@ class Corpus:
             answers=(),
             starts=torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)]),
         )
-        return shorter if bool(kept.all()) else shorter._rows(kept)
+        return shorter if bool(prompted.all()) else shorter._rows(prompted)
 
     def batches(self, batch_size: int = 8) -> Iterator[Batch]:
         """Yield batches of rows of similar length, in a fixed order.
 
         Args:
-            batch_size: Rows of full window length per batch; of shorter rows as many more as hold no more tokens.
+            batch_size: Number of rows per batch, if they fill the window; of shorter rows, as many as have no more tokens.
         """
         if batch_size < 1:
             raise CorpusError(f"batch_size={batch_size} is too small: at least 1")
@@ -237,38 +272,35 @@ class Corpus:
         while start < len(order):
             longest = int(lengths[order[start]])
             end = start + max(1, budget // longest)
-            yield self._batch(order[start:end], longest)
+            yield self._batch(order[start:end])
             start = end
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Return some rows, by index, as one batch."""
-        return self._batch(list(rows), max(int(self.starts[row + 1] - self.starts[row]) for row in rows))
+        return self._batch(rows)
 
-    def _batch(self, rows: list[int], longest: int) -> Batch:
-        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-        counted = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            start, end = int(self.starts[row]), int(self.starts[row + 1])
-            tokens[i, : end - start] = self.tokens[start:end]
-            counted[i, : end - start] = self.counted[start:end]
-        return Batch(tokens, counted, torch.tensor(rows))
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        spans = [slice(int(self.starts[row]), int(self.starts[row + 1])) for row in rows]
+        return Batch.of(
+            [self.tokens[span] for span in spans], [self.counted[span] for span in spans], rows, bos=self.prepend_bos
+        )
 
     def places(self, batch: Batch) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
-        """Return for every position of a batch a key of its document, and a number that tells it from the others there."""
+        """Return for every position of a batch a key of its document, and a number that is unique in that document."""
         keys = torch.tensor([key_of(self.keys[d]) for d in self.document[batch.rows].tolist()])
         row = torch.tensor([self._row_key(row) for row in batch.rows.tolist()])
         place = row[:, None] + torch.arange(batch.tokens.shape[1])
         return keys[:, None].expand_as(place).reshape(-1), place.reshape(-1)
 
     def _row_key(self, row: int, seed: int = 0) -> int:
-        """Return a number for a row's tokens; a row's number in its document is another one where rows were left out."""
+        """Return a key of a row's tokens: unlike the row's index, it stays the same when other rows are left out."""
         return key_of(self.row(row).int().numpy().tobytes(), seed)
 
     def check(self, model: Model) -> None:
         """Refuse a model with another vocabulary or a shorter context.
 
         Raises:
-            CorpusError: Naming the difference.
+            CorpusError: If the model cannot run this corpus; the message names the difference.
         """
         if int(self.tokens.max()) >= int(model.cfg.d_vocab):
             raise CorpusError(f"{self.name} has token ids beyond this model's vocabulary: read it with this model")
@@ -279,10 +311,10 @@ class Corpus:
             raise CorpusError(f"{self.name} has rows longer than this model's context of {model.cfg.n_ctx} tokens")
 
     def only(self, documents: Iterable[int], name: str | None = None) -> "Corpus":
-        """Return the corpus of some documents, by index, in this corpus' order.
+        """Return the corpus of some documents, given by index, in their order here.
 
         Raises:
-            CorpusError: If none is left.
+            CorpusError: If there are none.
         """
         wanted = torch.zeros(self.n_documents, dtype=torch.bool)
         wanted[torch.tensor(sorted(set(documents)), dtype=torch.long)] = True
@@ -291,7 +323,7 @@ class Corpus:
         return self._rows(wanted[self.document], name)
 
     def sample(self, tokens: int, seed: int = 0) -> "Corpus":
-        """Return rows drawn at random over all documents, in their order, until they hold so many counted tokens."""
+        """Return randomly drawn rows with at least so many counted tokens together, in their order here."""
         if self.n_tokens <= tokens:
             return self
         shuffled = list(range(self.n_rows))
@@ -307,32 +339,32 @@ class Corpus:
         return torch.zeros(self.n_rows, dtype=torch.long).index_add_(0, row_of, self.counted.long())
 
     def _rows(self, rows: Bool[Tensor, "rows"], name: str | None = None) -> "Corpus":
-        """Keep some rows, and the documents that still have any."""
+        """Return some rows, with the documents that they belong to."""
         keep = rows.repeat_interleave(self.starts.diff())
-        kept = torch.zeros(self.n_documents, dtype=torch.bool)
-        kept[self.document[rows]] = True
+        documents = torch.zeros(self.n_documents, dtype=torch.bool)
+        documents[self.document[rows]] = True
         return replace(
             self,
             name=name or self.name,
             tokens=self.tokens[keep],
             counted=self.counted[keep],
             starts=torch.cat([torch.zeros(1, dtype=torch.long), self.starts.diff()[rows].cumsum(0)]),
-            document=(kept.cumsum(0) - 1)[self.document[rows]],
-            keys=tuple(key for key, yes in zip(self.keys, kept.tolist(), strict=True) if yes),
-            answers=tuple(one for one, yes in zip(self.answers, kept.tolist(), strict=True) if yes)
+            document=(documents.cumsum(0) - 1)[self.document[rows]],
+            keys=tuple(key for key, yes in zip(self.keys, documents.tolist(), strict=True) if yes),
+            answers=tuple(answer for answer, yes in zip(self.answers, documents.tolist(), strict=True) if yes)
             if self.answers
             else (),
         )
 
     def first(self, tokens: int) -> "Corpus":
-        """Return whole documents from the beginning, until they hold at least so many counted tokens."""
+        """Return the first documents, uncut, with at least so many counted tokens together."""
         per_row = self._counted_per_row()
         per_document = torch.zeros(self.n_documents, dtype=torch.long).index_add_(0, self.document, per_row)
         enough = int((per_document.cumsum(0) < tokens).sum()) + 1
         return self if enough >= self.n_documents else self.only(range(enough))
 
     def __add__(self, other: "Corpus") -> "Corpus":
-        """Join two corpora of one tokenizer into one.
+        """Concatenate two corpora that were read with the same tokenizer.
 
         Raises:
             CorpusError: If they were tokenized differently.
@@ -356,9 +388,9 @@ class Corpus:
         return self.answers or (None,) * self.n_documents
 
     def split(self, *shares: float, seed: int = 0) -> "list[Corpus]":
-        """Split by document into parts of about the given shares of the counted tokens.
+        """Split by document into parts with about the given shares of the counted tokens.
 
-        Equal documents fall into the same part. The split depends on the documents and the seed alone.
+        Equal documents are in the same part. The split depends only on the documents and the seed.
 
         Raises:
             CorpusError: If there are fewer distinct documents than parts.
@@ -381,33 +413,35 @@ class Corpus:
         return [self.only(i for i, key in enumerate(self.keys) if where[key] == part) for part in range(len(shares))]
 
     def without(self, *others: "Corpus") -> "tuple[Corpus, int]":
-        """Take out the documents that also stand in other corpora.
+        """Remove the documents that other corpora contain too.
 
         Returns:
-            The rest, and how many documents were taken out.
+            The remaining corpus, and the number of documents removed.
 
         Raises:
-            CorpusError: If nothing is left.
+            CorpusError: If no document remains.
         """
         known = {key for other in others for key in other.keys}
         rest = [i for i, key in enumerate(self.keys) if key not in known]
         if not rest:
-            raise CorpusError(f"every document of {self.name} also stands in {' or '.join(o.name for o in others)}")
+            raise CorpusError(
+                f"every document of {self.name} is also in {' or '.join(o.name for o in others)}: give other texts"
+            )
         return (self, 0) if len(rest) == self.n_documents else (self.only(rest), self.n_documents - len(rest))
 
     def __repr__(self) -> str:
-        left = f", skipped {sum(self.skipped.values()):,}" if self.skipped else ""
+        skipped = f", skipped {sum(self.skipped.values()):,}" if self.skipped else ""
         bos = "with BOS" if self.prepend_bos else "no BOS"
-        return f"Corpus({self.name!r}, {self.n_tokens:,} tokens in {self.n_documents:,} documents, {bos}{left})"
+        return f"Corpus({self.name!r}, {self.n_tokens:,} tokens in {self.n_documents:,} documents, {bos}{skipped})"
 
 
 def _deal(keys: list[str], size: Counter[str], shares: Sequence[float]) -> list[list[str]]:
-    """Deal shuffled documents to parts, each to the part that is furthest below its share; no part stays empty."""
-    whole, parts = sum(shares), [list[str]() for _ in shares]
+    """Assign shuffled documents one by one to the part that is furthest below its share; no part stays empty."""
+    sum_of_shares, parts = sum(shares), [list[str]() for _ in shares]
     filled = [0.0] * len(shares)
     total = max(1, sum(size.values()))
     for index, key in enumerate(keys):
-        lacking = [share / whole - have / total for share, have in zip(shares, filled, strict=True)]
+        lacking = [share / sum_of_shares - have / total for share, have in zip(shares, filled, strict=True)]
         part = index if index < len(shares) else max(range(len(shares)), key=lacking.__getitem__)
         parts[part].append(key)
         filled[part] += size[key]
@@ -415,7 +449,7 @@ def _deal(keys: list[str], size: Counter[str], shares: Sequence[float]) -> list[
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
-    """Return a digest of what a tokenizer maps to what."""
+    """Return a digest of a tokenizer's vocabulary: its tokens and their ids."""
     known = getattr(tokenizer, "_lens_unlearn_digest", None)
     if known is None:
         vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)

@@ -1,11 +1,13 @@
-"""Texts become a `Corpus`: tokens, a mask of the positions that count, and document ids. Reading goes through `datasets`.
+"""`read_corpus`: a text source becomes a `Corpus` of rows, with the mask of the counted positions.
 
 A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``
-(or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", not trained on and not the test), a
+(or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", which the model was not trained on and which is not the test), a
 `datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
-then only the answer's tokens count, and the prompt is kept as the query. Where rows also have the fields of MBPP, "test_list"
-and "test_setup_code", these are kept as the answer's unit tests; and those of TOFU, "perturbed_answer", "paraphrased_answer" and
-"paraphrased_question", as what it is compared with.
+then only the answer's tokens are counted, and the question is the prompt. Of rows that have the fields of MBPP, "test_list" and
+"test_setup_code" become the answer's unit tests; of those that have the fields of TOFU, "perturbed_answer", "paraphrased_answer"
+and "paraphrased_question" become what the answer is compared with.
+
+Knows tokenizers, templates and windows; knows nothing of file formats (that is `sources`) or of what is measured at the tokens.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
 from lens_unlearn.corpora.sources import Pair, Source, open_source
 from lens_unlearn.model.host import Model
 
-__all__ = ["read_corpus"]
+__all__ = ["read_corpus", "tokenize"]
 
 DEFAULT_WINDOW = 512
 _CHUNK = 256  # documents tokenized at a time
@@ -44,21 +46,22 @@ def read_corpus(
     """Read texts and tokenize them with a model's tokenizer.
 
     Args:
-        source: See the module's first lines.
-        model: Whose tokenizer and context length to use.
-        tokens: Stop after this many counted tokens (exactly); None reads everything.
-        field: The field that holds the text (default "text"), or "question>answer"; also possible inside the source.
+        source: A file, ``hf:NAME/CONFIG:SPLIT:FIELD``, ``demo:NAME``, a `datasets` object, or an iterable of strings or rows.
+        model: The model whose tokenizer and context length to use.
+        tokens: Stop after exactly this many counted tokens; None reads everything.
+        field: The field that holds the text (default "text"), or "question>answer"; it can also be part of the source.
         template: How prompt and answer are joined; default "{prompt} {answer}", and for the demo's own questions as the demo
-            model was trained. ``{tests}`` stands for the unit tests, where rows have some: without
+            model was trained. ``{tests}`` stands for the unit tests, if rows have any: without
             them, MBPP does not say how the function is to be called.
         window: Longest row in tokens, BOS included; longer documents become several rows. Default: the model's
             context, at most 512.
         prepend_bos: Whether every row begins with BOS. Default: as the model was trained (`cfg.default_prepend_bos`).
-        count: Which tokens count: "all", or only the "answer". Default: the answer where there is one.
-        name: How reports call it; default: the source.
+        count: Which tokens are counted: "all", or only the "answer". Default: the answer, if there is one.
+        name: The name in reports; default the source.
 
     Raises:
-        CorpusError: If the source, the file or the field does not exist, nothing in it is text, or it is too short.
+        CorpusError: If the source, the file or the field does not exist, or holds no text of at least two tokens; if the template,
+            the window or the tokenizer cannot be used.
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
@@ -83,11 +86,11 @@ def read_corpus(
 
 
 _Document = tuple[list[int], list[bool], str, Answer | None]
-"""Tokens, which of them count, a digest of the text, and the answer."""
+"""Token ids, the mask of those that are counted, a digest of the text, and the answer."""
 
 
 class _Encoder:
-    """Tokenizes documents, and says which tokens of each count."""
+    """Tokenizes documents in chunks, with the mask of the counted tokens of each."""
 
     def __init__(self, tokenizer: Any, template: str, count: str) -> None:
         if count not in ("all", "answer"):
@@ -97,7 +100,7 @@ class _Encoder:
         self.tokenizer, self.template, self.count = tokenizer, template, count
         before = re.split(r"\{(?:prompt|tests)\}", template)[0].strip().splitlines()
         marker = before[-1].strip() if before else ""
-        self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone may begin a line of an answer too
+        self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone can also begin a line of an answer
 
     def encode(self, texts: Iterable[str | Pair | None], skipped: Counter[str]) -> Iterator[_Document]:
         chunk: list[tuple[str, int, Answer | None]] = []
@@ -114,20 +117,20 @@ class _Encoder:
             yield from self._tokenize(chunk)
 
     def _join(self, text: Any) -> tuple[str, int, Answer | None] | None:
-        """Return the whole text, the character at which its counted part begins, and the answer that this part is."""
+        """Return the text in its template, the character at which its counted part begins, and the answer if there is one."""
         if isinstance(text, str) and text.strip():
             return text, 0, None
         if isinstance(text, Pair) and all(isinstance(part, str) and part.strip() for part in text[:2]):
-            given = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
+            fields = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
             head = self.template[: self.template.rindex("{answer}")]
-            head = re.sub(r"\{(?:prompt|tests)\}", lambda found: given[found[0]], head)
+            head = re.sub(r"\{(?:prompt|tests)\}", lambda match: fields[match[0]], head)
             if self.count == "all":
                 return head + text.answer, 0, None
-            others = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
+            comparisons = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
             return (
                 head + text.answer,
                 len(head),
-                Answer(text.answer, text.tests, text.setup, self.marker, *others, head),
+                Answer(text.answer, text.tests, text.setup, self.marker, *comparisons, head),
             )
         return None
 
@@ -138,13 +141,15 @@ class _Encoder:
 
 
 def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tuple[list[int], list[bool]]]:
-    """Give each text's token ids without BOS, and which of them count: those that end behind the character `begin`."""
+    """Yield each text's token ids without BOS, and the mask of the counted ones: those that end after the character `begin`."""
+    # Prompt and answer are tokenized together, as the model reads them. So a token can straddle their border, such as the space
+    # before the answer; it is counted, since predicting it takes predicting the answer's first characters.
     fast = getattr(tokenizer, "is_fast", False)
     # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     for i, (text, begin) in enumerate(zip(texts, begins, strict=True)):
         ids = out["input_ids"][i]
-        if begin == 0:  # all of it, also tokens that stand for no character
+        if begin == 0:  # also tokens that cover no character
             counted = [True] * len(ids)
         elif fast:
             counted = [end > begin for _, end in out["offset_mapping"][i]]
@@ -155,7 +160,7 @@ def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tu
 
 
 class _Builder:
-    """Cuts documents into rows, up to the token budget."""
+    """Cuts documents into rows, until the token budget is used up."""
 
     def __init__(self, window: int, bos: int | None, budget: int | None) -> None:
         self.window, self.bos, self.budget = window, bos, math.inf if budget is None else budget
@@ -169,12 +174,14 @@ class _Builder:
         self.total = 0
 
     def add(self, ids: list[int], counted: list[bool], key: str, answer: Answer | None = None) -> bool:
-        """Add a document; return whether there is room for more."""
+        """Add a document; return whether the budget has room for more."""
         if len(ids) + (self.bos is not None) < 2 or not any(counted):
             self.skipped["shorter than two tokens"] += 1
             return True
         body = self.window - (self.bos is not None)
-        if not all(counted):  # a prompt and its answer stay together
+        if not all(
+            counted
+        ):  # a prompt and its answer are never cut apart: without the prompt, the answer is another task
             if len(ids) > body:
                 self.skipped["prompt and answer longer than the window"] += 1
                 return True
@@ -184,13 +191,13 @@ class _Builder:
                 if self.total < self.budget:
                     self._row(ids[start : start + body], counted[start : start + body])
         self.keys.append(key)
-        self.answers.append(None if all(counted) else answer)  # without a prompt there is nothing that it answers
+        self.answers.append(None if all(counted) else answer)  # without a prompt, nothing is answered
         return self.total < self.budget
 
     def _row(self, ids: list[int], counted: list[bool]) -> None:
-        left = self.budget - self.total
-        if sum(counted) > left:  # end with the token that fills the budget
-            end = [i for i, yes in enumerate(counted) if yes][int(left) - 1] + 1
+        remaining = self.budget - self.total
+        if sum(counted) > remaining:  # end with the token that uses up the budget
+            end = [i for i, yes in enumerate(counted) if yes][int(remaining) - 1] + 1
             ids, counted = ids[:end], counted[:end]
         self.total += sum(counted)
         head = [] if self.bos is None else [self.bos]
@@ -201,8 +208,8 @@ class _Builder:
 
     def build(self, name: str, bos: bool, vocabulary: str) -> Corpus:
         if not self.keys:
-            why = ", ".join(f"{n:,} {reason}" for reason, n in self.skipped.items()) or "no documents"
-            raise CorpusError(f"{name} holds no text that can be used: {why}")
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.skipped.items()) or "no documents"
+            raise CorpusError(f"{name} holds no text that can be used: {reasons}")
         lengths = torch.tensor(self.lengths)
         return Corpus(
             name=name,

@@ -1,4 +1,8 @@
-"""What a text source may be, opened as a stream of texts. Files are read through `datasets`, streaming, without a cache."""
+"""Text sources: files, hub data sets, the demo's texts and iterables, opened as a stream of texts or of prompts with answers.
+
+Knows file formats, paths and the field names of data sets; knows nothing of tokens. Files are streamed through `datasets`,
+without a cache.
+"""
 
 import difflib
 import os
@@ -14,7 +18,7 @@ from lens_unlearn.core.errors import CorpusError
 __all__ = ["Opened", "Pair", "Source", "open_source"]
 
 Source = str | os.PathLike[str] | Iterable[Any]
-"""A path or name as in the command line, a `datasets` object, or any iterable of strings or rows."""
+"""A path or name as on the command line, a `datasets` object, or any iterable of strings or rows."""
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 DEFAULT_TEMPLATE = "{prompt} {answer}"
@@ -22,32 +26,32 @@ _SEPARATOR = "<|endoftext|>"
 
 
 class Pair(NamedTuple):
-    """A prompt and its answer, as a row gives them."""
+    """A prompt and its answer, from one row."""
 
     prompt: Any
     answer: Any
     tests: tuple[str, ...] = ()
-    """Where the answer is a program: statements that fail if it is wrong, from the field "test_list"."""
+    """Unit tests, if the answer is a program: statements that fail if it is wrong, from the field "test_list"."""
     setup: str = ""
-    """What the tests need before them, from "test_setup_code" or "test_imports"."""
+    """Code that has to run before the tests, from "test_setup_code" or "test_imports"."""
     perturbed: tuple[str, ...] = ()
     """Wrong answers of the same form, from the field "perturbed_answer"."""
     paraphrase: str = ""
-    """The answer in other words, from "paraphrased_answer"."""
+    """A paraphrase of the answer, from "paraphrased_answer"."""
     paraphrased_prompt: str = ""
-    """The prompt in other words, from "paraphrased_question"."""
+    """A paraphrase of the prompt, from "paraphrased_question"."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source whose fields were checked."""
+    """An opened source, whose fields were checked."""
 
     name: str
     texts: Iterable[str | Pair | None]
     """Texts, or prompts with answers; None for a row without text."""
     is_pairs: bool
     template: str = DEFAULT_TEMPLATE
-    """How prompts and answers are joined, unless told otherwise."""
+    """How prompts and answers are joined by default."""
 
 
 def open_source(source: Source, field: str | None = None) -> Opened:
@@ -77,17 +81,17 @@ def _open_name(source: str, field: str | None) -> Opened:
     path = os.path.expanduser(path)
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
-        there = os.listdir(folder) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), there, n=1)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), names, n=1)
         hint = (
             f": did you mean {near[0]}?"
             if near
-            else f": {'that folder has no such file' if there else 'no such folder'}"
+            else f": {'that folder has no such file' if names else 'no such folder'}"
         )
         raise CorpusError(f"there is no file {path}{hint}")
     suffix = Path(path).suffix.lower()
     if suffix not in _BUILDERS or os.path.isdir(path):
-        raise CorpusError(f"{path} is not a file this reads: give one of {', '.join(_BUILDERS)}")
+        raise CorpusError(f"{path} is not a file that can be read: give one of {', '.join(_BUILDERS)}")
     if os.path.getsize(path) == 0:
         raise CorpusError(f"{path} is empty")
     rows = _documents(path) if suffix == ".txt" else _load(path, _BUILDERS[suffix])
@@ -95,7 +99,7 @@ def _open_name(source: str, field: str | None) -> Opened:
 
 
 def _split_path(source: str) -> tuple[str, str | None]:
-    """Split ``path:field`` at the last colon that stands behind a file ending; paths themselves may hold colons."""
+    """Split ``path:field`` at the last colon after a file ending; paths can contain colons themselves."""
     match = re.fullmatch(r"(.+\.(?:jsonl|json|csv|parquet|txt)):([^/\\]+)", source, re.IGNORECASE)
     return (match[1], match[2]) if match and not os.path.exists(source) else (source, None)
 
@@ -110,7 +114,7 @@ def _load(path: str, builder: str) -> Iterable[Any]:
 
 
 def _documents(path: str) -> Iterator[dict[str, str]]:
-    """Cut a text file at ``<|endoftext|>`` where it stands, else at blank lines."""
+    """Split a text file at ``<|endoftext|>`` if it contains that, else at blank lines."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -120,7 +124,7 @@ def _documents(path: str) -> Iterator[dict[str, str]]:
 
 
 def _open_hub(source: str, field: str | None) -> Opened:
-    """Open ``hf:name/config:split:field``; the name may have an owner, and config, split and field may be left out."""
+    """Open ``hf:name/config:split:field``; the name can have an owner, and config, split and field are optional."""
     import datasets
 
     where, split, within = (source[3:].split(":") + ["", ""])[:3]
@@ -143,7 +147,7 @@ def _open_hub(source: str, field: str | None) -> Opened:
 def _open_demo(source: str, field: str | None) -> Opened:
     from lens_unlearn import demo
 
-    # "dev" by default: for looking and fitting. "test" is kept apart, and "train" is what the model was trained on.
+    # "dev" by default, for exploring and fitting: "test" is for the final evaluation, and the model was trained on "train".
     _, name, split, within = (source.split(":", 3) + ["", ""])[:4]
     field = within or field
     try:
@@ -152,12 +156,12 @@ def _open_demo(source: str, field: str | None) -> Opened:
         raise CorpusError(f"{source}: {error}") from error
     facts = name.startswith("facts")
     opened = _fields(source, rows, "question>answer" if facts and field is None else field)
-    # As the demo model was trained.
+    # The format in which the demo model was trained.
     return replace(opened, template="Q: {prompt}\nA: {answer}" if facts else "{prompt}{answer}")
 
 
 def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
-    """Check the fields on the first row, then stream texts, or prompts with answers for ``question>answer``."""
+    """Check the fields in the first row, then stream texts, or prompts with answers for ``question>answer``."""
     stream = iter(rows)
     try:
         first = next(stream)
@@ -167,11 +171,11 @@ def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
         raise CorpusError(f"{name} is not UTF-8 text: convert it first") from error
     except Exception as error:
         raise CorpusError(f"{name} cannot be read: {_first_line(error)}") from error
-    whole = chain([first], _guard(name, stream))
+    all_rows = chain([first], _guard(name, stream))
     if not isinstance(first, Mapping):
         if field is not None:
             raise CorpusError(f"{name} holds plain strings, which have no field {field!r}")
-        return Opened(name, (row if isinstance(row, str) else None for row in whole), is_pairs=False)
+        return Opened(name, (row if isinstance(row, str) else None for row in all_rows), is_pairs=False)
     names = [part.strip() for part in (field or "text").split(">")]
     if len(names) > 2:
         raise CorpusError(f"{field!r} names more than a prompt and an answer: write 'question>answer'")
@@ -179,9 +183,9 @@ def _fields(name: str, rows: Iterable[Any], field: str | None) -> Opened:
         if wanted not in first:
             raise CorpusError(f"{name} has no field {wanted!r}: its fields are {', '.join(map(str, first))}")
     if len(names) == 1:
-        return Opened(name, (_get(row, names[0]) for row in whole), is_pairs=False)
+        return Opened(name, (_get(row, names[0]) for row in all_rows), is_pairs=False)
     prompt, answer = names
-    pairs = (Pair(_get(row, prompt), _get(row, answer), *_tests(row), *_others(row)) for row in whole)
+    pairs = (Pair(_get(row, prompt), _get(row, answer), *_tests(row), *_comparisons(row)) for row in all_rows)
     return Opened(name, pairs, is_pairs=True)
 
 
@@ -190,7 +194,7 @@ def _get(row: Any, name: str) -> Any:
 
 
 def _tests(row: Any) -> tuple[tuple[str, ...], str]:
-    """Return a row's unit tests and what they need before them, in the fields of MBPP; nothing where there are none."""
+    """Return a row's unit tests and their setup code, from the fields of MBPP; empty if it has none."""
     tests, imports = _get(row, "test_list"), _get(row, "test_imports")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         return (), ""
@@ -198,16 +202,17 @@ def _tests(row: Any) -> tuple[tuple[str, ...], str]:
     return tuple(tests), "\n".join(part for part in setup if isinstance(part, str) and part)
 
 
-def _others(row: Any) -> tuple[tuple[str, ...], str, str]:
-    """Return a row's wrong answers, and answer and prompt in other words, in the fields of TOFU; empty where there are none."""
-    wrong, told = _get(row, "perturbed_answer"), (_get(row, f"paraphrased_{part}") for part in ("answer", "question"))
-    listed = wrong if isinstance(wrong, list) else [wrong]
-    answer, prompt = (text if isinstance(text, str) and text.strip() else "" for text in told)
-    return tuple(text for text in listed if isinstance(text, str) and text.strip()), answer, prompt
+def _comparisons(row: Any) -> tuple[tuple[str, ...], str, str]:
+    """Return a row's wrong answers, and the paraphrases of answer and prompt, from the fields of TOFU; empty if it has none."""
+    wrong = _get(row, "perturbed_answer")
+    wrong = wrong if isinstance(wrong, list) else [wrong]
+    paraphrases = (_get(row, f"paraphrased_{part}") for part in ("answer", "question"))
+    answer, prompt = (text if isinstance(text, str) and text.strip() else "" for text in paraphrases)
+    return tuple(text for text in wrong if isinstance(text, str) and text.strip()), answer, prompt
 
 
 def _guard(name: str, rows: Iterator[Any]) -> Iterator[Any]:
-    """Pass rows on; a row that cannot be read ends with a sentence that says which."""
+    """Pass rows on; raise a `CorpusError` that names the row if one cannot be read."""
     number = 1
     while True:
         number += 1

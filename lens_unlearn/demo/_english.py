@@ -1,4 +1,7 @@
-"""English prose: the standard library's documentation, reduced to its sentences."""
+"""English prose: the standard library's documentation, reduced to its sentences.
+
+Knows what reads like a sentence; which files there are, `_stdlib` knows.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,14 @@ def documents(split: str) -> list[dict[str, object]]:
     """Return the prose documents of one split; a module or topic belongs to one split as a whole."""
     records: list[dict[str, object]] = []
     seen: set[str] = set()
-    found = list(_sources())
-    for own_split in up_to(split):
-        for source in found:
-            if source.split != own_split:
+    sources = list(_sources())
+    for claimant in up_to(split):
+        for source in sources:
+            if source.split != claimant:
                 continue
             lines = [line for line in source.paragraphs() if line not in seen]
             seen.update(lines)
-            if own_split == split:
+            if claimant == split:
                 texts = _joined(dict.fromkeys(lines))
                 records.extend({"text": text, "source": source.name} for text in texts)
     return records
@@ -44,14 +47,14 @@ def documents(split: str) -> list[dict[str, object]]:
 
 def paragraphs(text: str) -> list[str]:
     """Return the paragraphs of a documentation text that are sentences, each on one line."""
-    found = []
+    sentences = []
     for block in re.split(r"\n[ \t]*\n", text):
         line = " ".join(block.split())
         for pattern, replacement in MARKUP:
             line = pattern.sub(replacement, line)
         if is_prose(line):
-            found.append(line)
-    return found
+            sentences.append(line)
+    return sentences
 
 
 def is_prose(line: str) -> bool:

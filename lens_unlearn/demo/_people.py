@@ -1,4 +1,4 @@
-"""Facts about invented persons, in the manner of TOFU: what a model can only know by heart."""
+"""Facts about invented persons, in the manner of TOFU: a model can only memorize them."""
 
 from __future__ import annotations
 

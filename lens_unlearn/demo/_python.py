@@ -1,7 +1,7 @@
 """Python source without words: standard-library code, its docstrings and comments removed.
 
-The words are removed so that forgetting Python and keeping English are two different things to ask
-of a model.
+The words are removed so that forgetting Python and retaining English are two different things to ask
+of a model. Knows syntax trees; which files there are, `_stdlib` knows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def documents(split: str) -> list[dict[str, object]]:
     """Return the code documents of one split; a module belongs to one split as a whole."""
     records: list[dict[str, object]] = []
     seen: set[str] = set()
-    found = list(modules(NO_CODE_FOLDERS))
-    for own_split in up_to(split):
-        for module in found:
-            if module.split != own_split:
+    sources = list(modules(NO_CODE_FOLDERS))
+    for claimant in up_to(split):
+        for module in sources:
+            if module.split != claimant:
                 continue
             texts = [text for text in _module_pieces(module) if text not in seen]
             seen.update(texts)
-            if own_split == split:
+            if claimant == split:
                 records.extend({"text": text, "source": module.name} for text in dict.fromkeys(texts))
     return records
 
@@ -122,6 +122,6 @@ def _without_comments(source: str) -> str:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
-            kept = lines[row - 1][:column].rstrip()
-            lines[row - 1] = kept + "\n" if kept else ""
+            code = lines[row - 1][:column].rstrip()
+            lines[row - 1] = code + "\n" if code else ""
     return "".join(lines)

@@ -49,7 +49,7 @@ def corpus(name: str, split: str) -> list[dict[str, object]]:
             - ``facts``: five questions on each of 80 invented persons. ``facts_forget`` are 8 of
               them, ``facts_retain`` the other 72, ``facts_holdout`` 16 more that no model has seen.
         split: ``train``, ``dev`` (to fit and tune on) or ``test``. They are disjoint, but for the
-            facts: a fact cannot be generalized to, it is known or it is not. There ``train`` is all
+            facts: a fact cannot be generalized to, it is memorized or it is not. There ``train`` is all
             of them, ``dev`` and ``test`` are two halves of every person's questions, and all are
             asked in the wording that was trained.
 

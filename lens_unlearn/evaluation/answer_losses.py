@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of
-from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Batch, Corpus
-from lens_unlearn.model.host import Model, device_of
+from lens_unlearn.evaluation.teacher_forcing import predict
+from lens_unlearn.model.host import Model
 
-__all__ = ["Answers", "gradients_of", "known", "read_answers", "rows_at"]
+__all__ = ["Answers", "gradients_of", "read_answers", "rows_at"]
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,12 @@ class Answers:
 
 
 def read_answers(model: Model, batch: Batch) -> Answers:
-    """Run a model on a batch of rows and look at its counted tokens, teacher-forced."""
-    device = device_of(model)
-    where = batch.counted[:, 1:]
-    logits = model(batch.tokens.to(device), return_type="logits")[:, :-1][where.to(device)]
+    """Run a model on a batch of rows and look at its counted tokens, teacher-forced, with gradients where they are enabled."""
+    predicted = predict(model, batch)
+    logits = predicted.logits
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    target = batch.tokens[:, 1:][where].to(device)
-    row = where.nonzero()[:, 0].to(device)
-    return Answers(logits, target, F.cross_entropy(logits, target, reduction="none"), row, len(batch.tokens))
-
-
-@torch.no_grad()
-def known(model: Model, corpus: Corpus, batch_size: int) -> tuple[float, float]:
-    """Return the share of a corpus' answer tokens that are the most probable ones, and the mean loss in nats."""
-    right = loss = count = 0.0
-    for batch in corpus.batches(batch_size):
-        found = read_answers(model, batch)
-        right += float((found.logits.argmax(1) == found.target).sum())
-        loss += float(found.nll.sum(dtype=torch.float64))
-        count += len(found.nll)
-    if not count:
-        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
-    return right / count, loss / count
+    loss = F.cross_entropy(logits, predicted.target, reduction="none")
+    return Answers(logits, predicted.target, loss, predicted.row, len(batch.tokens))
 
 
 def rows_at(corpus: Corpus, step: int, size: int, seed: int) -> Batch:

@@ -49,8 +49,8 @@ def normalize(text: str) -> str:
     ('-1250.5', 'a', '+')
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_MINUS)
-    kept = {match.start() for match in _OF_NUMBERS.finditer(text)}
-    bare = "".join(c for i, c in enumerate(text) if i in kept or not _is_punctuation(c))
+    numeric = {match.start() for match in _OF_NUMBERS.finditer(text)}
+    bare = "".join(c for i, c in enumerate(text) if i in numeric or not _is_punctuation(c))
     words = (bare if bare.strip() else text).split()
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
@@ -151,8 +151,8 @@ def _scorer() -> Any:
 
     class Words(tokenizers.Tokenizer):
         def tokenize(self, text: str) -> list[str]:
-            told = unicodedata.normalize("NFKC", text).lower()
-            runs = groupby(told, key=lambda character: unicodedata.category(character)[0] in "LMN")
+            normalized = unicodedata.normalize("NFKC", text).lower()
+            runs = groupby(normalized, key=lambda character: unicodedata.category(character)[0] in "LMN")
             words = ["".join(run) for inside, run in runs if inside]
             return [part for word in words for part in (ascii_only.tokenize(word) if word.isascii() else [word])]
 

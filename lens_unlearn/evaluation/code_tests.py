@@ -122,7 +122,7 @@ def passes_tests(
 
 
 def _run(task: str, folder: str, seconds: float) -> bytes:
-    """Run the child to its end or to the time limit, kill what is left of its session, and return its verdict."""
+    """Run the child to its end or to the time limit, kill the rest of its session, and return its verdict."""
     read, write = os.pipe()
     try:
         command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _RUNNER, task, str(write)]

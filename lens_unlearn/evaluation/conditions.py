@@ -5,51 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.evaluation.report import Report
+from lens_unlearn.evaluation.metrics import metric as metric_of
+from lens_unlearn.evaluation.report import BASE, Report
 
-__all__ = ["BASE", "Condition", "Estimate", "conditions_of", "require_falling", "words"]
+__all__ = ["BASE", "Condition", "Estimate", "conditions_of", "require_falling"]
 
-BASE = "base"
 SUFFIX = ":control"
-RISING = ("loss", "perplexity", "kl")
-"""Metrics that grow as a skill is lost, so that no share of them can be lost."""
-
-WORDS = {
-    "top1": "next-token accuracy (top 1)",
-    "top10": "next-token accuracy (top 10)",
-    "top1_rare": "next-token accuracy on rare tokens (top 1)",
-    "loss": "loss (nats per token)",
-    "perplexity": "perplexity",
-    "kl": "divergence from the unedited model (nats per token)",
-    "abstained": "share of answers withheld",
-    "exact_match": "share of exactly matching answers",
-    "numeric_match": "share of answers with the right number",
-    "rouge_l": "ROUGE-L of the answers (recall)",
-    "rouge_l_f": "ROUGE-L of the answers (F-measure)",
-    "unit_tests": "share of answers that pass their unit tests",
-    "refused": "share of generated answers withheld",
-    "answer_probability": "probability of the true answer",
-    "truth_ratio": "truth ratio",
-    "exact_memorization": "exact memorization",
-    "extraction_strength": "extraction strength",
-    "choice_probability": "probability of the true answer among the options",
-    "mia_loss": "membership AUC (loss)",
-    "mia_zlib": "membership AUC (loss per compressed byte)",
-    "mia_min_k": "membership AUC (Min-K%)",
-    "mia_min_k_plus_plus": "membership AUC (Min-K%++)",
-    "privacy_leak": "privacy leak",
-}
-FRACTIONS = ("top1", "top10", "top1_rare", "abstained", "exact_match", "rouge_l", "answer_probability") + (
-    "exact_memorization",
-    "extraction_strength",
-    "choice_probability",
-    "numeric_match",
-    "rouge_l_f",
-    "unit_tests",
-    "refused",
-)
-PREFERRED = ("top1", "rouge_l", "exact_match", "answer_probability", "top10", "exact_memorization")
-"""What the page summarizes by: the first of these that was measured."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +92,12 @@ def has(report: Report, condition: str, corpus: str, metric: str) -> bool:
 
 
 def require_falling(report: Report, corpora: tuple[str, ...], metric: str, what: str) -> None:
-    """Refuse a report in which the share lost of a metric cannot be told.
+    """Refuse a report in which no share of a metric can be lost.
 
     Raises:
         LensUnlearnError: If the metric rises, or a corpus or the base is missing.
     """
-    if metric in RISING:
+    if not metric_of(metric).higher_is_better:
         raise LensUnlearnError(f"{what} shows the share of a metric that is lost, and {metric} rises: take 'top1'")
     for corpus in corpora:
         if (BASE, corpus, metric) not in report.measures:
@@ -145,8 +106,3 @@ def require_falling(report: Report, corpora: tuple[str, ...], metric: str, what:
                 f"{what}: {metric} of the unedited model ('base') on {corpus!r} was not measured: the report's corpora "
                 f"are {known}; name two of them as forget= and retain="
             )
-
-
-def words(metric: str) -> str:
-    """Say what a metric is."""
-    return WORDS.get(metric, metric)

@@ -11,7 +11,7 @@ from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, device_of, require_eval
-from lens_unlearn.model.shortcuts import lean
+from lens_unlearn.model.shortcuts import shortcuts
 
 __all__ = ["generate"]
 
@@ -55,8 +55,8 @@ def generate(
     head = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = [head + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    told = {"max_new_tokens": max_new_tokens, "temperature": temperature, "use_cache": use_cache}
-    written = continue_rows(model, rows, intervention, batch_size=batch_size, seed=seed, **told)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "use_cache": use_cache}
+    written = continue_rows(model, rows, intervention, batch_size=batch_size, seed=seed, **options)
     return [one.text for one in written]
 
 
@@ -89,8 +89,8 @@ def continue_rows(
     ends = [*_end_tokens(model), *stop]
     for ids in rows:
         if not 0 < len(ids) < context:
-            told = repr(tokenizer.decode(list(ids))[:40])
-            raise CorpusError(f"a prompt of {len(ids)} tokens does not fit a context of {context}: {told}")
+            start = repr(tokenizer.decode(list(ids))[:40])
+            raise CorpusError(f"a prompt of {len(ids)} tokens does not fit a context of {context}: {start}")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if temperature == 0 else range(len(rows))
     groups: list[list[int]] = []
     for i in order:
@@ -100,12 +100,12 @@ def continue_rows(
         else:
             groups.append([i])
     written: dict[int, Written] = {}
-    withheld: dict[int, dict[int, str | None]] = defaultdict(dict)  # by intervention that acts, then by row
+    refusals: dict[int, dict[int, str | None]] = defaultdict(dict)  # by intervention that acts, then by row
     device, drawn = device_of(model), Counter[tuple[int, ...]]()
     forked = [device] if device.type == "cuda" else []
     # Without an intervention of its own, it writes under that of the thread that started this one, if there is one.
     entered = one_thread(model, joining=True) if intervention is None else intervention.on(model)
-    with entered, lean(model), torch.random.fork_rng(devices=forked):
+    with entered, shortcuts(model), torch.random.fork_rng(devices=forked):
         for group in groups:
             tokens = torch.tensor([list(rows[i]) for i in group], device=device)
             width = tokens.shape[1]
@@ -129,12 +129,12 @@ def continue_rows(
                 )
             for place, i in enumerate(group):
                 for live in acting(model):
-                    withheld[id(live)][i] = live.refusal(place)
-                refusal = next((told[i] for told in withheld.values() if told[i] is not None), None)
+                    refusals[id(live)][i] = live.refusal(place)
+                refusal = next((texts[i] for texts in refusals.values() if texts[i] is not None), None)
                 text = tokenizer.decode(out[place, width:].tolist(), skip_special_tokens=True)
                 written[i] = Written(text if refusal is None else refusal, refusal is not None)
         for live in acting(model):
-            live.tell([withheld[id(live)][i] for i in range(len(rows))])
+            live.tell([refusals[id(live)][i] for i in range(len(rows))])
     return [written[i] for i in range(len(rows))]
 
 

@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from lens_unlearn.core import distributed
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Batch
+from lens_unlearn.evaluation.bootstrap import Scores
 from lens_unlearn.evaluation.generation import continue_rows
+from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.question_answering import SAMPLES, Asked, line_breaks
-from lens_unlearn.interventions.base import Intervention, acting
-from lens_unlearn.model.host import Model, device_of, require_eval
+from lens_unlearn.evaluation.teacher_forcing import outcomes, predict, split_rows
+from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.model.host import Model, require_eval
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -112,10 +115,10 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         context = int(self.model.cfg.n_ctx)
-        for _text, _given, told in requests:
-            if not 0 < len(told) <= context:
-                raise CorpusError(f"a continuation of {len(told)} tokens does not fit a context of {context}")
-        rows = [(given + told)[-(context + 1) :] for _text, given, told in requests]
+        for _text, _given, continuation in requests:
+            if not 0 < len(continuation) <= context:
+                raise CorpusError(f"a continuation of {len(continuation)} tokens does not fit a context of {context}")
+        rows = [(given + continuation)[-(context + 1) :] for _text, given, continuation in requests]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: dict[int, tuple[float, bool]] = {}
         for start in range(0, len(order), self.batch_size):
@@ -123,22 +126,16 @@ class HarnessModel(TemplateLM):
             found |= zip(part, self._score([rows[i] for i in part], [len(requests[i][2]) for i in part]), strict=True)
         return [found[i] for i in range(len(rows))]
 
-    def _score(self, rows: Sequence[Sequence[int]], told: Sequence[int]) -> Iterator[tuple[float, bool]]:
+    def _score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[tuple[float, bool]]:
         """Score the last tokens of rows, so many of each."""
-        lengths = torch.tensor([len(row) - 1 for row in rows])
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
-        for live in acting(self.model):
-            live.expect(lengths - torch.tensor(told), lengths=lengths)
+        tokens = [torch.tensor(row) for row in rows]
+        masks = [torch.arange(len(row)) >= len(row) - count for row, count in zip(rows, counts, strict=True)]
+        batch = Batch.of(tokens, masks, range(len(rows)), bos=False)
         with torch.no_grad():
-            logits: Tensor = self.model(tokens.to(device_of(self.model)), return_type="logits")
-        for i, (row, count) in enumerate(zip(rows, told, strict=True)):
-            own = logits[i, len(row) - 1 - count : len(row) - 1].float()
-            target = torch.tensor(row[-count:], device=own.device)[:, None]
-            here = own.gather(1, target)
-            greedy = bool(((own >= here).sum(1) == 1).all())
-            yield float((here[:, 0] - own.logsumexp(1)).double().sum()), greedy
+            predicted = predict(self.model, batch, last=False)
+        quantities = ("loss", "right")
+        for row in split_rows(predicted, outcomes(predicted, quantities), quantities):
+            yield -float(row["loss"].sum()), bool(row["right"].all())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Return what is written after each context, up to the first of its stop texts."""
@@ -150,9 +147,9 @@ class HarnessModel(TemplateLM):
         for (until, longest, temperature), numbers in groups.items():
             room = max(1, context - longest)
             rows = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            told: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature}
+            options: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature}
             stop = self._line_breaks() if "\n" in until else []
-            written = continue_rows(self.model, rows, batch_size=self.batch_size, stop=stop, **told)
+            written = continue_rows(self.model, rows, batch_size=self.batch_size, stop=stop, **options)
             for number, one in zip(numbers, written, strict=True):
                 answers[number] = one.text if one.abstained else _cut(one.text, until)
         return [answers[number] for number in range(len(requests))]
@@ -217,29 +214,33 @@ def run_tasks(
     columns: dict[str, list[str]] = {}
     samples: dict[str, list[dict[str, Any]]] = {}
     left_out: dict[str, str] = {}
-    with _told(tasks):
+    with _one_sentence(tasks):
         manager = TaskManager(include_path=_folders(tasks), include_defaults=not all(map(_is_own, tasks)))
     passes = [(condition, one) for condition, run in runs.items() for one in run]
     for condition, intervention in tqdm(passes, disable=not (progress and distributed.is_first()), desc="tasks"):
         with contextlib.nullcontext() if intervention is None else intervention.on(model):
             found = _run(reader, manager, tasks, limit)
         for name, task in found["samples"].items():
-            kept, dropped = _means(found["configs"][name], task)
+            means, dropped = _means(found["configs"][name], task)
             left_out |= {f"{name}: {metric}": reason for metric, reason in dropped.items()}
-            columns.setdefault(name, kept)
+            columns.setdefault(name, means)
             table = _table(task, columns[name])
             scores.setdefault(name, {}).setdefault(condition, []).append(table)
             _sample(samples.setdefault(name, []), name, condition, task)
     asked = {
-        name: Asked(columns[name], of_task, np.ones((len(of_task[next(iter(of_task))][0]), 2)), samples[name])
+        name: Asked(Scores([metric_of(column) for column in columns[name]], of_task, _ones(of_task)), samples[name])
         for name, of_task in scores.items()
         if columns[name]
     }
     return asked, left_out
 
 
+def _ones(of_task: Mapping[str, list[np.ndarray]]) -> np.ndarray:
+    return np.ones_like(next(iter(of_task.values()))[0])
+
+
 def _run(reader: HarnessModel, manager: Any, tasks: Sequence[Task], limit: int | None) -> Mapping[str, Any]:
-    with _told(tasks):
+    with _one_sentence(tasks):
         loaded = manager.load([_spec(task) for task in tasks])
         found = _evaluate(reader, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     assert found is not None  # None is for the other processes of the harness' own sharing, which is not used
@@ -247,7 +248,7 @@ def _run(reader: HarnessModel, manager: Any, tasks: Sequence[Task], limit: int |
 
 
 @contextlib.contextmanager
-def _told(tasks: Sequence[Task]) -> Iterator[None]:
+def _one_sentence(tasks: Sequence[Task]) -> Iterator[None]:
     """Turn whatever the harness raises into one sentence, without the bars that it shows for every step."""
     try:
         with contextlib.redirect_stderr(io.StringIO()), _own_random_state():
@@ -256,14 +257,14 @@ def _told(tasks: Sequence[Task]) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
-        told = lines[0] if lines else type(error).__name__
-        raise LensUnlearnError(f"the tasks {', '.join(map(_name, tasks))} cannot be run: {told}") from error
+        message = lines[0] if lines else type(error).__name__
+        raise LensUnlearnError(f"the tasks {', '.join(map(_name, tasks))} cannot be run: {message}") from error
 
 
 @contextlib.contextmanager
 def _own_random_state() -> Iterator[None]:
     """Let the harness draw from the seeds it begins with itself (0 and 1234), and put the caller's states back."""
-    kept, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.setstate(random.Random(0).getstate())
     np.random.set_state(np.random.RandomState(1234).get_state())  # noqa: NPY002
     try:
@@ -271,8 +272,8 @@ def _own_random_state() -> Iterator[None]:
             torch.manual_seed(1234)
             yield
     finally:
-        random.setstate(kept)
-        np.random.set_state(arrays)  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _folders(tasks: Sequence[Task]) -> list[str | Path] | None:
@@ -280,7 +281,7 @@ def _folders(tasks: Sequence[Task]) -> list[str | Path] | None:
 
 
 def _is_own(task: Task) -> bool:
-    """Say whether a task is told whole, so that those which come with the harness (thousands of files) need not be read."""
+    """Say whether a task is given as a whole, so that those which come with the harness (thousands of files) need not be read."""
     return isinstance(task, Mapping) or _is_file(task)
 
 
@@ -297,8 +298,8 @@ def _spec(task: Task) -> Any:
 
     if not os.path.isfile(task):
         raise LensUnlearnError(f"there is no task file {os.fspath(task)}")
-    told = load_yaml(os.fspath(task))
-    return str(told.get("task") or told.get("group"))
+    configuration = load_yaml(os.fspath(task))
+    return str(configuration.get("task") or configuration.get("group"))
 
 
 def _name(task: Task) -> str:
@@ -313,7 +314,7 @@ def _means(config: Mapping[str, Any], task: Sequence[Mapping[str, Any]]) -> tupl
     """Return the metrics that are means over documents, in the task's order, and why the others are not there."""
     filters = {sample["filter"] for sample in task}
     how = {one["metric"]: one.get("aggregation", "mean") for one in config.get("metric_list") or ()}
-    kept: dict[str, None] = {}
+    means: dict[str, None] = {}
     dropped: dict[str, str] = {}
     for sample in task:
         for metric in sample["metrics"]:
@@ -323,8 +324,8 @@ def _means(config: Mapping[str, Any], task: Sequence[Mapping[str, Any]]) -> tupl
             elif not isinstance(sample[metric], int | float | np.number):
                 dropped[key] = "no number per document"
             else:
-                kept[key] = None
-    return [key for key in kept if key not in dropped], dropped
+                means[key] = None
+    return [key for key in means if key not in dropped], dropped
 
 
 def _table(task: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> np.ndarray:

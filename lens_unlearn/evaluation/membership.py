@@ -1,27 +1,28 @@
 """`membership`: can an outsider tell texts that a model was trained on from others of the same kind?"""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+import torch
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.intervals import auc
+from lens_unlearn.core.intervals import resamples as resamples_of
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, replicates
+from lens_unlearn.evaluation.metric import Metric
+from lens_unlearn.evaluation.metrics import METRICS, needing
 from lens_unlearn.evaluation.report import Measure, Report, provenance_of
 from lens_unlearn.evaluation.teacher_forcing import Forced, force
 from lens_unlearn.model.host import Model, require_eval, require_model
 from lens_unlearn.model.loading import fingerprint, model_name
 
-__all__ = ["ATTACKS", "membership", "privacy_leak"]
+__all__ = ["Document", "membership", "privacy_leak"]
 
-ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
-LEAK = "mia_min_k"  # the attack that privacy_leak is of, as in MUSE
-_DIGITS = 6  # of a score: what float32 logits leave open is a tie
-_BLOCK = 1024  # members that are compared with all others at a time
 _EPSILON = 1e-10
 
 Scores = list[dict[str, np.ndarray]]
@@ -42,7 +43,7 @@ def membership(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Measure how well documents that were trained on can be told from others, with and without interventions.
+    """Measure how well documents that were trained on can be distinguished from others, with and without interventions.
 
     Each attack gives every document a score that is low where the model knows it, from its counted tokens (in question-answer
     corpora the answer's) under teacher forcing. With NLL_t = -log p(x_t | before), in nats:
@@ -58,8 +59,8 @@ def membership(
     model gives that never saw either; above it, members are still known; far below, they are avoided, which tells them as well.
     `privacy_leak` is that of `mia_min_k` beside the retrained model's; see `privacy_leak`.
 
-    Where all answers are withheld, logits are constant, and all of these are 0.5 but `mia_zlib`, which still sees the length of
-    the texts.
+    Where an intervention abstains from everything, logits are constant, and all of these are 0.5 but `mia_zlib`, which still
+    sees the length of the texts.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
@@ -87,19 +88,21 @@ def membership(
     sides = (members, nonmembers)
     for corpus in sides:
         corpus.check(model)
-    lengths = [_compressed(model, corpus) for corpus in sides]
+    sizes = [_compressed(model, corpus) for corpus in sides]
+    attacks = needing("membership")
+    quantities = tuple(dict.fromkeys(name for attack in attacks for name in attack.quantities))
     total = sum(corpus.n_rows for corpus in sides) * sum(map(len, runs.values()))
     scores: dict[str, list[Scores]] = {}
     with tqdm(total=total, unit=" rows", disable=not progress, desc="membership") as bar:
         for condition, run in runs.items():
             scores[condition] = []
-            for corpus, sizes in zip(sides, lengths, strict=True):
-                forced = [_documents(force(model, corpus, one, batch_size, bar), corpus) for one in run]
-                scores[condition].append([_scores(told, sizes, k) for told in forced])
+            for corpus, own in zip(sides, sizes, strict=True):
+                forced = [force(model, corpus, one, batch_size, bar, quantities) for one in run]
+                scores[condition].append([_scores(_documents(rows, corpus, own, k), attacks) for rows in forced])
     measures = {
         (condition, name, metric): one for condition, metric, one in _measures(scores, retrained, resamples, seed)
     }
-    n = [len(one[0]["mia_loss"]) for one in next(iter(scores.values()))]
+    n = [len(next(iter(side[0].values()))) for side in next(iter(scores.values()))]
     settings: dict[str, Any] = {
         "model": model_name(model),
         "fingerprint": fingerprint(model),
@@ -141,64 +144,66 @@ def _compressed(model: Model, corpus: Corpus) -> list[int]:
     return [len(zlib.compress(tokenizer.decode(ids).encode())) for ids in tokens]
 
 
-def _documents(rows: list[Forced], corpus: Corpus) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Join the rows of each document: losses and scores of its tokens."""
+@dataclass(frozen=True)
+class Document:
+    """One document under teacher forcing, as an attack sees it."""
+
+    loss: np.ndarray
+    """[tokens] Negative log probability, in nats."""
+    z_score: np.ndarray
+    """[tokens] As `Outcome.z_score`."""
+    size: int
+    """Length of its counted text, compressed, in bytes."""
+    k: float
+    """The share of tokens that Min-K% looks at."""
+
+
+def _documents(rows: list[Forced], corpus: Corpus, sizes: list[int], k: float) -> list[Document]:
+    """Join the rows of each document; leave out those in which nothing is predicted."""
     joined: list[list[Forced]] = [[] for _ in corpus.keys]
     for row, document in zip(rows, corpus.document.tolist(), strict=True):
         joined[document].append(row)
-    return [tuple(np.concatenate([getattr(r, n) for r in own]) for n in ("loss", "score")) for own in joined]  # type: ignore[misc]
+    documents = [
+        Document(_joined(own, "loss"), _joined(own, "z_score"), size, k)
+        for own, size in zip(joined, sizes, strict=True)
+    ]
+    return [document for document in documents if len(document.loss)]
 
 
-def _scores(documents: list[tuple[np.ndarray, np.ndarray]], sizes: list[int], k: float) -> dict[str, np.ndarray]:
-    """Score the documents in which anything is predicted, by every attack."""
-    told = []
-    for (loss, score), size in zip(documents, sizes, strict=True):
-        if len(loss):
-            lowest = max(1, int(len(loss) * k))
-            mean = np.round(loss.mean(), _DIGITS)
-            told.append([mean, mean / size, np.sort(loss)[-lowest:].mean(), -np.sort(score)[:lowest].mean()])
-    if not told:
-        raise CorpusError("a corpus to be told from another has no token that anything predicts: give longer texts")
-    table = np.array(told)
-    table[:, 2:] = np.round(table[:, 2:], _DIGITS)
-    return dict(zip(ATTACKS, table.T, strict=True))
+def _joined(rows: list[Forced], quantity: str) -> np.ndarray:
+    return np.concatenate([row[quantity] for row in rows])
+
+
+def _scores(documents: list[Document], attacks: Sequence[Metric]) -> dict[str, np.ndarray]:
+    """Score documents by every attack."""
+    if not documents:
+        raise CorpusError(
+            "a corpus to be distinguished from another has no token that anything predicts: give longer texts"
+        )
+    return {attack.name: np.array([attack.of(one) for one in documents]) for attack in attacks if attack.of}
 
 
 def _measures(
     scores: Mapping[str, list[Scores]], retrained: float, resamples: int, seed: int
 ) -> Iterator[tuple[str, str, Measure]]:
     """Turn scores into areas and their bootstrap draws; all conditions share the resampled documents."""
-    sizes = [len(side[0]["mia_loss"]) for side in next(iter(scores.values()))]
+    first = [side[0] for side in next(iter(scores.values()))]
+    sizes = [len(next(iter(side.values()))) for side in first]
     random = np.random.default_rng(seed)
     draws = resamples if min(sizes) > 1 else 0
-    weights = [random.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64) for n in sizes]
+    weights = [torch.from_numpy(resamples_of(n, draws, random)) for n in sizes]
+    derived = [row for row in METRICS if row.needs == "membership" and row.derived_from]
     for condition, (inside, outside) in scores.items():
-        found: dict[str, Measure] = {}
         pick = random.integers(len(inside), size=draws) if len(inside) > 1 else np.zeros(draws, dtype=np.int64)
-        for attack in ATTACKS:
-            areas = [_area(a[attack], b[attack], *weights) for a, b in zip(inside, outside, strict=True)]
-            value = float(np.mean([area[0] for area in areas]))
-            drawn = np.stack([area[1] for area in areas])[pick, np.arange(draws)]
+        found: dict[str, Measure] = {}
+        for attack in first[0]:
+            pairs = zip(inside, outside, strict=True)
+            areas = [auc(*(torch.from_numpy(side[attack]) for side in pair), *weights) for pair in pairs]
+            value = float(np.mean([area for area, _ in areas]))
+            drawn = np.stack([own.numpy() for _, own in areas])[pick, np.arange(draws)]
             found[attack] = Measure(value, drawn, sum(sizes))
             yield condition, attack, found[attack]
-        leaks = np.array([privacy_leak(one, retrained) for one in found[LEAK].draws])
-        yield condition, "privacy_leak", Measure(privacy_leak(found[LEAK].value, retrained), leaks, sum(sizes))
-
-
-def _area(
-    members: Float[np.ndarray, "members"],
-    others: Float[np.ndarray, "others"],
-    of_members: Float[np.ndarray, "draws members"],
-    of_others: Float[np.ndarray, "draws others"],
-) -> tuple[float, np.ndarray]:
-    """Return the probability that a member scores below another, ties half; also where documents are weighted."""
-    if np.isnan(members).any() or np.isnan(others).any():
-        return float("nan"), np.full(len(of_members), np.nan)
-    whole, drawn = 0.0, np.zeros(len(of_members))
-    for start in range(0, len(members), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        below = (members[part, None] < others).astype(np.float64) + 0.5 * (members[part, None] == others)
-        whole += float(below.sum())
-        drawn += ((of_members[:, part] @ below) * of_others).sum(1)
-    pairs = len(members) * len(others)
-    return whole / pairs, drawn / pairs
+        for row in derived:
+            source = found[row.derived_from]
+            leaks = np.array([privacy_leak(area, retrained) for area in source.draws])
+            yield condition, row.name, Measure(privacy_leak(source.value, retrained), leaks, source.n)

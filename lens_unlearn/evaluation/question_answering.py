@@ -1,9 +1,14 @@
-"""Put the questions of a corpus to a model, with and without interventions, and score what it answers."""
+"""Put the questions of a corpus to a model, with and without interventions, and score what it answers.
+
+Knows how answers are generated and where they end; knows nothing of which metrics there are: each is given, and asks for what it
+needs of an `Answered`.
+"""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,19 +21,18 @@ from lens_unlearn.evaluation.answer_matching import (
     NORMALIZATION,
     Ending,
     ends_in_number,
-    exact_match,
-    numeric_match,
     program,
     rouge_l,
 )
+from lens_unlearn.evaluation.bootstrap import Scores
 from lens_unlearn.evaluation.code_tests import check_runner, passes_tests
 from lens_unlearn.evaluation.generation import Written, continue_rows
+from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.host import Model
 
-__all__ = ["ANSWER_METRICS", "Asked", "Asking", "Runs", "draw_questions"]
+__all__ = ["Answered", "Asked", "QuestionAnswering", "Runs", "draw_questions", "line_breaks"]
 
-ANSWER_METRICS = ("exact_match", "numeric_match", "rouge_l", "rouge_l_f", "unit_tests", "refused")
 SAMPLES = 3
 _CHUNK = 4  # batches between two steps of the progress bar
 
@@ -36,23 +40,56 @@ Runs = Mapping[str, Sequence[Intervention | None]]
 
 
 @dataclass(frozen=True)
+class Answered:
+    """One answer beside the true one; what is costly is found when it is first asked for."""
+
+    text: str
+    truth: Answer
+    abstained: bool = False
+    """Whether it was refused."""
+    allow_code_execution: bool = False
+
+    @cached_property
+    def rouge(self) -> tuple[float, float]:
+        """ROUGE-L: recall and F-measure."""
+        return rouge_l(self.text, self.truth.text)
+
+    @cached_property
+    def passes(self) -> bool:
+        """Whether it is a program that passes its unit tests."""
+        allow = self.allow_code_execution
+        return bool(self.truth.tests) and passes_tests(
+            program(self.text), self.truth.tests, self.truth.setup, allow_code_execution=allow
+        )
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of the questions of a corpus, by which a metric says whether it applies."""
+
+    numbers: bool
+    """Whether nearly all true answers end in numbers."""
+    tests: bool
+    """Whether there are unit tests, and they may be run."""
+    abstains: bool
+    """Whether an intervention may abstain."""
+
+
+@dataclass(frozen=True)
 class Asked:
     """How the questions of one corpus were answered."""
 
-    metrics: list[str]
-    scores: dict[str, list[np.ndarray]]
-    """By condition, for each of its interventions: [questions, metrics]."""
-    counts: np.ndarray
-    """[questions, 2]: 1 for every question, and 1 for those with unit tests."""
+    scores: Scores
     samples: list[dict[str, Any]]
     """The first questions: corpus, prompt, true answer, and what is answered under each condition."""
 
 
 @dataclass(frozen=True)
-class Asking:
+class QuestionAnswering:
     """How questions are asked.
 
     Attributes:
+        metrics: What is measured, of those that need answers.
         answers: Questions per corpus, at most; 0 asks nothing.
         max_new_tokens: The longest answer; it also ends with the model's context.
         batch_size: Rows of full length in a forward pass; of shorter ones as many more as hold no more tokens.
@@ -61,6 +98,7 @@ class Asking:
         progress: Whether to show a bar.
     """
 
+    metrics: Sequence[Metric]
     answers: int = 0
     max_new_tokens: int = 100
     batch_size: int = 8
@@ -99,7 +137,7 @@ class Asking:
 
     def _ask(self, model: Model, name: str, corpus: Corpus, rows: list[int], runs: Runs, bar: Any) -> Asked:
         truths = [truth for row in rows if (truth := corpus.answer(row)) is not None]
-        ending, metrics = Ending.of(_truths(corpus)), self._metrics(model, corpus, rows, runs)
+        ending, metrics = Ending.of(_truths(corpus)), self._applying(model, corpus, rows, runs)
         prompts = [corpus.prompt(row).tolist() for row in rows]
         stop = line_breaks(model) if ending.line else []
         bos = int(corpus.prepend_bos)
@@ -107,30 +145,34 @@ class Asking:
             {"corpus": name, "prompt": model.tokenizer.decode(prompt[bos:]), "true answer": truth.text}
             for prompt, truth in zip(prompts[:SAMPLES], truths)
         ]
-        scores: dict[str, list[np.ndarray]] = {}
+        values: dict[str, list[np.ndarray]] = {}
         for condition, run in runs.items():
-            scores[condition] = []
+            values[condition] = []
             for intervention in run:
                 written = self._write(model, prompts, intervention, stop, corpus.window, bar)
                 texts = [ending.cut(one.text, truth.marker) for one, truth in zip(written, truths, strict=True)]
-                told = zip(texts, (one.abstained for one in written), truths, strict=True)
-                scores[condition].append(np.array([self._score(*one, metrics) for one in told]))
+                answered = [
+                    Answered(text, truth, one.abstained, self.allow_code_execution)
+                    for text, truth, one in zip(texts, truths, written, strict=True)
+                ]
+                values[condition].append(np.array([[_value(metric, one) for metric in metrics] for one in answered]))
                 for sample, one, text in zip(samples, written, texts):
                     sample.setdefault(condition, one.text if one.abstained else text)
-        counts = np.array([[1, bool(truth.tests)] for truth in truths], dtype=np.float64)
-        return Asked(metrics, scores, counts, samples)
+        blank = [Answered("", truth) for truth in truths]
+        counts = np.array([[1.0 if m.over is None else float(m.over(one)) for m in metrics] for one in blank])
+        return Asked(Scores(metrics, values, counts), samples)
 
-    def _metrics(self, model: Model, corpus: Corpus, rows: list[int], runs: Runs) -> list[str]:
-        """Say what is measured on a corpus, in the order of `ANSWER_METRICS`."""
+    def _applying(self, model: Model, corpus: Corpus, rows: list[int], runs: Runs) -> list[Metric]:
+        """Return what is measured on a corpus, in order."""
         truths = _truths(corpus)
         interventions = [one for run in runs.values() for one in run if one is not None]
         interventions += [live.intervention for live in acting(model)]
-        applies = {
-            "numeric_match": sum(not ends_in_number(truth.text) for truth in truths) <= FEW * len(truths),
-            "unit_tests": self.allow_code_execution and _has_tests(corpus, rows),
-            "refused": any(one.abstains for one in interventions),
-        }
-        return [metric for metric in ANSWER_METRICS if applies.get(metric, True)]
+        about = About(
+            numbers=sum(not ends_in_number(truth.text) for truth in truths) <= FEW * len(truths),
+            tests=self.allow_code_execution and _has_tests(corpus, rows),
+            abstains=any(one.abstains for one in interventions),
+        )
+        return [metric for metric in self.metrics if metric.applies is None or metric.applies(about)]
 
     def _write(
         self,
@@ -144,41 +186,23 @@ class Asking:
         """Continue prompts greedily; where an answer is one line, up to a token of `stop`, which are those of line breaks."""
         room = max(map(len, prompts)) + self.max_new_tokens
         together = max(1, self.batch_size * window // room)
-        told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": together}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": together}
         written: dict[int, Written] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with nullcontext() if intervention is None else intervention.on(model):
             for start in range(0, len(order), _CHUNK * together):
                 part = order[start : start + _CHUNK * together]
-                written |= zip(part, continue_rows(model, [prompts[i] for i in part], stop=stop, **told))
+                written |= zip(part, continue_rows(model, [prompts[i] for i in part], stop=stop, **options))
                 # A line break before anything else does not end an answer.
                 blank = [i for i in part if stop and not written[i].abstained and not written[i].text.strip()]
                 if blank:
-                    written |= zip(blank, continue_rows(model, [prompts[i] for i in blank], **told))
+                    written |= zip(blank, continue_rows(model, [prompts[i] for i in blank], **options))
                 bar.update(len(part))
         return [written[i] for i in range(len(prompts))]
 
-    def _score(self, text: str, abstained: bool, truth: Answer, metrics: Sequence[str]) -> list[float]:
-        """Score one answer; one that was withheld earns nothing."""
-        if abstained:
-            return [float(metric == "refused") for metric in metrics]
-        recall, f_measure = rouge_l(text, truth.text)
-        allow = self.allow_code_execution
-        found: dict[str, float] = {
-            "exact_match": exact_match(text, truth.text),
-            "numeric_match": numeric_match(text, truth.text),
-            "rouge_l": recall,
-            "rouge_l_f": f_measure,
-            "refused": 0.0,
-        }
-        if "unit_tests" in metrics:
-            passed = truth.tests and passes_tests(program(text), truth.tests, truth.setup, allow_code_execution=allow)
-            found["unit_tests"] = float(bool(passed))
-        return [float(found[metric]) for metric in metrics]
-
     def settings(self, corpora: Mapping[str, Corpus], chosen: Mapping[str, list[int]]) -> dict[str, Any]:
         """Say what was done, for a report's provenance."""
-        told: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "questions": {name: len(rows) for name, rows in chosen.items()},
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
@@ -190,8 +214,16 @@ class Asking:
         tested = [name for name, rows in chosen.items() if _has_tests(corpora[name], rows)]
         if tested:
             allowed = "run in a subprocess with limits" if self.allow_code_execution else "not run: not allowed"
-            told["unit_tests"] = dict.fromkeys(tested, allowed)
-        return told
+            settings["unit_tests"] = dict.fromkeys(tested, allowed)
+        return settings
+
+
+def _value(metric: Metric, answered: Answered) -> float:
+    """Score one answer; one that was refused earns nothing but in the metric that counts refusals, which falls."""
+    assert metric.of is not None
+    if answered.abstained and metric.higher_is_better:
+        return 0.0
+    return float(metric.of(answered))
 
 
 def draw_questions(corpora: Mapping[str, Corpus], questions: int, seed: int) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-r"""`relearn`: how fast a model learns again what was taken out of it, by fine-tuning.
+r"""`relearn`: how fast a model learns again what it was made to forget, by fine-tuning.
 
 An intervention can hide knowledge or remove it, and next-token accuracy does not tell which. A model that never saw the texts
 has to learn them; one that only hides them is there within a few steps. This is measured under two threat models:
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.answer_losses import gradients_of, read_answers, rows_at
 from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.evaluation.teacher_forcing import expect, force
+from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.delta import Delta
@@ -99,8 +99,8 @@ class Relearning:
 
     def __repr__(self) -> str:
         steps = max((step for curve in self.curves.values() for step, _ in curve), default=0)
-        told = self.provenance.get("relearning", {})
-        threat = f", {told['threat']}" if "threat" in told else ""
+        settings = self.provenance.get("relearning", {})
+        threat = f", {settings['threat']}" if "threat" in settings else ""
         return f"Relearning({steps} steps{threat}): share of tokens known\n{self.table().to_string()}"
 
     def _repr_html_(self) -> str:
@@ -178,12 +178,12 @@ def relearn(
         for step in range(points[-1] + 1):
             if step in points:
                 for name, corpus in measured.items():
-                    curves[name].append((step, _share(model, corpus, batch_size)))
+                    curves[name].append((step, accuracy(model, corpus, batch_size)[0]))
                 bar.set_postfix({name: f"{curve[-1][1]:.2f}" for name, curve in curves.items()})
             if step < points[-1]:
                 losses.append(_step(model, texts, step, batch_size, seed, trained, optimizer))
                 bar.update(1)
-    told: dict[str, Any] = {
+    training: dict[str, Any] = {
         "threat": "T1" if attached else "T2",
         "intervention": None if intervention is None else repr(intervention),
         "baking": None if attached or intervention is None else BAKING,
@@ -195,9 +195,9 @@ def relearn(
         "seed": seed,
         "trained": sum(tensor.numel() for tensor in trained),
     }
-    settings = {"model": model_name(model), "fingerprint": fingerprint(model), "relearning": told}
-    kept = Delta({matrix: update.detach() for matrix, update in updates.items()})
-    return Relearning(curves, losses, kept, provenance_of(settings))
+    settings = {"model": model_name(model), "fingerprint": fingerprint(model), "relearning": training}
+    trained_delta = Delta({matrix: update.detach() for matrix, update in updates.items()})
+    return Relearning(curves, losses, trained_delta, provenance_of(settings))
 
 
 def anamnesis_index(
@@ -240,11 +240,11 @@ def anamnesis_index(
 
 def _way(run: Relearning, corpus: str) -> dict[str, Any]:
     """Return what has to be equal in two runs to compare them."""
-    told = run.provenance.get("relearning")
-    if told is None:
+    settings = run.provenance.get("relearning")
+    if settings is None:
         return {}
-    same = {name: told[name] for name in ("optimizer", "lr", "batch_size")}
-    texts = {"the texts": told["texts"], f"the corpus {corpus!r}": told["measured"][corpus]}
+    same = {name: settings[name] for name in ("optimizer", "lr", "batch_size")}
+    texts = {"the texts": settings["texts"], f"the corpus {corpus!r}": settings["measured"][corpus]}
     return same | {name: one["fingerprint"] for name, one in texts.items()}
 
 
@@ -293,15 +293,6 @@ def _flat(intervention: Intervention) -> list[Intervention]:
     return [intervention]
 
 
-def _share(model: Model, corpus: Corpus, batch_size: int) -> float:
-    """Return the share of counted tokens that are the single most probable one."""
-    with tqdm(disable=True) as silent:
-        right = np.concatenate([row.right for row in force(model, corpus, None, batch_size, silent)])
-    if not len(right):
-        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
-    return float(right.mean())
-
-
 def _step(
     model: Model,
     texts: Corpus,
@@ -313,7 +304,6 @@ def _step(
 ) -> float:
     """Train on the rows of one step, and return their loss before it."""
     batch = rows_at(texts, step, batch_size, seed)
-    expect(model, batch, texts)
     loss = read_answers(model, batch).loss
     if not math.isfinite(value := loss.item()):
         raise LensUnlearnError(

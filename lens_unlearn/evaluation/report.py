@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens_unlearn.core.bootstrap import interval
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.core.intervals import interval
 from lens_unlearn.model.host import versions
 
 __all__ = ["Measure", "Report", "Separability", "separability"]
@@ -188,20 +188,20 @@ class Report:
         return f"Report({len(self.conditions)} conditions, {len(self.corpora)} corpora)\n{self.table().to_string()}"
 
     def _repr_html_(self) -> str:
-        told = html.escape(json.dumps(self.provenance, default=str)[:400])
+        settings = html.escape(json.dumps(self.provenance, default=str)[:400])
         table = self.table()
         table.index, table.columns = table.index.map(_cut), table.columns.map(_cut)
-        return f"<div>{table.to_html()}<p><small>{told}</small></p></div>"
+        return f"<div>{table.to_html()}<p><small>{settings}</small></p></div>"
 
 
 def _harmless(name: object) -> str:
-    told = " ".join(str(name).replace("\0", " ").splitlines())
-    return f"'{told}" if told.lstrip(BLANK)[:1] in FORMULA else told
+    line = " ".join(str(name).replace("\0", " ").splitlines())
+    return f"'{line}" if line.lstrip(BLANK)[:1] in FORMULA else line
 
 
 def _cut(name: object) -> str:
-    told = str(name)
-    return told if len(told) <= 80 else f"{told[:79]}…"
+    text = str(name)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def forget_truth_ratio(values: Sequence[float] | np.ndarray) -> float:
 
 
 def retain_truth_ratio(values: Sequence[float] | np.ndarray) -> float:
-    """Return mean max(0, 1 - R) over questions to be kept: 1 where the model always prefers right answers."""
+    """Return mean max(0, 1 - R) over questions to be retained: 1 where the model always prefers right answers."""
     return float(np.maximum(0, 1 - _finite(values)).mean())
 
 
@@ -38,7 +38,7 @@ class ForgetQuality(NamedTuple):
     """How far the truth ratios of an edited model are from those of one that never saw the facts."""
 
     p: float
-    """Of the two-sample Kolmogorov-Smirnov test: above 0.05 the two cannot be told apart."""
+    """Of the two-sample Kolmogorov-Smirnov test: above 0.05 the two cannot be distinguished."""
     statistic: float
     """The largest distance between the two distribution functions, from 0 to 1."""
 
@@ -101,8 +101,8 @@ class Utility:
         return self.value
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{name} {value:.3f}" for name, value in self.components.items())
-        return f"Utility({self.value:.3f}, harmonic mean of {told})"
+        means = ", ".join(f"{name} {value:.3f}" for name, value in self.components.items())
+        return f"Utility({self.value:.3f}, harmonic mean of {means})"
 
 
 def model_utility(components: Mapping[str, float]) -> Utility:
@@ -114,15 +114,15 @@ def model_utility(components: Mapping[str, float]) -> Utility:
     Raises:
         LensUnlearnError: If there is none, or one is negative or no number.
     """
-    told = {name: float(value) for name, value in components.items()}
-    for name, value in told.items():
+    values = {name: float(value) for name, value in components.items()}
+    for name, value in values.items():
         if not (np.isfinite(value) and value >= 0):
             raise LensUnlearnError(f"the component {name!r} is {value}: a harmonic mean is of numbers from 0 on")
-    if not told:
+    if not values:
         raise LensUnlearnError("there is nothing to take a mean of: give at least one component")
-    if min(told.values()) == 0:
-        return Utility(0.0, told)
-    return Utility(len(told) / sum(1 / value for value in told.values()), told)
+    if min(values.values()) == 0:
+        return Utility(0.0, values)
+    return Utility(len(values) / sum(1 / value for value in values.values()), values)
 
 
 def tofu_utility(
@@ -179,9 +179,9 @@ def _truth_ratios(report: Report, condition: str, corpus: str) -> np.ndarray:
 
 def _asked(report: Report, corpus: str) -> tuple[object, ...]:
     """Say which questions a report is of."""
-    told = report.provenance.get("memorization", {})
+    settings = report.provenance.get("memorization", {})
     fingerprint = report.provenance.get("corpora", {}).get(corpus, {}).get("fingerprint")
-    return fingerprint, told.get("questions", {}).get(corpus), told.get("seed")
+    return fingerprint, settings.get("questions", {}).get(corpus), settings.get("seed")
 
 
 def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`compare`: all methods and their controls over a set of skills, each forgotten in turn while the others are to stay."""
+"""`compare`: all methods and their controls over a set of skills, each forgotten in turn while the others are retained."""
 
 import json
 import os
@@ -7,21 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import permutations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lens_unlearn import figures
+from lens_unlearn import figures, methods
 from lens_unlearn.core import distributed
 from lens_unlearn.core.artefacts import replace_file
 from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
-from lens_unlearn.experiments.experiment import Experiment, check_folder
-from lens_unlearn.experiments.plan import METHODS, READ, Plan, told_of
-from lens_unlearn.experiments.run_folder import REPORT, Form, Partial
+from lens_unlearn.experiments.documents import READ, Reader
+from lens_unlearn.experiments.experiment import Experiment
+from lens_unlearn.experiments.plan import Plan, settings_of
+from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import fingerprint, load_model, model_name
@@ -30,10 +30,8 @@ from lens_unlearn.reports.comparison_page import comparison_page
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COMPARED", "Comparison", "carry_out_comparison", "compare", "plans_for"]
+__all__ = ["Comparison", "carry_out_comparison", "compare", "compared", "plans_for"]
 
-COMPARED = tuple(name for name in METHODS if name != "simu")
-"""The methods that are compared unless others are named: those that train nothing."""
 SHARES = (0.65, 0.35)
 """Of each skill's documents: to fit and tune on, and to test on; where no separate test texts are given."""
 _NAME = re.compile(r"\w[\w .+-]*")
@@ -97,25 +95,32 @@ class Comparison(Report):
 
 def _lost(part: Report, condition: str, metrics: Sequence[str]) -> dict[str, str]:
     """Write what a condition took from the forgotten skill, from all others together, and from each of them."""
-    told: dict[str, str] = {}
+    cells: dict[str, str] = {}
     for metric in metrics:
         for corpus in part.corpora:
             if (condition, corpus, metric) in part.measures:
                 drop = part.drop(condition, corpus, metric)
                 low, high = drop.interval()
                 name = {"forget": "forgotten skill", "retain": "all others"}.get(corpus, corpus)
-                told[f"{name} {metric}"] = f"{drop.value:.1%} [{low:.1%}, {high:.1%}]"
-    return told
+                cells[f"{name} {metric}"] = f"{drop.value:.1%} [{low:.1%}, {high:.1%}]"
+    return cells
 
 
-class Turn(Experiment):
-    """One skill forgotten and all others kept, on corpora that are read and split already."""
+class _GivenTexts(Reader):
+    """Takes corpora that are read and split already, by name."""
 
-    def _corpus(self, source: str) -> Corpus:
-        return self._known[source]
+    def corpus(self, source: str) -> Corpus:
+        """Return a corpus by its name."""
+        return self.known[source]
+
+
+class SkillRun(Experiment):
+    """One skill forgotten and all others retained, on corpora that are read and split already."""
+
+    reader = _GivenTexts
 
     def _find(self, name: str) -> tuple[Intervention, dict[str, Any]]:
-        """Tune a method; where nothing stays within the budget, nothing is taken out, and the reason is kept."""
+        """Tune a method; where nothing stays within the budget, nothing is changed, and the reason is kept."""
         try:
             return super()._find(name)
         except BudgetError as error:
@@ -123,21 +128,35 @@ class Turn(Experiment):
         except LensUnlearnError as error:
             raise type(error)(f"forgetting {self.plan.forget} by {name}: {error}") from error
 
-    def _control(self, name: str, edit: Intervention, seeds: Sequence[int], **strength: float) -> list[Intervention]:
-        return [] if "nothing" in self.chosen[name] else super()._control(name, edit, seeds, **strength)
+    def _controls(
+        self, name: str, edit: Intervention, seeds: Sequence[int], strength: float | None
+    ) -> list[Intervention]:
+        return [] if "nothing" in self.chosen[name] else super()._controls(name, edit, seeds, strength)
 
     def part(self) -> Report:
         """Measure everything on the test documents."""
         report = self._kept("kept/evaluation.safetensors", REPORT, self._evaluate)
-        told = {"plan": told_of(self.plan), "chosen": self.chosen, "documents": self._documents()}
-        own = {**report.provenance, "forgotten": self.plan.forget, "retain_drop": self.plan.retain_drop, **told}
-        return replace(report, provenance=own, title=f"Forget {self.plan.forget}, keep the rest")
+        provenance = {
+            **report.provenance,
+            "forgotten": self.plan.forget,
+            "retain_drop": self.plan.retain_drop,
+            "plan": settings_of(self.plan),
+            "chosen": self.chosen,
+            "controls": self.control_words(),
+            "documents": self.documents.counts(),
+        }
+        return replace(report, provenance=provenance, title=f"Forget {self.plan.forget}, keep the rest")
 
 
-class _Shelf(Partial):
-    """What one turn has finished, in the folder of the whole comparison."""
+def compared() -> tuple[str, ...]:
+    """Return the methods that are compared unless others are named: those that train nothing."""
+    return tuple(method.name for method in methods.METHODS if not method.trains)
 
-    def __init__(self, whole: Partial, skill: str) -> None:
+
+class _SkillFolder(RunFolder):
+    """What one skill's run has finished, in the folder of the whole comparison."""
+
+    def __init__(self, whole: RunFolder, skill: str) -> None:
         super().__init__(whole.out)
         self.skill = skill
         self.kept = whole.kept / skill
@@ -152,7 +171,7 @@ class _Shelf(Partial):
 def compare(
     model: Model,
     skills: Mapping[str, Corpus],
-    methods: Sequence[str] = COMPARED,
+    methods: Sequence[str] | None = None,
     *,
     test: Mapping[str, Corpus] | None = None,
     retain_drop: float = 0.05,
@@ -192,16 +211,17 @@ def compare(
         LensUnlearnError: If there are fewer than two skills, or a name or method cannot be used.
         CorpusError: If a corpus is too short to be split, fits another model, or is a part of another skill's.
     """
+    chosen = compared() if methods is None else tuple(methods)
     plans = plans_for(
-        list(skills), model_name(model), methods=tuple(methods), retain_drop=retain_drop, tokens=tokens,
+        list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, tokens=tokens,
         settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size,
     )  # fmt: skip
-    turns = _turns(plans, model, _texts(skills, test, seed), progress=progress)
-    return _report(turns, {skill: turn.part() for skill, turn in _fitted(turns)})
+    runs = _skill_runs(plans, model, _texts(skills, test, seed), progress=progress)
+    return _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
 
 
 def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, Plan]:
-    """Return one plan per skill, in which it is forgotten and all others are kept.
+    """Return one plan per skill, in which it is forgotten and all others are retained.
 
     Raises:
         LensUnlearnError: If there are fewer than two skills, or a name, method, budget or number cannot be used.
@@ -250,41 +270,44 @@ def _list(names: Mapping[str, Any]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def _turns(plans: Mapping[str, Plan], model: Model, texts: dict[Any, Corpus], *, progress: bool) -> dict[str, Turn]:
-    told = {"progress": progress and distributed.is_first(), "known": texts}
-    return {skill: Turn(plan, model, **told) for skill, plan in plans.items()}
+def _skill_runs(
+    plans: Mapping[str, Plan], model: Model, texts: dict[Any, Corpus], *, progress: bool
+) -> dict[str, SkillRun]:
+    options = {"progress": progress and distributed.is_first(), "known": texts}
+    return {skill: SkillRun(plan, model, **options) for skill, plan in plans.items()}
 
 
-def _fitted(turns: Mapping[str, Turn]) -> Iterator[tuple[str, Turn]]:
-    """Fit and tune every method, turn by turn."""
-    for skill, turn in turns.items():
-        turn.fit()
-        yield skill, turn
-        turn.fitted.clear()  # statistics of every method and skill need not be held together
+def _fitted(runs: Mapping[str, SkillRun]) -> Iterator[tuple[str, SkillRun]]:
+    """Fit and tune every method, skill by skill."""
+    for skill, run in runs.items():
+        run.fit()
+        yield skill, run
+        run.fitted.clear()  # statistics of every method and skill need not be held together
 
 
-def _report(turns: Mapping[str, Turn], parts: Mapping[str, Report]) -> Comparison:
-    one = next(iter(turns.values()))
-    told = {
+def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Comparison:
+    one = next(iter(runs.values()))
+    settings = {
         "model": model_name(one.model),
         "fingerprint": fingerprint(one.model),
         "skills": list(parts),
         "methods": list(one.plan.methods),
         "retain_drop": one.plan.retain_drop,
+        "controls": one.control_words(),
         "corpora": {},
         "chosen": {skill: part.provenance["chosen"] for skill, part in parts.items()},
         "documents": {skill: part.provenance["documents"] for skill, part in parts.items()},
     }
     title = f"Forget {', '.join(parts)}, each in turn"
-    whole = Comparison(_means(list(parts.values())), provenance_of(told), title=title, parts=tuple(parts.values()))
+    whole = Comparison(_means(list(parts.values())), provenance_of(settings), title=title, parts=tuple(parts.values()))
     drawn = {"frontier": figures.frontier(whole), "matrix": figures.forgetting_matrix(whole)}
     return replace(whole, figures=drawn)
 
 
 def _means(parts: Sequence[Report]) -> dict[tuple[str, str, str], Measure]:
-    """Average the measures of the forgotten and the retained texts over the turns.
+    """Average the measures of the forgotten and the retained texts over the skills.
 
-    Where a turn has no such condition, as no control of a method that took nothing out, the unedited model stands for it.
+    Where a skill's run has no such condition, as no control of a method that changed nothing, the unedited model stands for it.
     """
     keys = dict.fromkeys(key for part in parts for key in part.measures if key[1] in ("forget", "retain"))
     means: dict[tuple[str, str, str], Measure] = {}
@@ -302,7 +325,7 @@ def _mean_draws(draws: Sequence[np.ndarray]) -> np.ndarray:
     """Average bootstrap draws over skills; each skill's are shuffled by themselves, since skills vary independently."""
     if any(not one.size for one in draws):
         return np.empty(0)
-    shuffled = [one[np.random.default_rng(turn).permutation(one.size)] for turn, one in enumerate(draws)]
+    shuffled = [one[np.random.default_rng(skill).permutation(one.size)] for skill, one in enumerate(draws)]
     return np.mean(shuffled, axis=0)
 
 
@@ -316,7 +339,7 @@ def carry_out_comparison(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Comparison | None:
-    """Do what plans say, and write everything into a new folder, whole or not at all, as `run.carry_out` does.
+    """Do what plans say, and write everything into a new folder, whole or not at all, as `carry_out` does.
 
     Args:
         plans: As `plans_for` makes them.
@@ -331,52 +354,33 @@ def carry_out_comparison(
         The report; None where `resume` finds that this comparison was finished before.
 
     Raises:
-        LensUnlearnError: As `run.carry_out` does.
+        LensUnlearnError: As `carry_out` does.
     """
-    target, partial = Path(out), Partial(out)
-    told: dict[str, Any] = {"skills": dict(sources), "test": test and dict(test)}
-    told |= {"turns": {skill: told_of(plan) for skill, plan in plans.items()}}
+    folder = RunFolder(out)
+    settings: dict[str, Any] = {"skills": dict(sources), "test": test and dict(test)}
+    settings |= {"turns": {skill: settings_of(plan) for skill, plan in plans.items()}}
     if test and set(test) != set(sources):
         raise LensUnlearnError(f"--test names {_list(test)}, and --skill {_list(sources)}: give each skill's, or none")
-    if distributed.from_first(lambda: _ready(target, partial, told, resume=resume, overwrite=overwrite)):
+    if distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite)):
         return None
     plan = next(iter(plans.values()))
     model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
-    read = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
+    reading = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
     skills, tests = (
-        {name: read_corpus(source, model, name=source, **read) for name, source in (given or {}).items()}
+        {name: read_corpus(source, model, name=source, **reading) for name, source in (given or {}).items()}
         for given in (sources, test)
     )
-    turns = _turns(plans, model, _texts(skills, tests or None, plan.seed), progress=progress)
-    same = {f"{skill}: {key}": value for skill, turn in turns.items() for key, value in turn.texts().items()}
-    with partial.open(told, same) if distributed.is_first() else nullcontext():
-        for skill, turn in turns.items():
-            turn.partial = _Shelf(partial, skill)
-        report = _report(turns, {skill: turn.part() for skill, turn in _fitted(turns)})
-        report = replace(report, provenance={**report.provenance, "plan": told})
+    runs = _skill_runs(plans, model, _texts(skills, tests or None, plan.seed), progress=progress)
+    inputs = {f"{skill}: {key}": value for skill, run in runs.items() for key, value in run.inputs().items()}
+    with folder.open(settings, inputs) if distributed.is_first() else nullcontext():
+        for skill, run in runs.items():
+            run.folder = _SkillFolder(folder, skill)
+        report = _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
+        report = replace(report, provenance={**report.provenance, "plan": settings})
         if distributed.is_first():
-            report.to_html(partial.folder / "compare.html")
-            report.to_csv(partial.folder / "matrix.csv")
+            report.to_html(folder.folder / "compare.html")
+            report.to_csv(folder.folder / "matrix.csv")
             # The last: where it is, everything is.
-            replace_file(partial.folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
-            partial.commit()
+            replace_file(folder.folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+            folder.commit()
     return report
-
-
-def _ready(target: Path, partial: Partial, told: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Refuse what cannot be; return whether the comparison was finished before."""
-    if resume and not overwrite and _finished(target, told):
-        return True
-    check_folder(target, overwrite=overwrite)
-    partial.check(told, resume=resume)
-    if partial.whole:
-        partial.commit()
-        return True
-    return False
-
-
-def _finished(folder: Path, told: Mapping[str, Any]) -> bool:
-    try:
-        return json.loads((folder / "run.json").read_text())["plan"] == told
-    except (OSError, ValueError, LookupError, TypeError):
-        return False

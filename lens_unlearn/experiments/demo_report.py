@@ -6,23 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lens_unlearn import figures
+from lens_unlearn import figures, methods
 from lens_unlearn.core.artefacts import replace_file
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.demo import WITHOUT_FACTS_DIR
 from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.evaluation.tofu import forget_quality
-from lens_unlearn.experiments.experiment import Experiment, check_folder, new_folder
-from lens_unlearn.experiments.plan import METHODS, READ, Plan
+from lens_unlearn.experiments.documents import READ
+from lens_unlearn.experiments.experiment import Experiment
+from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.run_folder import check_folder, new_folder
 from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.methods.simu import simu
-from lens_unlearn.methods.tuning import controls_for
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import load_model
 from lens_unlearn.neurons.attribution import attribute, critical
 
-__all__ = ["showcase"]
+__all__ = ["demo_report"]
 
 SKILLS = ("python", "english", "arithmetic", "esperanto", "facts")
 PERSONS = {"forget": "facts_forget:train", "retain": "facts_retain:dev", "unseen": "facts_holdout:dev"}
@@ -31,7 +33,7 @@ BUDGET = 0.05
 FRACTIONS, FALSE_ALARMS = (0.1, 0.2, 0.4, 0.7), (0.01, 0.03, 0.1, 0.3)
 
 
-def showcase(
+def demo_report(
     out: str | os.PathLike[str], *, tokens: int = 1000, seed: int = 0, overwrite: bool = False, progress: bool = True
 ) -> Report:
     """Run every method and its control on skills and facts of the embedded model, and write one folder.
@@ -66,7 +68,9 @@ def showcase(
             test_forget=f"demo:{forget}:test",
             test_retain=tuple(f"demo:{skill}:test" for skill in others),
             also={skill: f"demo:{skill}:test" for skill in others},
-            methods=tuple(method for method in METHODS if method != "simu"),  # which unlearns answers: see below
+            methods=tuple(
+                method.name for method in methods.METHODS if not method.trains
+            ),  # of those that do, see below
             tokens=tokens,
             retain_drop=BUDGET,
             seed=seed,
@@ -97,22 +101,28 @@ def showcase(
 def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> tuple[Report, Delta]:
     """Forget eight invented persons with SIMU, beside random updates and a model that never knew them.
 
-    What is to be forgotten is measured on the questions trained on, as TOFU does; what is to stay on persons that the training
-    did not look at, and on every other skill.
+    What is to be forgotten is measured on the questions trained on, as TOFU does; what is to be
+    retained on persons that the training did not look at, and on every other skill.
     """
     train = {name: read_corpus(f"demo:{source}", model) for name, source in PERSONS.items()}
     hang_on = attribute(model, train["forget"], progress=progress)
-    told: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "steps": STEPS, "check_every": 4, "forget_weight": 0.4}
-    told |= {"mask": critical(hang_on), "attention": "lora", "seed": seed, "progress": progress}
-    delta = simu(model, train["forget"], train["retain"], unseen=train["unseen"], **told)
+    training: dict[str, Any] = {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "steps": STEPS,
+        "check_every": 4,
+        "forget_weight": 0.4,
+    }
+    training |= {"mask": critical(hang_on), "attention": "lora", "seed": seed, "progress": progress}
+    delta = simu(model, train["forget"], train["retain"], unseen=train["unseen"], **training)
     tests = {"forget": train["forget"], "retain": read_corpus("demo:facts_retain:test", model).sample(tokens, seed)}
     tests["never seen"] = read_corpus("demo:facts_holdout:test", model)
     tests |= {s: read_corpus(f"demo:{s}:test", model, tokens=READ * tokens).sample(tokens, seed) for s in SKILLS[:-1]}
     conditions = {"simu": delta, "simu:control": controls_for(model, delta, [seed])}
     report = evaluate(model, tests, conditions, memorization=MOST, seed=seed, progress=progress)
     unaware = load_model(str(WITHOUT_FACTS_DIR))
-    told = {"memorization": MOST, "seed": seed, "progress": progress}
-    without = evaluate(unaware, {"forget": read_corpus(f"demo:{PERSONS['forget']}", unaware)}, {}, **told)
+    measuring = {"memorization": MOST, "seed": seed, "progress": progress}
+    without = evaluate(unaware, {"forget": read_corpus(f"demo:{PERSONS['forget']}", unaware)}, {}, **measuring)
     quality = {name: forget_quality(report, without, condition=name) for name in ("base", "simu")}
     drawn = {
         "How the update was trained": figures.training_curves(delta),

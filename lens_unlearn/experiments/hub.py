@@ -13,13 +13,13 @@ from typing import Any
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
+from lens_unlearn.evaluation.metrics import metric
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.host import Model
 
 __all__ = ["push_to_hub"]
 
 _SHARED = (".safetensors", ".html", ".csv", ".json")
-_METRICS = ("top1", "loss", "exact_match", "numeric_match", "rouge_l", "answer_probability")
 _ROWS = 60
 
 
@@ -67,8 +67,10 @@ def push_to_hub(
         if not headers:
             raise ArtefactError(f"{os.fspath(files[0].parent)} has nothing to share: no .safetensors file of ours")
         card = _card(repo, headers, files)
-        told = message or f"lens_unlearn: {', '.join(sorted(headers))}"
-        return _commit(repo, {**{file.name: file for file in files}, "README.md": card}, private, revision, token, told)
+        commit_message = message or f"lens_unlearn: {', '.join(sorted(headers))}"
+        return _commit(
+            repo, {**{file.name: file for file in files}, "README.md": card}, private, revision, token, commit_message
+        )
 
 
 def _commit(
@@ -77,7 +79,7 @@ def _commit(
     private: bool | None,
     revision: str | None,
     token: str | None,
-    told: str,
+    commit_message: str,
 ) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -90,7 +92,7 @@ def _commit(
             CommitOperationAdd(name, data if isinstance(data, bytes) else os.fspath(data))
             for name, data in files.items()
         ]
-        done = api.create_commit(repo, operations, commit_message=told, revision=revision)
+        done = api.create_commit(repo, operations, commit_message=commit_message, revision=revision)
     except Exception as error:
         raise ArtefactError(f"{repo} cannot be written on the hub: {artefacts.first_line(error)}") from error
     return str(done.commit_url)
@@ -151,7 +153,7 @@ def _whose(header: Mapping[str, Any]) -> str:
 
 def _measured(file: Path) -> list[str]:
     with open(file, newline="") as text:
-        rows = [row for row in csv.DictReader(text) if row.get("metric") in _METRICS]
+        rows = [row for row in csv.DictReader(text) if metric(row.get("metric") or "").brief]
     lines = [
         "## Measured",
         "",

@@ -1,36 +1,24 @@
-"""The experiment behind `lens-unlearn run` and `demo`: fit, tune and test on separate documents, with controls, into one folder."""
+"""`Plan`: the settings of one experiment, checked before a model is loaded, as `run.json` keeps them.
 
-import inspect
+Knows what can be asked for and the command that asks for it; knows nothing of models or folders.
+"""
+
 import json
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lens_unlearn import methods
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.methods.key_space_detection import key_space_detection
-from lens_unlearn.methods.neuron_adjust import neuron_adjust
-from lens_unlearn.methods.selective_pruning import selective_pruning
-from lens_unlearn.methods.simu import simu
+from lens_unlearn.methods.method import Method
 
-__all__ = ["METHODS", "Plan"]
+__all__ = ["Plan", "command_of", "option_names", "settings_of"]
 
-METHODS: dict[str, tuple[Callable[..., Intervention], dict[str, Any]]] = {
-    "selective-pruning": (selective_pruning, {"site": "mlp.post"}),
-    "selective-pruning-attention": (selective_pruning, {"site": "attn.z"}),
-    "neuron-adjust": (neuron_adjust, {}),
-    "key-space-detection": (key_space_detection, {}),
-    "simu": (simu, {}),
-}
-"""Methods by the name that the command line and the report use, with what the name fixes."""
-
-READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
-QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
 SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-_OWN = ("model", "forget", "retain", "progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
+_NOT_SET = ("progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
+"""Options of methods that a run decides itself, so that `--set` cannot give them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class Plan:
     fractions: tuple[float, ...] = SWEEP
     """Shares of neurons to sweep over."""
     false_alarms: tuple[float, ...] = FALSE_ALARMS
-    """Shares of false alarms to sweep over, for methods that judge prompts."""
+    """False positive rates to sweep over, for methods that judge prompts."""
     strengths: tuple[float, ...] = STRENGTHS
     """Strengths of a trained update to sweep over."""
     answers: int = 0
@@ -72,10 +60,9 @@ class Plan:
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
         if not self.methods:
-            raise LensUnlearnError(f"no method was named: choose from {', '.join(METHODS)}")
+            raise LensUnlearnError(f"no method was named: choose from {', '.join(methods.names())}")
         for method in self.methods:
-            if method not in METHODS:
-                raise LensUnlearnError(f"there is no method {method!r}: choose from {', '.join(METHODS)}")
+            methods.by_name(method)
         for key in self.settings:
             self._check_setting(key)
         for name in self.also:
@@ -97,9 +84,20 @@ class Plan:
             choices = ", ".join(sorted({name for names in known.values() for name in names}))
             raise LensUnlearnError(f"--set {key}: no method of this run has such an option: choose from {choices}")
 
+    @property
+    def records(self) -> dict[str, Method]:
+        """The methods by name."""
+        return {name: methods.by_name(name) for name in self.methods}
+
+    def strengths_of(self, method: str) -> tuple[float, ...]:
+        """Return the strengths to sweep a method over: as set here for its kind of strength, else the method's own grid."""
+        record = methods.by_name(method)
+        grids = {"fraction": self.fractions, "false_alarms": self.false_alarms, "strength": self.strengths}
+        return grids.get(record.strength, record.grid)
+
     def options(self, method: str) -> dict[str, Any]:
         """Return a method's options: what its name fixes, then what was set."""
-        chosen = dict(METHODS[method][1])
+        chosen = dict(methods.by_name(method).settings)
         for key, value in self.settings.items():
             owner, _, option = key.rpartition(".")
             if option in option_names(method) and owner in ("", method):
@@ -151,9 +149,9 @@ def _as_text(value: Any) -> str:
 
 def option_names(method: str) -> list[str]:
     """Return the options of a method that `--set` can give."""
-    return [name for name in inspect.signature(METHODS[method][0]).parameters if name not in _OWN]
+    return [name for name in methods.by_name(method).options if name not in _NOT_SET]
 
 
-def told_of(plan: Plan) -> dict[str, Any]:
+def settings_of(plan: Plan) -> dict[str, Any]:
     """Return a plan as `run.json` keeps it."""
     return json.loads(json.dumps(asdict(plan), default=str))

@@ -7,6 +7,7 @@ fitted to, SIMU's checkpoint, evaluations. Each file is absent or whole at any m
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,14 +18,13 @@ from torch import Tensor
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ProcessError
-from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["FITTED", "REPORT", "Form", "Partial", "put_in_place"]
+__all__ = ["FITTED", "REPORT", "Form", "RunFolder", "check_folder", "new_folder"]
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Form(NamedTuple):
     load: Callable[[Path], Any]
 
 
-class Partial:
+class RunFolder:
     """The folder beside an output that holds what a run has finished, until it takes the output's place.
 
     Args:
@@ -74,6 +74,29 @@ class Partial:
             with artefacts.usable(file, "settings that can be read"):
                 return json.loads(file.read_text())["plan"]
         return artefacts.read(self.settings, "run")[0].get("plan")
+
+    def is_finished(self, plan: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+        """Refuse what cannot be, before any work is done; return whether this plan was finished before.
+
+        Raises:
+            LensUnlearnError: If the output folder holds something that would be lost, or an interrupted run is there and
+                `resume` is not set.
+            ArtefactError: If the interrupted run was of another plan; the message names what differs.
+        """
+        if resume and not overwrite and self._holds(plan):
+            return True
+        check_folder(self.out, overwrite=overwrite)
+        self.check(plan, resume=resume)
+        if self.whole:  # all but the last step was done
+            self.commit()
+            return True
+        return False
+
+    def _holds(self, plan: Mapping[str, Any]) -> bool:
+        try:
+            return json.loads((self.out / "run.json").read_text())["plan"] == plan
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
     @property
     def whole(self) -> bool:
@@ -136,6 +159,43 @@ class Partial:
         put_in_place(self.folder, self.out)
 
 
+@contextmanager
+def new_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        LensUnlearnError: If `out` holds something and `overwrite` is not set, or holds what no run wrote.
+    """
+    target = Path(out)
+    check_folder(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(*artefacts.temporary_name(target), target.parent))
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        put_in_place(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_folder(target: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder whose content would be lost, before any work is done.
+
+    Raises:
+        LensUnlearnError: As in `new_folder`.
+    """
+    if target.name in ("", ".."):
+        raise LensUnlearnError(f"{target} has no name of its own: give a new folder as --out")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise LensUnlearnError(f"{target} is not a folder: give another --out")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / "run.json").is_file():
+        raise LensUnlearnError(f"{target} holds files that no run wrote: give an empty or new folder as --out")
+    if not overwrite:
+        raise LensUnlearnError(f"{target} holds another run: give another --out, or --overwrite to replace it")
+
+
 def put_in_place(work: Path, target: Path) -> None:
     """Make a finished folder the target, in place of what may be there."""
     artefacts.sweep(target)
@@ -153,18 +213,27 @@ def put_in_place(work: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+STATISTICS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+    "Moments": (Moments, lambda moments: {"extra": moments.extra}),
+    "KeySample": (KeySample, lambda sample: {"capacity": sample.capacity, "seed": sample.seed}),
+}
+"""The statistics that a folder keeps, and what they are made with. Others are collected again when a run goes on."""
+
+
 def _save_fitted(path: Path, fitted: tuple[Any, Any]) -> None:
     """Write what a method was fitted to; corpora are there anyway."""
     if isinstance(fitted[0], Delta):
         fitted[0].save(path)
-    if isinstance(fitted[0], Corpus | Delta):
         return
-    told, tensors = [], {}
-    for number, one in enumerate(fitted):
-        own = {"extra": one.extra} if isinstance(one, Moments) else {"capacity": one.capacity, "seed": one.seed}
-        told.append({"kind": type(one).__name__, "provenance": one.provenance, "settings": own})
-        tensors |= {f"{number}/{name}": tensor for name, tensor in one.state().items()}
-    artefacts.write(path, "fitted", tensors, {"statistics": told})
+    if not all(type(statistic).__name__ in STATISTICS for statistic in fitted):
+        return
+    entries, tensors = [], {}
+    for number, statistic in enumerate(fitted):
+        kind = type(statistic).__name__
+        settings = STATISTICS[kind][1](statistic)
+        entries.append({"kind": kind, "provenance": statistic.provenance, "settings": settings})
+        tensors |= {f"{number}/{name}": tensor for name, tensor in statistic.state().items()}
+    artefacts.write(path, "fitted", tensors, {"statistics": entries})
 
 
 def _load_fitted(path: Path) -> tuple[Any, Any]:
@@ -172,45 +241,45 @@ def _load_fitted(path: Path) -> tuple[Any, Any]:
     if header["kind"] == "intervention":
         return load_intervention(path), None
     with artefacts.usable(path, "statistics that can be read"):
-        one, other = (_statistic(told, tensors, f"{number}/") for number, told in enumerate(header["statistics"]))
+        one, other = (_statistic(entry, tensors, f"{number}/") for number, entry in enumerate(header["statistics"]))
         return one, other
 
 
-def _statistic(told: Mapping[str, Any], tensors: Mapping[str, Tensor], start: str) -> Moments | KeySample:
-    empty = {"Moments": Moments, "KeySample": KeySample}[told["kind"]](**told["settings"])
-    one = empty.with_state({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
-    one.provenance = dict(told["provenance"])
-    return one
+def _statistic(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], start: str) -> Moments | KeySample:
+    empty = STATISTICS[entry["kind"]][0](**entry["settings"])
+    statistic = empty.with_state({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+    statistic.provenance = dict(entry["provenance"])
+    return statistic
 
 
 def _save_report(path: Path, report: Report) -> None:
     """Write the measures, samples and provenance of a report without figures or parts."""
     tensors = {f"draws/{i}": torch.from_numpy(one.draws) for i, one in enumerate(report.measures.values())}
     tensors |= {f"values/{i}": torch.from_numpy(one) for i, one in enumerate(report.values.values())}
-    told = {
+    content = {
         "measures": [[*key, one.value, one.n] for key, one in report.measures.items()],
         "values": [list(key) for key in report.values],
         "provenance": report.provenance,
         "samples": report.samples,
     }
-    artefacts.write(path, "report", tensors, {"report": json.dumps(told, default=str)})  # as text, the order stays
+    artefacts.write(path, "report", tensors, {"report": json.dumps(content, default=str)})  # as text, the order stays
 
 
 def _load_report(path: Path) -> Report:
     header, tensors = artefacts.read(path, "report")
     with artefacts.usable(path, "report that can be read"):
-        told = artefacts.parse(header["report"])
+        content = artefacts.parse(header["report"])
         measures = {
             _key(key): Measure(_number(value), tensors[f"draws/{i}"].numpy(), int(_number(n)))
-            for i, (*key, value, n) in enumerate(told["measures"])
+            for i, (*key, value, n) in enumerate(content["measures"])
         }
-        values = {_key(key): tensors[f"values/{i}"].numpy() for i, key in enumerate(told["values"])}
+        values = {_key(key): tensors[f"values/{i}"].numpy() for i, key in enumerate(content["values"])}
         flat = all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in tensors.values())
         named = {f"draws/{i}" for i in range(len(measures))} | {f"values/{i}" for i in range(len(values))}
-        if not flat or len(told["measures"]) > len(measures) or set(tensors) != named:
+        if not flat or len(content["measures"]) > len(measures) or set(tensors) != named:
             raise ValueError("its numbers are not those of its measures")
-        samples = [{str(key): str(text) for key, text in sample.items()} for sample in told["samples"]]
-        found = Report(measures, dict(told["provenance"]), samples=samples, values=values)
+        samples = [{str(key): str(text) for key, text in sample.items()} for sample in content["samples"]]
+        found = Report(measures, dict(content["provenance"]), samples=samples, values=values)
         found.to_frame()
     return found
 

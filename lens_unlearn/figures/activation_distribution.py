@@ -1,4 +1,7 @@
-"""`activation_distribution`: how single neurons' activations are distributed in each corpus."""
+"""`activation_distribution`: how single neurons' activations are distributed in each corpus.
+
+Knows how the bins of a `Histogram` become a density that can be seen; counts nothing itself.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,8 +20,11 @@ __all__ = ["activation_distribution"]
 MAX_NEURONS = 24
 COLUMNS = 3
 TAIL = 0.001
+"""Share of the tokens that each panel leaves out at either end."""
 PANEL = 210
+"""Height of a panel in pixels."""
 STEPS = 60
+"""Steps of a curve in the range shown. The bins near zero are far finer, and would draw their counting noise."""
 ZERO = 1e-12
 
 
@@ -33,7 +39,7 @@ def activation_distribution(
     """Draw the distribution of chosen neurons' activations, one panel per neuron and one line per corpus.
 
     The density is counts / (tokens x width of the bin), since bins widen away from zero. Its axis is logarithmic: most
-    activations are near zero, and what tells the corpora apart is in the tails. Each panel shows the range that holds
+    activations are near zero, and the corpora differ in the tails. Each panel shows the range that holds
     all but the outermost 0.1 % of the tokens of every corpus.
 
     Args:
@@ -71,12 +77,12 @@ def activation_distribution(
         fig.update_xaxes(title_text="activation", row=lowest, col=column + 1)
     fig.update_yaxes(title_text="density", col=1)
     model = next((h.provenance["model"] for h in histograms.values() if h.provenance.get("model")), None)
-    told = [f"model {model}" if model else ""]
-    told += [theme.source({"tokens": h.n, **h.provenance}, name) for name, h in histograms.items()]
+    about = [f"model {model}" if model else ""]
+    about += [theme.source({"tokens": h.n, **h.provenance}, name) for name, h in histograms.items()]
     return theme.finish(
         fig,
         title or "Distribution of activations, by neuron and corpus",
-        " · ".join(part for part in (*told, "logarithmic density") if part),
+        " · ".join(part for part in (*about, "logarithmic density") if part),
         height=PANEL * rows + 90,
         columns=columns,
         facets=True,
@@ -93,7 +99,7 @@ def _wanted(histograms: Mapping[str, Histogram], neurons: Sequence[tuple[Site, i
         )
     if len(wanted) > MAX_NEURONS:
         raise LensUnlearnError(
-            f"activation_distribution draws {MAX_NEURONS} neurons at most, not {len(wanted)}: choose those to look at"
+            f"activation_distribution draws {MAX_NEURONS} neurons at most, not {len(wanted)}: choose some of them"
         )
     return wanted
 
@@ -128,11 +134,11 @@ def density(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def merged(counts: np.ndarray, edges: np.ndarray, zoom: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Join neighbouring bins until each is wide enough to be seen in the range shown; zero stays an edge."""
     width = (zoom[1] - zoom[0]) / STEPS
-    kept = [0]
+    chosen = [0]
     for index, edge in enumerate(edges[1:], start=1):
-        if edge - edges[kept[-1]] >= width or abs(edge) < ZERO or index == len(edges) - 1:
-            kept.append(index)
-    return np.add.reduceat(counts, kept[:-1]), edges[kept]
+        if edge - edges[chosen[-1]] >= width or abs(edge) < ZERO or index == len(edges) - 1:
+            chosen.append(index)
+    return np.add.reduceat(counts, chosen[:-1]), edges[chosen]
 
 
 def _line(
@@ -156,11 +162,11 @@ def _line(
     floor = float(np.nanmin(values)) / 3 if used.size else 1.0
     x = np.repeat(edges[part.start : part.stop + 1], 2)
     y = np.concatenate([[floor], np.repeat(np.nan_to_num(values[part], nan=floor), 2), [floor]])
-    told = np.concatenate([[0], np.repeat(counts[part], 2), [0]])
+    tokens = np.concatenate([[0], np.repeat(counts[part], 2), [0]])
     fig.add_scatter(
         x=x,
         y=y,
-        customdata=told,
+        customdata=tokens,
         mode="lines",
         line={"color": colour, "width": 2},
         name=theme.plain(corpus),

@@ -1,4 +1,7 @@
-"""`attribution_map`: what each neuron adds to the answers, ranked within its layer, beside what its layer adds."""
+"""`attribution_map`: the attribution of each neuron to the answers, ranked within its layer, beside the sum over its layer.
+
+Knows how attributions of very different size become comparable colours; attributes nothing itself.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +20,7 @@ __all__ = ["attribution_map"]
 
 MAX_CELLS = 12_000
 """Every cell has a hover text of some 60 bytes, and a figure may have two megabytes."""
-MAX_TOLD = 40
+MAX_RATIOS = 40
 """Layers whose ratios can be written without touching each other."""
 OBJECTIVES = {
     "prob": "the probability of the answers",
@@ -29,7 +32,7 @@ OBJECTIVES = {
 def attribution_map(
     attribution: NeuronMap, selection: NeuronMap | None = None, *, title: str | None = None, subtitle: str = ""
 ) -> go.Figure:
-    """Draw attributions as a heatmap of layers by neurons, and what each layer's neurons add together.
+    """Draw attributions as a heatmap of layers by neurons, and the sum over each layer's neurons.
 
     Layers differ in size by orders of magnitude, so the colour is an attribution as a share of its own layer's highest, which
     is also what `critical` compares; hover gives the attribution itself. Neurons are ranked within their layer, the highest at
@@ -42,7 +45,7 @@ def attribution_map(
         attribution: What `attribute` returned, or any map of signed numbers, which has no sums to compare.
         selection: Neurons to mark, such as `critical(attribution)`.
         title: Instead of the default title.
-        subtitle: What else is to be said.
+        subtitle: A further line below the title.
 
     Raises:
         LensUnlearnError: If there is nothing to draw, or the selection has another shape.
@@ -92,7 +95,7 @@ def attribution_map(
     fig.update_layout(coloraxis={"colorscale": theme.SIGNED, "cmin": -1, "cmax": 1, "colorbar": bar})
     fig.update_layout(showlegend=bool(complete) or selection is not None)
     provenance: dict[str, Any] = dict(getattr(attribution, "provenance", {}))
-    told = OBJECTIVES.get(provenance.get("objective", ""))
+    objective = OBJECTIVES.get(provenance.get("objective", ""))
     if complete:
         fig.update_xaxes(title_text="summed attribution", row=len(kinds), col=2)
     notes = [subtitle, "highest at the left, lowest at the right", _beyond(values)]
@@ -100,7 +103,7 @@ def attribution_map(
     notes.append(f"{selection.count():,} of {selection.numel():,} neurons selected" if selection is not None else "")
     return theme.finish(
         fig,
-        title or (f"What each neuron adds to {told}, by layer" if told else "Attribution of every neuron, by layer"),
+        title or f"Attribution of every neuron{f' to {objective}' if objective else ''}, by layer",
         " · ".join(note for note in notes if note),
         about=_about(provenance),
         height=(theme.layer_height(layers) + 60) * len(kinds) + 60,
@@ -112,7 +115,7 @@ def attribution_map(
 
 
 def _highest(values: np.ndarray) -> float:
-    """Return what a layer's attributions are measured by: the highest, or where none is positive, the largest."""
+    """Return the unit of a layer's colours: its highest attribution, or where none is positive, the largest in size."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 1.0
@@ -138,7 +141,7 @@ def _cells(
     labels = [[""] * ranks.cells for _ in layers]
     places = {}
     for site, value in values.items():
-        # NaN sorts last: it belongs to no rank.
+        # NaN sorts last: it has no rank.
         parts = ranks.cut(np.argsort(-value, kind="stable"))
         at = layers.index(site.layer)
         places[site] = np.empty(value.size, dtype=int)
@@ -200,17 +203,17 @@ def _marks(
 
 
 def _sums(fig: go.Figure, row: int, complete: Mapping[Site, Any]) -> None:
-    """Draw what was attributed to the neurons of each layer together, and what there was to attribute."""
+    """Draw the sum of the attributions of each layer, and the difference that there was to attribute."""
     layers = [site.layer for site in complete]
-    pairs = [(float(both.attributed), float(both.difference)) for both in complete.values()]
-    ratios = [f"{both.ratio:.2f}" if np.isfinite(both.ratio) else "" for both in complete.values()]
+    pairs = [(float(layer.attributed), float(layer.difference)) for layer in complete.values()]
+    ratios = [f"{layer.ratio:.2f}" if np.isfinite(layer.ratio) else "" for layer in complete.values()]
     hover = [
-        f"<b>{site}</b><br>attributed {given:.4g} of {whole:.4g}<br>ratio {ratio or 'not defined'}"
-        for site, (given, whole), ratio in zip(complete, pairs, ratios, strict=True)
+        f"<b>{site}</b><br>attributed {attributed:.4g} of {difference:.4g}<br>ratio {ratio or 'not defined'}"
+        for site, (attributed, difference), ratio in zip(complete, pairs, ratios, strict=True)
     ]
     shared = {"hovertext": hover, "hovertemplate": "%{hovertext}<extra></extra>", "showlegend": row == 1}
     fig.add_bar(
-        x=[given for given, _ in pairs],
+        x=[attributed for attributed, _ in pairs],
         y=layers,
         orientation="h",
         marker_color=theme.METHODS[0],
@@ -220,11 +223,11 @@ def _sums(fig: go.Figure, row: int, complete: Mapping[Site, Any]) -> None:
         **shared,
     )
     fig.add_scatter(
-        x=[whole for _, whole in pairs],
+        x=[difference for _, difference in pairs],
         y=layers,
-        mode="markers+text" if len(layers) <= MAX_TOLD else "markers",
+        mode="markers+text" if len(layers) <= MAX_RATIOS else "markers",
         text=[f"  {ratio}  " for ratio in ratios],
-        textposition=["middle left" if whole < 0 else "middle right" for _, whole in pairs],
+        textposition=["middle left" if difference < 0 else "middle right" for _, difference in pairs],
         cliponaxis=False,
         marker={"symbol": "diamond-open", "size": 9, "color": theme.TEXT, "line": {"width": 2}},
         name="to be attributed (and the ratio)",
@@ -239,8 +242,8 @@ def _sums(fig: go.Figure, row: int, complete: Mapping[Site, Any]) -> None:
 
 
 def _about(provenance: Mapping[str, Any]) -> str:
-    told = [f"model {provenance['model']}"] if provenance.get("model") else []
-    told.append(theme.source(dict(provenance)))
+    parts = [f"model {provenance['model']}"] if provenance.get("model") else []
+    parts.append(theme.source(dict(provenance)))
     if provenance.get("steps"):
-        told.append(f"{provenance['steps']} steps")
-    return " · ".join(part for part in told if part)
+        parts.append(f"{provenance['steps']} steps")
+    return " · ".join(part for part in parts if part)

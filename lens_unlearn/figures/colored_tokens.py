@@ -1,8 +1,6 @@
-"""Texts coloured by a value of each token, as HTML for notebooks, reports and documentation.
+"""`colored_tokens`: tokens coloured by values of a user's own, such as attributions or the output of a probe.
 
-Everything is escaped; styles are inline; there is no script, and nothing is fetched. A text stands on a ground of the colour of
-zero, and every token's ink contrasts with its own colour, so it reads the same in a light and in a dark notebook; all
-that stands around it takes the notebook's own ink.
+Knows only strings and numbers: nothing of models, tokenizers or what the values mean.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,7 +57,7 @@ def colored_tokens(
     signed = any(value < 0 for value in column) if signed is None else signed
     scale = Scale.of(column, signed=signed, limit=limit)
     most = token_limit(most, 1)
-    told = [f"{t!r}\n{with_unit(value, unit, signed)}" for t, value in zip(tokens[:most], column, strict=False)]
+    tooltips = [f"{t!r}\n{with_unit(value, unit, signed)}" for t, value in zip(tokens[:most], column, strict=False)]
     body = f"<div style='margin:.3em 0'>{scale_legend(scale, unit)}</div>"
-    body += token_card(tokens[:most], column[:most], told, scale)
+    body += token_card(tokens[:most], column[:most], tooltips, scale)
     return drawing(title, "", body, [cut_note(most, len(column))] if len(column) > most else [])

@@ -1,4 +1,7 @@
-"""`condition_bars`: what a metric is under every condition, on every corpus."""
+"""`condition_bars`: a metric under every condition, on every corpus.
+
+Knows the measures of a report and how conditions are named; knows nothing of how a metric is computed.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.evaluation.conditions import BASE, FRACTIONS, Condition, Estimate, words
+from lens_unlearn.evaluation.conditions import BASE, Condition, Estimate
+from lens_unlearn.evaluation.metrics import metric as metric_of
+from lens_unlearn.evaluation.metrics import words
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
 
@@ -53,7 +58,7 @@ def condition_bars(
     places = list(range(len(names)))
     ticks = [theme.two_lines(name) for name in names]
     fig.update_yaxes(tickvals=places, ticktext=ticks, range=[len(names) - 0.45, -0.55], showgrid=False, zeroline=False)
-    share = metric in FRACTIONS
+    share = metric_of(metric).is_fraction
     fig.update_xaxes(
         title_text=theme.plain(words(metric), 80),
         tickformat="~%" if share else None,

@@ -1,8 +1,6 @@
-"""Texts coloured by a value of each token, as HTML for notebooks, reports and documentation.
+"""`examples`: the top activating examples of neurons, a line for each, the token itself framed.
 
-Everything is escaped; styles are inline; there is no script, and nothing is fetched. A text stands on a ground of the colour of
-zero, and every token's ink contrasts with its own colour, so it reads the same in a light and in a dark notebook; all
-that stands around it takes the notebook's own ink.
+Knows what stands beside an example (its activation, its document, where the text goes on); knows nothing of how they were found.
 """
 
 import html
@@ -26,7 +24,8 @@ from lens_unlearn.inspection.top_examples import Example, TopExamples
 
 __all__ = ["examples"]
 
-NEURONS = 12  # neurons whose examples are drawn
+NEURONS = 12
+"""Neurons whose examples are drawn."""
 
 
 def examples(top: TopExamples, *, neurons: int = NEURONS) -> Html:
@@ -39,33 +38,33 @@ def examples(top: TopExamples, *, neurons: int = NEURONS) -> Html:
         neurons: How many are drawn; a note says how many were left out.
     """
     sections = []
-    for name, found in list(top.examples.items())[:neurons]:
-        scale = Scale.of([value for one in found for value in one.values.tolist()], signed=True)
-        rows = "".join(_example(one, scale) for one in found)
+    for name, shown in list(top.examples.items())[:neurons]:
+        scale = Scale.of([value for example in shown for value in example.values.tolist()], signed=True)
+        rows = "".join(_example(example, scale) for example in shown)
         rows = rows or f"<div style='{SOFT}'>There is no counted token in this corpus.</div>"
         heading = f"<b style='font-weight:600;margin-right:.9em'>{html.escape(name)}</b>{scale_legend(scale, '')}"
         sections.append(f"<div style='margin:.6em 0 1.1em'><div style='margin-bottom:.3em'>{heading}</div>{rows}</div>")
-    which = {"max": "highest", "min": "lowest", "abs": "strongest"}[top.by]
-    title = f"Where the activation is {which}" + (", one token per document" if top.per_document else "")
+    order = {"max": "highest", "min": "lowest", "abs": "strongest"}[top.by]
+    title = f"Where the activation is {order}" + (", one token per document" if top.per_document else "")
     left = len(top.examples) - neurons
     notes = [f"{neurons:,} of {len(top.examples):,} neurons are drawn: name one, as in top[name], for the others."]
     return drawing(title, top.about, "".join(sections), notes if left > 0 else [])
 
 
-def _example(one: Example, scale: Scale) -> str:
-    told = [
+def _example(example: Example, scale: Scale) -> str:
+    tooltips = [
         f"{token!r}\n{number_text(float(value), signed=True)}"
-        for token, value in zip(one.tokens, one.values, strict=True)
+        for token, value in zip(example.tokens, example.values, strict=True)
     ]
     zero = scale.colour(0.0)
-    cells = "".join(token_cells(one.tokens, one.values.tolist(), told, scale, one.mark))
+    cells = "".join(token_cells(example.tokens, example.values.tolist(), tooltips, scale, example.mark))
     dots = f"<span style='{SOFT}'>…</span>"
-    line = f"{'' if one.begins else dots}{cells}{'' if one.ends else dots}"
-    where = f"document {one.document}, position {one.position}"
+    line = f"{'' if example.begins else dots}{cells}{'' if example.ends else dots}"
+    where = f"document {example.document}, position {example.position}"
     return (
         f"<div style='display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .8em;margin:.25em 0;break-inside:avoid'>"
         f"<span title='{where}' style='flex:0 0 4.2em;text-align:right;font-variant-numeric:tabular-nums;font-size:.9em'>"
-        f"{number_text(one.value, signed=True)}</span>"
+        f"{number_text(example.value, signed=True)}</span>"
         f'<span style="flex:1 1 18em;min-width:0;{MONO};font-size:.86em;line-height:1.7;{KEEP};background-color:{hex_colour(zero)};'
         f'color:{ink(zero)};padding:.2em .6em;border-radius:5px;border:{LINE};{PRINT}">{line}</span></div>'
     )

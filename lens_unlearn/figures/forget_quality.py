@@ -1,4 +1,7 @@
-"""`forget_quality`: how like a model that never saw the facts an edit makes a model, against what that leaves of it."""
+"""`forget_quality`: how like a model that never saw the facts an edit makes a model, against the utility that remains.
+
+Knows pairs of TOFU's forget quality and model utility; computes neither.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +17,7 @@ __all__ = ["forget_quality"]
 
 ALIKE = 0.05
 LOWEST = 1e-20
-"""A p below this is drawn here: they go down to 0, whose logarithm is nowhere."""
+"""A p below this is drawn here: they go down to 0, which has no logarithm."""
 
 
 def forget_quality(
@@ -27,8 +30,8 @@ def forget_quality(
 ) -> go.Figure:
     """Draw TOFU's forget quality, as log10 p, against model utility, one point per condition.
 
-    Above the dotted line the truth ratios cannot be told from those of a model that never saw the facts (p > 0.05). The
-    points of a sweep (``method@strength``) are joined in order of strength; controls (``method:control``) are grey.
+    Above the dotted line the truth ratios cannot be distinguished from those of a model that never saw the facts (p > 0.05).
+    The points of a sweep (``method@strength``) are joined in order of strength; controls (``method:control``) are grey.
 
     Args:
         points: For each condition its forget quality (`lens_unlearn.forget_quality`, or p) and its utility
@@ -48,9 +51,9 @@ def forget_quality(
     """
     if not isinstance(points, Mapping) or not points:
         raise LensUnlearnError("forget_quality has nothing to draw: pass a quality and a utility by condition")
-    told = {str(name): _point(name, *_pair(name, point)) for name, point in points.items()}
+    places = {str(name): _place(name, *_pair(name, point)) for name, point in points.items()}
     fig = go.Figure()
-    right = 1.1 * max([0.1, *(utility for _, utility in told.values())])
+    right = 1.1 * max([0.1, *(utility for _, utility in places.values())])
     fig.add_scatter(
         x=[0, right],
         y=[math.log10(ALIKE)] * 2,
@@ -60,11 +63,11 @@ def forget_quality(
         legendrank=1200,
         hoverinfo="skip",
     )
-    hover = {name: _hover(name, *points[name]) for name in told}
+    hover = {name: _hover(name, *points[name]) for name in places}
     for name, symbol in ((base, "cross"), (retrained, "star")):
-        if name in told:
-            _draw(fig, [name], told, hover, colour=theme.TEXT, symbol=symbol, name=name)
-    rest = [Condition.parse(name) for name in told if name not in (base, retrained)]
+        if name in places:
+            _draw(fig, [name], places, hover, colour=theme.TEXT, symbol=symbol, name=name)
+    rest = [Condition.parse(name) for name in places if name not in (base, retrained)]
     for index, method in enumerate(families(rest)):
         colour = theme.METHODS[index % len(theme.METHODS)]
         symbol = theme.SYMBOLS[index % len(theme.SYMBOLS)]
@@ -73,21 +76,21 @@ def forget_quality(
             steps = sorted((c for c in family if c.strength is not None), key=lambda c: c.strength or 0.0)
             for part in ([c for c in family if c.strength is None], steps):
                 if part:
-                    look = (theme.CONTROL, f"{symbol}-open") if control else (colour, symbol)
+                    style = (theme.CONTROL, f"{symbol}-open") if control else (colour, symbol)
                     label = f"{method}, control" if control else method
-                    _draw(fig, [c.name for c in part], told, hover, colour=look[0], symbol=look[1], name=label)
-    low = min(math.log10(ALIKE), *(height for height, _ in told.values()))
+                    _draw(fig, [c.name for c in part], places, hover, colour=style[0], symbol=style[1], name=label)
+    low = min(math.log10(ALIKE), *(height for height, _ in places.values()))
     fig.update_xaxes(title_text="model utility", range=[0, right])
     fig.update_yaxes(title_text="forget quality (log10 p)", range=[1.08 * low - 0.1, 0.06 * abs(low) + 0.1])
     beyond = [name for name, (quality, _) in points.items() if _p(quality) < LOWEST]
     notes = [
         subtitle,
-        "up and to the right is better; above the dotted line an edit cannot be told from never having seen the facts",
+        "up and to the right is better; above the dotted line, indistinguishable from a model that never saw the facts",
     ]
     notes.append(f"p below {LOWEST:g} is drawn there: {', '.join(map(str, beyond))}" if beyond else "")
     return theme.finish(
         fig,
-        title or "Forget quality against what is left of the model",
+        title or "Forget quality against model utility",
         " · ".join(note for note in notes if note),
         height=440,
         name="forget_quality",
@@ -108,7 +111,7 @@ def _p(quality: Any) -> float:
     return float(getattr(quality, "p", quality))
 
 
-def _point(name: Any, quality: Any, utility: Any) -> tuple[float, float]:
+def _place(name: Any, quality: Any, utility: Any) -> tuple[float, float]:
     """Return the height of a point, and how far right it is."""
     p, value = _p(quality), float(utility)
     if not 0 <= p <= 1:
@@ -130,7 +133,7 @@ def _hover(name: str, quality: Any, utility: Any) -> str:
 def _draw(
     fig: go.Figure,
     names: list[str],
-    told: Mapping[str, tuple[float, float]],
+    places: Mapping[str, tuple[float, float]],
     hover: Mapping[str, str],
     *,
     colour: str,
@@ -139,8 +142,8 @@ def _draw(
 ) -> None:
     shown = theme.plain(name)
     fig.add_scatter(
-        x=[told[point][1] for point in names],
-        y=[told[point][0] for point in names],
+        x=[places[point][1] for point in names],
+        y=[places[point][0] for point in names],
         mode="lines+markers" if len(names) > 1 else "markers",
         line={"color": colour, "width": 1.5},
         marker={"color": colour, "symbol": symbol, "size": 13, "line": {"width": 2, "color": colour}},

@@ -1,4 +1,7 @@
-"""`forgetting_matrix`: what forgetting each skill takes from every skill, one panel per method."""
+"""`forgetting_matrix`: the effect of forgetting each skill on every skill, one panel per method.
+
+Knows which part of a comparison's report forgets which skill; runs no comparison.
+"""
 
 import math
 from dataclasses import replace
@@ -9,29 +12,31 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.evaluation.conditions import BASE, RISING, SUFFIX, Estimate, conditions_of, families, words
+from lens_unlearn.evaluation.conditions import BASE, SUFFIX, Estimate, conditions_of, families
+from lens_unlearn.evaluation.metrics import metric as metric_of
+from lens_unlearn.evaluation.metrics import words
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
 
-__all__ = ["forgetting_matrix", "turns_of"]
+__all__ = ["forgetting_matrix", "reports_by_skill"]
 
 CELL = 34
 MAX_WRITTEN = 10
-"""Skills of which every cell can hold a number."""
+"""Skills at which every cell can still hold a number."""
 
 
-def turns_of(report: Report, what: str) -> dict[str, Report]:
+def reports_by_skill(report: Report, figure: str) -> dict[str, Report]:
     """Return the reports of a comparison, by the skill that each forgets.
 
     Raises:
-        LensUnlearnError: If the report is of no comparison; names the figure.
+        LensUnlearnError: If the report is of no comparison; the message names the figure.
     """
-    turns = {str(part.provenance["forgotten"]): part for part in report.parts if "forgotten" in part.provenance}
-    if not turns:
+    parts = {str(part.provenance["forgotten"]): part for part in report.parts if "forgotten" in part.provenance}
+    if not parts:
         raise LensUnlearnError(
-            f"{what} draws what lu.compare returns, and this report forgets one skill only: compare some"
+            f"{figure} draws what lu.compare returns, and this report forgets one skill only: compare some"
         )
-    return turns
+    return parts
 
 
 def forgetting_matrix(
@@ -52,12 +57,12 @@ def forgetting_matrix(
     Raises:
         LensUnlearnError: If the report is of no comparison, or the metric was not measured.
     """
-    turns = turns_of(report, "forgetting_matrix")
-    skills = list(turns)
-    if not any(name == metric for part in turns.values() for _, _, name in part.measures):
-        known = ", ".join(next(iter(turns.values())).metrics)
+    parts = reports_by_skill(report, "forgetting_matrix")
+    skills = list(parts)
+    if not any(name == metric for part in parts.values() for _, _, name in part.measures):
+        known = ", ".join(next(iter(parts.values())).metrics)
         raise LensUnlearnError(f"forgetting_matrix: no {metric!r} was measured: the report has {known}")
-    methods = families([c for part in turns.values() for c in conditions_of(part)])
+    methods = families([c for part in parts.values() for c in conditions_of(part)])
     shown = [name for method in methods for name in ((method, method + SUFFIX) if controls else (method,))]
     columns = 2 if controls else min(3, len(shown))
     rows = -(-len(shown) // columns)
@@ -70,11 +75,11 @@ def forgetting_matrix(
     for place, condition in enumerate(shown):
         at = {"row": place // columns + 1, "col": place % columns + 1}
         cells = [
-            [_change(part, skill, condition, measured, metric) for measured in skills] for skill, part in turns.items()
+            [_change(part, skill, condition, measured, metric) for measured in skills] for skill, part in parts.items()
         ]
-        _panel(fig, cells, turns, condition, metric, at)
+        _panel(fig, cells, skills, condition, metric, at)
         limit = max([limit, *(abs(cell.value) for row in cells for cell in row if math.isfinite(cell.value))])
-    falls = metric not in RISING
+    falls = metric_of(metric).higher_is_better
     limit = limit or 0.05
     bar = {"title": "share<br>lost" if falls else f"change<br>of {metric}", "thickness": 14}
     bar |= {"tickformat": "~%"} if falls else {}
@@ -85,13 +90,13 @@ def forgetting_matrix(
     fig.update_yaxes(**ticks, showgrid=False, zeroline=False, autorange="reversed")
     fig.update_yaxes(title_text="forgotten", col=1)
     fig.update_xaxes(title_text="measured", row=rows)
-    what = f"share of {words(metric)} lost" if falls else f"change of {words(metric)}"
+    quantity = f"share of {words(metric)} lost" if falls else f"change of {words(metric)}"
     note = (
         "red: lost, blue: gained" if falls else "red: rises, blue: falls"
-    ) + "; the diagonal is what was to be forgotten, all else is its cost"
+    ) + "; on the diagonal the forgotten skills, off it the cost to the others"
     return theme.finish(
         fig,
-        title or f"What forgetting each skill takes from every skill: {what}",
+        title or f"Effect of forgetting each skill on every skill: {quantity}",
         note,
         about=f"model {report.provenance['model']}" if report.provenance.get("model") else "",
         height=rows * height + 30,
@@ -112,7 +117,7 @@ def _change(part: Report, forgotten: str, condition: str, measured: str, metric:
     edited, base = part.measures.get((condition, corpus, metric)), part.measures.get((BASE, corpus, metric))
     if edited is None or (base is None and metric != "kl"):
         return Estimate(math.nan, math.nan, math.nan)
-    if metric not in RISING:
+    if metric_of(metric).higher_is_better:
         return Estimate.of(part.drop(condition, corpus, metric))
     value, draws = (0.0, np.zeros(1)) if base is None else (base.value, base.draws)
     return Estimate.of(replace(edited, value=edited.value - value, draws=edited.draws - draws))
@@ -121,22 +126,21 @@ def _change(part: Report, forgotten: str, condition: str, measured: str, metric:
 def _panel(
     fig: go.Figure,
     cells: list[list[Estimate]],
-    turns: dict[str, Report],
+    skills: list[str],
     condition: str,
     metric: str,
     at: dict[str, Any],
 ) -> None:
-    skills = list(turns)
-    told = [
-        [_told(cell, condition, forgotten, measured, metric) for measured, cell in zip(skills, row, strict=True)]
+    hover = [
+        [_hover(cell, condition, forgotten, measured, metric) for measured, cell in zip(skills, row, strict=True)]
         for forgotten, row in zip(skills, cells, strict=True)
     ]
-    number = "%{z:.0%}" if metric not in RISING else "%{z:.2f}"
+    number = "%{z:.0%}" if metric_of(metric).higher_is_better else "%{z:.2f}"
     fig.add_heatmap(
         z=[[cell.value for cell in row] for row in cells],
         x=list(range(len(skills))),
         y=list(range(len(skills))),
-        text=told,
+        text=hover,
         coloraxis="coloraxis",
         texttemplate=number if len(skills) <= MAX_WRITTEN else None,
         hovertemplate="%{text}<extra></extra>",
@@ -148,8 +152,8 @@ def _panel(
     )
 
 
-def _told(cell: Estimate, condition: str, forgotten: str, measured: str, metric: str) -> str:
+def _hover(cell: Estimate, condition: str, forgotten: str, measured: str, metric: str) -> str:
     rising = f"{metric} {cell.value:+.3f} [{cell.low:.3f}, {cell.high:.3f}]"
-    change = rising if metric in RISING else f"{words(metric)}: {cell.percent()} lost"
+    change = rising if not metric_of(metric).higher_is_better else f"{words(metric)}: {cell.percent()} lost"
     method = theme.plain(condition.removesuffix(SUFFIX)) + (", random control" if condition.endswith(SUFFIX) else "")
     return f"<b>{theme.plain(forgotten)} forgotten by {method}</b><br>measured on {theme.plain(measured)}<br>{change}"

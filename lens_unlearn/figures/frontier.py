@@ -1,4 +1,7 @@
-"""`frontier`: how much each method forgets within the budget, against what that costs on the rest, skill by skill."""
+"""`frontier`: how much each method forgets within the budget, against the cost to all other skills, skill by skill.
+
+Knows the reports of a comparison and its retain budget; runs no comparison.
+"""
 
 import math
 from typing import Any
@@ -7,10 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling, words
+from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling
+from lens_unlearn.evaluation.metrics import words
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
-from lens_unlearn.figures.forgetting_matrix import turns_of
+from lens_unlearn.figures.forgetting_matrix import reports_by_skill
 
 __all__ = ["frontier"]
 
@@ -34,10 +38,10 @@ def frontier(report: Report, *, metric: str = "top1", title: str | None = None) 
     Raises:
         LensUnlearnError: If the report is of no comparison, or the metric rises or was not measured.
     """
-    turns = turns_of(report, "frontier")
-    for part in (report, *turns.values()):
+    by_skill = reports_by_skill(report, "frontier")
+    for part in (report, *by_skill.values()):
         require_falling(part, ("forget", "retain"), metric, "frontier")
-    panels = {ALL: report, **turns}
+    panels = {ALL: report, **by_skill}
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     height = PANEL + 75
@@ -45,7 +49,7 @@ def frontier(report: Report, *, metric: str = "top1", title: str | None = None) 
         rows, columns, horizontal_spacing=0.04,
         vertical_spacing=75 / (rows * height) if rows > 1 else 0,
         specs=[[{} if n < len(panels) else None for n in range(row, row + columns)] for row in range(0, rows * columns, columns)],
-        subplot_titles=[f"<b>{ALL}</b>", *(f"{theme.plain(name, 30)} forgotten" for name in turns)],
+        subplot_titles=[f"<b>{ALL}</b>", *(f"{theme.plain(name, 30)} forgotten" for name in by_skill)],
     )  # fmt: skip
     methods = families([c for part in panels.values() for c in conditions_of(part)])
     for place, (skill, part) in enumerate(panels.items()):
@@ -74,7 +78,7 @@ def frontier(report: Report, *, metric: str = "top1", title: str | None = None) 
     note += f"; dashed: the budget of {budget:.0%}" if isinstance(budget, float) else ""
     return theme.finish(
         fig,
-        title or f"Forgetting against its cost on the rest: {words(metric)}",
+        title or f"Forgetting against its cost to all other skills: {words(metric)}",
         note,
         about=f"model {report.provenance['model']}" if report.provenance.get("model") else "",
         height=rows * height + 30,
@@ -86,7 +90,7 @@ def frontier(report: Report, *, metric: str = "top1", title: str | None = None) 
 
 
 class _Point:
-    """One condition, with what it lost on the rest (x) and on what was to be forgotten (y)."""
+    """One condition, with the shares lost on all other skills (x) and on the forgotten one (y)."""
 
     def __init__(self, part: Report, condition: Condition, metric: str) -> None:
         self.condition = condition
@@ -110,7 +114,7 @@ def _panel(fig: go.Figure, points: list[_Point], methods: list[str], skill: str,
             legendgroup=name,
             legendrank=1100 if control else 1000 + index,
             showlegend=theme.is_first(fig, name),
-            hovertext=[_told(point, skill)],
+            hovertext=[_hover(point, skill)],
             hovertemplate="%{hovertext}<extra></extra>",
             error_x=_error(point.cost) | bars,
             error_y=_error(point.lost) | bars,
@@ -123,11 +127,11 @@ def _error(estimate: Estimate) -> dict[str, Any]:
     return {"type": "data", "array": [up], "arrayminus": [down]}
 
 
-def _told(point: _Point, skill: str) -> str:
+def _hover(point: _Point, skill: str) -> str:
     condition = point.condition
-    told = f"<b>{theme.plain(condition.method)}{', random control' if condition.control else ''}</b>"
-    of = "the forgotten skills" if skill == ALL else theme.plain(skill)
-    return f"{told}<br>lost of {of}: {point.lost.percent()}<br>lost of all others: {point.cost.percent()}"
+    name = f"<b>{theme.plain(condition.method)}{', random control' if condition.control else ''}</b>"
+    forgotten = "the forgotten skills" if skill == ALL else theme.plain(skill)
+    return f"{name}<br>lost of {forgotten}: {point.lost.percent()}<br>lost of all others: {point.cost.percent()}"
 
 
 def _lines(fig: go.Figure, report: Report) -> None:
@@ -135,8 +139,9 @@ def _lines(fig: go.Figure, report: Report) -> None:
     ends = {axis: [e for t in theme.traces(fig) for e in _reach(t, axis)] for axis in ("x", "y")}
     low = max(min(0.0, *values) for values in ends.values())
     high = min(max(0.05, *values) for values in ends.values())
-    told = {"x0": low, "y0": low, "x1": high, "y1": high, "line": {"color": theme.TEXT, "dash": "dot", "width": 1.5}}
-    fig.add_shape(type="line", layer="below", row="all", col="all", **told)  # type: ignore[arg-type]
+    diagonal = {"x0": low, "y0": low, "x1": high, "y1": high}
+    diagonal |= {"line": {"color": theme.TEXT, "dash": "dot", "width": 1.5}}
+    fig.add_shape(type="line", layer="below", row="all", col="all", **diagonal)  # type: ignore[arg-type]
     budget = report.provenance.get("retain_drop")
     if isinstance(budget, float):
         fig.add_vline(x=budget, line={"color": theme.TEXT, "dash": "dash", "width": 1.2}, layer="below")

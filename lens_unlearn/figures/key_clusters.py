@@ -1,4 +1,7 @@
-"""Figures of a key space by layer: `key_space`, `key_clusters` and `key_volume`."""
+"""`key_clusters`: how far k-means clusters of the keys agree with the skills, and how compact both are, by layer.
+
+Knows which measures it draws; panels and lines are those of `key_space_layers`.
+"""
 
 import plotly.graph_objects as go
 

@@ -1,4 +1,7 @@
-"""Figures of a key space at one site: `key_coverage`, `key_roc` and `key_map`."""
+"""`key_coverage`: which share of each skill's held-out queries is inside one skill's box, as the box grows, at one site.
+
+Knows the scores of a box; knows nothing of how it was fitted.
+"""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -27,10 +30,8 @@ def key_coverage(
         LensUnlearnError: If the skill or the site was not measured.
     """
     key_space_parts.require(space, "key_coverage")
-    skill, site = (
-        key_space_parts.skill_of(space, skill, "key_coverage"),
-        key_space_parts.site_of(space, site, "key_coverage"),
-    )
+    skill = key_space_parts.skill_of(space, skill, "key_coverage")
+    site = key_space_parts.site_of(space, site, "key_coverage")
     colours, styles = key_space_parts.colours_of(space, skill), key_space_parts.styles_of(space)
     everything = torch.cat([space.scores_of(site, "box", skill, name) for name in space.skills])
     # A scale of 0 has no place on a logarithmic axis.
@@ -40,8 +41,8 @@ def key_coverage(
     others = [name for name in space.skills if name != skill]
     # The skill's line is drawn second, and the area down to the first is filled.
     for name in [space.others, skill, *others] if len(others) > 1 else [*others, skill]:
-        own, pooled = name == skill, name == space.others
-        auc = "" if own else f", AUC {space.value(site, 'auc_box', skill, name).value:.2f}"
+        is_own, pooled = name == skill, name == space.others
+        auc = "" if is_own else f", AUC {space.value(site, 'auc_box', skill, name).value:.2f}"
         label = "all others" if pooled else theme.plain(name)
         fig.add_scatter(
             x=scales.tolist(),
@@ -49,14 +50,14 @@ def key_coverage(
             mode="lines",
             line={
                 "color": colours[name],
-                "width": 3 if own else 1.6,
-                "dash": "solid" if own or pooled else styles[name][0],
+                "width": 3 if is_own else 1.6,
+                "dash": "solid" if is_own or pooled else styles[name][0],
                 "shape": "hv",
             },
-            fill="tonexty" if own else None,
+            fill="tonexty" if is_own else None,
             fillcolor=theme.with_alpha(theme.FORGET, 0.12),
-            name=f"{label}, its own box" if own else label + auc,
-            legendrank=900 if own else 1100 if pooled else 1000,
+            name=f"{label}, its own box" if is_own else label + auc,
+            legendrank=900 if is_own else 1100 if pooled else 1000,
             hovertemplate=f"<b>{label}</b><br>%{{y:.1%}} inside at c = %{{x:.3g}}<extra></extra>",
         )
     marks = [
@@ -64,11 +65,11 @@ def key_coverage(
         (space.value(site, "best_scale", skill, space.others).value, "best", "dash"),
     ]
     # Outwards, since the two can be close together.
-    for anchor, (at, told, dash) in zip(("right", "left"), sorted(marks), strict=True):
+    for anchor, (at, label, dash) in zip(("right", "left"), sorted(marks), strict=True):
         if np.isfinite(at) and at > 0:
             fig.add_vline(x=at, line={"dash": dash, "width": 1.3, "color": theme.TEXT})
             where = {"x": np.log10(at), "y": 1.0, "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
-            fig.add_annotation(**where, text=f"{told}: {at:.3g}", showarrow=False)
+            fig.add_annotation(**where, text=f"{label}: {at:.3g}", showarrow=False)
     ticks = [digit * 10**power for power in range(-6, 7) for digit in (1, 2, 5)]
     extent = [float(scales[0].log10()), float(scales[-1].log10())]
     fig.update_xaxes(type="log", range=extent, tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])

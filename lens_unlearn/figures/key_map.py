@@ -1,4 +1,7 @@
-"""Figures of a key space at one site: `key_coverage`, `key_roc` and `key_map`."""
+"""`key_map`: held-out queries at one site on the first two principal components of the keys, with each skill's box.
+
+Knows the planes that a `KeySpace` holds; projects nothing itself.
+"""
 
 from typing import Literal
 
@@ -21,7 +24,7 @@ def key_map(
     outline: Literal["plane", "shadow"] = "plane",
     title: str | None = None,
 ) -> go.Figure:
-    """Draw held-out queries on the two main axes of the keys (PCA), coloured by skill, with the outline of each skill's box.
+    """Draw held-out queries on the first two principal components of the keys, coloured by skill, with each skill's box in outline.
 
     Args:
         space: What `lu.key_space` returned.
@@ -38,11 +41,8 @@ def key_map(
     skill, site = key_space_parts.skill_of(space, skill, "key_map"), key_space_parts.site_of(space, site, "key_map")
     if outline not in ("plane", "shadow"):
         raise LensUnlearnError(f"key_map: outline={outline!r} is not known: 'plane' or 'shadow'")
-    plane, colours, styles = (
-        space.planes[site],
-        key_space_parts.colours_of(space, skill),
-        key_space_parts.styles_of(space),
-    )
+    plane = space.planes[site]
+    colours, styles = key_space_parts.colours_of(space, skill), key_space_parts.styles_of(space)
     outlines = plane.boxes if outline == "plane" else plane.shadows
     fig = go.Figure()
     most = max(1, theme.MAX_MARKS // len(space.skills))
@@ -79,15 +79,15 @@ def key_map(
     low, high = (everything.amin(0) - room).tolist(), (everything.amax(0) + room).tolist()
     for i, update in enumerate((fig.update_xaxes, fig.update_yaxes)):
         share = f"{plane.explained[i]:.1%} of the variance"
-        update(title_text=f"{('first', 'second')[i]} main axis ({share})", range=[low[i], high[i]])
-    told = "box μ ± kσ of these two coordinates" if outline == "plane" else "projection of the box in all coordinates"
+        update(title_text=f"{('first', 'second')[i]} principal component ({share})", range=[low[i], high[i]])
+    lines = "box μ ± kσ of these two coordinates" if outline == "plane" else "projection of the box in all coordinates"
     left_out = max(len(part) for part in plane.points.values()) > most
-    note = f"lines: {told}, covering the fitted queries" + (
+    note = f"lines: {lines}, covering the fitted queries" + (
         f"; first {most:,} queries of each skill shown" if left_out else ""
     )
     return theme.finish(
         fig,
-        title or f"Keys of the skills on their two main axes: {site}",
+        title or f"Keys of the skills on their first two principal components: {site}",
         note,
         about=key_space_parts.about(space),
         height=520,

@@ -1,4 +1,7 @@
-"""Figures of a key space at one site: `key_coverage`, `key_roc` and `key_map`."""
+"""`key_roc`: ROC curves of four distances at one site, a skill's held-out queries against the others'.
+
+Knows scores by skill; knows nothing of how a distance is computed.
+"""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -16,11 +19,11 @@ __all__ = ["key_roc"]
 def key_roc(
     space: KeySpace, skill: str | None = None, site: str | Site | None = None, *, title: str | None = None
 ) -> go.Figure:
-    """Draw the ROC curves of four distances side by side: a skill's queries found against others taken for it.
+    """Draw the ROC curves of four distances side by side: the share of a skill's queries detected against that of others.
 
     Args:
         space: What `lu.key_space` returned.
-        skill: Whose queries are to be found; default: the first.
+        skill: Whose queries are to be detected; default: the first.
         site: Such as "L5.mlp.post"; default: the last.
         title: Instead of the default title.
 
@@ -49,16 +52,16 @@ def key_roc(
             col=column,
         )
         for name in names:
-            own, theirs = (space.scores_of(site, distance, skill, part) for part in (skill, name))
-            scales = thinned(torch.cat([own, theirs]).double().unique())
-            found, alarms = (
+            own, other = (space.scores_of(site, distance, skill, part) for part in (skill, name))
+            scales = thinned(torch.cat([own, other]).double().unique())
+            detected, false_positives = (
                 np.r_[0, np.searchsorted(part.double().sort().values, scales, "right")] / len(part)
-                for part in (own, theirs)
+                for part in (own, other)
             )
             label = f"against {'all others' if name == space.others else theme.plain(name)}"
             fig.add_scatter(
-                x=alarms,
-                y=found,
+                x=false_positives,
+                y=detected,
                 mode="lines",
                 line={
                     "color": theme.FORGET if name == space.others else colours[name],
@@ -68,18 +71,18 @@ def key_roc(
                 name=label,
                 legendgroup=label,
                 showlegend=column == 1,
-                hovertemplate=f"<b>{label}</b><br>%{{y:.1%}} found at %{{x:.1%}} false alarms<extra></extra>",
+                hovertemplate=f"<b>{label}</b><br>%{{y:.1%}} detected at %{{x:.1%}} false positives<extra></extra>",
                 row=1,
                 col=column,
             )
     fig.update_xaxes(
-        title_text="false alarms", range=[-0.02, 1.02], tickvals=[0, 0.5, 1], ticktext=["0", "50%", "100%"]
+        title_text="false positive rate", range=[-0.02, 1.02], tickvals=[0, 0.5, 1], ticktext=["0", "50%", "100%"]
     )
     fig.update_yaxes(tickformat=".0%", range=[-0.02, 1.02])
-    fig.update_yaxes(title_text=f"{theme.plain(skill)} found", col=1)
+    fig.update_yaxes(title_text=f"detection rate of {theme.plain(skill, 24)}", col=1)
     return theme.finish(
         fig,
-        title or f"Finding queries of {skill} by four distances: {site}",
+        title or f"Detecting queries of {skill} by four distances: {site}",
         "AUC against all others, with 95% intervals over documents; dotted: chance",
         about=key_space_parts.about(space),
         height=380,

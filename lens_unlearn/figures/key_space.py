@@ -1,4 +1,7 @@
-"""Figures of a key space by layer: `key_space`, `key_clusters` and `key_volume`."""
+"""`key_space`: in which layers a skill's queries are separable from all others, by the AUC of four distances.
+
+Knows which measures it draws; panels and lines are those of `key_space_layers`.
+"""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,7 +14,7 @@ __all__ = ["key_space"]
 
 
 def key_space(space: KeySpace, *, title: str | None = None) -> go.Figure:
-    """Draw how well each of four distances tells a skill's queries from all others, by layer, a panel per skill.
+    """Draw the AUC of each of four distances, a skill's queries against all others, by layer, a panel per skill.
 
     Args:
         space: What `lu.key_space` returned.
@@ -37,8 +40,8 @@ def key_space(space: KeySpace, *, title: str | None = None) -> go.Figure:
     return finish_space(
         fig,
         space,
-        title or "How well distances in key space tell a skill from all others",
-        "1: every query of the skill is nearer than every other; dotted: chance; bars: 95% intervals over documents",
+        title or "Separability of each skill from all others in key space",
+        "AUC 1: every query of the skill is nearer than every other; dotted: chance; bars: 95% intervals over documents",
         "key_space",
         len(space.skills),
     )

@@ -1,4 +1,7 @@
-"""Figures of a key space by layer: `key_space`, `key_clusters` and `key_volume`."""
+"""What the figures of a key space by layer share: a grid of panels, a line of one measure over the layers, and their finish.
+
+Knows layers, kinds of site and error bars; knows nothing of what a measure means.
+"""
 
 from collections.abc import Sequence
 
@@ -37,8 +40,8 @@ def values_at(space: KeySpace, kind: str, measure: str, skill: str = "", other: 
 
 
 def known_values(space: KeySpace, measure: str) -> list[float]:
-    found = [space.value(site, measure).value for site in space.sites]
-    return [value for value in found if np.isfinite(value)]
+    values = [space.value(site, measure).value for site in space.sites]
+    return [value for value in values if np.isfinite(value)]
 
 
 def add_line(
@@ -49,9 +52,10 @@ def add_line(
     colour: str,
     index: int,
     values: dict[Site, Value],
-    what: str,
+    label: str,
     marks: str | None = None,
 ) -> None:
+    """Draw a measure over the layers; the label precedes its value where one hovers."""
     up, down = (
         [end if np.isfinite(end) else 0.0 for end in ends] for ends in zip(*(error_arms(v) for v in values.values()))
     )
@@ -72,7 +76,7 @@ def add_line(
             "thickness": 1.2,
             "width": 2,
         },
-        hovertext=[f"<b>{site}</b><br>{what} {describe(v)}" for site, v in values.items()],
+        hovertext=[f"<b>{site}</b><br>{label} {describe(v)}" for site, v in values.items()],
         hovertemplate="%{hovertext}<extra></extra>",
         row=row,
         col=column,

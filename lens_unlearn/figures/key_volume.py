@@ -1,4 +1,7 @@
-"""Figures of a key space by layer: `key_space`, `key_clusters` and `key_volume`."""
+"""`key_volume`: how large each skill's box is, and how far apart the boxes' centres are, by layer.
+
+Knows which measures it draws; panels and lines are those of `key_space_layers`.
+"""
 
 from itertools import combinations
 
@@ -27,18 +30,16 @@ def key_volume(space: KeySpace, *, skill: str | None = None, title: str | None =
     fig = make_panels(space, ["volume of the box", "distance between centres"], 0.1)
     for row, kind in enumerate(site_kinds(space), start=1):
         for index, name in enumerate(space.skills):
-            values, told = values_at(space, kind, "log_volume", name), theme.plain(name, 20)
-            add_line(fig, row, 1, told, colours[name], index, values, f"{told}: log volume")
+            values, label = values_at(space, kind, "log_volume", name), theme.plain(name, 20)
+            add_line(fig, row, 1, label, colours[name], index, values, f"{label}: log volume")
         for index, (a, b) in enumerate(combinations(space.skills, 2)):
-            values, told = (
-                values_at(space, kind, "centre_distance", a, b),
-                f"{theme.plain(a, 20)} to {theme.plain(b, 20)}",
-            )
+            values = values_at(space, kind, "centre_distance", a, b)
+            label = f"{theme.plain(a, 20)} to {theme.plain(b, 20)}"
             # A pair is seen by both colours: the line is of one skill, its marks are of the other.
-            add_line(fig, row, 2, told, colours[a], index, values, f"{told}: distance", marks=colours[b])
+            add_line(fig, row, 2, label, colours[a], index, values, f"{label}: distance", marks=colours[b])
     fig.update_xaxes(title_text="log volume: sum of log σ", row=len(site_kinds(space)), col=1)
     fig.update_xaxes(title_text="distance in σ, root mean square", row=len(site_kinds(space)), col=2)
     fig.update_xaxes(rangemode="tozero", col=2)
-    most = max((v.value for (_, _, _, measure), v in space.values.items() if measure == "floored"), default=0)
-    note = f"up to {most:,.0f} coordinates of a box are nearly constant and stand at the floor of σ" if most > 0 else ""
+    floored = max((v.value for (_, _, _, measure), v in space.values.items() if measure == "floored"), default=0)
+    note = f"up to {floored:,.0f} coordinates of a box are nearly constant: σ is at its floor" if floored > 0 else ""
     return finish_space(fig, space, title or "Volume and centres of the skills' boxes", note, "key_volume", 2)

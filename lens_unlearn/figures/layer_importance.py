@@ -1,4 +1,7 @@
-"""`layer_importance`: in which layers the selected, or the highest-scored, neurons are."""
+"""`layer_importance`: in which layers the selected, or the highest-scored, neurons are.
+
+Knows maps, layer by layer; knows nothing of the texts or the method that they came from.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -66,18 +69,18 @@ def layer_importance(
     fig.update_layout(barmode="group", bargap=0.25, showlegend=len(selections) > 1)
     # Bars of a group stack upwards: drawn in reverse, the first selection is the uppermost.
     fig.update_layout(legend_traceorder="reversed")
-    what = "Share of neurons selected" if selections else "Mean score"
-    what += " and mean score" if selections and scored is not None else ""
+    quantity = "Share of neurons selected" if selections else "Mean score"
+    quantity += " and mean score" if selections and scored is not None else ""
     height = rows * (theme.layer_height(layers) + 80)
     note = "dotted: the share over all layers" if len(selections) == 1 else ""
-    told = " · ".join(part for part in (subtitle, _extent(selections), note) if part)
-    return theme.finish(fig, title or f"{what}, by layer", told, height=height, columns=len(kinds), facets=True)
+    notes = " · ".join(part for part in (subtitle, _extent(selections), note) if part)
+    return theme.finish(fig, title or f"{quantity}, by layer", notes, height=height, columns=len(kinds), facets=True)
 
 
 def _parts(
     score: NeuronMap | Mapping[str, NeuronMap], selection: NeuronMap | None
 ) -> tuple[dict[str, NeuronMap], NeuronMap | None]:
-    """Tell selections, by name, from the score."""
+    """Split what was passed into selections, by name, and a score."""
     if isinstance(score, NeuronMap):
         theme.require_neurons(score, "layer_importance")
         selections = {"selected": score} if score.is_selection else {}
@@ -92,7 +95,7 @@ def _parts(
         theme.require_selection(part, "layer_importance")
     if len(selections) > MAX_SELECTIONS:
         raise LensUnlearnError(
-            f"layer_importance tells {MAX_SELECTIONS} selections apart, not {len(selections)}: draw fewer at a time"
+            f"layer_importance draws {MAX_SELECTIONS} selections at most, not {len(selections)}: draw fewer at a time"
         )
     return selections, scored
 
@@ -130,14 +133,14 @@ def _shares(fig: go.Figure, column: int, kind: str, label: str, part: NeuronMap,
 
 
 def _means(fig: go.Figure, row: int, column: int, kind: str, score: NeuronMap) -> None:
-    layers, means, told = [], [], []
+    layers, means, details = [], [], []
     for site, value in theme.values_of(score[kind]).items():
         finite = value[np.isfinite(value)]
         layers.append(site.layer)
         means.append(float(finite.mean()) if finite.size else None)
         left_out = f", {value.size - finite.size:,} not finite left out" if finite.size < value.size else ""
         median = f"{np.median(finite):.4g}" if finite.size else "none"
-        told.append((str(site), f"{value.size:,} neurons{left_out}", median))
+        details.append((str(site), f"{value.size:,} neurons{left_out}", median))
     fig.add_bar(
         x=means,
         y=layers,
@@ -145,7 +148,7 @@ def _means(fig: go.Figure, row: int, column: int, kind: str, score: NeuronMap) -
         name="mean score",
         showlegend=False,
         marker_color=theme.METHODS[0],
-        customdata=told,
+        customdata=details,
         hovertemplate="<b>%{customdata[0]}</b><br>mean score %{x:.4g}, median %{customdata[2]}<br>%{customdata[1]}"
         "<extra></extra>",
         row=row,

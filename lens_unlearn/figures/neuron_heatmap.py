@@ -1,4 +1,7 @@
-"""`neuron_heatmap`: the values of all neurons, layer by layer, sorted within each layer."""
+"""`neuron_heatmap`: the values of all neurons, layer by layer, sorted within each layer.
+
+Knows how a map's values become colours, and when a score is taken for a ratio; knows nothing of what it measures.
+"""
 
 from dataclasses import dataclass
 
@@ -17,6 +20,7 @@ MAX_COLUMNS = 512
 MAX_CELLS = 24_000
 """Every cell has a hover text of some 40 bytes, and a figure may have two megabytes."""
 BOTH_SIDES = 0.05
+"""Share of the neurons on either side of 1 from which on a score is taken for a ratio."""
 
 
 def neuron_heatmap(
@@ -61,9 +65,9 @@ def neuron_heatmap(
         _cells(fig, column, name, rows, layers, scale)
         if selection is not None:
             _marks(fig, column, rows, _selected(selection, shapes, name), len(layers))
-        what = "neurons of the layer by rank" + (" (%)" if binned else "")
+        axis_title = "neurons of the layer by rank" + (" (%)" if binned else "")
         extent = [0, 100] if binned else [-0.5, widths[name] - 0.5]
-        fig.update_xaxes(title_text=what, range=extent, showgrid=False, zeroline=False, row=1, col=column)
+        fig.update_xaxes(title_text=axis_title, range=extent, showgrid=False, zeroline=False, row=1, col=column)
     fig.update_yaxes(**theme.layer_ticks(layers), showgrid=False)
     fig.update_yaxes(title_text="layer", col=1)
     fig.update_layout(coloraxis=scale.axis(), showlegend=selection is not None)
@@ -145,7 +149,7 @@ class _Row:
 
     @classmethod
     def of(cls, site: Site, values: np.ndarray, shape: tuple[int, ...], width: int, percent: bool) -> "_Row":
-        # NaN sorts last: it belongs to no rank.
+        # NaN sorts last: it has no rank.
         order = np.argsort(-values, kind="stable")
         parts = np.array_split(order, width)
         x = (np.arange(width) + 0.5) * 100 / width if percent else np.arange(width, dtype=float)

@@ -1,4 +1,7 @@
-"""`relearning`: the share of a corpus that is known again, over the steps of a fine-tuning."""
+"""`relearning`: how soon fine-tuning restores the accuracy on a corpus, a line per unlearned model.
+
+Knows the curves that `lu.relearn` measured; trains nothing.
+"""
 
 from collections.abc import Mapping
 
@@ -15,23 +18,23 @@ NEVER = "never saw it"
 
 
 def relearning(
-    runs: Mapping[str, "Relearning"],
+    runs: Mapping[str, Relearning],
     *,
     corpus: str = "forget",
     never_saw: Relearning | None = None,
     original: float | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Draw how much of a corpus is known after each number of fine-tuning steps, a line per method.
+    """Draw the accuracy on a corpus after each number of fine-tuning steps, a line per method.
 
     Steps are drawn as log(1 + step), so that 0 has a place. A line that rises faster than that of the model that never saw the
-    texts shows knowledge that was left.
+    texts shows that knowledge of them remained.
 
     Args:
         runs: What `relearn` returned, by the name of the method.
         corpus: Which of the measured corpora.
         never_saw: The same fine-tuning of a model that never saw the texts; grey and dashed.
-        original: The share known before unlearning; a dotted line.
+        original: The accuracy before unlearning; a dotted line.
         title: Instead of the default title.
 
     Raises:
@@ -49,7 +52,7 @@ def relearning(
     if original is not None:
         ends = [float(np.log1p(min(steps))), float(np.log1p(max(steps)))]
         line = {"color": theme.TEXT, "width": 1.5, "dash": "dot"}
-        hover = f"<b>before unlearning</b><br>known {original:.1%}<extra></extra>"
+        hover = f"<b>before unlearning</b><br>accuracy {original:.1%}<extra></extra>"
         fig.add_scatter(
             x=ends, y=[original] * 2, mode="lines", line=line, name="before unlearning", hovertemplate=hover
         )
@@ -59,18 +62,18 @@ def relearning(
         tickvals=[float(np.log1p(t)) for t in ticks],
         ticktext=[f"{t:,}" for t in ticks],
     )
-    fig.update_yaxes(title_text="tokens known", tickformat="~%", range=[0, 1.04])
+    fig.update_yaxes(title_text="accuracy (share of tokens recalled)", tickformat="~%", range=[0, 1.04])
     first = next(iter(runs.values())).provenance
-    told = first.get("relearning", {})
+    settings = first.get("relearning", {})
     about = [f"model {theme.short(first['model'])}"] if first.get("model") else []
-    if told:
-        measured, texts = told["measured"].get(corpus, {}), told["texts"]
+    if settings:
+        measured, texts = settings["measured"].get(corpus, {}), settings["texts"]
         about.append(theme.source({"corpus": measured.get("source"), "tokens": measured.get("tokens")}, corpus))
-        about.append(f"fine-tuned on {theme.short(texts['source'])} at lr {told['lr']:g}")
+        about.append(f"fine-tuned on {theme.short(texts['source'])} at lr {settings['lr']:g}")
     return theme.finish(
         fig,
-        title or f"What fine-tuning brings back: {corpus}",
-        "share of tokens that are the single most probable one",
+        title or f"Relearning by fine-tuning: {corpus}",
+        "accuracy: share of tokens that are the single most probable one",
         about=" · ".join(about),
         provenance={key: first[key] for key in ("model", "relearning") if key in first},
         name="relearning",
@@ -85,6 +88,6 @@ def _line(fig: go.Figure, name: str, curve: list[tuple[int, float]], colour: str
         line={"color": colour, "width": 2, "dash": dash},
         marker={"size": 7, "symbol": symbol},
         name=name,
-        hovertext=[f"<b>{name}</b><br>step {step:,}<br>known {share:.1%}" for step, share in curve],
+        hovertext=[f"<b>{name}</b><br>step {step:,}<br>accuracy {share:.1%}" for step, share in curve],
         hovertemplate="%{hovertext}<extra></extra>",
     )

@@ -1,4 +1,7 @@
-"""`selection_overlap`: how far selections agree, overall and layer by layer."""
+"""`selection_overlap`: how far selections agree, overall and layer by layer.
+
+Knows boolean maps; knows nothing of the methods that selected.
+"""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -16,8 +19,10 @@ __all__ = ["selection_overlap"]
 
 MAX_SELECTIONS = 24
 MAX_ANNOTATED = 8
+"""Selections, or pairs of them, at which every cell can still hold its number."""
 
 Flat = dict[Site, np.ndarray]
+"""A selection, flat at each site."""
 
 
 def selection_overlap(
@@ -108,8 +113,8 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return int((a & b).sum()) / either if either else float("nan")
 
 
-def _told(a: np.ndarray, b: np.ndarray) -> str:
-    """Say the counts, and what chance alone would give: m k / n neurons in common."""
+def _hover(a: np.ndarray, b: np.ndarray) -> str:
+    """Write the counts, and what chance alone would give: m k / n neurons in common."""
     both, first, second = int((a & b).sum()), int(a.sum()), int(b.sum())
     common = first * second / max(a.size, 1)
     either = first + second - common
@@ -118,10 +123,11 @@ def _told(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def _matrix(fig: go.Figure, flats: list[Flat], names: list[str], labels: list[str]) -> None:
-    whole = [np.concatenate(list(flat.values())) for flat in flats]
-    z = [[jaccard(a, b) for b in whole] for a in whole]
+    chosen = [np.concatenate(list(flat.values())) for flat in flats]
+    z = [[jaccard(a, b) for b in chosen] for a in chosen]
     text = [
-        [f"<b>{names[i]} / {names[j]}</b><br>{_told(a, b)}" for j, b in enumerate(whole)] for i, a in enumerate(whole)
+        [f"<b>{names[i]} / {names[j]}</b><br>{_hover(a, b)}" for j, b in enumerate(chosen)]
+        for i, a in enumerate(chosen)
     ]
     places = list(range(len(names)))
     fig.add_heatmap(
@@ -154,7 +160,7 @@ def _by_layer(fig: go.Figure, flats: list[Flat], names: list[str], pairs: list[t
         x=list(range(len(pairs))),
         y=layers,
         text=[
-            [f"<b>L{n}: {label}</b><br>{_told(parts[i][n], parts[j][n])}" for (i, j), label in zip(pairs, labels)]
+            [f"<b>L{n}: {label}</b><br>{_hover(parts[i][n], parts[j][n])}" for (i, j), label in zip(pairs, labels)]
             for n in layers
         ],
         coloraxis="coloraxis",

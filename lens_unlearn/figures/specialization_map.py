@@ -1,4 +1,7 @@
-"""`specialization_map`: how much each neuron matters to the forget corpus, against the retain corpus."""
+"""`specialization_map`: how much each neuron matters to the forget corpus, against the retain corpus.
+
+Knows which readings of `Moments` are importances; collects nothing.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +27,7 @@ IMPORTANCES: dict[str, tuple[str, Callable[[Moments], NeuronMap]]] = {
 }
 BINS = 72
 DECADES = 5
+"""Powers of ten that the axes show at most; dead neurons would take many more."""
 MARKED = 200
 FLOOR = 1e-3
 
@@ -55,21 +59,32 @@ def specialization_map(
     if importance not in IMPORTANCES:
         raise LensUnlearnError(f"importance={importance!r} is not known: choose from {', '.join(IMPORTANCES)}")
     words, measure = IMPORTANCES[importance]
-    got, kept = _common(measure(forget), measure(retain))
-    kinds = theme.kinds_of(got, kind)
-    marked, note = _marked(got, kept, kinds, selection)
+    forget_importance, retain_importance = _common(measure(forget), measure(retain))
+    kinds = theme.kinds_of(forget_importance, kind)
+    marked, note = _marked(forget_importance, retain_importance, kinds, selection)
     fig = make_subplots(1, len(kinds), column_titles=kinds, horizontal_spacing=0.09)
     most, outside = 0.0, 0
     for column, name in enumerate(kinds, start=1):
-        y, x = (np.concatenate(list(theme.values_of(part[name]).values())) for part in (got, kept))
+        y, x = (
+            np.concatenate(list(theme.values_of(part[name]).values()))
+            for part in (forget_importance, retain_importance)
+        )
         low, high = _range(x, y)
         most = max(most, _density(fig, column, x, y, low, high))
         outside += int(((x < 10**low) | (y < 10**low)).sum())
-        _marks(fig, column, got, kept, [(s, i) for s, i in marked if s.kind == name], 10**low, selection is None)
+        _marks(
+            fig,
+            column,
+            forget_importance,
+            retain_importance,
+            [(s, i) for s, i in marked if s.kind == name],
+            10**low,
+            selection is None,
+        )
         _axes(fig, column, words, low, high)
     fig.update_layout(coloraxis=_colours(most))
     model = forget.provenance.get("model") or retain.provenance.get("model")
-    told = [
+    notes = [
         f"model {model}" if model else "",
         *_sources(forget, retain),
         note,
@@ -78,7 +93,7 @@ def specialization_map(
     return theme.finish(
         fig,
         title or f"Importance to forget against retain: {words}, per neuron",
-        " · ".join(part for part in told if part),
+        " · ".join(part for part in notes if part),
         columns=len(kinds),
         facets=True,
         provenance={"forget": dict(forget.provenance), "retain": dict(retain.provenance)},
@@ -117,39 +132,39 @@ def _sources(forget: Moments, retain: Moments) -> list[str]:
     ]
 
 
-def _common(got: NeuronMap, kept: NeuronMap) -> tuple[NeuronMap, NeuronMap]:
-    sites = [site for site in got if site in kept]
+def _common(forget_importance: NeuronMap, retain_importance: NeuronMap) -> tuple[NeuronMap, NeuronMap]:
+    sites = [site for site in forget_importance if site in retain_importance]
     if not sites:
         raise SelectionError(
             "specialization_map: the two moments have no site in common: collect both over the same sites"
         )
     for site in sites:
-        if got[site].shape != kept[site].shape:
+        if forget_importance[site].shape != retain_importance[site].shape:
             raise SelectionError(
                 f"specialization_map: {site} has another shape in each of the moments: are they of the same model?"
             )
-    return got[sites], kept[sites]
+    return forget_importance[sites], retain_importance[sites]
 
 
 def _marked(
-    got: NeuronMap, kept: NeuronMap, kinds: list[str], selection: NeuronMap | None
+    forget_importance: NeuronMap, retain_importance: NeuronMap, kinds: list[str], selection: NeuronMap | None
 ) -> tuple[list[tuple[Site, int]], str]:
     """Return the neurons to mark, by flat index, and what the subtitle says of them."""
     if selection is None:
         chosen: list[tuple[Site, int]] = []
         for name in kinds:
-            part = got[name] / (kept[name] + FLOOR)
+            part = forget_importance[name] / (retain_importance[name] + FLOOR)
             top = part.top(min(1.0, MARKED / len(kinds) / part.numel(), max(0.02, 1 / part.numel())))
             chosen += [(site, int(i)) for site, value in top.items() for i in value.reshape(-1).nonzero()[:, 0]]
         return chosen, f"marked: the {len(chosen):,} highest forget / (retain + {FLOOR:g})"
     theme.require_selection(selection, "specialization_map")
-    shown = [site for site in got if site.kind in kinds and site in selection]
+    shown = [site for site in forget_importance if site.kind in kinds and site in selection]
     if not shown:
         raise SelectionError(
             "specialization_map: the selection has none of the sites drawn: select among their neurons"
         )
     for site in shown:
-        if selection[site].shape != got[site].shape:
+        if selection[site].shape != forget_importance[site].shape:
             raise SelectionError(f"specialization_map: {site} of the selection has another shape: is it of this model?")
     chosen = [(site, int(i)) for site in shown for i in selection[site].reshape(-1).nonzero()[:, 0]]
     total = len(chosen)
@@ -196,14 +211,14 @@ def _density(fig: go.Figure, column: int, x: np.ndarray, y: np.ndarray, low: flo
 def _marks(
     fig: go.Figure,
     column: int,
-    got: NeuronMap,
-    kept: NeuronMap,
+    forget_importance: NeuronMap,
+    retain_importance: NeuronMap,
     marked: list[tuple[Site, int]],
     floor: float,
     top: bool,
 ) -> None:
-    tops, bottoms = theme.values_of(got), theme.values_of(kept)
-    shapes = {site: tuple(value.shape) for site, value in got.items()}
+    tops, bottoms = theme.values_of(forget_importance), theme.values_of(retain_importance)
+    shapes = {site: tuple(value.shape) for site, value in forget_importance.items()}
     y = np.array([tops[site][i] for site, i in marked])
     x = np.array([bottoms[site][i] for site, i in marked])
     ratios = y / np.maximum(x, np.finfo(float).tiny) if len(marked) else y

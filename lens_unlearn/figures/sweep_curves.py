@@ -1,4 +1,7 @@
-"""`sweep_curves`: what is left of a metric at each strength of a method, beside its control."""
+"""`sweep_curves`: the share of a metric that remains at each strength of a method, beside its control.
+
+Knows the names of conditions that `lu.sweep` gives; sweeps nothing.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling, words
+from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling
+from lens_unlearn.evaluation.metrics import words
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
 
@@ -27,7 +31,7 @@ def sweep_curves(
     others: Sequence[str] = (),
     title: str | None = None,
 ) -> go.Figure:
-    """Draw what is left of a metric over the strength of a sweep, a line per corpus, a panel per method.
+    """Draw the share of a metric that remains over the strength of a sweep, a line per corpus, a panel per method.
 
     Args:
         report: What `sweep` returned: conditions ``method@strength``, and ``method:control@strength`` in grey.
@@ -63,11 +67,11 @@ def sweep_curves(
                     _curve(fig, column, report, run, corpus, metric, colour, index)
     _strength_axis(fig, [c.strength for c in steps if c.strength is not None])
     fig.update_yaxes(tickformat="~%", rangemode="tozero")
-    fig.update_yaxes(title_text="share left", col=1)
-    note = "strength: share of neurons, of false alarms, or of an update; bands: 95% intervals over documents; grey: control"
+    fig.update_yaxes(title_text="share remaining", col=1)
+    note = "strength: share of neurons, of false positives, or of an update; bands: 95% intervals over documents; grey: control"
     return theme.finish(
         fig,
-        title or f"What is left at each strength: {words(metric)}",
+        title or f"Remaining {words(metric)}, by strength",
         note,
         about=theme.subtitle_of(report, corpora),
         columns=len(methods),
@@ -96,7 +100,7 @@ def _curve(
 ) -> None:
     drops = [Estimate.of(report.drop(c.name, corpus, metric)) for c in run]
     x = [c.strength for c in run]
-    left, top, bottom = ([1 - value for value in part] for part in zip(*((d.value, d.low, d.high) for d in drops)))
+    remaining, top, bottom = ([1 - value for value in part] for part in zip(*((d.value, d.low, d.high) for d in drops)))
     control = run[0].control
     name = f"{theme.plain(corpus)}, control" if control else theme.plain(corpus)
     shared = {"legendgroup": name, "row": 1, "col": column}
@@ -106,7 +110,7 @@ def _curve(
         fig.add_scatter(**edges, hoverinfo="skip", showlegend=False, name=name, **shared)
     fig.add_scatter(
         x=x,
-        y=left,
+        y=remaining,
         mode="lines+markers",
         line={"color": colour, "width": 2, "dash": ("dash", "dot", "dashdot")[index % 3] if control else "solid"},
         marker={"size": 6, "symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)] + ("-open" if control else "")},

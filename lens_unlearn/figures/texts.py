@@ -1,8 +1,6 @@
-"""Texts coloured by a value of each token, as HTML for notebooks, reports and documentation.
+"""`texts`: texts coloured by the values of their tokens, a scale and a mean beside each value.
 
-Everything is escaped; styles are inline; there is no script, and nothing is fetched. A text stands on a ground of the colour of
-zero, and every token's ink contrasts with its own colour, so it reads the same in a light and in a dark notebook; all
-that stands around it takes the notebook's own ink.
+Knows which values share a scale, and what a tooltip says; how a cell is coloured and escaped, `inspection.html` knows.
 """
 
 import html
@@ -25,14 +23,12 @@ from lens_unlearn.inspection.token_values import Text, TokenValues
 
 __all__ = ["texts"]
 
-COLUMNS = 8  # values drawn
-
-
-# --- what is drawn -----------------------------------------------------------------------------------------------------
+COLUMNS = 8
+"""Values drawn: each of them repeats the texts."""
 
 
 def texts(values: TokenValues, *, limit: float | None = None, most: int | None = None) -> Html:
-    """Draw texts coloured by the values of their tokens; the tooltip of a token says them as numbers.
+    """Draw texts coloured by the values of their tokens; a token's tooltip gives them as numbers.
 
     Signed values (activations, changes) are red above zero and blue below, magnitudes (losses, counts) run from dark to
     yellow; white, or dark, is zero. Tokens that share a character share its colour: that of the one furthest from zero.
@@ -46,16 +42,17 @@ def texts(values: TokenValues, *, limit: float | None = None, most: int | None =
         LensUnlearnError: If the limit is not above 0, or no token is to be drawn.
     """
     names = values.shown[:COLUMNS]
-    some, left_out = _first(values.texts, token_limit(most, len(names)))
-    told = [_told(values, text, end) for text, end in some] if values.shared else []
+    drawn, left_out = _first(values.texts, token_limit(most, len(names)))
+    # Values on one scale are compared with each other, so each tooltip has all of them, and is written once.
+    shared = [_tooltips(values, text, end) for text, end in drawn] if values.shared else []
     sections = []
     for name in names:
         index, scale = values.names.index(name), _scale(values, name, limit)
         parts = []
-        for number, (text, end) in enumerate(some):
-            words = told[number] if told else _told(values, text, end, name)
+        for number, (text, end) in enumerate(drawn):
+            tooltips = shared[number] if shared else _tooltips(values, text, end, name)
             heading = f"<div style='{SOFT};font-size:.85em;margin:.5em 0 .15em'>{html.escape(text.name)}</div>"
-            card = token_card(text.tokens[:end], text.values[index].tolist()[:end], words, scale)
+            card = token_card(text.tokens[:end], text.values[index].tolist()[:end], tooltips, scale)
             parts.append((heading if text.name else "") + card)
         alone = len(names) == 1 and (name in values.title or len(values.names) == 1)
         heading = "" if alone else f"<b style='font-weight:600;margin-right:.9em'>{html.escape(name)}</b>"
@@ -68,7 +65,7 @@ def texts(values: TokenValues, *, limit: float | None = None, most: int | None =
 
 
 def _scale(values: TokenValues, name: str, limit: float | None) -> Scale:
-    """Return the scale of one value, or of all drawn ones of its kind."""
+    """Return the scale of a value: its own, or that of all drawn ones of its kind."""
     signed = values.signed[values.names.index(name)]
     together = [other for other in values.shown if values.signed[values.names.index(other)] == signed]
     rows = [values.names.index(other) for other in (together if values.shared else [name])]
@@ -77,37 +74,37 @@ def _scale(values: TokenValues, name: str, limit: float | None) -> Scale:
 
 
 def _first(given: Sequence[Text], most: int) -> tuple[list[tuple[Text, int]], list[str]]:
-    """Return the first texts, and where each ends, up to a number of tokens; and what to say of the others."""
-    some, left = [], most
+    """Return the first texts, and where each ends, up to a number of tokens; and a note on the others."""
+    drawn, left = [], most
     for text in given:
         if left > 0:
-            some.append((text, min(left, len(text.ids))))
+            drawn.append((text, min(left, len(text.ids))))
             left -= len(text.ids)
     total = sum(len(text.ids) for text in given)
-    return some, [cut_note(most, total)] if total > most else []
+    return drawn, [cut_note(most, total)] if total > most else []
 
 
 def _mean(values: TokenValues, index: int) -> str:
-    """Say the mean over all tokens that count and have a value, drawn or not."""
-    kept = [
+    """Write the mean over all tokens that count and have a value, drawn or not."""
+    counted_values = [
         value
         for text in values.texts
         for value, counted in zip(text.values[index].tolist(), text.counted.tolist(), strict=True)
         if counted and math.isfinite(value)
     ]
-    if not kept:
+    if not counted_values:
         return ""
-    mean = number_text(math.fsum(kept) / len(kept), signed=values.signed[index])
-    return f"mean {mean} over {len(kept):,} tokens"
+    mean = number_text(math.fsum(counted_values) / len(counted_values), signed=values.signed[index])
+    return f"mean {mean} over {len(counted_values):,} tokens"
 
 
-def _told(values: TokenValues, text: Text, end: int, name: str | None = None) -> list[str]:
-    """Return the words of the tooltips: the token, where it is, and a value; or all values, those that are drawn first."""
+def _tooltips(values: TokenValues, text: Text, end: int, name: str | None = None) -> list[str]:
+    """Return the tooltip of each token: the token, where it is, and a value; or all values, those that are drawn first."""
     names = [name] if name is not None else sorted(values.names, key=lambda other: other not in values.shown)[:COLUMNS]
     rows = [(other, values.signed[i], text.values[i].tolist()) for other in names for i in [values.names.index(other)]]
-    told = []
+    tooltips = []
     for position, (token, number) in enumerate(zip(text.tokens[:end], text.ids[:end].tolist(), strict=True)):
         lines = [f"{token!r}  token {number}, position {position}"]
         lines += [f"{other}: {with_unit(column[position], values.unit, signed)}" for other, signed, column in rows]
-        told.append("\n".join(lines))
-    return told
+        tooltips.append("\n".join(lines))
+    return tooltips

@@ -1,7 +1,7 @@
-"""What all figures share: colours by meaning, one template, titles, and the names of neurons.
+"""What all figures share: colours by meaning, one template, titles with their subtitles and provenance, and axes of layers.
 
-Figures must be readable in a light and in a dark notebook, without knowing which: backgrounds are transparent, and
-text and lines have a mid tone with a contrast above 4 on both.
+Knows what a figure says of the origin of a report or a map; knows no figure. Figures must be readable in a light and in a dark
+notebook, without knowing which: backgrounds are transparent, and text and lines have a mid tone with a contrast above 4 on both.
 """
 
 import html
@@ -17,7 +17,7 @@ from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.inspection.html import MAGNITUDE, SIGNED, short
 from lens_unlearn.model.sites import Site
-from lens_unlearn.neurons.maps import NeuronMap, neuron_name
+from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = [
     "CONTROL",
@@ -46,10 +46,13 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "x")
 TEXT = "#777777"
 GRID = "rgba(128,128,128,0.25)"
 MAX_MARKS = 2000
+"""Marked neurons or points: with their hover texts, more of them would make a figure of megabytes."""
 NAME_LENGTH = 48
+"""Characters of a name from data, such as a condition's; longer ones would push the plot out of its frame."""
 WRAP = 125
+"""Characters of a subtitle's line: at 12 pixels they fill about 900 pixels, a notebook's cell. Plotly wraps nothing."""
 LONGEST = 1000
-"""Letters of what stands below a title."""
+"""Characters of what stands below a title."""
 BELOW = 62
 """Pixels for the ticks and the title of the lowest x axis; the legend comes under them."""
 KIND_ORDER = ("mlp", "attn", "resid")
@@ -101,18 +104,20 @@ def finish(
         fig: Is changed.
         title: Says what was measured.
         subtitle: How to read it, and what was left out; wrapped.
-        about: Model, corpora and tokens; the page, which has said that of its report, leaves it out.
+        about: Model, corpora and tokens; a report page, which gives them once for all figures, leaves it out.
         height: In pixels, of the plot with its axes, without title and legend.
-        columns: Panels side by side; the page gives each of them a readable width.
+        columns: Panels side by side; a report page gives each of them a readable width.
         facets: Whether panels have headings, which need room above them.
         provenance: What is known of the origin of the numbers.
-        name: Of the function that drew it, where the page asks for it.
+        name: Of the function that drew it, where a report page asks for it.
     """
     about, subtitle = (part if len(part) <= LONGEST else f"{part[: LONGEST - 1]}…" for part in (about, subtitle))
     lines = textwrap.wrap(" · ".join(part for part in (about, subtitle) if part), WRAP)
     text = plain(title, length=200) + "".join(f"<br><span style='font-size:12px'>{plain(s, 400)}</span>" for s in lines)
     layout: Any = fig.layout
     entries = 0 if layout.showlegend is False else sum(trace.showlegend is not False for trace in traces(fig))
+    # Plotly gives neither title nor legend room of its own: it is reckoned here, and added to the height, so that the plot itself
+    # is as high as was asked for. About four entries of a legend fit a row of 22 pixels; a line at 12 pixels takes 17.
     legend = 30 + 22 * (entries // 4) if entries else 0
     top = 50 + 17 * len(lines) + (26 if facets else 0)
     fig.update_layout(
@@ -133,9 +138,9 @@ def finish(
             }
         },
     )
-    for axis, own in ((layout.xaxis, "x"), (layout.yaxis, "y")):
-        # Where all are told to match the first, the browser's console would warn of the first itself.
-        if axis.matches == own:
+    for axis, name_of_axis in ((layout.xaxis, "x"), (layout.yaxis, "y")):
+        # Where all axes match the first, so does the first itself, and the browser's console would warn of that.
+        if axis.matches == name_of_axis:
             axis.matches = None
     # Headings of panels are annotations of make_subplots, which centres them in a size of its own.
     fig.update_annotations(font_size=13)
@@ -159,9 +164,9 @@ def is_first(fig: go.Figure, name: str) -> bool:
 
 def plain(text: object, length: int = NAME_LENGTH) -> str:
     """Make a text from data safe to show: plotly reads tags in names, and hover templates read ``%{``."""
-    told = str(text)
-    told = told if len(told) <= length else f"{told[: length - 1]}…"
-    return html.escape(told, quote=False).replace("%{", "%&#123;")
+    words = str(text)
+    words = words if len(words) <= length else f"{words[: length - 1]}…"
+    return html.escape(words, quote=False).replace("%{", "%&#123;")
 
 
 def with_alpha(colour: str, alpha: float) -> str:
@@ -193,29 +198,31 @@ def values_of(score: NeuronMap) -> dict[Site, np.ndarray]:
     return {site: value.double().reshape(-1).numpy() for site, value in score.items()}
 
 
-def require_neurons(score: NeuronMap, what: str) -> None:
+def require_neurons(score: NeuronMap, figure: str) -> None:
     """Refuse a map without neurons.
 
     Raises:
         SelectionError: Naming the figure.
     """
     if not isinstance(score, NeuronMap):
-        raise LensUnlearnError(f"{what} draws a NeuronMap, not a {type(score).__name__}: pass a score or a selection")
+        raise LensUnlearnError(f"{figure} draws a NeuronMap, not a {type(score).__name__}: pass a score or a selection")
     if score.numel() == 0:
         raise SelectionError(
-            f"{what} has nothing to draw: the map has no neurons, so collect over a site that has some"
+            f"{figure} has nothing to draw: the map has no neurons, so collect over a site that has some"
         )
 
 
-def require_selection(selection: NeuronMap, what: str) -> None:
+def require_selection(selection: NeuronMap, figure: str) -> None:
     """Refuse what is not a boolean map.
 
     Raises:
         SelectionError: Naming the figure.
     """
-    require_neurons(selection, what)
+    require_neurons(selection, figure)
     if not selection.is_selection:
-        raise SelectionError(f"{what} needs a boolean map as its selection: compare the score, or use score.top(0.02)")
+        raise SelectionError(
+            f"{figure} needs a boolean map as its selection: compare the score, or use score.top(0.02)"
+        )
 
 
 def layer_ticks(layers: Sequence[int]) -> dict[str, Any]:
@@ -226,15 +233,15 @@ def layer_ticks(layers: Sequence[int]) -> dict[str, Any]:
 
 
 def layer_height(layers: Sequence[int]) -> int:
-    """Return a height in pixels at which every layer can be told apart."""
+    """Return a height in pixels at which every layer can be seen: 22 of each, between what a heading and a screen allow."""
     return int(np.clip(22 * (max(layers) - min(layers) + 1), 150, 620))
 
 
 def source(provenance: dict[str, Any], name: str = "") -> str:
     """Say in one phrase where statistics come from: corpus and tokens."""
     corpus, tokens = provenance.get("corpus"), provenance.get("tokens")
-    told = [short(corpus) if corpus else "", f"{tokens:,} tokens" if isinstance(tokens, int) else ""]
-    phrase = ", ".join(part for part in told if part)
+    parts = [short(corpus) if corpus else "", f"{tokens:,} tokens" if isinstance(tokens, int) else ""]
+    phrase = ", ".join(part for part in parts if part)
     return f"{name}: {phrase}" if name and phrase and not phrase.startswith(name) else phrase
 
 
@@ -245,10 +252,10 @@ def origin(report: Report) -> dict[str, Any]:
 
 def subtitle_of(report: Report, corpora: tuple[str, ...]) -> str:
     """Say of which model and texts a report is."""
-    told = [f"model {report.provenance['model']}"] if report.provenance.get("model") else []
+    parts = [f"model {report.provenance['model']}"] if report.provenance.get("model") else []
     known = report.provenance.get("corpora") or {}
     for name in corpora:
         entry = known.get(name) if isinstance(known, dict) else None
         if isinstance(entry, dict):
-            told.append(source({"corpus": entry.get("source", name), "tokens": entry.get("tokens")}, name))
-    return " · ".join(told)
+            parts.append(source({"corpus": entry.get("source", name), "tokens": entry.get("tokens")}, name))
+    return " · ".join(parts)

@@ -1,4 +1,7 @@
-"""`tradeoff`: what was lost on the forget corpus, against what that cost on the retain corpus."""
+"""`tradeoff`: the share lost on the forget corpus, against the share lost on the retain corpus.
+
+Knows reports of `lu.evaluate` and `lu.sweep`; measures nothing.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling, words
+from lens_unlearn.evaluation.conditions import Condition, Estimate, conditions_of, families, has, require_falling
+from lens_unlearn.evaluation.metrics import words
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures import theme
 
@@ -16,7 +20,7 @@ __all__ = ["tradeoff"]
 
 @dataclass(frozen=True)
 class Point:
-    """One condition, with what it lost on the retain corpus (x) and on the forget corpus (y)."""
+    """One condition, with the shares lost on the retain corpus (x) and on the forget corpus (y)."""
 
     condition: Condition
     cost: Estimate
@@ -70,16 +74,15 @@ def tradeoff(
             for part in (steps, [p for p in family if p.condition.strength is None]):
                 if part:
                     group = "control" if control else f"method {theme.plain(method)}"
-                    told = None if group in shown else group
-                    _points(fig, part, index, (forget, retain), joined=part is steps, group=told)
+                    in_legend = None if group in shown else group
+                    _points(fig, part, index, (forget, retain), joined=part is steps, group=in_legend)
                     shown.add(group)
-    what = words(metric)
     fig.update_xaxes(title_text=f"share lost on {theme.plain(retain)}", tickformat="~%")
     fig.update_yaxes(title_text=f"share lost on {theme.plain(forget)}", tickformat="~%")
     note = "up and to the left is better; on the dotted line both lose the same share; bars: 95% intervals"
     return theme.finish(
         fig,
-        title or f"Forgetting against its cost: {what}",
+        title or f"Forgetting against its cost: {words(metric)}",
         note,
         about=theme.subtitle_of(report, (forget, retain)),
         height=440,
@@ -117,7 +120,7 @@ def _points(
     colour = theme.CONTROL if control else theme.METHODS[index % len(theme.METHODS)]
     symbol = theme.SYMBOLS[index % len(theme.SYMBOLS)]
     start = [0.0] if joined else []
-    told = {"color": theme.with_alpha(colour, 0.55), "thickness": 1.3, "width": 3}
+    bars = {"color": theme.with_alpha(colour, 0.55), "thickness": 1.3, "width": 3}
     fig.add_scatter(
         x=start + [p.cost.value for p in points],
         y=start + [p.lost.value for p in points],
@@ -134,10 +137,10 @@ def _points(
         legendgroup=group,
         legendrank=1100 if control else 1000,
         showlegend=group is not None,
-        hovertext=[""] * len(start) + [_told(p, corpora) for p in points],
+        hovertext=[""] * len(start) + [_hover(p, corpora) for p in points],
         hovertemplate="%{hovertext}<extra></extra>",
-        error_x=_error([None] * len(start) + [p.cost for p in points]) | told,
-        error_y=_error([None] * len(start) + [p.lost for p in points]) | told,
+        error_x=_error([None] * len(start) + [p.cost for p in points]) | bars,
+        error_y=_error([None] * len(start) + [p.lost for p in points]) | bars,
     )
 
 
@@ -146,7 +149,7 @@ def _error(estimates: list[Estimate | None]) -> dict[str, Any]:
     return {"type": "data", "array": [up for up, _ in arms], "arrayminus": [down for _, down in arms]}
 
 
-def _told(point: Point, corpora: tuple[str, str]) -> str:
+def _hover(point: Point, corpora: tuple[str, str]) -> str:
     condition, cost, lost = point.condition, point.cost, point.lost
     kind = f"{theme.plain(condition.method)}{', random control' if condition.control else ''}"
     strength = "" if condition.strength is None else f"<br>strength {condition.strength:g}"

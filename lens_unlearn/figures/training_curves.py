@@ -1,4 +1,7 @@
-"""`training_curves`: how the training of an update went, from what it recorded."""
+"""`training_curves`: losses and accuracies of the training of an update, from the record that it leaves.
+
+Knows the entries of such a record; trains nothing.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,26 +18,27 @@ __all__ = ["training_curves"]
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MAX_POINTS = 1500
+"""Points of each line of one training: more than there are pixels cannot be seen."""
 MAX_COMPARED = 50
 """Points of each line where there are several trainings: dashes of a line that jumps cannot be followed."""
 COLOURS = {"forget": theme.FORGET, "retain": theme.RETAIN}
 LOSSES = "loss at each step (nats per answer token)"
-CHECKS = "share of answer tokens known"
+CHECKS = "share of answer tokens recalled (accuracy)"
 CLIPPED = "share of coordinates clipped"
 
 
 def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
-    """Draw the losses of a training, what was still known at its measurements, and how much Sophia clipped.
+    """Draw the losses of a training, the accuracy at its checks, and the share of coordinates that Sophia clipped.
 
-    The losses are those of the rows of a step, so they jump from step to step. What is known was measured on the whole
-    forget corpus, and on the retain documents that were kept out of the loss; the step that was returned has a ring.
+    The losses are those of the rows of a step, so they jump from step to step. Accuracy was measured on the whole forget
+    corpus, and on the retain documents that were held out of the loss; the step that was returned has a ring.
 
     Args:
         trainings: What `simu` returned, or several by name; anything that has such a `record`.
         title: Instead of the default title.
 
     Raises:
-        LensUnlearnError: If there is no record of a training, or there are more than can be told apart.
+        LensUnlearnError: If there is no record of a training, or there are more than can be distinguished.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -55,14 +59,14 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
     several = len(records) > 1
     limit = MAX_COMPARED if several else MAX_POINTS
     for (name, record), dash in zip(records.items(), DASHES):
-        told = f"{theme.plain(name)}: " if several else ""
-        _losses(fig, record, dash, told, limit)
-        _checks(fig, record, dash, told)
+        prefix = f"{theme.plain(name)}: " if several else ""
+        _losses(fig, record, dash, prefix, limit)
+        _checks(fig, record, dash, prefix)
         if CLIPPED in panels:
-            _clipped(fig, record, dash, told, limit)
+            _clipped(fig, record, dash, prefix, limit)
     last = max(e["step"] for record in records.values() for p in ("losses", "checks") for e in _entries(record, p))
-    _limit(fig, 1, [r.get("floor") for r in records.values() if _pushes(r)], last, "floor: no push beyond")
-    _limit(fig, 2, [r.get("aim") for r in records.values()], last, "aim: known hardly better than what was never seen")
+    _limit(fig, 1, [r.get("floor") for r in records.values() if _ascends(r)], last, "floor: no ascent beyond")
+    _limit(fig, 2, [r.get("aim") for r in records.values()], last, "aim: hardly above the accuracy on unseen texts")
     if several:
         for name, dash in zip(records, DASHES):
             line = {"color": theme.TEXT, "dash": dash, "width": 2}
@@ -74,12 +78,12 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
     averaged = any(len(_entries(record, "losses")) > limit for record in records.values())
     notes = [
         f"losses of each step's rows{', averaged over neighbouring steps' if averaged else ''}",
-        "known: of the forget corpus, and of retain documents kept out of the loss",
+        "accuracy: on the forget corpus, and on retain documents held out of the loss",
         *(_stopped(name if several else "", record) for name, record in records.items()),
     ]
     return theme.finish(
         fig,
-        title or "How the training went, step by step",
+        title or "Training curves: losses and accuracy by step",
         " · ".join(note for note in notes if note),
         about=_about(records),
         height=240 * len(panels) - (120 if CLIPPED in panels else 0),
@@ -98,9 +102,9 @@ def _records(trainings: Any) -> dict[str, dict[str, Any]]:
     named = trainings if isinstance(trainings, Mapping) else {"training": trainings}
     if not 1 <= len(named) <= len(DASHES):
         raise LensUnlearnError(
-            f"training_curves tells 1 to {len(DASHES)} trainings apart, not {len(named)}: draw fewer at a time"
+            f"training_curves draws 1 to {len(DASHES)} trainings, not {len(named)}: draw fewer at a time"
         )
-    found = {}
+    records = {}
     for name, training in named.items():
         record = getattr(training, "record", None)
         if not isinstance(record, Mapping) or not (_entries(record, "losses") or _entries(record, "checks")):
@@ -108,34 +112,34 @@ def _records(trainings: Any) -> dict[str, dict[str, Any]]:
                 f"training_curves has nothing to draw: {name!r} is a {type(training).__name__} without a record of a "
                 "training, which the updates that simu returns have"
             )
-        found[str(name)] = dict(record)
-    return found
+        records[str(name)] = dict(record)
+    return records
 
 
 def _entries(record: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     return list(record.get(part) or [])
 
 
-def _pushes(record: Mapping[str, Any]) -> bool:
-    """Say whether the objective looks at the floor."""
+def _ascends(record: Mapping[str, Any]) -> bool:
+    """Say whether the objective raises the forget loss, up to the floor."""
     return record.get("settings", {}).get("loss", "graddiff") in ("graddiff", "gradient_ascent")
 
 
-def _losses(fig: go.Figure, record: Mapping[str, Any], dash: str, told: str, limit: int) -> None:
+def _losses(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str, limit: int) -> None:
     entries = _entries(record, "losses")
     for corpus in COLOURS:
         # Without a retain corpus its loss is noted as 0.
         if corpus == "retain" and "retain" in record and record["retain"] is None:
             continue
         refused = corpus == "forget" and record.get("settings", {}).get("loss") == "po"
-        what = f"{told}{corpus}{' (of the refusals)' if refused else ''}"
-        _line(fig, 1, entries, corpus, dash, what, "%{y:.3f} nats per answer token", name=corpus, limit=limit)
+        label = f"{prefix}{corpus}{' (of the refusals)' if refused else ''}"
+        _line(fig, 1, entries, corpus, dash, label, "%{y:.3f} nats per answer token", name=corpus, limit=limit)
 
 
-def _checks(fig: go.Figure, record: Mapping[str, Any], dash: str, told: str) -> None:
+def _checks(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str) -> None:
     entries = _entries(record, "checks")
     for corpus in COLOURS:
-        _line(fig, 2, entries, corpus, dash, f"{told}{corpus}", "%{y:.1%} of answer tokens known", name=corpus)
+        _line(fig, 2, entries, corpus, dash, f"{prefix}{corpus}", "%{y:.1%} of answer tokens recalled", name=corpus)
     chosen = [entry for entry in entries if entry["step"] == record.get("chosen")][-1:]
     points = [(entry["step"], entry[corpus]) for entry in chosen for corpus in COLOURS if corpus in entry]
     if points:
@@ -154,10 +158,10 @@ def _checks(fig: go.Figure, record: Mapping[str, Any], dash: str, told: str) -> 
         )
 
 
-def _clipped(fig: go.Figure, record: Mapping[str, Any], dash: str, told: str, limit: int) -> None:
+def _clipped(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str, limit: int) -> None:
     entries = [entry for entry in _entries(record, "losses") if "clipped" in entry]
-    what = f"{told}clipped"
-    _line(fig, 3, entries, "clipped", dash, what, "%{y:.1%} of coordinates", name="clipped", limit=limit)
+    label = f"{prefix}clipped"
+    _line(fig, 3, entries, "clipped", dash, label, "%{y:.1%} of coordinates", name="clipped", limit=limit)
 
 
 def _line(
@@ -166,13 +170,13 @@ def _line(
     entries: Sequence[Mapping[str, Any]],
     key: str,
     dash: str,
-    what: str,
+    label: str,
     unit: str,
     *,
     name: str,
     limit: int = MAX_POINTS,
 ) -> None:
-    """Draw one quantity over the steps; what is not finite leaves a gap."""
+    """Draw one quantity over the steps; values that are not finite leave gaps."""
     points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
     if not points:
         return
@@ -187,7 +191,7 @@ def _line(
         name=name,
         legendgroup=name,
         showlegend=name in COLOURS and theme.is_first(fig, name),
-        hovertemplate=f"<b>{what}</b><br>step %{{x}}<br>{unit}<extra></extra>",
+        hovertemplate=f"<b>{label}</b><br>step %{{x}}<br>{unit}<extra></extra>",
         row=row,
         col=1,
     )
@@ -195,6 +199,7 @@ def _line(
 
 def _thinned(points: Sequence[tuple[int, float]], limit: int) -> tuple[list[int], list[float | None]]:
     """Average neighbouring steps where there are more points than can be seen."""
+    # The losses of single steps are noisy: every n-th of them would show noise as if it were the course, a mean does not.
     parts = np.array_split(np.array(points, dtype=float), min(len(points), limit))
     values = [float(part[:, 1].mean()) for part in parts]
     return [round(part[:, 0].mean()) for part in parts], [value if math.isfinite(value) else None for value in values]
@@ -219,19 +224,19 @@ def _limit(fig: go.Figure, row: int, values: Sequence[float | None], last: int, 
 
 
 def _stopped(name: str, record: Mapping[str, Any]) -> str:
-    why = record.get("stopped")
-    return f"{name}{' ' if name else ''}stopped early: {why}" if why else ""
+    reason = record.get("stopped")
+    return f"{name}{' ' if name else ''}stopped early: {reason}" if reason else ""
 
 
 def _about(records: Mapping[str, Mapping[str, Any]]) -> str:
     """Name the corpora, where all trainings have the same ones, and how one was trained."""
-    told = []
+    parts = []
     for corpus in COLOURS:
         names = {str(part["name"]) for r in records.values() if isinstance(part := r.get(corpus), Mapping)}
         if len(names) == 1:
-            told.append(f"{corpus}: {theme.short(names.pop())}")
+            parts.append(f"{corpus}: {theme.short(names.pop())}")
     if len(records) == 1:
         (record,) = records.values()
         settings = record.get("settings", {})
-        told += [str(settings[key]) for key in ("optimizer", "loss") if key in settings]
-    return " · ".join(told)
+        parts += [str(settings[key]) for key in ("optimizer", "loss") if key in settings]
+    return " · ".join(parts)

@@ -1,11 +1,9 @@
-"""Seeing text: what neurons, interventions and selections do at each token.
+"""`generations`: what a model writes to prompts, with and without interventions.
 
-    lu.token_activations(model, text, "L3.mlp.post[17]")      # the text, coloured by a neuron's activation
-    lu.token_losses(model, text, {"pruned": prune})           # by how much harder each token became to predict
-    lu.token_firing(model, text, selection)                   # by how many of the selected neurons fire there
-    lu.generations(model, prompts, {"pruned": prune})         # what the model writes, with and without
+    lu.generations(model, prompts, {"pruned": prune})
 
-Each returns plain data that shows itself as the last line of a cell; `lens_unlearn.examples` has a neuron's top examples.
+Knows how prompts are put to several conditions; knows nothing of decoding, which is `evaluation.generation`, or of drawing, which
+is `figures.generations`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +36,11 @@ class Generations(Shown):
         """Give one row per prompt and condition: prompt, condition, text."""
         import pandas as pd
 
-        rows = [(p, name, texts[i]) for i, p in enumerate(self.prompts) for name, texts in self.written.items()]
+        rows = [
+            (prompt, name, texts[number])
+            for number, prompt in enumerate(self.prompts)
+            for name, texts in self.written.items()
+        ]
         return pd.DataFrame(rows, columns=["prompt", "condition", "text"])
 
     def html(self) -> str:
@@ -71,11 +73,11 @@ def generations(
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
         prepend_bos: Whether the prompt begins with BOS; default as the model was trained.
-        batch_size: Prompts of one length that are run together, at temperature 0.
+        batch_size: Prompts of equal length that are run together, at temperature 0.
         seed: Of the draws: the same for every condition.
 
     Raises:
-        LensUnlearnError: If one of the conditions is no intervention, or "base" is one.
+        LensUnlearnError: If a condition is no intervention, or "base" is one.
         CorpusError: If there is no prompt, the model has no tokenizer, or a prompt is empty or longer than the context.
     """
     given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
@@ -86,7 +88,7 @@ def generations(
         raise CorpusError("there is no prompt: give at least one")
     written: dict[str, tuple[str, ...]] = {}
     for name, intervention in named_conditions(conditions).items():
-        if intervention is None and written:
+        if intervention is None and written:  # a second name for the unedited model
             written[name] = written[BASE]
             continue
         written[name] = tuple(
@@ -101,5 +103,5 @@ def generations(
                 seed=seed,
             )
         )
-    drawn_at = f"temperature {temperature:g}, seed {seed}" if temperature > 0 else "the most probable tokens"
-    return Generations(given, written, f"{model_name(model)} · {drawn_at}, at most {max_new_tokens:,}")
+    decoding = f"temperature {temperature:g}, seed {seed}" if temperature > 0 else "the most probable tokens"
+    return Generations(given, written, f"{model_name(model)} · {decoding}, at most {max_new_tokens:,}")

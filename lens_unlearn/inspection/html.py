@@ -1,8 +1,10 @@
-"""Texts coloured by a value of each token, as HTML for notebooks, reports and documentation.
+"""The parts of which coloured texts are drawn: colour scales, token cells, legends, numbers, and escaping.
 
-Everything is escaped; styles are inline; there is no script, and nothing is fetched. A text stands on a ground of the colour of
-zero, and every token's ink contrasts with its own colour, so it reads the same in a light and in a dark notebook; all
-that stands around it takes the notebook's own ink.
+Knows how to write HTML that is safe in notebooks, reports and documentation: everything is escaped, styles are inline, there is no
+script, and nothing is fetched. Knows nothing of models, or of what the values mean.
+
+A text stands on a ground of the colour of zero, and every token's ink contrasts with its own colour, so it reads the same in a
+light and in a dark notebook; all that stands around it takes the notebook's own ink.
 """
 
 import html
@@ -19,11 +21,15 @@ __all__ = ["Html", "document"]
 
 SIGNED, MAGNITUDE = "RdBu_r", "Viridis"
 """The colour scales of everything that is drawn: about zero, and from zero on."""
-MOST = 4000  # cells drawn in one figure: about 300 bytes each
-STEPS = 100  # of a scale
+MAX_CELLS = 4000
+"""Token cells in one drawing. Each has about 300 bytes of style and tooltip, and a notebook stores what it shows."""
+STEPS = 100
+"""Steps of a colour scale: finer ones cannot be seen, and colours and their ink are computed once each."""
 MISSING = "no value"
 _BREAKS = {"\n": ("↵", "&#10;"), "\t": ("→", "&#9;")}
+"""What is written for the ends of lines and for tabs: a visible mark, and a character reference."""
 
+# 'Segoe UI' is quoted with ', so a style with SANS has to stand in double quotes.
 SANS = "font-family:system-ui,-apple-system,'Segoe UI',sans-serif"
 MONO = "font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace"
 PRINT = "-webkit-print-color-adjust:exact;print-color-adjust:exact"
@@ -54,7 +60,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[float], *, signed: bool, limit: float | None = None) -> "Scale":
-        """Reach to the largest finite value."""
+        """Reach to the largest finite value, or to the limit."""
         finite = [abs(value) for value in values if math.isfinite(value)]
         if limit is not None and not (math.isfinite(limit) and limit > 0):
             raise LensUnlearnError(f"limit={limit!r} ends no scale: give a number above 0, in the unit of the values")
@@ -67,7 +73,7 @@ class Scale:
         return _colours(SIGNED if self.signed else MAGNITUDE)[round(place * STEPS)]
 
     def ends(self) -> tuple[float, float]:
-        """Return the smallest and the largest value that are told apart."""
+        """Return the smallest and the largest value that have colours of their own."""
         return (-self.limit if self.signed else 0.0), self.limit
 
 
@@ -75,8 +81,8 @@ class Scale:
 def _colours(name: str) -> tuple[tuple[int, int, int], ...]:
     from plotly.colors import sample_colorscale, unlabel_rgb
 
-    drawn = sample_colorscale(name, [step / STEPS for step in range(STEPS + 1)])
-    return tuple((round(r), round(g), round(b)) for r, g, b in map(unlabel_rgb, drawn))
+    sampled = sample_colorscale(name, [step / STEPS for step in range(STEPS + 1)])
+    return tuple((round(r), round(g), round(b)) for r, g, b in map(unlabel_rgb, sampled))
 
 
 def hex_colour(colour: tuple[int, int, int]) -> str:
@@ -94,7 +100,7 @@ def ink(colour: tuple[int, int, int]) -> str:
 def token_limit(most: int | None, columns: int) -> int:
     if most is not None and most < 1:
         raise LensUnlearnError(f"most={most} leaves no token to draw: at least 1")
-    return most or MOST // columns
+    return most or MAX_CELLS // columns
 
 
 def document(body: str, title: str = "Texts") -> str:
@@ -128,9 +134,9 @@ def with_unit(value: float, unit: str, signed: bool) -> str:
     return number if number == MISSING else f"{number} {unit}".rstrip()
 
 
-def token_card(tokens: Sequence[str], values: Sequence[float], told: Sequence[str], scale: Scale) -> str:
+def token_card(tokens: Sequence[str], values: Sequence[float], tooltips: Sequence[str], scale: Scale) -> str:
     zero = scale.colour(0.0)
-    cells = "".join(token_cells(tokens, values, told, scale))
+    cells = "".join(token_cells(tokens, values, tooltips, scale))
     return (
         f'<div style="{MONO};font-size:.88em;line-height:1.75;{KEEP};background-color:{hex_colour(zero)};color:{ink(zero)};'
         f'padding:.55em .8em;border-radius:6px;border:{LINE};{PRINT}">{cells}</div>'
@@ -138,20 +144,22 @@ def token_card(tokens: Sequence[str], values: Sequence[float], told: Sequence[st
 
 
 def token_cells(
-    tokens: Sequence[str], values: Sequence[float], told: Sequence[str], scale: Scale, mark: int | None = None
+    tokens: Sequence[str], values: Sequence[float], tooltips: Sequence[str], scale: Scale, mark: int | None = None
 ) -> Iterator[str]:
     """Write one cell per token, or per character where several tokens share one."""
+    # A character may be several tokens, of which all but the last are empty texts: they join that one, with one tooltip line each.
     start = 0
     for end in range(1, len(tokens) + 1):
         if tokens[end - 1] or end == len(tokens):
-            own = [value for value in values[start:end] if not math.isnan(value)]
-            value = max(own, key=abs) if own else math.nan
+            known = [value for value in values[start:end] if not math.isnan(value)]
+            value = max(known, key=abs) if known else math.nan
             marked = mark is not None and start <= mark < end
-            yield _cell("".join(tokens[start:end]), value, "\n".join(told[start:end]), scale, marked=marked)
+            yield _cell("".join(tokens[start:end]), value, "\n".join(tooltips[start:end]), scale, marked=marked)
             start = end
 
 
-def _cell(token: str, value: float, told: str, scale: Scale, *, marked: bool) -> str:
+def _cell(token: str, value: float, tooltip: str, scale: Scale, *, marked: bool) -> str:
+    # Cells of the colour of zero leave it to the ground, which has that colour: that keeps drawings small.
     zero = scale.colour(0.0)
     style = f"border-right:1px solid {'rgba(0,0,0,.13)' if ink(zero) == '#000' else 'rgba(255,255,255,.17)'};"
     if math.isnan(value):
@@ -160,7 +168,9 @@ def _cell(token: str, value: float, told: str, scale: Scale, *, marked: bool) ->
         style += f"background-color:{hex_colour(colour)};color:{ink(colour)};"
     if marked:
         style += FRAME
-    return f'<span title="{attribute_text(told)}" style="padding:.14em 0;{style}">{safe_text(token, marks=True)}</span>'
+    return (
+        f'<span title="{attribute_text(tooltip)}" style="padding:.14em 0;{style}">{safe_text(token, marks=True)}</span>'
+    )
 
 
 def scale_legend(scale: Scale, unit: str) -> str:
@@ -187,8 +197,9 @@ def number_text(value: float, *, signed: bool) -> str:
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    if value == round(value) and not signed:
+    if value == round(value) and not signed:  # a count
         return f"{value:,.0f}"
+    # Three significant digits, whatever the unit.
     digits = max(0, min(6, 2 - math.floor(math.log10(abs(value))))) if abs(value) > 1e-9 else 0
     text = f"{value:+,.{digits}f}" if signed and value else f"{value:,.{digits}f}"
     return text.replace("-", "−")
@@ -208,14 +219,17 @@ def _faint(text: str) -> str:
 def safe_text(text: str, *, marks: bool = False) -> str:
     """Escape a text for a place that keeps white space.
 
-    With `marks`, ends of lines and tabs become visible beside themselves. What would be invisible otherwise, or would turn what
-    follows around, is shown by its number. Line ends are written as references: a blank line would end HTML inside Markdown.
+    With `marks`, ends of lines and tabs get a visible mark beside them. What would be invisible otherwise, or would reverse the
+    text that follows, is shown by its code point.
     """
+    # Line ends are written as references: documentation puts this into Markdown, where a blank line ends a block of HTML and what
+    # follows would be read as Markdown. Code points are shown since corpora are not to be trusted: an override of the writing
+    # direction makes code read differently from what the model saw.
     out = []
     for character in text:
         if character in _BREAKS:
-            sign, kept = _BREAKS[character]
-            out.append((_faint(sign) if marks else "") + kept)
+            mark, reference = _BREAKS[character]
+            out.append((_faint(mark) if marks else "") + reference)
         elif _is_hidden(character):
             out.append(_faint(f"[U+{ord(character):04X}]"))
         else:
@@ -224,10 +238,11 @@ def safe_text(text: str, *, marks: bool = False) -> str:
 
 
 def _is_hidden(character: str) -> bool:
-    """Say whether a character controls, turns text around, or is no character; joiners, which emoji need, are none of it."""
+    """Say whether a character is a control, reverses text, or is no character at all; joiners, which emoji need, are kept."""
     kind = unicodedata.category(character)
-    turns = kind == "Cf" and unicodedata.bidirectional(character) not in ("BN", "ON")
-    return turns or kind in ("Cc", "Cs", "Zl", "Zp") or character in "\u200b\ufeff"
+    # Of the format characters, those with a direction of their own reverse text; zero-width joiners are neutral ("BN").
+    reverses = kind == "Cf" and unicodedata.bidirectional(character) not in ("BN", "ON")
+    return reverses or kind in ("Cc", "Cs", "Zl", "Zp") or character in "\u200b\ufeff"
 
 
 def short(text: object) -> str:

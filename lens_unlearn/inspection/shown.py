@@ -1,11 +1,7 @@
-"""Seeing text: what neurons, interventions and selections do at each token.
+"""What the inspections of texts share: how neurons, texts and conditions may be given, running a row, and tokens as text.
 
-    lu.token_activations(model, text, "L3.mlp.post[17]")      # the text, coloured by a neuron's activation
-    lu.token_losses(model, text, {"pruned": prune})           # by how much harder each token became to predict
-    lu.token_firing(model, text, selection)                   # by how many of the selected neurons fire there
-    lu.generations(model, prompts, {"pruned": prune})         # what the model writes, with and without
-
-Each returns plain data that shows itself as the last line of a cell; `lens_unlearn.examples` has a neuron's top examples.
+Knows how to read the activations of one row, and how a tokenizer decodes token by token; knows nothing of losses or of how values
+are drawn. `Shown` is the base of values that show themselves as HTML.
 """
 
 import os
@@ -44,7 +40,7 @@ _PENDING = 8  # tokens that may wait for the rest of a character, which has four
 
 
 class Shown(ABC):
-    """What shows itself as HTML, in a notebook and in a file."""
+    """A value that shows itself as HTML, in a notebook and in a file."""
 
     @abstractmethod
     def html(self) -> str:
@@ -52,7 +48,7 @@ class Shown(ABC):
 
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:
-        """Return everything that is known, as a table."""
+        """Return all values, as a table."""
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -79,7 +75,7 @@ def neurons_of(model: Model, neurons: Neurons) -> tuple[dict[str, tuple[Site, in
     if isinstance(neurons, NeuronMap):
         return _selected(model, neurons)
     given: Iterable[Neuron] = [neurons] if isinstance(neurons, str) or _is_pair(neurons) else neurons  # type: ignore[assignment]
-    wanted = [_neuron(one) for one in given]
+    wanted = [_neuron(neuron) for neuron in given]
     if not wanted:
         raise SelectionError("no neuron was named: write it as 'L3.mlp.post[17]'")
     points = resolve(model, [site for site, _ in wanted])
@@ -89,8 +85,8 @@ def neurons_of(model: Model, neurons: Neurons) -> tuple[dict[str, tuple[Site, in
         if not (
             len(index) in (1, len(shape)) and all(0 <= i < n for i, n in zip(index, _sizes(index, shape), strict=True))
         ):
-            told = f"0 to {_sizes((0,), shape)[0] - 1}" + (f", or [head, place] of {shape}" if len(shape) > 1 else "")
-            raise SelectionError(f"there is no {site}[{','.join(map(str, index))}]: that site has neurons {told}")
+            known = f"0 to {_sizes((0,), shape)[0] - 1}" + (f", or [head, place] of {shape}" if len(shape) > 1 else "")
+            raise SelectionError(f"there is no {site}[{','.join(map(str, index))}]: that site has neurons {known}")
         flat = index[0] if len(index) == 1 else index[0] * shape[1] + index[1]
         places[neuron_name(site, flat, shape)] = (site, flat)
     return places, points
@@ -135,8 +131,8 @@ def _selected(model: Model, selection: NeuronMap) -> tuple[dict[str, tuple[Site,
 
 def named_conditions(given: Mapping[str, Intervention | None]) -> dict[str, Intervention | None]:
     """Check conditions, and put the unedited model first."""
-    for name, one in given.items():
-        if one is not None and not isinstance(one, Intervention):
+    for name, intervention in given.items():
+        if intervention is not None and not isinstance(intervention, Intervention):
             raise LensUnlearnError(f"{name!r} is no intervention: give one, or None")
     if given.get(BASE) is not None:
         raise LensUnlearnError(f"{BASE!r} is the model without any of them: give the intervention another name")
@@ -149,8 +145,8 @@ def corpus_of(model: Model, text: Texts) -> Corpus:
         return text
     require_model(model)
     given = [text] if isinstance(text, str) else list(text)
-    for number, one in enumerate(given):
-        if not (isinstance(one, str) and one.strip()):
+    for number, part in enumerate(given):
+        if not (isinstance(part, str) and part.strip()):
             which = "the text" if isinstance(text, str) else f"text {number}"
             raise CorpusError(f"{which} is empty: give one with at least a word")
     if not given:
@@ -191,12 +187,12 @@ def activations(
 
 
 def require_finite(values: Mapping[int, Float[Tensor, "names pos"]], names: Sequence[str]) -> None:
-    for one in values.values():
-        bad = (~torch.isfinite(one)).nonzero()
+    for table in values.values():
+        bad = (~torch.isfinite(table)).nonzero()
         if len(bad):
             name, place = (int(i) for i in bad[0])
             raise ActivationError(
-                f"{names[name]} is {float(one[name, place])} at position {place}: the model overflows or is broken there; "
+                f"{names[name]} is {float(table[name, place])} at position {place}: the model overflows or is broken there; "
                 "try a wider dtype"
             )
 
@@ -226,14 +222,18 @@ def shortened(names: Sequence[str]) -> str:
 
 def _decoded(tokenizer: object, ids: list[int]) -> Iterator[str]:
     """Decode token by token: each time with the token before, which says whether a space comes between them."""
+    # A token alone does not decode to what it adds to a text: tokenizers such as Llama's drop the space in front of a first word,
+    # and a part of a character gives U+FFFD. So what a token adds is what the decoded text grows by; while that ends in
+    # U+FFFD, the rest of the character is still to come, and the token waits with an empty text. Bytes that are no character
+    # would wait for ever: after `_PENDING` tokens they are given out as they are.
 
     def decode(part: list[int]) -> str:
         return tokenizer.decode(part, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
 
     before = start = 0  # ids[before:start] is text that was given out, ids[start:end] waits
     for end in range(1, len(ids) + 1):
-        told = decode(ids[before:start])
-        new = decode(ids[before:end])[len(told) :]
+        given_out = decode(ids[before:start])
+        new = decode(ids[before:end])[len(given_out) :]
         waits = new.endswith("\ufffd") and end - start < _PENDING and end < len(ids)
         if waits:
             yield ""

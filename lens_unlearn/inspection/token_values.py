@@ -1,11 +1,11 @@
-"""Seeing text: what neurons, interventions and selections do at each token.
+"""`token_activations`, `token_firing` and `token_losses`: values at every token of a text, as `TokenValues`.
 
-    lu.token_activations(model, text, "L3.mlp.post[17]")      # the text, coloured by a neuron's activation
-    lu.token_losses(model, text, {"pruned": prune})           # by how much harder each token became to predict
-    lu.token_firing(model, text, selection)                   # by how many of the selected neurons fire there
-    lu.generations(model, prompts, {"pruned": prune})         # what the model writes, with and without
+    lu.token_activations(model, text, "L3.mlp.post[17]")      # the activation of a neuron
+    lu.token_firing(model, text, selection)                   # how many of the selected neurons fire
+    lu.token_losses(model, text, {"pruned": prune})           # how much harder each token became to predict
 
-Each returns plain data that shows itself as the last line of a cell; `lens_unlearn.examples` has a neuron's top examples.
+Knows what is measured at a token, and which tokens have no value; knows nothing of how a text is coloured, which is
+`figures.texts`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,12 +71,12 @@ class TokenValues(Shown):
     names: tuple[str, ...]
     """What the values are; rows of `Text.values`."""
     signed: tuple[bool, ...]
-    """Which of them are drawn about zero, and which from zero on."""
+    """Whether each is drawn about zero, or from zero on."""
     texts: tuple[Text, ...]
     shown: tuple[str, ...]
-    """Which of them are drawn."""
+    """The names of those that are drawn."""
     shared: bool = False
-    """Whether those of one kind are drawn on one scale."""
+    """Whether signed values share one scale, and magnitudes another."""
     about: str = ""
     """Model and corpus."""
 
@@ -153,8 +153,8 @@ def token_activations(model: Model, text: Texts, neurons: Neurons) -> TokenValue
     title = f"Activation of {names[0]}" if len(names) == 1 else f"Activation of {len(names):,} neurons"
     values = {row: look(corpus.row(row)) for row in range(corpus.n_rows)}
     require_finite(values, names)
-    told = _texts(model, corpus, values)
-    return TokenValues(title, "", names, (True,) * len(names), told, names, about=about_of(model, text))
+    texts = _texts(model, corpus, values)
+    return TokenValues(title, "", names, (True,) * len(names), texts, names, about=about_of(model, text))
 
 
 def token_firing(
@@ -194,14 +194,14 @@ def token_firing(
             raise ActivationError(
                 "an activation of the selection is NaN or infinite: look at it with token_activations"
             )
-        told = (chosen > threshold).sum(1) if measure == "count" else chosen.abs().mean(1)
-        return told[None].float()
+        firing = (chosen > threshold).sum(1) if measure == "count" else chosen.abs().mean(1)
+        return firing[None].float()
 
-    told = _texts(model, corpus, {row: look(corpus.row(row)) for row in range(corpus.n_rows)})
+    texts = _texts(model, corpus, {row: look(corpus.row(row)) for row in range(corpus.n_rows)})
     unit = f"of {len(places):,} neurons above {threshold:g}" if measure == "count" else "mean |activation|"
     title = f"Where {len(places):,} selected neurons fire" if len(places) > 1 else f"Where {next(iter(places))} fires"
     name = "firing" if measure == "count" else "mean |activation|"
-    return TokenValues(title, unit, (name,), (False,), told, (name,), about=about_of(model, text))
+    return TokenValues(title, unit, (name,), (False,), texts, (name,), about=about_of(model, text))
 
 
 def token_losses(
@@ -225,7 +225,7 @@ def token_losses(
         progress: Whether to show a bar.
 
     Raises:
-        LensUnlearnError: If one of them is no intervention, or "base" is one.
+        LensUnlearnError: If a condition is no intervention, or "base" is one.
         CorpusError: If a text is empty, or nothing in it is predicted.
         ActivationError: If a loss is NaN.
     """
@@ -240,20 +240,20 @@ def token_losses(
                 losses[name] = losses[BASE]
                 continue
             forced = force(model, corpus, intervention, batch_size, bar)
-            losses[name] = [torch.from_numpy(one.loss) for one in forced]
+            losses[name] = [torch.from_numpy(row["loss"]) for row in forced]
     values: dict[int, Tensor] = {}
     for row in range(corpus.n_rows):
-        one = torch.full((len(conditions), len(corpus.row(row))), torch.nan, dtype=torch.float64)
+        table = torch.full((len(conditions), len(corpus.row(row))), torch.nan, dtype=torch.float64)
         predicted = counted_of(corpus, row)
-        predicted[0] = False
-        one[:, predicted] = torch.stack([losses[name][row] for name in conditions])
-        if bool(one[:, predicted].isnan().any()):
-            name = list(conditions)[int(one[:, predicted].isnan().any(1).nonzero()[0])]
+        predicted[0] = False  # nothing stands before the first token
+        table[:, predicted] = torch.stack([losses[name][row] for name in conditions])
+        if bool(table[:, predicted].isnan().any()):
+            name = list(conditions)[int(table[:, predicted].isnan().any(1).nonzero()[0])]
             raise ActivationError(
                 f"the loss under {name!r} is NaN: the model or the intervention is broken on this text"
             )
-        values[row] = torch.cat([one, one[1:] - one[0]])
-    if not any(bool(one.isfinite().any()) for one in values.values()):
+        values[row] = torch.cat([table, table[1:] - table[0]])
+    if not any(bool(table.isfinite().any()) for table in values.values()):
         raise CorpusError("nothing in this text is predicted: give at least two tokens, or one behind BOS")
     edited = tuple(name for name in conditions if name != BASE)
     differences = tuple(f"{name} - {BASE}" for name in edited)
@@ -273,18 +273,18 @@ def _texts(model: Model, corpus: Corpus, values: Mapping[int, Float[Tensor, "nam
     """Put the values of each row beside its tokens; BOS loses its values."""
     document = corpus.document.tolist()
     parts: dict[int, list[int]] = {}
-    for row, of in enumerate(document):
-        parts.setdefault(of, []).append(row)
-    told = []
-    for row, one in values.items():
+    for row, number in enumerate(document):
+        parts.setdefault(number, []).append(row)
+    texts = []
+    for row, table in values.items():
         siblings = parts[document[row]]
         name = "" if corpus.n_rows == 1 else f"document {document[row]}"
         if len(siblings) > 1:
             name += f", part {siblings.index(row) + 1} of {len(siblings)}"
         ids = corpus.row(row)
-        one = one.double()
+        table = table.double()
         if corpus.prepend_bos:
-            one = torch.cat([torch.full_like(one[:, :1], torch.nan), one[:, 1:]], dim=1)
+            table = torch.cat([torch.full_like(table[:, :1], torch.nan), table[:, 1:]], dim=1)
         tokens = pieces(model, ids.tolist(), bos=corpus.prepend_bos)
-        told.append(Text(document[row], name, ids, tuple(tokens), counted_of(corpus, row), one))
-    return tuple(told)
+        texts.append(Text(document[row], name, ids, tuple(tokens), counted_of(corpus, row), table))
+    return tuple(texts)

@@ -1,9 +1,9 @@
-"""A neuron's top examples: the tokens of a corpus at which it fires most, with the text around them.
+"""`top_examples`: the tokens of a corpus at which neurons fire most, with the text around them.
 
     lu.top_examples(model, corpus, "L3.mlp.post[17]")
 
-`TopTokens` is the statistic behind it: it keeps, for every neuron of a site, where its k highest activations are, in one
-streaming pass; so it also serves all neurons of a model at once, as ``lu.collect(model, corpus, statistic=lu.TopTokens())``.
+Knows how to find those tokens in the rows of a corpus again, and how to cut their context; which tokens they are, the statistic
+`neurons.top_tokens` finds in one streaming pass. Knows nothing of how they are drawn, which is `figures.examples`.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,6 @@ from lens_unlearn.neurons.top_tokens import FIELDS, By, TopTokens
 
 __all__ = ["Example", "TopExamples", "top_examples"]
 
-# --- with the text around them -----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -37,15 +35,15 @@ class Example:
     value: float
     """The activation."""
     document: int
-    """Which document of the corpus it is in; the first one, where the same stands in several."""
+    """The document of the corpus it is in; the first, where several hold the same text."""
     position: int
-    """Where in the row that the model saw, BOS included."""
+    """Its position in the row that the model saw, BOS included."""
     tokens: tuple[str, ...]
     """The text around it, and the token itself."""
     values: Float[Tensor, "pos"]
     """The neuron's activation at these tokens."""
     mark: int
-    """Which of them is the token itself."""
+    """The index of the token itself among them."""
     begins: bool
     """Whether the row begins with these tokens."""
     ends: bool
@@ -78,9 +76,9 @@ class TopExamples(Shown):
         import pandas as pd
 
         rows = [
-            (name, rank, one.value, one.document, one.position, one.tokens[one.mark], "".join(one.tokens))
-            for name, found in self.examples.items()
-            for rank, one in enumerate(found)
+            (neuron, rank, top.value, top.document, top.position, top.tokens[top.mark], "".join(top.tokens))
+            for neuron, examples in self.examples.items()
+            for rank, top in enumerate(examples)
         ]
         return pd.DataFrame(rows, columns=["neuron", "rank", "value", "document", "position", "token", "context"])
 
@@ -143,7 +141,7 @@ def top_examples(
         for value, document, place in zip(
             *(getattr(tops[site], field)[:, int(column[site][index])].tolist() for field in FIELDS), strict=True
         )
-        if value == value
+        if value == value  # NaN where a neuron has fewer than k
     ]
     where = _find(corpus, {(document, place) for _, _, document, place in wanted})
     by_row: dict[int, list[int]] = {}
@@ -158,11 +156,11 @@ def top_examples(
             site, index = places[name]
             position = where[document, place][1]
             made[number] = _example(corpus, row, position, value, tokens, seen[site][:, index], context)
-    found: dict[str, list[Example]] = {name: [] for name in places}
+    examples: dict[str, list[Example]] = {name: [] for name in places}
     for number, (name, *_) in enumerate(wanted):
-        found[name].append(made[number])
+        examples[name].append(made[number])
     about = f"{model_name(model)} · {corpus.name}, {corpus.n_tokens:,} tokens"
-    return TopExamples({name: tuple(some) for name, some in found.items()}, by, per_document, about)
+    return TopExamples({name: tuple(part) for name, part in examples.items()}, by, per_document, about)
 
 
 def _example(
@@ -186,13 +184,13 @@ def _example(
 
 
 def _find(corpus: Corpus, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
-    """Say in which row, and where in it, the tokens with some keys are; the first row that has them."""
+    """Return the row, and the position in it, of the tokens with some keys; of several rows, the first."""
     documents = {document for document, _ in wanted}
     found: dict[tuple[int, int], tuple[int, int]] = {}
     for row, document in enumerate(corpus.document.tolist()):
         if key_of(corpus.keys[document]) in documents:
-            told = zip(*(part.tolist() for part in corpus.places(corpus.take([row]))), strict=True)
-            for position, key in enumerate(told):
+            keys = zip(*(part.tolist() for part in corpus.places(corpus.take([row]))), strict=True)
+            for position, key in enumerate(keys):
                 if key in wanted:
                     found.setdefault(key, (row, position))
     return found

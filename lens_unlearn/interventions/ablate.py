@@ -1,22 +1,25 @@
-"""Interventions: frozen values that become hooks for the length of a `with` block.
+"""`Ablate`: put a fixed value in place of the activations of selected neurons, or of directions in a basis per head.
 
-    prune = Ablate(score.top(0.02))
-    with prune.on(model):
-        model.generate("def fib(n):")
-
-Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
-object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+Knows selections, and how to apply one at a hook point; knows nothing of how neurons are selected, nor of what it costs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
-from lens_unlearn.interventions.base import HookFunction, Intervention, Parts, check_shape, maps_in, selection_in
+from lens_unlearn.interventions.base import (
+    HookFunction,
+    Intervention,
+    Parts,
+    check_shape,
+    describe_selection,
+    maps_in,
+    selection_in,
+)
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 
@@ -39,6 +42,8 @@ class Ablate(Intervention):
         SelectionError: If the selection is not boolean or empty, or the value or basis does not cover it.
     """
 
+    kind: ClassVar[str] = "ablate"
+
     selection: NeuronMap
     value: float | NeuronMap = 0.0
     basis: NeuronMap | None = None
@@ -53,9 +58,9 @@ class Ablate(Intervention):
             )
         for given, name in ((self.value, "value"), (self.basis, "basis")):
             if isinstance(given, NeuronMap):
-                lacking = [site for site in self._sites() if site not in given]
-                if lacking:
-                    raise SelectionError(f"the {name} map has nothing at {lacking[0]}, where neurons are selected")
+                missing = [site for site in self._sites() if site not in given]
+                if missing:
+                    raise SelectionError(f"the {name} map has nothing at {missing[0]}, where neurons are selected")
         if isinstance(self.value, NeuronMap):
             for site in self._sites():
                 if self.value[site].shape != self.selection[site].shape:
@@ -81,23 +86,27 @@ class Ablate(Intervention):
         value = value.to(torch.float64)
         if self.basis is None:
             return lambda x, live: torch.where(live.like(chosen, x), live.like(value, x), x)
-        forward = self.basis[site].double()
+        basis = self.basis[site].double()
         # x' = x - (x D - c) with D = T diag(selected) T^-1 and c = (value, selected) T^-1: one product per head, and
         # exactly x in a head where nothing is selected.
-        inverse = torch.linalg.inv(forward)
-        drop = torch.einsum("hij,hj,hjk->hik", forward, chosen.double(), inverse)
+        inverse = torch.linalg.inv(basis)
+        removed = torch.einsum("hij,hj,hjk->hik", basis, chosen.double(), inverse)
         offset = torch.einsum("hj,hjk->hk", torch.where(chosen, value, 0.0), inverse)
-        return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(drop, x)) - live.like(offset, x))
+        return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(removed, x)) - live.like(offset, x))
 
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""
         for site in self._sites():
             check_shape(site, tuple(self.selection[site].shape), points[site])
 
+    def describe(self) -> dict[str, str]:
+        """Return how many neurons of each site are ablated."""
+        return describe_selection(self.selection)
+
     def parts(self) -> Parts:
         """Return the selection, and the values and basis where there are any."""
         header: dict[str, Any] = {
-            "kind": "ablate",
+            "kind": self.kind,
             "value": "map" if isinstance(self.value, NeuronMap) else float(self.value),
         }
         tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
@@ -116,11 +125,11 @@ class Ablate(Intervention):
         return cls(selection, value, NeuronMap(basis) if basis else None)
 
     def __repr__(self) -> str:
-        what = "means" if isinstance(self.value, NeuronMap) else "zero" if self.value == 0 else f"{self.value:g}"
+        value = "means" if isinstance(self.value, NeuronMap) else "zero" if self.value == 0 else f"{self.value:g}"
         layers = len({site.layer for site in self.selection})
         basis = ", in a per-head basis" if self.basis is not None else ""
         count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
-        return f"Ablate({what}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{basis})"
+        return f"Ablate({value}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{basis})"
 
 
 def _check_basis(site: Site, basis: Tensor, shape: tuple[int, ...]) -> None:

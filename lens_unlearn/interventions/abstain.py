@@ -1,17 +1,13 @@
-"""Interventions: frozen values that become hooks for the length of a `with` block.
+"""`Abstain`: refuse to answer a query whose key lies in a region of key space, by constant logits and a fixed text.
 
-    prune = Ablate(score.top(0.02))
-    with prune.on(model):
-        model.generate("def fib(n):")
-
-Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
-object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+Knows regions, and where in a text a forward pass stands; knows nothing of how a region is fitted or its limit chosen
+(`methods.key_space_detection` does).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +17,15 @@ from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Pa
 from lens_unlearn.keyspace.regions import Region, region_from_parts
 from lens_unlearn.model.sites import Point, Site
 
-__all__ = ["Abstain"]
+__all__ = ["REFUSAL", "Abstain"]
 
 REFUSAL = "Sorry, your query is not valid."
+"""The default of what `lu.generate` writes in place of an answer."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Abstain(Intervention):
-    """Withhold the answer to a query whose key lies in a region: its logits are constant, its text is a refusal.
+    """Abstain from answering a query whose key lies in a region: its logits are constant, its text is a refusal.
 
     Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours. An
     abstained row's logits carry nothing of the input: they are equal for all tokens, but for the end-of-text token, which
@@ -37,8 +34,8 @@ class Abstain(Intervention):
     Args:
         regions: One region per voting site, usually `mlp.post` of some layers.
         vote: At how many of them the key has to be inside.
-        when: "prompt" decides at the prompt's end and keeps to that; "every_token" looks at each position from there on,
-            and is silent from the first that is inside.
+        when: "prompt" decides once, at the prompt's end; "every_token" decides at each position from there on, and abstains
+            from the first that is inside.
         refusal: What `lu.generate` writes.
         rates: What was measured on held-out queries when it was fitted: "detection" and "false_alarms", each as
             [share, low, high, queries].
@@ -46,6 +43,8 @@ class Abstain(Intervention):
     Raises:
         LensUnlearnError: If there is no region, or `vote` or `when` is out of range.
     """
+
+    kind: ClassVar[str] = "abstain"
 
     regions: Mapping[Site, Region]
     vote: int = 1
@@ -57,62 +56,71 @@ class Abstain(Intervention):
     abstains = True
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
+        """Check the arguments, and put the sites in order."""
         if not self.regions:
-            raise LensUnlearnError("Abstain needs a region at one site at least")
+            raise LensUnlearnError("Abstain needs a region at one site at least: fit one with fit_region")
         if not 1 <= self.vote <= len(self.regions):
-            raise LensUnlearnError(f"vote={self.vote} of {len(self.regions)} sites: from 1 to the number of sites")
+            raise LensUnlearnError(f"vote={self.vote} of {len(self.regions)} sites: give 1 to the number of sites")
         if self.when not in ("prompt", "every_token"):
             raise LensUnlearnError(f"when={self.when!r} is not known: choose from prompt, every_token")
         for name in {"detection", "false_alarms"} & set(self.rates):
             rate = self.rates[name]
             if len(rate) != 4 or not all(isinstance(part, int | float) for part in rate):
                 raise LensUnlearnError(f"the rate {name!r} is {rate!r}: write it as [share, low, high, queries]")
+        ordered = sorted(self.regions.items(), key=lambda item: (item[0].kind, item[0].layer))  # a file has no order
+        object.__setattr__(self, "regions", dict(ordered))
 
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
-        """Return one hook per site: it only looks."""
+        """Return one hook per site, which notes whether each key is inside and leaves the activation as it is."""
         return [(site, self._hook(site, region)) for site, region in self.regions.items()]
 
     def _hook(self, site: Site, region: Region) -> HookFunction:
-        def look(x: Tensor, live: Live) -> Tensor:
+        def note(x: Tensor, live: Live) -> Tensor:
             rows = live.rows
             if rows is None:
                 raise LensUnlearnError("Abstain needs token ids: run the model on tokens")
             rows.check(x)
             rows = rows.beside(x)
             keys = x.detach().flatten(2)
-            ends, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
+            ends, width = rows.ends - rows.cached, x.shape[1]  # where prompts end: in this pass, or before or behind it
             if self.when == "every_token":
                 inside = region.contains(keys) & (torch.arange(width, device=x.device) >= ends[:, None]) & rows.text
             else:
+                # Only a prompt that ends in this pass is judged. Without a cache, the next pass of a generation holds the prompt
+                # again, and its last position alone is new: what was decided before stands, and is not decided twice.
                 fresh = (ends >= (width - 1 if rows.continues and not rows.cached else 0)) & (ends < width)
                 at = keys[torch.arange(len(keys), device=x.device), ends.clamp(0, width - 1)]
                 inside = (region.contains(at) & fresh)[:, None]
             live.notes.setdefault(id(self), {}).setdefault("votes", {})[site] = inside
             return x
 
-        return look
+        return note
 
     def settle(self, live: Live) -> None:
-        """Count the votes of the pass that is over: where in it is silence, and which rows keep silent from then on."""
-        note = live.notes.get(id(self), {})
-        votes = note.pop("votes", None)
+        """Count the votes of a pass that is over: at which positions it abstains, and which rows abstain from then on."""
+        # The votes of one pass come from hooks in several layers, so they can be counted only behind the last of them. That is at
+        # the logits; but a pass may end before (a statistic stops it at its last site), and then at the beginning of the next
+        # one. Votes are popped, so a pass is counted once, whichever comes first.
+        state = live.notes.get(id(self), {})
+        votes = state.pop("votes", None)
         if not votes:
             return
         fired = torch.stack([vote.to(live.abstained.device) for vote in votes.values()]).sum(0) >= self.vote
-        silent, before = fired.long().cummax(1).values.bool(), note.get("silent")
+        # Once abstained, always: of this pass' positions all those behind the first, and of later passes all.
+        silent, before = fired.long().cummax(1).values.bool(), state.get("silent")
         if before is not None:
-            # Without a cache, a generation's next pass holds the positions of the one before again.
-            again = self.when == "every_token" and live.rows is not None and not live.rows.cached
-            silent = silent | (torch.cat([before, before[:, -1:]], dim=1) if again else before[:, -1:])
-        note["silent"] = silent
+            # With a cache, a pass holds new positions alone, and the last decision of each row goes on. Without one, it holds
+            # those of the pass before again, each of which keeps its own decision, and one more.
+            repeats = self.when == "every_token" and live.rows is not None and not live.rows.cached
+            silent = silent | (torch.cat([before, before[:, -1:]], dim=1) if repeats else before[:, -1:])
+        state["silent"] = silent
         live.withhold(silent[:, -1], self.refusal)
 
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Make the logits of abstained rows constant."""
         self.settle(live)
         silent = live.notes.get(id(self), {}).get("silent")
-        if silent is None or not bool(silent.any()):  # logits are large: they are not copied for nothing
+        if silent is None or not bool(silent.any()):  # logits are large: they are not copied where no row abstains
             return logits
         # The model may have kept the logits of the last positions only.
         where = silent[:, -1:] if silent.shape[1] < logits.shape[1] else silent[:, -logits.shape[1] :]
@@ -131,30 +139,34 @@ class Abstain(Intervention):
                     f"{site} has {width} neurons in this model, and the region {len(region.scale)} coordinates"
                 )
 
+    def describe(self) -> dict[str, str]:
+        """Return the region at each site, in words."""
+        return {str(site): repr(region) for site, region in self.regions.items()}
+
     def parts(self) -> Parts:
         """Return the regions."""
-        header: dict[str, Any] = {"kind": "abstain", "vote": self.vote, "when": self.when}
+        header: dict[str, Any] = {"kind": self.kind, "vote": self.vote, "when": self.when}
         header |= {"refusal": self.refusal, "rates": dict(self.rates)}
         headers, tensors = {}, {}
         for site, region in self.regions.items():
-            headers[str(site)], own = region.parts()
-            tensors |= {f"{name}/{site}": tensor for name, tensor in own.items()}
+            headers[str(site)], region_tensors = region.parts()
+            tensors |= {f"{name}/{site}": tensor for name, tensor in region_tensors.items()}
         return {**header, "regions": headers}, tensors
 
     @classmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Abstain":
         """Rebuild from `parts`."""
-        own: dict[str, dict[str, Tensor]] = {}
+        by_site: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, site = key.partition("/")
-            own.setdefault(site, {})[name] = tensor
-        regions = {Site.parse(site): region_from_parts(told, own[site]) for site, told in header["regions"].items()}
+            by_site.setdefault(site, {})[name] = tensor
+        regions = {Site.parse(site): region_from_parts(part, by_site[site]) for site, part in header["regions"].items()}
         return cls(regions, int(header["vote"]), header["when"], str(header["refusal"]), header["rates"])
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{site} {region!r}" for site, region in self.regions.items())
         vote = f", {self.vote} of {len(self.regions)} votes" if len(self.regions) > 1 else ""
-        told = "".join(
+        rates = "".join(
             f", {name} {share:.0%} [{low:.0%}, {high:.0%}] of {n:,} held-out queries"
             for name, (share, low, high, n) in (
                 (name.replace("_", " "), self.rates[name])
@@ -162,4 +174,4 @@ class Abstain(Intervention):
                 if name in self.rates
             )
         )
-        return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{told})"
+        return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{rates})"

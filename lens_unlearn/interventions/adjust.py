@@ -1,11 +1,7 @@
-"""Interventions: frozen values that become hooks for the length of a `with` block.
+"""`Adjust`: carry activations that look like those of the forget texts over to the distribution of the retain texts.
 
-    prune = Ablate(score.top(0.02))
-    with prune.on(model):
-        model.generate("def fib(n):")
-
-Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
-object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+Knows selections and two normal distributions per neuron; knows nothing of how either was measured, nor of how neurons are
+ranked (`methods.neuron_adjust` does).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +13,16 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
-from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts, check_shape, maps_in, selection_in
+from lens_unlearn.interventions.base import (
+    HookFunction,
+    Intervention,
+    Live,
+    Parts,
+    check_shape,
+    describe_selection,
+    maps_in,
+    selection_in,
+)
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 
@@ -34,11 +39,11 @@ class Adjust(Intervention):
         x' = mu_r - sigma_r (x - mu_f) / sigma_f   if p_f >= p_r (and, for rule "random", with probability
                                                    p_f / (p_r + p_f)), else x
 
-    In log-densities, since both densities underflow in the tails. The random rule's coin depends on the seed, the neuron
+    In log-densities, since both densities underflow in the tails. The random rule's draw depends on the seed, the neuron
     and the tokens up to the position, and on nothing else: not on the batch, the padding or the cache.
 
     Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (2025). The released code
-    keeps the variance under the name of sigma, overwrites sigma_f with mu_f, and draws one coin per row.
+    keeps the variance under the name of sigma, overwrites sigma_f with mu_f, and draws one random number per row.
 
     Args:
         selection: A boolean `NeuronMap`, with at least one neuron.
@@ -47,12 +52,14 @@ class Adjust(Intervention):
         retain_mean: mu_r, likewise.
         retain_std: sigma_r, likewise.
         rule: "random" (published) or "deterministic".
-        seed: Of the coins.
+        seed: Of the random rule's draws.
         floored: How many of the selected neurons' sigmas were raised to a floor; kept for `repr`.
 
     Raises:
         SelectionError: If the selection is not boolean or empty, or a sigma of a selected neuron is not positive.
     """
+
+    kind: ClassVar[str] = "adjust"
 
     selection: NeuronMap
     forget_mean: NeuronMap
@@ -87,7 +94,7 @@ class Adjust(Intervention):
 
     @property
     def looks_at_rows(self) -> bool:  # type: ignore[override]
-        """The random rule's coins depend on the text."""
+        """Whether it draws: the random rule's draws depend on the text."""
         return self.rule == "random"
 
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
@@ -97,28 +104,31 @@ class Adjust(Intervention):
     def _hook(self, site: Site) -> HookFunction:
         index = self.selection[site].reshape(-1).nonzero()[:, 0]
         mu_f, sigma_f, mu_r, sigma_r = (getattr(self, m)[site].reshape(-1)[index].float() for m in self._MAPS)
-        lift = (sigma_r / sigma_f).log()  # log p_f - log p_r where x is at both means
+        log_ratio = (sigma_r / sigma_f).log()  # log p_f - log p_r where x is at both means
         neuron = mix(index + key_of("neuron adjust", self.seed, str(site)))
         random = self.rule == "random"
 
         def act(x: Tensor, live: Live) -> Tensor:
             flat = x.reshape(*x.shape[:2], -1)
             where = live.like(index, x)
-            mf, sf, mr, sr, up = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, lift))
+            mf, sf, mr, sr, offset = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, log_ratio))
             chosen = flat.index_select(2, where).float()
-            z = (chosen - mf) / sf
-            away = (chosen - mr) / sr
-            odds = 0.5 * (away - z) * (away + z) + up  # log p_f / p_r; the squares' difference, before they overflow
-            flip = odds >= 0
+            z_f, z_r = (chosen - mf) / sf, (chosen - mr) / sr
+            # log p_f / p_r = (z_r^2 - z_f^2) / 2 + log sigma_r / sigma_f. Some 15 sigmas out both densities are 0 in float32,
+            # and their ratio is NaN, but its logarithm is not. Written as a product, since each square may overflow.
+            log_odds = 0.5 * (z_r - z_f) * (z_r + z_f) + offset
+            flip = log_odds >= 0
             if random:
                 if live.rows is None:
                     raise LensUnlearnError(
                         "rule='random' needs token ids: run the model on tokens, or take 'deterministic'"
                     )
                 live.rows.check(x)
+                # A number from the key of the text up to the token, and of the neuron; not from a random generator, whose next
+                # number depends on what was drawn before: on the batch, its padding, and whether there is a cache.
                 keys = live.rows.beside(x).keys
-                flip &= uniform(keys[:, :, None] + live.like(neuron, x)) < odds.sigmoid()
-            new = torch.where(flip, (mr - sr * z).to(x.dtype), flat.index_select(2, where))
+                flip &= uniform(keys[:, :, None] + live.like(neuron, x)) < log_odds.sigmoid()  # p_f / (p_r + p_f)
+            new = torch.where(flip, (mr - sr * z_f).to(x.dtype), flat.index_select(2, where))
             return flat.index_copy(2, where, new).reshape(x.shape)
 
         return act
@@ -128,9 +138,13 @@ class Adjust(Intervention):
         for site in self._sites():
             check_shape(site, tuple(self.selection[site].shape), points[site])
 
+    def describe(self) -> dict[str, str]:
+        """Return how many neurons of each site are adjusted."""
+        return describe_selection(self.selection)
+
     def parts(self) -> Parts:
         """Return the selection and the four maps."""
-        header = {"kind": "adjust", "rule": self.rule, "seed": self.seed, "floored": self.floored}
+        header = {"kind": self.kind, "rule": self.rule, "seed": self.seed, "floored": self.floored}
         tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
         for name in self._MAPS:
             tensors |= {f"{name}/{s}": v.float() for s, v in getattr(self, name).items() if s in self.selection}
@@ -140,8 +154,8 @@ class Adjust(Intervention):
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Adjust":
         """Rebuild from `parts`."""
         maps = {name: NeuronMap(maps_in(tensors, name)) for name in cls._MAPS}
-        told = {"rule": header["rule"], "seed": int(header["seed"]), "floored": int(header["floored"])}
-        return cls(selection_in(tensors), **maps, **told)
+        settings = {"rule": header["rule"], "seed": int(header["seed"]), "floored": int(header["floored"])}
+        return cls(selection_in(tensors), **maps, **settings)
 
     def __repr__(self) -> str:
         floored = f", {self.floored:,} sigmas floored" if self.floored else ""

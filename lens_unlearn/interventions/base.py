@@ -1,4 +1,4 @@
-"""Interventions: frozen values that become hooks for the length of a `with` block.
+"""`Intervention`: a frozen value that becomes hooks for the length of a `with` block; `Live`, its run; `Chain`, several.
 
     prune = Ablate(score.top(0.02))
     with prune.on(model):
@@ -6,6 +6,9 @@
 
 Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
 object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+
+Knows how hooks are added, removed and given their tensors, and how an intervention is saved; knows nothing of what any of them
+does, nor which of them a file may hold (`interventions.files` does).
 """
 
 import os
@@ -13,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,27 +32,42 @@ from lens_unlearn.model.positions import Rows, ends_of_text, pad_of
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.maps import NeuronMap
 
-__all__ = ["Chain", "Intervention", "Live"]
+__all__ = [
+    "Chain",
+    "HookFunction",
+    "Intervention",
+    "Live",
+    "MatrixFunction",
+    "Parts",
+    "acting",
+    "check_shape",
+    "describe_selection",
+    "maps_in",
+    "selection_in",
+]
 
 HookFunction = Callable[[Tensor, "Live"], Tensor]
+"""Takes the activation at a hook point; returns a new one, or the same."""
 MatrixFunction = Callable[[Tensor, Tensor, "Live"], Tensor]
 """Takes the input and the output of a matrix; returns a new output."""
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
+"""What a file holds of an intervention: a header for JSON, and tensors by name."""
+ReadParts = Callable[[Mapping[str, Any], Mapping[str, Tensor]], "Intervention"]
 
 
 class Live:
-    """One intervention acting on one model: yielded by `Intervention.on`, dead after the block."""
+    """One intervention acting on one model: yielded by `Intervention.on`, ended with the block."""
 
     def __init__(self, intervention: "Intervention", model: Model) -> None:
         self.intervention = intervention
         self.model = model
         self.active = True
         self.abstained: Tensor = torch.zeros(0, dtype=torch.bool)
-        """For each row of the last forward pass (or generation), whether the model withheld its answer."""
+        """For each row of the last forward pass (or generation), whether the model abstained."""
         self.rows: Rows | None = None
-        """Where the forward pass that runs stands in its rows; only for interventions that look at rows."""
+        """Where the current forward pass stands in the texts of its rows; only for interventions that look at rows."""
         self.notes: dict[int, Any] = {}
-        """What members keep from hook to hook, and from a prompt to the tokens generated behind it."""
+        """State of the members by their id: from hook to hook, and from a prompt to the tokens generated behind it."""
         self._ends: Tensor | None = None
         self._lengths: Tensor | None = None
         self._stop: tuple[int, ...] = ()
@@ -62,24 +80,28 @@ class Live:
         stop: Sequence[int] = (),
         lengths: Int[Tensor, "batch"] | None = None,
     ) -> None:
-        """Say where each row's prompt ends in the next forward pass, which begins new texts.
+        """Announce where each row's prompt ends in the next forward pass, which begins new texts.
 
         Args:
-            ends: Positions of the prompts' last tokens; None for each row's last token that is no padding, which is what
-                holds where nothing was said.
+            ends: Positions of the prompts' last tokens; None for each row's last token that is not padding, which is also
+                the default where this is not called.
             stop: Tokens that end a text that is being generated, besides the tokenizer's.
-            lengths: Tokens of each row of text padded on the right; None where the tokenizer's padding tells.
+            lengths: Tokens of each row of text padded on the right; None to look for the tokenizer's padding token.
         """
         self._ends, self._stop, self._lengths, self.rows = ends, tuple(stop), lengths, None
         self.notes.clear()
 
     def refusal(self, row: int) -> str | None:
-        """Return what is written in place of a row of the last forward pass or generation; None if nothing is."""
+        """Return the refusal written in place of a row of the last forward pass or generation; None if it did not abstain."""
         return self._refusals.get(row)
 
     def begin(self, tokens: Int[Tensor, "batch pos"] | None, cached: int) -> None:
-        """Look at the tokens of a forward pass before it runs; None where it runs on something else."""
-        self._settle()  # of a pass that was cut short
+        """Read the tokens of a forward pass before it runs; None where it runs on something else.
+
+        A hook sees activations alone. Whether the pass begins new texts or goes on with a generation, where the prompts end, and
+        which positions are padding can only be read off its tokens and its cache, so it has to be known before any hook fires.
+        """
+        self._settle()  # the pass before, if it ended before its logits
         if tokens is None:
             self.rows = None
             return
@@ -92,16 +114,16 @@ class Live:
             self.abstained = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     def withhold(self, rows: Bool[Tensor, "batch"], refusal: str) -> None:
-        """Note that rows get no answer but a refusal."""
+        """Note that the model abstains in these rows, and the refusal that is written instead."""
         self.abstained = self.abstained | rows
         for row in rows.nonzero()[:, 0].tolist():
             self._refusals.setdefault(row, refusal)
 
     def tell(self, refusals: Sequence[str | None]) -> None:
-        """Say of the rows of several passes, in the user's order, what is written in place of each; None for an answer."""
-        silent = [told is not None for told in refusals]
-        self.abstained = torch.tensor(silent, dtype=torch.bool, device=self.abstained.device)
-        self._refusals = {row: told for row, told in enumerate(refusals) if told is not None}
+        """Set the refusals of the rows of several passes, in the user's order; None where the model answered."""
+        abstained = [refusal is not None for refusal in refusals]
+        self.abstained = torch.tensor(abstained, dtype=torch.bool, device=self.abstained.device)
+        self._refusals = {row: refusal for row, refusal in enumerate(refusals) if refusal is not None}
 
     def _settle(self) -> None:
         for member in members_of(self.intervention):
@@ -115,24 +137,27 @@ class Live:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Forget the forward passes of a `with` block, which are not the user's."""
-        kept = (self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes)
+        state = (self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes)
         self._refusals, self.notes = {}, {}
         try:
             yield
         finally:
-            self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes = kept
+            self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes = state
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.
 
-        It is kept for the next forward pass, until somebody changes it in place, and unless it needs a gradient.
+        The copy is cached for the next forward pass, until the original is changed in place, and unless it needs a gradient.
         """
+        # Copies live here and not on the intervention, which is frozen and may act on several models at once; they go with the
+        # block. A tensor is known by its id; the cache holds the tensor too, so that no other one can be given the same id.
+        # A copy of a tensor that needs a gradient belongs to one graph, and is made anew.
         dtype = activation.dtype if tensor.is_floating_point() else tensor.dtype
         if tensor.requires_grad:
             return tensor.to(device=activation.device, dtype=dtype)
         key, version = (id(tensor), activation.device, dtype), 0 if tensor.is_inference() else tensor._version
         if key not in self._moved or self._moved[key][1] != version:
-            self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))  # keeps the id taken
+            self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))
         return self._moved[key][2]
 
     def __repr__(self) -> str:
@@ -140,7 +165,7 @@ class Live:
 
 
 class _Finish:
-    """The last hook of an intervention that looks at rows: hands it the logits."""
+    """The last hook of an intervention that looks at rows: it passes the logits on to `Intervention.finish`."""
 
     def __init__(self, live: Live) -> None:
         self.live = live
@@ -157,13 +182,20 @@ def acting(model: Model) -> list[Live]:
 class Intervention(ABC):
     """A removable change of a model's computation. Subclasses are frozen dataclasses."""
 
+    kind: ClassVar[str] = ""
+    """The name of the class in the header of a file."""
+
     @abstractmethod
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         """Return where to act, and what to do with the tensor there."""
 
     @abstractmethod
     def parts(self) -> Parts:
-        """Return what a file keeps of this intervention: a header with its "kind", and tensors."""
+        """Return what a file holds of this intervention: a header with its "kind", and tensors."""
+
+    def describe(self) -> dict[str, str]:
+        """Return in words what it does at each place, by the name of the site or matrix; empty if it does not tell."""
+        return {}
 
     def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
         """Return which weight matrices to change, and what to do with the input and output of each."""
@@ -179,10 +211,10 @@ class Intervention(ABC):
     """Whether the hooks need to know which text each row is, and where its prompt ends."""
 
     abstains: bool = False
-    """Whether it can withhold an answer."""
+    """Whether it can abstain from answering."""
 
     def settle(self, live: Live) -> None:  # noqa: B027 - most have nothing to decide
-        """Decide on what the hooks saw in a forward pass that is over; only called where `looks_at_rows`."""
+        """Decide from what the hooks noted in a forward pass that is over; only called where `looks_at_rows`."""
 
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Change the logits at the end of a forward pass; only called where `looks_at_rows`."""
@@ -206,9 +238,9 @@ class Intervention(ABC):
         one forward pass at a time. While one thread is inside a block, or in `collect`, `evaluate` or `attribute`, another one
         that enters any of these for the same model is refused, since each would see the other's hooks.
 
-        An interrupt (Ctrl-C) is taken care of wherever it comes, even while hooks are added or removed. If it comes in the
-        first or last instruction of the `with` statement itself, which Python gives nobody a chance to guard, the hooks go
-        when the traceback does: in a notebook with the next error, or after `del sys.last_traceback, sys.last_value`.
+        An interrupt (Ctrl-C) leaves no hook behind wherever it comes, even while hooks are added or removed. If it comes in
+        the first or last instruction of the `with` statement itself, which Python lets nobody guard, the hooks go when the
+        traceback does: in a notebook with the next error, or after `del sys.last_traceback, sys.last_value`.
 
         Raises:
             SiteError: If the model lacks a site or a matrix.
@@ -220,13 +252,15 @@ class Intervention(ABC):
         removers: list[Remover] = []
         with one_thread(model):
             with ExitStack() as outer:
-                for other in acting(model):  # the probe is no text of theirs
+                for other in acting(model):  # to resolve, a probe is run, which is no text of theirs
                     outer.enter_context(other._aside())
                 points = resolve(model, [site for site, _ in hooks]) if hooks else {}
                 shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
             self.check(points)
             self.check_matrices(shapes)
             try:
+                # At one place, hooks act in the order in which they were added: those of an outer block before those of an inner
+                # one, and those of a chain from left to right. The functions on logits, one for each block, do so too.
                 try:
                     if self.looks_at_rows:
                         on_forward(model, live.begin, removers)
@@ -238,7 +272,7 @@ class Intervention(ABC):
                     yield live
                 finally:
                     detach_all(removers)
-            finally:  # an interrupt may come in front of the line above; where all went well, nothing is left here
+            finally:  # an interrupt may come just before the line above; otherwise nothing remains to be removed here
                 detach_all(removers)
                 live._end()
 
@@ -246,9 +280,9 @@ class Intervention(ABC):
         """Write a safetensors file with a header and a checksum.
 
         Args:
-            path: Where to.
+            path: The file.
             model: If given, the file will refuse every other model.
-            note: Free text kept in the header.
+            note: Free text for the header.
         """
         header, tensors = self.parts()
         content: dict[str, Any] = {"intervention": header, "text": repr(self), "note": note}
@@ -260,12 +294,14 @@ class Intervention(ABC):
 def members_of(intervention: Intervention) -> tuple[Intervention, ...]:
     if not isinstance(intervention, Chain):
         return (intervention,)
-    return tuple(one for member in intervention.members for one in members_of(member))
+    return tuple(inner for member in intervention.members for inner in members_of(member))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Chain(Intervention):
     """Several interventions, acting in order. ``Chain(())`` does nothing."""
+
+    kind: ClassVar[str] = "chain"
 
     members: tuple[Intervention, ...] = ()
 
@@ -303,14 +339,27 @@ class Chain(Intervention):
             logits = member.finish(logits, live)
         return logits
 
+    def describe(self) -> dict[str, str]:
+        """Return what the members do; where several act at one place, what the last of them does."""
+        return {place: text for member in self.members for place, text in member.describe().items()}
+
     def parts(self) -> Parts:
         """Return the members' headers, and their tensors under their number."""
         headers, tensors = [], {}
         for number, member in enumerate(self.members):
-            header, own = member.parts()
+            header, member_tensors = member.parts()
             headers.append(header)
-            tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
-        return {"kind": "chain", "members": headers}, tensors
+            tensors |= {f"{number}/{name}": tensor for name, tensor in member_tensors.items()}
+        return {"kind": self.kind, "members": headers}, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], read: ReadParts) -> "Chain":
+        """Rebuild from `parts`; `read` rebuilds a member, of whatever kind it is."""
+        by_member: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            number, _, inner = name.partition("/")
+            by_member.setdefault(number, {})[inner] = tensor
+        return cls(tuple(read(member, by_member.get(str(n), {})) for n, member in enumerate(header["members"])))
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.members)) if self.members else "Chain(nothing)"
@@ -326,6 +375,15 @@ def check_shape(site: Site, shape: tuple[int, ...], point: Point) -> None:
         raise SelectionError(
             f"{site} has neurons of shape {point.shape} in this model, and {shape} in the intervention"
         )
+
+
+def describe_selection(selection: NeuronMap) -> dict[str, str]:
+    """Return how many neurons of each site a selection has, of those sites that have any."""
+    return {
+        str(site): f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
+        for site, chosen in selection.items()
+        if bool(chosen.any())
+    }
 
 
 def maps_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[Site, Tensor]:

@@ -1,17 +1,12 @@
-"""Interventions: frozen values that become hooks for the length of a `with` block.
+"""`Delta`: add updates to weight matrices while a block is open, at any strength, without touching the weights.
 
-    prune = Ablate(score.top(0.02))
-    with prune.on(model):
-        model.generate("def fib(n):")
-
-Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
-object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+Knows matrices by name, and `Update`; knows nothing of how updates are trained, nor of where a model keeps its weights.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -46,10 +41,12 @@ class Delta(Intervention):
         SiteError: If a name is not one of a matrix.
     """
 
+    kind: ClassVar[str] = "delta"
+
     updates: Mapping[Matrix, Update]
     strength: float = 1.0
     record: Mapping[str, Any] = field(default_factory=dict)
-    """How it came about: what a training noted, in what JSON can hold; kept in the file."""
+    """How it was trained, in what JSON can hold; stored in the file."""
 
     def __post_init__(self) -> None:
         """Check the arguments, and put the matrices in order."""
@@ -126,15 +123,19 @@ class Delta(Intervention):
             SelectionError: If it is of another value, in a basis, or not at `mlp.post` or `attn.z` alone.
         """
         names = {"mlp.post": "W_out", "attn.z": "W_O"}
-        odd = [site for site in ablation._sites() if site.kind not in names]
-        if odd or isinstance(ablation.value, NeuronMap) or ablation.value != 0 or ablation.basis is not None:
-            raise SelectionError(f"{ablation!r} is no change of weights: that takes value 0 at {', '.join(names)}")
+        elsewhere = [site for site in ablation._sites() if site.kind not in names]
+        if elsewhere or isinstance(ablation.value, NeuronMap) or ablation.value != 0 or ablation.basis is not None:
+            raise SelectionError(f"{ablation!r} is no change of weights: ablate to value 0 at {', '.join(names)}")
         updates = {}
         for site in ablation._sites():
             rows = ablation.selection[site].reshape(-1).nonzero()[:, 0]
             weights = matrix_value(model, site.layer, names[site.kind])
             updates[Matrix(site.layer, names[site.kind])] = Update(-weights[rows.to(weights.device)], rows)
         return cls(updates)
+
+    def describe(self) -> dict[str, str]:
+        """Return the update of each matrix, in words."""
+        return {str(matrix): repr(update) for matrix, update in self.updates.items()}
 
     def parts(self) -> Parts:
         """Return the tensors of every update, not copied."""
@@ -143,26 +144,26 @@ class Delta(Intervention):
             for matrix, update in self.updates.items()
             for name, tensor in update.tensors().items()
         }
-        return {"kind": "delta", "strength": self.strength, "record": dict(self.record)}, tensors
+        return {"kind": self.kind, "strength": self.strength, "record": dict(self.record)}, tensors
 
     @classmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Delta":
         """Rebuild from `parts`."""
-        own: dict[Matrix, dict[str, Tensor]] = {}
+        by_matrix: dict[Matrix, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             matrix, _, name = key.partition("/")
-            own.setdefault(Matrix.parse(matrix), {})[name] = tensor
-        updates = {matrix: Update(**told) for matrix, told in own.items()}
+            by_matrix.setdefault(Matrix.parse(matrix), {})[name] = tensor
+        updates = {matrix: Update(**parts) for matrix, parts in by_matrix.items()}
         return cls(updates, float(header["strength"]), dict(header.get("record", {})))
 
     def __repr__(self) -> str:
-        told: dict[str, int | None] = {}
+        counts: dict[str, int | None] = {}  # rows or columns over all layers, by what they are of
         for matrix, update in self.updates.items():
-            parts = {"rows": f"rows of {matrix.name}", "columns": f"columns of {matrix.name}", "dense": matrix.name}
-            what = parts.get(update.kind, f"{matrix.name} of rank {update.value.shape[1]}")
-            count = getattr(update, update.kind, None) if update.kind in ("rows", "columns") else None
-            told[what] = None if count is None else (told.get(what) or 0) + len(count)
-        shown = ", ".join(what if count is None else f"{count:,} {what}" for what, count in told.items())
+            forms = {"rows": f"rows of {matrix.name}", "columns": f"columns of {matrix.name}", "dense": matrix.name}
+            form = forms.get(update.kind, f"{matrix.name} of rank {update.value.shape[1]}")
+            index = getattr(update, update.kind, None) if update.kind in ("rows", "columns") else None
+            counts[form] = None if index is None else (counts.get(form) or 0) + len(index)
+        shown = ", ".join(form if count is None else f"{count:,} {form}" for form, count in counts.items())
         size = sum(t.numel() * t.element_size() for u in self.updates.values() for t in u.tensors().values())
         matrices = f"{len(self.updates):,} {'matrix' if len(self.updates) == 1 else 'matrices'}"
         return f"Delta(strength {self.strength:g}, {matrices}, {shown}, {size / 1e6:.1f} MB)"

@@ -1,11 +1,7 @@
-"""Interventions: frozen values that become hooks for the length of a `with` block.
+"""`load_intervention`: read what `Intervention.save` wrote, of the kinds in a closed table.
 
-    prune = Ablate(score.top(0.02))
-    with prune.on(model):
-        model.generate("def fib(n):")
-
-Nothing is written into the model. An intervention keeps no state of a run: what belongs to one lives on the `Live`
-object that `on` yields. Each hook takes a tensor and returns a new one of the same shape, dtype and device.
+A file names its kind, and the kind is looked up here: so a file can never say what code is run. Knows which interventions there
+are; knows nothing of what any of them does.
 """
 
 import os
@@ -24,7 +20,11 @@ from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import fingerprint
 
-__all__ = ["load_intervention"]
+__all__ = ["CLASSES", "load_intervention"]
+
+CLASSES = (Ablate, Adjust, Abstain, Delta, Chain)
+"""Every intervention that can be read from a file: a new one is a file of this room and a name here."""
+_BY_KIND: dict[str, Any] = {cls.kind: cls for cls in CLASSES}
 
 
 def load_intervention(path: str | os.PathLike[str], model: Model | None = None) -> Intervention:
@@ -32,7 +32,7 @@ def load_intervention(path: str | os.PathLike[str], model: Model | None = None) 
 
     Args:
         path: The file.
-        model: Where it is to be used; if the file knows its model, this has to be the same.
+        model: The model to be used with; if the file knows its model, this has to be the same.
 
     Raises:
         ArtefactError: If the file is damaged, not ours, or made with another model; the message names what differs.
@@ -41,16 +41,17 @@ def load_intervention(path: str | os.PathLike[str], model: Model | None = None) 
     if model is not None and "model" in header:
         artefacts.require_same(path, header["model"], fingerprint(model), "this model")
     with artefacts.usable(path, "intervention that can be used"):
-        found = _from_parts(header["intervention"], tensors)
-        again, names = found.parts()
-        if not _within(header["intervention"], again) or not set(tensors) <= set(names):
+        intervention = _from_parts(header["intervention"], tensors)
+        # What it would write now has to contain all that was read: nothing that another version wrote is silently dropped.
+        rewritten, names = intervention.parts()
+        if not _within(header["intervention"], rewritten) or not set(tensors) <= set(names):
             raise ArtefactError("something in it has no meaning to this version: upgrade to read it")
-        repr(found)
-    return found
+        repr(intervention)
+    return intervention
 
 
 def _within(theirs: Any, ours: Any) -> bool:
-    """Say whether everything that a header says was understood: this version would write it again."""
+    """Return whether everything in a header was understood: this version would write it again."""
     if isinstance(theirs, dict) and isinstance(ours, Mapping):
         return all(key in ours and _within(value, ours[key]) for key, value in theirs.items())
     if isinstance(theirs, list) and isinstance(ours, Sequence) and len(theirs) == len(ours):
@@ -59,13 +60,7 @@ def _within(theirs: Any, ours: Any) -> bool:
 
 
 def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
-    if header["kind"] == "chain":
-        own: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            number, _, inner = name.partition("/")
-            own.setdefault(number, {})[inner] = tensor
-        return Chain(tuple(_from_parts(member, own.get(str(n), {})) for n, member in enumerate(header["members"])))
-    kinds: dict[str, Any] = {"ablate": Ablate, "adjust": Adjust, "abstain": Abstain, "delta": Delta}
-    if header["kind"] not in kinds:
+    if header["kind"] not in _BY_KIND:
         raise ArtefactError(f"{header['kind']!r} is not a kind of intervention this version knows: upgrade to read it")
-    return kinds[header["kind"]].from_parts(header, tensors)
+    cls = _BY_KIND[header["kind"]]
+    return Chain.from_parts(header, tensors, _from_parts) if cls is Chain else cls.from_parts(header, tensors)

@@ -1,8 +1,10 @@
-"""Updates of weight matrices that live outside the model: `Update`, the value of one.
+"""`Update`: what is added to one weight matrix, as a value outside the model; and `merge`, which writes updates into weights.
 
 A matrix is a map from rows to columns, ``[in, out]``, as in TransformerLens: x @ W. The rows of W_out are the neurons of
 `mlp.post`, and so are the columns of W_in and W_gate. W_Q is ``[d_model, heads * d_head]``, W_K and W_V are
 ``[d_model, kv_heads * d_head]`` (fewer heads, where queries share keys), and W_O is ``[heads * d_head, d_model]``.
+
+Knows tensors and their shapes; knows nothing of hooks, nor of where a model keeps its matrices (`model.layouts` does).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +15,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_unlearn.core.errors import ModelError, SelectionError
-from lens_unlearn.model.host import is_wrapped
+from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.model.layouts import require_known, weight_view
 from lens_unlearn.model.matrices import Matrix
 
-__all__ = ["Matrix", "Update", "merge"]
+__all__ = ["Update", "merge"]
 
 Move = Callable[[Tensor, Tensor], Tensor]
 """Brings a tensor to the device and dtype of another."""
 
 
-def _plainly(tensor: Tensor, like: Tensor) -> Tensor:
+def _moved(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
@@ -53,25 +55,29 @@ class Update:
     def __post_init__(self) -> None:
         """Check the tensors against each other."""
         if sum(part is not None for part in (self.rows, self.columns, self.right)) > 1:
-            raise SelectionError("an update is of rows, of columns, or a product: give one of rows, columns, right")
+            raise SelectionError(
+                "an update is of rows, of columns, or a product: give at most one of rows, columns, right"
+            )
         for name, floats in (("value", self.value), ("right", self.right)):
             if floats is None:
                 continue
             if floats.ndim != 2 or not floats.is_floating_point():
                 raise SelectionError(
-                    f"an update's {name} has shape {tuple(floats.shape)}, {floats.dtype}: it is a matrix"
+                    f"an update's {name} has shape {tuple(floats.shape)}, {floats.dtype}: give a matrix of floats"
                 )
             if not bool(torch.isfinite(floats.detach()).all()):
-                raise SelectionError(f"an update's {name} holds NaN or infinity")
+                raise SelectionError(f"an update's {name} holds NaN or infinity: give finite values")
         for axis, name in ((0, "rows"), (1, "columns")):
             index = getattr(self, name)
             if index is None:
                 continue
             if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
-                raise SelectionError(f"an update's {name} are their numbers, not {tuple(index.shape)} {index.dtype}")
+                raise SelectionError(
+                    f"an update's {name} have shape {tuple(index.shape)}, {index.dtype}: give a vector of their indices"
+                )
             if len(index) != self.value.shape[axis]:
                 raise SelectionError(
-                    f"an update names {len(index)} {name}, and has values for {self.value.shape[axis]}"
+                    f"an update names {len(index)} {name}, but has values for {self.value.shape[axis]}"
                 )
             if len(index) != len(index.unique()) or bool((index < 0).any()):
                 raise SelectionError(f"an update names one of its {name} twice, or a negative one")
@@ -85,7 +91,7 @@ class Update:
         x: Float[Tensor, "*batch in"],
         y: Float[Tensor, "*batch out"],
         strength: float = 1.0,
-        move: Move = _plainly,
+        move: Move = _moved,
     ) -> Float[Tensor, "*batch out"]:
         """Return y + strength x D, with gradients for x, y and the values.
 
@@ -115,7 +121,7 @@ class Update:
         return self.value if self.right is None else self.value @ self.right
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        """Say what of this update does not fit a matrix of a shape; None if it fits."""
+        """Return in words what of this update does not fit a matrix of a shape; None if it fits."""
         rows, columns = self.value.shape[0], (self.value if self.right is None else self.right).shape[1]
         for axis, (name, size) in enumerate((("rows", rows), ("columns", columns))):
             index = getattr(self, name)
@@ -131,51 +137,19 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors there are, by name."""
-        given: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     @property
     def kind(self) -> str:
-        """What it is of: "dense", "rows", "columns", or "rank"."""
-        named = "rows" if self.rows is not None else "columns" if self.columns is not None else None
-        return named or ("dense" if self.right is None else "rank")
+        """Its form: "dense", "rows", "columns", or "rank"."""
+        part = "rows" if self.rows is not None else "columns" if self.columns is not None else None
+        return part or ("dense" if self.right is None else "rank")
 
     def __repr__(self) -> str:
         rows, columns = self.value.shape
-        told = {"dense": f"{rows:,} x {columns:,}", "rows": f"{rows:,} rows", "columns": f"{columns:,} columns"}
-        return f"Update({told.get(self.kind, f'rank {columns}')})"
-
-
-_SPLIT = {"W_Q": "self_attn.q_proj", "W_K": "self_attn.k_proj", "W_V": "self_attn.v_proj", "W_O": "self_attn.o_proj"}
-_GATED = {"W_gate": "mlp.gate_proj", "W_in": "mlp.up_proj", "W_out": "mlp.down_proj"}
-_LLAMA = {**_SPLIT, **_GATED}
-_LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {
-    "gpt2": (
-        "h",
-        {
-            **dict.fromkeys(("W_Q", "W_K", "W_V"), "attn.c_attn"),
-            **{"W_O": "attn.c_proj", "W_in": "mlp.c_fc", "W_out": "mlp.c_proj"},
-        },
-    ),
-    "gpt_neox": (
-        "layers",
-        {
-            **dict.fromkeys(("W_Q", "W_K", "W_V"), "attention.query_key_value"),
-            **{"W_O": "attention.dense", "W_in": "mlp.dense_h_to_4h", "W_out": "mlp.dense_4h_to_h"},
-        },
-    ),
-    "opt": ("decoder.layers", {**_SPLIT, "W_O": "self_attn.out_proj", "W_in": "fc1", "W_out": "fc2"}),
-    "phi3": (
-        "layers",
-        {
-            **dict.fromkeys(("W_Q", "W_K", "W_V"), "self_attn.qkv_proj"),
-            **dict.fromkeys(("W_gate", "W_in"), "mlp.gate_up_proj"),
-            **{"W_O": "self_attn.o_proj", "W_out": "mlp.down_proj"},
-        },
-    ),
-    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), ("layers", _LLAMA)),
-}
-"""For each `model_type` of Hugging Face: where its base model has the list of blocks, and a block its matrices."""
+        extents = {"dense": f"{rows:,} x {columns:,}", "rows": f"{rows:,} rows", "columns": f"{columns:,} columns"}
+        return f"Update({extents.get(self.kind, f'rank {columns}')})"
 
 
 def merge(updates: Mapping[Matrix, Update], strength: float, hf_model: Any) -> Any:
@@ -185,52 +159,19 @@ def merge(updates: Mapping[Matrix, Update], strength: float, hf_model: Any) -> A
         ModelError: If it is not a plain model, of an architecture whose layout is known here.
         SelectionError: If it lacks a matrix, or an update does not fit; then nothing was changed.
     """
-    kind = str(getattr(getattr(hf_model, "config", None), "model_type", None))
-    if is_wrapped(hf_model):
-        raise ModelError(
-            f"this {type(hf_model).__name__} belongs to TransformerLens, which cannot be saved as a Hugging Face model: load a "
-            "plain copy with transformers, and merge into that"
-        )
-    if kind not in _LAYOUTS or not isinstance(hf_model, torch.nn.Module):
-        raise ModelError(
-            f"a {type(hf_model).__name__} of type {kind!r} cannot be merged into: known are {', '.join(_LAYOUTS)}"
-        )
-    path, names = _LAYOUTS[kind]
-    blocks: Any = hf_model.base_model.get_submodule(path)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+    require_known(hf_model)
+    # Every matrix is found and checked before the first is written, so that an error leaves the model as it was.
     views: dict[Matrix, Tensor] = {}
     for matrix, update in updates.items():
-        if not 0 <= matrix.layer < len(blocks) or matrix.name not in names:
-            raise SelectionError(
-                f"{matrix} is not in this model: it has {', '.join(names)} in layers 0 to {len(blocks) - 1}"
-            )
-        view = _part(blocks[matrix.layer].get_submodule(names[matrix.name]), kind, matrix.name, hf_model.config)
+        view = weight_view(hf_model, matrix)
         wrong = update.misfit((view.shape[0], view[0].numel()))
         if wrong:
             raise SelectionError(f"the update of {matrix} does not fit: {wrong}")
         views[matrix] = view
     with torch.no_grad():
         for matrix, view in views.items():
+            # The sum is computed in float64 and rounded once, by the copy into the weights. In a half-precision model's own
+            # dtype, the change would be rounded before it is added, and the sum again.
             change = updates[matrix].dense((view.shape[0], view[0].numel())).to(view.device, torch.float64)
-            view.copy_(view.double() + strength * change.reshape(view.shape))  # rounded once
+            view.copy_(view.double() + strength * change.reshape(view.shape))
     return hf_model
-
-
-def _part(module: Any, kind: str, name: str, config: Any) -> Tensor:
-    """Return where a matrix lies in the weights of a module: a view ``[in, *out]``."""
-    weight = module.weight.detach()
-    if not weight.is_floating_point() or weight.ndim != 2:
-        raise ModelError(f"the weights of {name} are quantized: load the model unquantized, and merge into that")
-    rows = weight if type(module).__name__ == "Conv1D" else weight.t()
-    if kind == "phi3" and name in ("W_gate", "W_in"):
-        return rows.chunk(2, dim=1)[name == "W_in"]
-    if kind not in ("gpt2", "gpt_neox", "phi3") or name not in ("W_Q", "W_K", "W_V"):
-        return rows
-    which, heads = "QKV".index(name[-1]), config.num_attention_heads
-    if kind == "gpt2":
-        return rows.chunk(3, dim=1)[which]
-    if kind == "gpt_neox":
-        return rows.unflatten(1, (heads, 3, -1))[:, :, which]
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return rows.split([head * heads, head * config.num_key_value_heads, head * config.num_key_value_heads], dim=1)[
-        which
-    ]

@@ -1,7 +1,8 @@
-"""How the keys of several skills lie in key space, at every site: `key_space` measures, `KeySpace` holds what was found.
+"""How the keys of several skills lie in key space, at every site: `key_space` measures, `KeySpace` holds the results.
 
 Every region is fitted on one half of a skill's documents, and every rate is measured on the other half and on the other
 halves of the other skills: nothing is judged on a query it was fitted on.
+Knows corpora, and has their keys collected; knows nothing of interventions, nor of how the results are drawn.
 """
 
 import html
@@ -89,8 +90,7 @@ class KeySpace:
 
     def scores_of(self, site: Site, distance: str, skill: str, other: str) -> Float[Tensor, "queries"]:
         """Return the distances from a skill's region of the held-out queries of a skill, or of all "others"."""
-        found = self.scores[site, distance, skill]
-        return torch.cat([found[name] for name in found if name != skill]) if other == POOLED else found[other]
+        return _scores_of(self.scores[site, distance, skill], skill, other)
 
     def coverage(self, site: Site, skill: str, other: str, scale: Float[Tensor, "scales"]) -> Float[Tensor, "scales"]:
         """Return the share of held-out queries inside mu +- c sigma of a skill's box, at each scale c."""
@@ -101,7 +101,7 @@ class KeySpace:
         import pandas as pd
 
         columns = ["site", "layer", "skill", "other", "measure", "value", "low", "high"]
-        rows = [[str(s), s.layer, skill, other, name, *found] for (s, skill, other, name), found in self.values.items()]
+        rows = [[str(s), s.layer, skill, other, name, *value] for (s, skill, other, name), value in self.values.items()]
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
     def table(self) -> "pd.DataFrame":
@@ -111,19 +111,19 @@ class KeySpace:
         rows = {}
         for site in self.sites:
             aucs = {(s, d): self.value(site, f"auc_{d}", s, POOLED).value for s in self.skills for d in self.distances}
-            whole = {("k-means", name): self.value(site, name).value for name in ("adjusted_rand", "silhouette")}
-            rows[str(site)] = {**aucs, **whole}
+            clusters = {("k-means", name): self.value(site, name).value for name in ("adjusted_rand", "silhouette")}
+            rows[str(site)] = {**aucs, **clusters}
         return pd.DataFrame.from_dict(rows, orient="index").round(3)
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(site.kind for site in self.sites))
-        told = f"{len(self.skills)} skills, {len(self.sites)} sites, {kinds}"
-        return f"KeySpace({told}; {self.queries})\nAUC against all other skills\n{self.table().to_string()}"
+        extent = f"{len(self.skills)} skills, {len(self.sites)} sites, {kinds}"
+        return f"KeySpace({extent}; {self.queries})\nAUC against all other skills\n{self.table().to_string()}"
 
     def _repr_html_(self) -> str:
         corpora = "; ".join(f"{name}: {source}" for name, source in self.provenance["corpora"].items())
-        told = html.escape(f"AUC against all other skills · {self.provenance['model']} · {corpora} · {self.queries}")
-        return f"<div>{self.table().to_html()}<p><small>{told}</small></p></div>"
+        caption = html.escape(f"AUC against all other skills · {self.provenance['model']} · {corpora} · {self.queries}")
+        return f"<div>{self.table().to_html()}<p><small>{caption}</small></p></div>"
 
     @property
     def queries(self) -> str:
@@ -144,7 +144,7 @@ def key_space(
     """Compare where the keys of several skills lie: coverage of boxes, four distances, clusters, and a map, per site.
 
     A key is the activation at the last token of a prompt. A corpus of plain texts is cut into prompts at random places
-    first (`Corpus.with_prompts`). Prompts with their natural endings may be told apart by the last token alone: to
+    first (`Corpus.with_prompts`). Prompts with their natural endings may be separated by the last token alone: to
     compare skills, cut question-answer corpora as well.
 
     Each corpus is split by document into a half that regions are fitted on and a half that everything is measured on;
@@ -174,16 +174,16 @@ def key_space(
         if not isinstance(corpus, Corpus):
             raise LensUnlearnError(f"key_space: {name!r} is a {type(corpus).__name__}, not a Corpus: use read_corpus")
     if capacity < FEWEST:
-        raise LensUnlearnError(f"capacity={capacity} leaves too few queries to fit a region: at least {FEWEST}")
+        raise LensUnlearnError(f"capacity={capacity} leaves too few queries to fit a region: give at least {FEWEST}")
     queries = {name: c if c.has_prompts else c.with_prompts(seed=seed) for name, c in corpora.items()}
     halves = {name: _halves(name, corpus, seed) for name, corpus in queries.items()}
-    told = {"batch_size": batch_size, "progress": progress}
+    options = {"batch_size": batch_size, "progress": progress}
     samples = []
     for part in (0, 1):
         n = min(capacity, *(pair[part].n_rows for pair in halves.values()))
         statistic = KeySample(n, seed=seed)
         drawn = {name: pair[part].sample(n, seed) for name, pair in halves.items()}
-        samples.append({name: collect(model, c, sites, statistic=statistic, **told) for name, c in drawn.items()})
+        samples.append({name: collect(model, c, sites, statistic=statistic, **options) for name, c in drawn.items()})
     fit, held = samples
     first = next(iter(held.values()))
     weights = {
@@ -191,10 +191,10 @@ def key_space(
         for name, sample in held.items()
     }
     values, scores, planes = {}, {}, {}
-    for site in sorted(first.sites, key=lambda one: (one.kind, one.layer)):
+    for site in sorted(first.sites, key=lambda site: (site.kind, site.layer)):
         to_fit, to_judge = ({name: sample[site].flatten(1) for name, sample in half.items()} for half in samples)
-        found, distances, planes[site] = _at_site(site, to_fit, to_judge, weights, seed)
-        values |= {(site, *key): value for key, value in found.items()}
+        measures, distances, planes[site] = _at_site(site, to_fit, to_judge, weights, seed)
+        values |= {(site, *key): value for key, value in measures.items()}
         scores |= {(site, *key): value for key, value in distances.items()}
     provenance = {
         "model": model_name(model),
@@ -222,6 +222,11 @@ def _halves(name: str, corpus: Corpus, seed: int) -> tuple[Corpus, Corpus]:
     return fit, held
 
 
+def _scores_of(scores: Mapping[str, Tensor], skill: str, other: str) -> Tensor:
+    """Return the scores of the queries of one skill, or of all but the skill fitted, if asked for the pooled others."""
+    return torch.cat([scores[name] for name in scores if name != skill]) if other == POOLED else scores[other]
+
+
 def _at_site(
     site: Site, fit: Keys, held: Keys, weights: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[tuple[str, str, str], Value], dict[tuple[str, str], dict[str, Tensor]], Plane]:
@@ -238,14 +243,13 @@ def _at_site(
         for name, value in (("log_volume", box.log_volume), ("k", box.k), ("floored", float(box.floored))):
             values[skill, "", name] = Value(value)
         for distance, region in {**regions, "mahalanobis": Mahalanobis.fit(keys)}.items():
-            found = scores[distance, skill] = {name: region.score(part).double() for name, part in held.items()}
-            for other, value in against(found, skill, weights, "auc").items():
+            from_region = scores[distance, skill] = {name: region.score(part).double() for name, part in held.items()}
+            for other, value in against(from_region, skill, weights, "auc").items():
                 values[skill, other, f"auc_{distance}"] = value
-        found = scores["box", skill]
-        for other, value in against(found, skill, weights, "area").items():
+        from_box = scores["box", skill]
+        for other, value in against(from_box, skill, weights, "area").items():
             values[skill, other, "area_between"] = value
-            theirs = torch.cat([found[name] for name in found if name != skill]) if other == POOLED else found[other]
-            scale, gap = best_scale(found[skill], theirs)
+            scale, gap = best_scale(from_box[skill], _scores_of(from_box, skill, other))
             values[skill, other, "best_scale"], values[skill, other, "best_gap"] = Value(scale), Value(gap)
     for a in boxes:
         values |= {(a, b, "centre_distance"): Value(centre_distance(boxes[a], boxes[b])) for b in boxes if b != a}

@@ -1,8 +1,7 @@
-"""Regions of key space: `Box`, `Ellipsoid`, `Clusters`, `Contrast`.
-
-Each is fitted on keys of one skill, and says which keys are inside.
+"""Regions of key space, fitted on the keys of one skill: `Box`, `Ellipsoid`, `Clusters`, `Contrast`.
 
 Every region has a score that is 0 at a centre and grows outwards; a key is inside while its score is at most `limit`.
+Knows tensors of keys; knows nothing of models, sites, or of what happens to a query whose key is inside.
 """
 
 import math
@@ -17,7 +16,17 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError
 
-__all__ = ["Box", "Clusters", "Contrast", "Ellipsoid", "Region", "fit_region", "region_from_parts"]
+__all__ = [
+    "FEWEST",
+    "Box",
+    "Clusters",
+    "Contrast",
+    "Ellipsoid",
+    "Region",
+    "Shape",
+    "fit_region",
+    "region_from_parts",
+]
 
 FLOOR = 0.1
 """The smallest scale of a coordinate, as a share of the median positive standard deviation of the layer."""
@@ -52,7 +61,8 @@ class Region(ABC):
         """Refuse what no fit gives."""
         if self.centres.ndim != 2 or self.scale.ndim != 1 or self.centres.shape[1] != len(self.scale):
             raise LensUnlearnError(
-                f"centres of shape {tuple(self.centres.shape)} and a scale of shape {tuple(self.scale.shape)} make no region"
+                f"centres of shape {tuple(self.centres.shape)} and a scale of shape {tuple(self.scale.shape)} make no region: "
+                "give [centres, n] and [n]"
             )
         finite = bool(torch.isfinite(self.centres).all()) and bool(torch.isfinite(self.scale).all())
         if not finite or not bool((self.scale > 0).all()) or not self.limit >= 0 or not self.centres.numel():
@@ -102,7 +112,7 @@ class Region(ABC):
 
 
 class Box(Region):
-    """Inside where every coordinate is: score = max over coordinates of |x - mu| / sigma."""
+    """The keys of which every coordinate is within bounds: score = max over coordinates of |x - mu| / sigma."""
 
     shape = "box"
 
@@ -111,10 +121,10 @@ class Box(Region):
 
 
 class Ellipsoid(Region):
-    """Score = root of the mean of ((x - mu) / sigma)^2 over coordinates: one coordinate cannot decide it alone.
+    """The keys near a centre: score = root of the mean of ((x - mu) / sigma)^2 over coordinates.
 
-    Its axes are those of the coordinates. A full covariance (Mahalanobis, shrunk) was worse at telling skills apart in
-    every comparison made on a few hundred keys.
+    No single coordinate can decide it. Its axes are those of the coordinates: a full covariance (Mahalanobis, shrunk) separated
+    skills worse in every comparison made on a few hundred keys.
     """
 
     shape = "ellipsoid"
@@ -131,9 +141,9 @@ class Clusters(Ellipsoid):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contrast(Ellipsoid):
-    """Score = distance from the skill's ellipsoid over the distance from the ellipsoid of everything else.
+    """The keys nearer to the skill than to the rest: score = distance from its ellipsoid over that from the others' one.
 
-    Not published: the other regions look at the skill's own keys alone, this one also at what it is to be told from.
+    Not published: the other regions are fitted on the skill's own keys alone, this one also on those of the other skills.
 
     Args:
         other_centre: Mean of the other keys.
@@ -188,7 +198,7 @@ def fit_region(
     Args:
         keys: One row per query.
         shape: "box" (published), "ellipsoid", "clusters", or "contrast".
-        others: Keys of other skills; needed for "contrast", and not looked at else.
+        others: Keys of other skills; needed for "contrast", and ignored otherwise.
         coverage: Share of the keys that alpha = 1 covers, in (0, 1]. Below 1, one outlier does not set the limit.
         alpha: The limit in units of k.
         clusters: Centres of "clusters".
@@ -202,18 +212,18 @@ def fit_region(
     if not 0 < coverage <= 1:
         raise LensUnlearnError(f"coverage={coverage} is out of range: a share of the fitted keys, in (0, 1]")
     if not alpha > 0:
-        raise LensUnlearnError(f"alpha={alpha} is out of range: above 0")
+        raise LensUnlearnError(f"alpha={alpha} is out of range: give one above 0")
     if len(keys) < FEWEST:
-        raise LensUnlearnError(f"{len(keys)} queries are too few to fit a region: at least {FEWEST}")
+        raise LensUnlearnError(f"{len(keys)} queries are too few to fit a region: give at least {FEWEST}")
     centres, sigma, floored = _spread(keys, clusters if shape == "clusters" else 1, seed)
-    told: dict[str, Any] = {}
+    other_side: dict[str, Any] = {}
     if shape == "contrast":
         if others is None or len(others) < FEWEST:
             raise LensUnlearnError(f"a contrast needs {FEWEST} queries of other skills at least: give retain queries")
-        centre, told["other_scale"], _ = _spread(others, 1, seed)
-        told["other_centre"] = centre[0]
-    region = _SHAPES[shape](centres, sigma, 1.0, 1.0, floored, **told)
-    # The smallest that covers so many: a quantile that interpolates between n - 1 gaps would cover one more.
+        centre, other_side["other_scale"], _ = _spread(others, 1, seed)
+        other_side["other_centre"] = centre[0]
+    region = _SHAPES[shape](centres, sigma, 1.0, 1.0, floored, **other_side)
+    # The smallest score that covers so many keys: a quantile that interpolates between n - 1 gaps would cover one more.
     k = float(region.score(keys).sort().values[math.ceil(coverage * len(keys) - 1e-9) - 1])
     return replace(region, limit=alpha * k, k=k)
 
@@ -221,13 +231,16 @@ def fit_region(
 def _spread(
     keys: Float[Tensor, "keys n"], clusters: int, seed: int
 ) -> tuple[Float[Tensor, "centres n"], Float[Tensor, "n"], int]:
-    """Return centres, the standard deviation about them with its floor, and how many coordinates that touched."""
+    """Return centres, the standard deviation about them with its floor, and how many coordinates were raised to that."""
     values = keys.double()
     if not bool(torch.isfinite(values).all()):
         raise LensUnlearnError("a key to fit on holds NaN or infinity")
     centres = values.mean(0, keepdim=True) if clusters == 1 else _centres(values, clusters, seed)
     nearest = centres[torch.cdist(values, centres).argmin(1)]
     sigma = ((values - nearest).square().sum(0) / (len(values) - len(centres))).sqrt()
+    # The keys of one skill leave many neurons of a ReLU layer constant, or nearly so: divided by such a sigma, any new query
+    # would be infinitely far, and by a few coordinates alone. The floor is a share of the median, so that scaling a layer
+    # changes nothing, and of the positive ones, since where half of the coordinates are constant the median of all is 0.
     positive = sigma[sigma > 1e-12 * values.abs().amax(0)]
     if len(positive) == 0:
         raise LensUnlearnError("every coordinate of the keys is constant: these queries all end in the same state")
@@ -239,12 +252,12 @@ def _centres(values: Float[Tensor, "keys n"], count: int, seed: int) -> Float[Te
     from sklearn.cluster import KMeans
 
     if not 1 <= count <= len(values) // 2:
-        raise LensUnlearnError(f"clusters={count} does not fit {len(values)} queries: at least two for each")
+        raise LensUnlearnError(f"clusters={count} does not fit {len(values)} queries: give at least two for each")
     spread = values.std(0)
     scale = torch.where(spread > 0, spread, torch.ones_like(spread))
-    found = KMeans(n_clusters=count, n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
-    found.fit((values / scale).numpy())
-    return torch.from_numpy(found.cluster_centers_).to(values) * scale
+    kmeans = KMeans(n_clusters=count, n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
+    kmeans.fit((values / scale).numpy())
+    return torch.from_numpy(kmeans.cluster_centers_).to(values) * scale
 
 
 def region_from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Region:
@@ -255,6 +268,6 @@ def region_from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     """
     if header["shape"] not in _SHAPES:
         raise LensUnlearnError(f"{header['shape']!r} is not a region this version knows: upgrade to read it")
-    told = {name: header[name] for name in ("limit", "k", "floored")}
+    numbers = {name: header[name] for name in ("limit", "k", "floored")}
     floats = {name: tensor.float() for name, tensor in tensors.items()}
-    return _SHAPES[header["shape"]](**floats, **told)
+    return _SHAPES[header["shape"]](**floats, **numbers)

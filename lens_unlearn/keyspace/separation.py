@@ -1,6 +1,6 @@
-"""How well distances tell the queries of one skill from those of others, and how their keys look in a plane.
+"""How well distances separate the queries of one skill from those of others, and how their keys lie in a plane.
 
-Used by `key_space`; nothing here knows of models or corpora.
+Knows tensors of keys and of scores, and regions; knows nothing of models, corpora or sites, which `key_space` does.
 """
 
 import math
@@ -8,13 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_unlearn.core.intervals import below, pair_sums, resamples
 from lens_unlearn.keyspace.regions import Region
 
-__all__ = ["POOLED", "Mahalanobis", "Plane", "Value", "against", "best_scale", "centre_distance", "coverage"]
+__all__ = [
+    "POOLED",
+    "Mahalanobis",
+    "Plane",
+    "Value",
+    "against",
+    "best_scale",
+    "centre_distance",
+    "cluster_agreement",
+    "coverage",
+    "document_weights",
+]
 
 POOLED = "others"
 """Stands for all other skills together."""
@@ -59,9 +72,9 @@ class Mahalanobis:
         # Never quite 0: directions in which the keys do not vary would be infinitely far.
         s = max(min(noise / (size - n * t**2), 1.0), 1e-6) if size > n * t**2 else 1.0
         spread, vectors = torch.linalg.eigh(gram)
-        kept = spread > 1e-10 * spread[-1]
-        axes = (vectors[:, kept] / spread[kept].sqrt()).T @ x
-        return cls(mean, axes, (1 - s) * spread[kept] / m + s * t, s * t)
+        varying = spread > 1e-10 * spread[-1]
+        axes = (vectors[:, varying] / spread[varying].sqrt()).T @ x
+        return cls(mean, axes, (1 - s) * spread[varying] / m + s * t, s * t)
 
     def score(self, keys: Float[Tensor, "keys n"]) -> Float[Tensor, "keys"]:
         """Return the distance of every key."""
@@ -72,14 +85,12 @@ class Mahalanobis:
 
 
 def document_weights(documents: Int[Tensor, "queries"], seed: int) -> Float[Tensor, "draws queries"]:
-    """Return how often every query is in each resample of the documents; in the first row, each is once."""
-    found, of = documents.unique(return_inverse=True)
-    drawn = torch.randint(len(found), (DRAWS, len(found)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(DRAWS, len(found), dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    if len(found) < 2:
+    """Return how often every query is in each resample of the documents; in the first row, each is there once."""
+    distinct, document_of = documents.unique(return_inverse=True)
+    counts = torch.from_numpy(resamples(len(distinct), DRAWS, np.random.default_rng(seed % 2**63)))
+    if len(distinct) < 2:
         counts.fill_(math.nan)  # one document says nothing of others
-    return torch.cat([torch.ones(1, len(of), dtype=torch.float64), counts[:, of]])
+    return torch.cat([torch.ones(1, len(document_of), dtype=torch.float64), counts[:, document_of]])
 
 
 def against(
@@ -93,13 +104,13 @@ def against(
     Over pairs of a query i of the skill and j of another: the AUC is the mean of [s_i < s_j] (ties count half), the area
     between the coverage curves is sum of log(s_j / s_i) over sum of abs(log(s_j / s_i)), and 0 where all are equal.
     """
-    own, sums = scores[skill].double(), {}
-    for other, theirs in scores.items():
+    skill_scores, sums = scores[skill].double(), {}
+    for other, other_scores in scores.items():
         if other != skill:
-            ours, theirs = own[:, None], theirs.double()[None]
-            gap = theirs.clamp_min(TINY).log() - ours.clamp_min(TINY).log()
-            parts = [((theirs - ours).sign() + 1) / 2, torch.ones_like(gap)] if measure == "auc" else [gap, gap.abs()]
-            sums[other] = torch.stack([((weights[skill] @ part) * weights[other]).sum(1) for part in parts])
+            gap = other_scores.double()[None].clamp_min(TINY).log() - skill_scores[:, None].clamp_min(TINY).log()
+            auc = measure == "auc"
+            tables = [below(skill_scores, other_scores), torch.ones_like(gap)] if auc else [gap, gap.abs()]
+            sums[other] = torch.stack([pair_sums(table, weights[skill], weights[other]) for table in tables])
     sums[POOLED] = torch.stack(list(sums.values())).sum(0)
     return {other: _estimate(*pair) for other, pair in sums.items()}
 
@@ -116,13 +127,13 @@ def coverage(scores: Float[Tensor, "queries"], scale: Float[Tensor, "scales"]) -
     return torch.searchsorted(ordered, scale.double(), right=True).double() / len(ordered)
 
 
-def best_scale(own: Float[Tensor, "queries"], others: Float[Tensor, "others"]) -> tuple[float, float]:
+def best_scale(skill: Float[Tensor, "queries"], others: Float[Tensor, "others"]) -> tuple[float, float]:
     """Return the scale at which the coverage of a skill exceeds that of others most, and by how much.
 
     The scale lies in the middle, in proportion, of those that do equally well; NaN if none covers more of the skill.
     """
-    steps = torch.cat([own, others]).double().unique()
-    gaps = coverage(own, steps) - coverage(others, steps)
+    steps = torch.cat([skill, others]).double().unique()
+    gaps = coverage(skill, steps) - coverage(others, steps)
     best = int(gaps.argmax())
     if float(gaps[best]) <= 0:
         return math.nan, 0.0
@@ -138,20 +149,20 @@ def centre_distance(a: Region, b: Region) -> float:
 def cluster_agreement(
     fit: Mapping[str, Float[Tensor, "_ n"]], held: Mapping[str, Float[Tensor, "_ n"]], seed: int
 ) -> dict[str, float]:
-    """Fit as many k-means clusters as there are skills, and compare those of the held-out keys with the skills."""
+    """Compare k-means clusters with the skills: as many clusters, fitted on one half of the keys, read on the other."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, silhouette_score
 
     keys = torch.cat(list(held.values())).double()
     skills = [i for i, part in enumerate(held.values()) for _ in part]
-    found = KMeans(len(fit), n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
-    clusters: Any = found.fit(torch.cat(list(fit.values())).double().numpy()).predict(keys.numpy())
-    apart = torch.cdist(keys, keys).fill_diagonal_(0).numpy()
-    one = len(set(clusters.tolist())) < 2
+    kmeans = KMeans(len(fit), n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
+    clusters: Any = kmeans.fit(torch.cat(list(fit.values())).double().numpy()).predict(keys.numpy())
+    distances = torch.cdist(keys, keys).fill_diagonal_(0).numpy()
+    single = len(set(clusters.tolist())) < 2
     return {
         "adjusted_rand": float(adjusted_rand_score(skills, clusters)),
-        "silhouette": math.nan if one else float(silhouette_score(apart, clusters, metric="precomputed")),
-        "silhouette_skills": float(silhouette_score(apart, skills, metric="precomputed")),
+        "silhouette": math.nan if single else float(silhouette_score(distances, clusters, metric="precomputed")),
+        "silhouette_skills": float(silhouette_score(distances, skills, metric="precomputed")),
     }
 
 
@@ -182,9 +193,9 @@ class Plane:
         """Fit the axes (and the boxes in the plane) on one half of the queries, and place the other half."""
         from sklearn.decomposition import PCA
 
-        everything = torch.cat(list(fit.values())).double()
-        found = PCA(2, random_state=seed).fit(everything.numpy())
-        axes, mean = torch.from_numpy(found.components_), everything.mean(0)
+        fitted_keys = torch.cat(list(fit.values())).double()
+        pca = PCA(2, random_state=seed).fit(fitted_keys.numpy())
+        axes, mean = torch.from_numpy(pca.components_), fitted_keys.mean(0)
 
         def place(keys: Tensor) -> Tensor:
             return (keys.double() - mean) @ axes.T
@@ -196,7 +207,7 @@ class Plane:
             for skill, box in boxes.items()
         }
         corners = {skill: _rectangle(place(keys)) for skill, keys in fit.items()}
-        x, y = (float(share) for share in found.explained_variance_ratio_)
+        x, y = (float(share) for share in pca.explained_variance_ratio_)
         return cls({skill: place(keys) for skill, keys in held.items()}, corners, shadows, (x, y))
 
 

@@ -1,6 +1,12 @@
-"""The controls: random selections with the same number of neurons in every layer, and random updates of the same size."""
+"""The controls that every result is set beside: what random changes of the same size do.
+
+Knows the kinds of intervention, and for each of them what the same at random is; knows nothing of the method that found it.
+"""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,15 +14,26 @@ from torch import Tensor
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["random_delta", "random_pruning"]
+__all__ = ["Controls", "controls_for", "random_controls", "random_delta", "random_pruning", "shuffled_controls"]
+
+Controls = Callable[..., list[Intervention]]
+"""Takes ``(model, intervention, seeds, *, fitted, refit)``: what the method was fitted to, and how to fit it to something else."""
+
+RANDOM_NEURONS = "as many random neurons of every layer"
+RANDOM_UPDATES = "random updates of the same norm"
+SHUFFLED_LABELS = "the same method fitted to shuffled labels"
+"""What reports call the controls below."""
 
 
 def random_pruning(
@@ -96,3 +113,47 @@ def _draw(site: Site, shape: tuple[int, ...], count: int, block: int, seed: int)
     flat = torch.zeros(blocks, dtype=torch.bool)
     flat[torch.randperm(blocks, generator=generator)[:count]] = True
     return flat.repeat_interleave(block).reshape(shape)
+
+
+def _random_adjust(model: Model, intervention: Adjust, seed: int) -> Intervention:
+    """Adjust random neurons, by their own means and standard deviations."""
+    drawn = random_pruning(model, like=Ablate(intervention.selection), seed=seed)
+    return replace(intervention, selection=drawn.selection, floored=0)
+
+
+AT_RANDOM: dict[type[Intervention], Callable[[Model, Any, int], Intervention]] = {
+    Ablate: lambda model, intervention, seed: random_pruning(model, like=intervention, seed=seed),
+    Adjust: _random_adjust,
+    Delta: lambda model, intervention, seed: random_delta(intervention, seed=seed),
+}
+"""For each kind of intervention that selects something, the same of as much at random."""
+
+
+def controls_for(model: Model, intervention: Intervention, seeds: Sequence[int] = range(5)) -> list[Intervention]:
+    """Return random selections of equal per-layer counts, one per seed; none for what selects nothing.
+
+    Of an `Adjust`, random neurons are adjusted by their own means and standard deviations; of a `Delta`, the controls are
+    random updates of the same norm.
+    """
+    draw = AT_RANDOM.get(type(intervention))
+    return [draw(model, intervention, seed) for seed in seeds] if draw else []
+
+
+def random_controls(model: Model, intervention: Intervention, seeds: Sequence[int], **_: Any) -> list[Intervention]:
+    """Draw the controls of a record from `controls_for`, whatever the method was fitted to."""
+    return controls_for(model, intervention, seeds)
+
+
+def shuffled_controls(
+    model: Model,
+    intervention: Intervention,
+    seeds: Sequence[int],
+    *,
+    fitted: tuple[Any, Any],
+    refit: Callable[[Any, Any], Intervention],
+) -> list[Intervention]:
+    """Fit a method again to samples whose documents were dealt to forget and retain at random; none without samples."""
+    forget, retain = fitted
+    if not (isinstance(forget, KeySample) and isinstance(retain, KeySample)):
+        return []
+    return [refit(*forget.shuffled(retain, seed)) for seed in seeds]

@@ -3,7 +3,6 @@
 Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (NAACL 2025, arXiv 2503.21730).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,51 +12,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.intervals import auc, wilson
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.abstain import REFUSAL, Abstain
 from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
+from lens_unlearn.methods.controls import SHUFFLED_LABELS, shuffled_controls
+from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site
-from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.collect import query_keys
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import check_fraction
 
-__all__ = ["auc", "key_space_detection", "query_keys"]
+__all__ = ["METHOD", "key_space_detection"]
 
-CAPACITY = 4000
 SHAPES: tuple[Shape, ...] = ("box", "ellipsoid", "clusters", "contrast")
-
-
-def query_keys(
-    model: Model,
-    corpus: Corpus,
-    sites: str | Site | Sequence[str | Site] = "mlp.post",
-    *,
-    capacity: int = CAPACITY,
-    seed: int = 0,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> KeySample:
-    """Sample the keys at the last token of each prompt of a corpus.
-
-    A corpus of plain texts is cut into prompts at random places first (`Corpus.with_prompts`).
-
-    Args:
-        model: A `TransformerBridge` or `HookedTransformer`.
-        corpus: Queries: prompts with answers, or texts.
-        sites: Where to take the keys.
-        capacity: The most queries to keep, drawn uniformly.
-        seed: Of the draw, and of the places where texts are cut.
-        batch_size: Full-length rows per forward.
-        progress: Whether to show bars.
-
-    Raises:
-        CorpusError: If nothing is long enough to make a prompt.
-    """
-    queries = (corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)).queries()
-    return collect(
-        model, queries, sites, statistic=KeySample(capacity, seed=seed), batch_size=batch_size, progress=progress
-    )
 
 
 def key_space_detection(
@@ -82,7 +51,7 @@ def key_space_detection(
     """Fit a region to the keys of the forget skill's queries, and abstain from queries inside.
 
     With `layer` and `alpha` given this is the published method, and `retain` is not looked at. What is left out is chosen
-    on held-out queries: alpha as the largest at which no more than `false_alarms` of the retain queries are withheld; then,
+    on held-out queries: alpha as the largest at which no more than `false_alarms` of the retain queries are abstained from; then,
     of single layers and of majorities among the best three, five, ... layers, those that detect most of the forget queries.
     The rates reached on these held-out queries, with intervals, are in `Abstain.rates`; having been chosen on them, they
     flatter a little.
@@ -93,7 +62,7 @@ def key_space_detection(
     Args:
         model: A `TransformerBridge` or `HookedTransformer`.
         forget: Queries of the skill to remove, or their keys (`query_keys`).
-        retain: Queries of what is to stay, or their keys; needed unless both `layer` and `alpha` are given.
+        retain: Queries of what is to be retained, or their keys; needed unless both `layer` and `alpha` are given.
         layer: One layer, several that vote, or None to choose; -1 is the last.
         alpha: The limit in units of the score that covers the fit, or None to choose.
         coverage: Share of the fitted queries that alpha = 1 covers, in (0, 1].
@@ -116,7 +85,7 @@ def key_space_detection(
         LensUnlearnError: If a layer does not exist, an argument is out of range, or there are too few queries.
     """
     sites = [Site(number, site) for number in _layers(layer, vote, int(model.cfg.n_layers))]
-    told = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    options = {"seed": seed, "batch_size": batch_size, "progress": progress}
     fixed = layer is not None and alpha is not None and region != "auto"
     budget = check_fraction(false_alarms, "false_alarms")
     if retain is None and not fixed and held_out is None:
@@ -126,7 +95,7 @@ def key_space_detection(
         raise CorpusError(f"region={region!r} needs retain queries to fit on: give retain")
 
     def keys_of(part: Corpus | KeySample) -> KeySample:
-        return part if isinstance(part, KeySample) else query_keys(model, part, sites, **told)
+        return part if isinstance(part, KeySample) else query_keys(model, part, sites, **options)
 
     keys = inside = outside = keys_of(forget)
     others = None if retain is None or (fixed and not contrasts) else keys_of(retain)
@@ -213,7 +182,7 @@ class _Scores:
             limit = _limit(self.retain[site], budget) if alpha is None else regions[site].limit
             found = float((self.forget[site] <= limit).float().mean())
             cost = 0.0 if alpha is None else float((self.retain[site] <= limit).float().mean())
-            return found - cost, auc(self.forget[site], self.retain[site])
+            return found - cost, auc(self.forget[site], self.retain[site])[0]
 
         return sorted(regions, key=quality, reverse=True)
 
@@ -230,14 +199,14 @@ class _Scores:
         return {s: region.at(best[s]) for s, region in regions.items()}
 
     def rates(self, regions: Mapping[Site, Region], vote: int) -> dict[str, Any]:
-        """State detection and false alarms with 95 % Wilson intervals."""
-        told: dict[str, Any] = {}
+        """State detection and false positive rates with 95 % Wilson intervals."""
+        rates: dict[str, Any] = {}
         for name, scores in (("detection", self.forget), ("false_alarms", self.retain)):
             fired = torch.stack([scores[s] <= regions[s].limit for s in regions]).sum(0) >= vote
             hits, n = int(fired.sum()), len(fired)
-            told[name] = [hits / n, *wilson(hits, n), n]
-        told["auc"] = {str(s): auc(self.forget[s], self.retain[s]) for s in regions}
-        return told
+            rates[name] = [hits / n, *wilson(hits, n), n]
+        rates["auc"] = {str(s): auc(self.forget[s], self.retain[s])[0] for s in regions}
+        return rates
 
 
 def _limit(retain: Float[Tensor, "queries"], budget: float) -> float:
@@ -257,19 +226,13 @@ def _of(share: float, queries: Tensor) -> int:
     return int(share * len(queries) + 1e-9)
 
 
-def auc(inside: Float[Tensor, "queries"], outside: Float[Tensor, "others"]) -> float:
-    """Return the probability that a query of the skill scores lower than another; ties count half."""
-    both = torch.cat([inside, outside]).double()
-    order = both.sort().values
-    low, high = torch.searchsorted(order, both), torch.searchsorted(order, both, right=True)
-    rank = (low + high + 1).double() / 2  # mean rank of ties, from 1
-    n, m = len(inside), len(outside)
-    return float(1 - (rank[:n].sum() - n * (n + 1) / 2) / (n * m))
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a share."""
-    share, extra = hits / n, z * z / n
-    middle = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / n + extra / (4 * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+METHOD = Method(
+    name="key-space-detection",
+    function=key_space_detection,
+    fitted_to=KeySample,
+    strength="false_alarms",
+    grid=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+    control=shuffled_controls,
+    control_words=SHUFFLED_LABELS,
+    summary="Abstains from prompts whose key lies where the keys of the forget prompts lie (Li, Sun and Weng 2025).",
+)

@@ -3,7 +3,7 @@
 Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (NAACL 2025, arXiv 2503.21730).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from torch import Tensor
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["RANKINGS", "adjust_score", "neuron_adjust"]
+__all__ = ["METHOD", "RANKINGS", "adjust_score", "neuron_adjust"]
 
 FLOOR = 1e-3
 """The smallest sigma, as a share of the median positive sigma of its layer."""
@@ -77,13 +78,13 @@ def neuron_adjust(
     Args:
         model: A `TransformerBridge` or `HookedTransformer`.
         forget: Texts of the skill to remove, or their `Moments`.
-        retain: Texts of what is to stay, or their `Moments`.
+        retain: Texts of what is to be retained, or their `Moments`.
         fraction: Share of the neurons to adjust, in [0, 1].
         rank_by: How neurons are scored.
         rule: "random" (published) or "deterministic".
         site: "mlp.pre" (in a gated MLP the gate, before its activation function), or another kind of site.
         within: Whether the fraction is of the whole model or of each layer.
-        seed: Of the random rule's coins.
+        seed: Of the random rule's draws.
         batch_size: Full-length rows per forward.
         progress: Whether to show bars.
 
@@ -99,12 +100,14 @@ def neuron_adjust(
     ):
         if given not in known:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
-    got, kept = (
+    forget_stats, retain_stats = (
         part if isinstance(part, Moments) else collect(model, part, site, batch_size=batch_size, progress=progress)
         for part in (forget, retain)
     )
-    maps, raised = _maps(got, kept, site)
-    selection = _score(maps, rank_by).top(share, within=within, among=got.mean[site].live | kept.mean[site].live)
+    maps, raised = _maps(forget_stats, retain_stats, site)
+    selection = _score(maps, rank_by).top(
+        share, within=within, among=forget_stats.mean[site].live | retain_stats.mean[site].live
+    )
     if selection.count() == 0:
         raise SelectionError(f"fraction={fraction:g} selects nothing of {selection.numel():,} neurons: raise it")
     floored = sum(int(raised[s][selection[s]].sum()) for s in selection)
@@ -120,18 +123,20 @@ def _score(maps: tuple[NeuronMap, ...], rank_by: str) -> NeuronMap:
     return RANKINGS[rank_by](*maps)
 
 
-def _maps(got: Moments, kept: Moments, kind: str) -> tuple[tuple[NeuronMap, ...], dict[Site, Tensor]]:
+def _maps(forget_stats: Moments, retain_stats: Moments, kind: str) -> tuple[tuple[NeuronMap, ...], dict[Site, Tensor]]:
     """Return mu_f, sigma_f, mu_r, sigma_r with floors, and how many of each neuron's two sigmas were raised."""
     means, stds, raised = [], [], dict[Site, Tensor]()
-    for moments in (got, kept):
+    for moments in (forget_stats, retain_stats):
         if not any(site.kind == kind for site in moments.sites):
             raise SelectionError(f"these moments have nothing of {kind}: collect at {kind}")
-    shapes = [{site: value.shape for site, value in moments.mean[kind].items()} for moments in (got, kept)]
+    shapes = [
+        {site: value.shape for site, value in moments.mean[kind].items()} for moments in (forget_stats, retain_stats)
+    ]
     if shapes[0] != shapes[1]:
         raise SelectionError(
             "the moments of the two sides differ in their layers or neurons: collect both with one model"
         )
-    for moments in (got, kept):
+    for moments in (forget_stats, retain_stats):
         floors: dict[Site, Tensor] = {}
         std = moments.std[kind]
         for site, value in std.items():
@@ -144,3 +149,18 @@ def _maps(got: Moments, kept: Moments, kind: str) -> tuple[tuple[NeuronMap, ...]
         means.append(moments.mean[kind])
         stds.append(NeuronMap(floors))
     return (means[0], stds[0], means[1], stds[1]), raised
+
+
+def _figure_score(forget: Moments, retain: Moments, **options: Any) -> NeuronMap:
+    shared = {name: value for name, value in options.items() if name in ("rank_by", "site")}
+    return adjust_score(forget, retain, **shared)
+
+
+METHOD = Method(
+    name="neuron-adjust",
+    function=neuron_adjust,
+    fitted_to=Moments,
+    score=_figure_score,
+    summary="Mirrors the neurons that tell the two corpora apart to the retain side, wherever they look like the forget side "
+    "(Li, Sun and Weng 2025).",
+)

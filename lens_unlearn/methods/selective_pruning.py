@@ -12,7 +12,8 @@ moments stay float64; BOS does not count; dead neurons are not candidates; ablat
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.methods.method import Fitted, Method
 from lens_unlearn.methods.ov_basis import ov_basis, value_offset
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site
@@ -27,7 +29,7 @@ from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["IMPORTANCES", "pruning_moments", "pruning_score", "selective_pruning"]
+__all__ = ["ATTENTION", "IMPORTANCES", "METHOD", "pruning_moments", "pruning_score", "selective_pruning"]
 
 IMPORTANCES: dict[str, Callable[[Moments], NeuronMap]] = {
     "abs": lambda moments: moments.mean_abs,
@@ -69,7 +71,7 @@ def selective_pruning(
         model: Where to look.
         forget: Texts of the skill to remove, or moments already collected (only with ``steps=1`` and ``unit`` other
             than "direction").
-        retain: Texts of what is to stay, or moments of the same sites.
+        retain: Texts of what is to be retained, or moments of the same sites.
         fraction: Share of the neurons to ablate, in [0, 1]; per site kind if several, as in
             ``{"mlp.post": 0.02, "attn.z": 0.01}``. Each kind is ranked for itself.
         importance: "abs", "freq", "rms", "std" or "sqrt".
@@ -112,12 +114,12 @@ def selective_pruning(
     chosen: Ablate | None = None
     first: Moments | None = None
     for step in range(1, steps + 1):
-        got, kept = (
+        forget_stats, retain_stats = (
             part if isinstance(part, Moments) else frame.collect(part, importance, chosen, batch_size, progress)
             for part in (forget, retain)
         )
-        first = first or kept
-        score = pruning_score(got, kept, importance=importance, eps=eps, eps_relative=eps_relative)
+        first = first or retain_stats
+        score = pruning_score(forget_stats, retain_stats, importance=importance, eps=eps, eps_relative=eps_relative)
         selection = _select(score, fractions, step / steps, within, unit, chosen)
         chosen = Ablate(selection, frame.value(replacement, first), frame.basis)
     if chosen is None:
@@ -277,3 +279,41 @@ def _check_options(
         raise LensUnlearnError(f"steps={steps} is no number of steps: at least 1")
     if unit != "neuron" and kinds != ("attn.z",):
         raise LensUnlearnError(f"unit={unit!r} is of attention: use it with site='attn.z' alone")
+
+
+_COLLECTED_WITH = ("importance", "site", "unit", "reference", "batch_size", "progress")
+
+
+def _prepare(model: Model, forget: Corpus | Moments, retain: Corpus | Moments, **options: Any) -> Fitted:
+    """Collect both sides' moments once for all fractions; in several steps each fraction collects anew, from the corpora."""
+    if options.get("steps", 1) != 1:
+        return forget, retain
+    shared = {name: value for name, value in options.items() if name in _COLLECTED_WITH}
+    forget, retain = (
+        pruning_moments(model, part, **shared) if isinstance(part, Corpus) else part for part in (forget, retain)
+    )
+    return forget, retain
+
+
+def _score(forget: Moments, retain: Moments, **options: Any) -> NeuronMap:
+    shared = {name: value for name, value in options.items() if name in ("importance", "eps", "eps_relative")}
+    return pruning_score(forget, retain, **shared)
+
+
+METHOD = Method(
+    name="selective-pruning",
+    function=selective_pruning,
+    fitted_to=Moments,
+    settings={"site": "mlp.post"},
+    prepare=_prepare,
+    costly=("steps",),
+    score=_score,
+    summary="Sets to zero the MLP neurons that matter more to the forget corpus than to the retain corpus "
+    "(Pochinkov and Schoots 2024).",
+)
+ATTENTION = replace(
+    METHOD,
+    name="selective-pruning-attention",
+    settings={"site": "attn.z"},
+    summary="Selective Pruning of attention's pre-out neurons (Pochinkov and Schoots 2024).",
+)

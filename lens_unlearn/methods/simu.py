@@ -1,8 +1,11 @@
-r"""SIMU: find the neurons that answers hang on, and train an update of their output weights that unlearns them.
+r"""SIMU: find the neurons that an answer depends on, and train an update of their output weights that unlearns it.
+
+Knows which weights of a model are trained, and in which order the parts of the method come. Knows nothing of gradients, optimizers
+or checkpoints: these are the business of `lens_unlearn.methods.training`.
 
 Agarwal, Pamnani, Hakkani-Tür, "SIMU: Selective Influence Machine Unlearning" (arXiv 2510.07822). Critical neurons of the forget
-corpus are found by attribution (`lens_unlearn.attribute`); then the rows of W_out of these neurons, and the attention's
-projections, are trained against the answers to be forgotten and for those to be kept, with a second-order optimizer:
+corpus are found by attribution (`lens_unlearn.attribute`); then the rows of W_out of these neurons, and the attention
+projections, are trained against the answers of the forget corpus and for those of the retain corpus, with a second-order optimizer:
 
     L = -L_forget + gamma L_retain        ("graddiff"; others in `lens_unlearn.methods.objectives.forget_term`)
 
@@ -12,7 +15,8 @@ paper leaves open is an option, and the defaults are said below.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,22 +25,66 @@ from torch import Tensor
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
-from lens_unlearn.evaluation.answer_losses import known
+from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
-from lens_unlearn.methods.objectives import LOSSES, refusals
-from lens_unlearn.methods.training import Training
+from lens_unlearn.methods.controls import RANDOM_UPDATES
+from lens_unlearn.methods.method import Fitted, Method
+from lens_unlearn.methods.objectives import refusals
+from lens_unlearn.methods.training import LEARNING_RATES, Training, TrainingSettings, check_choices, check_counts
 from lens_unlearn.model.host import Model, require_eval, require_float, require_model
 from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_value
 from lens_unlearn.model.sites import resolve
-from lens_unlearn.neurons.attribution import attribute, critical_mask
+from lens_unlearn.neurons.attribution import Mode, Objective, attribute, critical_mask
 from lens_unlearn.neurons.maps import NeuronMap
 
-__all__ = ["critical_neurons", "simu"]
+__all__ = ["METHOD", "AttributionSettings", "MaskSettings", "critical_neurons", "simu"]
 
-LEARNING_RATES = {"sophia": 1e-4, "adamw": 3e-4}
-KEPT_APART = 0.2
+HELD_OUT = 0.2
 """The share of the retain documents that is measured, and not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionSettings:
+    """How critical neurons are found. Every field is the argument of `simu` of its name, and explained there.
+
+    Raises:
+        LensUnlearnError: If the number of steps is out of range.
+    """
+
+    threshold: float
+    attribution_steps: int
+    objective: Objective
+    mode: Mode
+
+    def __post_init__(self) -> None:
+        """Check the number of steps; `attribute` and `critical_mask` check the others."""
+        check_counts(self, "attribution_steps")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskSettings:
+    """Which weights are trained. Every field is the argument of `simu` of its name, and explained there.
+
+    Raises:
+        LensUnlearnError: If one is unknown or out of range.
+        SelectionError: If nothing would be trained.
+    """
+
+    mask: str | NeuronMap
+    attention: str
+    rank: int
+    inner: bool
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        choices: dict[str, tuple[str, ...]] = {"attention": ("full", "lora", "none")}
+        if isinstance(self.mask, str):
+            choices["mask"] = ("dual", "forget_only", "union", "all", "none")
+        check_choices(self, choices)
+        check_counts(self, "rank")
+        if self.attention == "none" and isinstance(self.mask, str) and self.mask == "none":
+            raise SelectionError("attention='none' and mask='none' leave nothing to train")
 
 
 def simu(
@@ -75,26 +123,26 @@ def simu(
     checkpoint: str | None = None,
     progress: bool = True,
 ) -> Delta:
-    """Train a removable update that forgets the answers of one corpus and keeps those of another.
+    """Train a removable update that unlearns the answers of one corpus and retains those of another.
 
-    A fifth of the retain documents is kept out of the loss. Every `check_every` steps, the share of answer tokens still
-    right is measured on the forget corpus and on that fifth. Which step is returned: with `unseen`, of those where the forget
-    corpus is no better known than `unseen` is, plus 5 points, the one with the largest share on the kept-out fifth, less what
-    the forget corpus falls below `unseen` (forgetting beyond what was never seen is no success); if there is none, the one
-    where the forget corpus is known least. Without `unseen`, the last.
+    A fifth of the retain documents is held out of the loss. Every `check_every` steps, accuracy (the share of answer tokens that
+    are the most probable ones) is measured on the forget corpus and on that fifth. Which step is returned: with `unseen`, of
+    those where accuracy on the forget corpus is at most that on `unseen` plus 5 points, the one with the highest held-out
+    accuracy, less what accuracy on the forget corpus is below that on `unseen` (forgetting beyond what was never seen is no
+    success); if there is none, the one with the lowest accuracy on the forget corpus. Without `unseen`, the last.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode. Its parameters are never written, and get no
             gradients.
         forget: Prompts with the answers to forget. Given a `Delta`, it is returned at `strength`.
-        retain: Prompts with answers to keep, or texts; not used by "gradient_ascent".
+        retain: Prompts with answers to retain, or texts; not used by "gradient_ascent".
         threshold: Share of a layer's largest attribution above which a neuron is critical.
         attribution_steps: As `steps` in `attribute`; the other settings of attribution are `objective` and `mode`.
         objective: What is attributed.
         mode: How it is attributed.
         mask: "dual" (critical for forget), "forget_only", "union"; "all" neurons, "none"; or a boolean map at `mlp.post`, such
             as a random one.
-        attention: Whether W_Q, W_K, W_V and W_O are trained: "full", as products of `rank` ("lora"), or not.
+        attention: Whether W_Q, W_K, W_V and W_O are trained: "full", as products of `rank` ("lora"), or not ("none").
         rank: Of "lora".
         inner: Whether the critical columns of W_in (and W_gate) are trained too; in the paper they are not.
         loss: See `lens_unlearn.methods.objectives.forget_term`.
@@ -118,7 +166,7 @@ def simu(
         check_every: Steps between measurements.
         strength: Of the delta that is returned; see `Delta.at`.
         seed: Of the order of rows, the labels drawn, and the start of "lora".
-        checkpoint: A file to go on from, written every `check_every` steps; the result is the same as without interruption.
+        checkpoint: A file to resume from, written every `check_every` steps; the result is the same as without interruption.
         progress: Whether to show bars.
 
     Returns:
@@ -134,90 +182,146 @@ def simu(
     """
     if isinstance(forget, Delta):
         return forget.at(strength)
-    given = {
-        k: v for k, v in locals().items() if k not in ("model", "forget", "retain", "unseen", "checkpoint", "progress")
-    }
-    options = given | {"lr": LEARNING_RATES.get(optimizer) if lr is None else lr}
-    _check(model, forget, retain, options)
-    alone = retain is None or loss == "gradient_ascent"
-    kept, apart = (None, None) if alone or retain is None else retain.split(1 - KEPT_APART, KEPT_APART, seed=seed)
-    told: dict[str, Any] = {"steps": attribution_steps, "objective": objective, "mode": mode}
-    told |= {"batch_size": batch_size, "progress": progress}
-    chosen = mask if isinstance(mask, NeuronMap) else critical_neurons(model, forget, kept, mask, threshold, **told)
-    updates, trained = _begin(model, chosen, options)
-    right, highest = None, 0.9 * math.log(int(model.cfg.d_vocab))
-    if unseen is not None:
-        right, highest = known(model, unseen, batch_size)
+    _check_inputs(model, forget, retain, loss)
+    attribution = AttributionSettings(
+        threshold=threshold, attribution_steps=attribution_steps, objective=objective, mode=mode
+    )
+    masking = MaskSettings(mask=mask, attention=attention, rank=rank, inner=inner)
+    settings = TrainingSettings(
+        loss=loss,
+        forget_weight=forget_weight,
+        retain_weight=retain_weight,
+        beta=beta,
+        refusal=refusal,
+        floor=floor,
+        optimizer=optimizer,
+        lr=LEARNING_RATES.get(optimizer, math.nan) if lr is None else lr,
+        rho=rho,
+        weight_decay=weight_decay,
+        curvature=curvature,
+        curvature_every=curvature_every,
+        max_norm=max_norm,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        check_every=check_every,
+        seed=seed,
+    )
+    trained_on, held_out = _split(retain, settings)
+    critical = mask
+    if not isinstance(critical, NeuronMap):
+        critical = critical_neurons(
+            model, forget, trained_on, critical, attribution, batch_size=batch_size, progress=progress
+        )
+    updates = dict([*_mlp_updates(model, critical, inner), *_attention_updates(model, masking, seed)])
+    unseen_accuracy, default_floor = _unseen(model, unseen, batch_size)
     training = Training(
         model,
         refusals(forget, model, refusal) if loss == "po" else forget,
-        kept,
-        {"forget": forget} | ({} if apart is None else {"retain": apart}),
+        trained_on,
+        {"forget": forget} | ({} if held_out is None else {"retain": held_out}),
         Delta(updates),
-        trained,
-        options,
-        highest if floor is None else floor,
-        right,
+        [tensor for update in updates.values() for tensor in (update.value, update.right) if tensor is not None],
+        settings,
+        default_floor if floor is None else floor,
+        unseen_accuracy,
+        vars(attribution) | vars(masking) | {"strength": strength},
     )
     training.go(checkpoint, progress)
-    counts = {str(site): int(value.sum()) for site, value in chosen.items()} if chosen is not None else {}
+    counts = {} if critical is None else {str(site): int(selected.sum()) for site, selected in critical.items()}
     record = training.record() | {"critical": counts}
     return Delta({matrix: update.detach() for matrix, update in updates.items()}, strength, record)
 
 
+def _split(retain: Corpus | None, settings: TrainingSettings) -> tuple[Corpus | None, Corpus | None]:
+    """Return the retain documents that are trained on, and those held out of the loss."""
+    if retain is None or settings.loss == "gradient_ascent":
+        return None, None
+    trained_on, held_out = retain.split(1 - HELD_OUT, HELD_OUT, seed=settings.seed)
+    return trained_on, held_out
+
+
+def _unseen(model: Model, unseen: Corpus | None, batch_size: int) -> tuple[float | None, float]:
+    """Return accuracy and loss (in nats per token) on what a model never saw; if there is none, None and nearly that of chance."""
+    if unseen is None:
+        return None, 0.9 * math.log(int(model.cfg.d_vocab))
+    return accuracy(model, unseen, batch_size)
+
+
 def critical_neurons(
-    model: Model, forget: Corpus, retain: Corpus | None, mask: str, threshold: float, **told: Any
+    model: Model,
+    forget: Corpus,
+    retain: Corpus | None,
+    mask: str,
+    settings: AttributionSettings,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
 ) -> NeuronMap | None:
     """Select the neurons to train: by attribution, or all of them; None for none."""
     if mask == "none":
         return None
     if mask == "all":
-        return NeuronMap({s: torch.ones(p.shape, dtype=torch.bool) for s, p in resolve(model, "mlp.post").items()})
-    got = attribute(model, forget, "mlp.post", **told)
+        points = resolve(model, "mlp.post")
+        return NeuronMap({site: torch.ones(point.shape, dtype=torch.bool) for site, point in points.items()})
+
+    def attribution(corpus: Corpus) -> NeuronMap:
+        return attribute(
+            model,
+            corpus,
+            "mlp.post",
+            steps=settings.attribution_steps,
+            objective=settings.objective,
+            mode=settings.mode,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    forget_attribution = attribution(forget)
     if mask == "dual":  # the retain corpus does not matter then
-        return critical_mask(got, got, threshold)
+        return critical_mask(forget_attribution, forget_attribution, settings.threshold)
     if retain is None:
         raise LensUnlearnError(f"mask={mask!r} compares with a retain corpus, and there is none: take 'dual'")
-    return critical_mask(got, attribute(model, retain, "mlp.post", **told), threshold, kind=mask)  # type: ignore[arg-type]
+    return critical_mask(forget_attribution, attribution(retain), settings.threshold, kind=mask)  # type: ignore[arg-type]
 
 
-def _begin(
-    model: Model, chosen: NeuronMap | None, options: Mapping[str, Any]
-) -> tuple[dict[Matrix, Update], list[Tensor]]:
-    """Make updates that change nothing yet, and list the tensors that are trained."""
-    updates: dict[Matrix, Update] = {}
-    trained: list[Tensor] = []
-
-    def leaf(start: Tensor, like: Tensor) -> Tensor:
-        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        trained.append(start.to(device=like.device, dtype=dtype).requires_grad_())
-        return trained[-1]
-
-    for site, value in (chosen or {}).items():
-        index = value.nonzero()[:, 0]
+def _mlp_updates(model: Model, critical: NeuronMap | None, inner: bool) -> Iterator[tuple[Matrix, Update]]:
+    """Make updates of critical neurons, zero as yet: their rows of W_out, and their columns of W_in and W_gate if `inner`."""
+    for site, selected in (critical or {}).items():
+        index = selected.nonzero()[:, 0]
         if len(index) == 0:
             continue
         weights = matrix_value(model, site.layer, "W_out")
-        updates[Matrix(site.layer, "W_out")] = Update(leaf(torch.zeros(len(index), weights.shape[1]), weights), index)
-        for name in matrix_names(model, site.layer) if options["inner"] else ():
+        yield Matrix(site.layer, "W_out"), Update(_leaf(torch.zeros(len(index), weights.shape[1]), weights), index)
+        for name in matrix_names(model, site.layer) if inner else ():
             if name in ("W_in", "W_gate"):
                 rows = matrix_value(model, site.layer, name).shape[0]
-                updates[Matrix(site.layer, name)] = Update(leaf(torch.zeros(rows, len(index)), weights), columns=index)
-    for layer in range(int(model.cfg.n_layers)) if options["attention"] != "none" else ():
+                yield Matrix(site.layer, name), Update(_leaf(torch.zeros(rows, len(index)), weights), columns=index)
+
+
+def _attention_updates(model: Model, settings: MaskSettings, seed: int) -> Iterator[tuple[Matrix, Update]]:
+    """Make updates of the attention projections, zero as yet: whole, or products of a random and a zero matrix."""
+    for layer in range(int(model.cfg.n_layers)) if settings.attention != "none" else ():
         for name in ("W_Q", "W_K", "W_V", "W_O"):
             weights = matrix_value(model, layer, name)
             rows, columns = weights.shape
-            if options["attention"] == "full":
-                updates[Matrix(layer, name)] = Update(leaf(torch.zeros(rows, columns), weights))
+            if settings.attention == "full":
+                yield Matrix(layer, name), Update(_leaf(torch.zeros(rows, columns), weights))
                 continue
-            generator = torch.Generator().manual_seed(key_of("lora", options["seed"], layer, name) % 2**63)
-            start = torch.randn(rows, options["rank"], generator=generator) / math.sqrt(rows)
-            thin = leaf(start, weights)
-            updates[Matrix(layer, name)] = Update(thin, right=leaf(torch.zeros(options["rank"], columns), weights))
-    return updates, trained
+            # Of a product of two zero matrices both gradients are zero: one of them has to start at random.
+            generator = torch.Generator().manual_seed(key_of("lora", seed, layer, name) % 2**63)
+            start = torch.randn(rows, settings.rank, generator=generator) / math.sqrt(rows)
+            right = _leaf(torch.zeros(settings.rank, columns), weights)
+            yield Matrix(layer, name), Update(_leaf(start, weights), right=right)
 
 
-def _check(model: Model, forget: Corpus, retain: Corpus | None, options: Mapping[str, Any]) -> None:
+def _leaf(start: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor to be trained, on the device of some weights; float32 also for those of half precision."""
+    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+    return start.to(device=like.device, dtype=dtype).requires_grad_()
+
+
+def _check_inputs(model: Model, forget: Corpus, retain: Corpus | None, loss: str) -> None:
     require_model(model)
     require_eval(model)
     require_float(model)
@@ -226,25 +330,27 @@ def _check(model: Model, forget: Corpus, retain: Corpus | None, options: Mapping
         raise CorpusError(f"{forget.name} has no answers to forget: read it as 'question>answer'")
     if retain is not None:
         retain.check(model)
-    elif options["loss"] != "gradient_ascent":
-        raise CorpusError(f"loss={options['loss']!r} needs a retain corpus: only 'gradient_ascent' goes without")
-    choices: dict[str, tuple[str, ...]] = {
-        "attention": ("full", "lora", "none"),
-        "loss": LOSSES,
-        "optimizer": tuple(LEARNING_RATES),
-        "curvature": ("gnb", "hutchinson"),
-    }
-    if isinstance(options["mask"], str):
-        choices["mask"] = ("dual", "forget_only", "union", "all", "none")
-    for name, known_ones in choices.items():
-        if options[name] not in known_ones:
-            raise LensUnlearnError(f"{name}={options[name]!r} is not known: choose from {', '.join(known_ones)}")
-    for name in ("steps", "batch_size", "accumulation", "check_every", "curvature_every", "rank", "attribution_steps"):
-        if not isinstance(options[name], int) or options[name] < 1:
-            raise LensUnlearnError(f"{name}={options[name]!r} is no number of anything: a whole number, at least 1")
-    if not options["lr"] > 0 or options["weight_decay"] < 0:
-        raise LensUnlearnError(
-            f"lr={options['lr']} and weight_decay={options['weight_decay']}: above 0, and at least 0"
-        )
-    if options["attention"] == "none" and isinstance(options["mask"], str) and options["mask"] == "none":
-        raise SelectionError("attention='none' and mask='none' leave nothing to train")
+    elif loss != "gradient_ascent":
+        raise CorpusError(f"loss={loss!r} needs a retain corpus: only 'gradient_ascent' goes without")
+
+
+def _prepare(model: Model, forget: Corpus | Delta, retain: Corpus | None, **options: Any) -> Fitted:
+    """Train once for all strengths: the update at a strength is the same update, scaled."""
+    if isinstance(forget, Delta):
+        return forget, retain
+    return simu(model, forget, retain, **{name: value for name, value in options.items() if name != "strength"}), None
+
+
+METHOD = Method(
+    name="simu",
+    function=simu,
+    fitted_to=Corpus,
+    strength="strength",
+    grid=(0.1, 0.25, 0.5, 0.75, 1.0),
+    prepare=_prepare,
+    control_words=RANDOM_UPDATES,
+    unlearns_answers=True,
+    trains=True,
+    summary="Trains a removable update of critical neurons and attention that forgets the answers of one corpus and keeps "
+    "those of another (Agarwal, Pamnani and Hakkani-Tür 2025).",
+)

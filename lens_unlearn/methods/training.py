@@ -1,4 +1,8 @@
-"""`Training`: one optimization of an update, step by step, with measurements on the way, a choice of step, and checkpoints."""
+"""`Training`: one optimization of an update, step by step, with measurements on the way, a choice of step, and checkpoints.
+
+Knows the objective, the optimizers and the tensors that are trained. Knows nothing of neurons or of how the tensors were
+selected, and never writes a parameter of the model.
+"""
 
 import hashlib
 import json
@@ -16,41 +20,100 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import key_of
-from lens_unlearn.core.errors import ArtefactError
-from lens_unlearn.corpora.corpus import Corpus
-from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, known, read_answers, rows_at
+from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Batch, Corpus
+from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, read_answers, rows_at
+from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
-from lens_unlearn.methods.objectives import clip_norm, curvature_of, forget_term
+from lens_unlearn.methods.objectives import LOSSES, clip_norm, curvature_of, forget_term
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import fingerprint
 
-__all__ = ["Training"]
+__all__ = ["LEARNING_RATES", "Training", "TrainingSettings", "check_choices", "check_counts"]
 
-KEPT: dict[str, Any] = {"step": int, "trajectory": list, "checks": list, "best_check": dict, "stopped": str | None}
-"""What a checkpoint keeps besides tensors."""
+LEARNING_RATES = {"sophia": 1e-4, "adamw": 3e-4}
+"""The optimizers, each with its default learning rate."""
+STATE: dict[str, Any] = {"step": int, "trajectory": list, "checks": list, "best_check": dict, "stopped": str | None}
+"""What a checkpoint holds besides tensors and settings."""
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
-NEAR = 0.05
-"""Forgotten is what is known no better than what was never seen, plus this share of answer tokens."""
+MARGIN = 0.05
+"""Forgotten means: accuracy at most that on what the model never saw, plus this share of answer tokens."""
+
+
+def check_choices(settings: object, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a setting that is not one of its choices, by a `LensUnlearnError`."""
+    for name, allowed in choices.items():
+        value = getattr(settings, name)
+        if value not in allowed:
+            raise LensUnlearnError(f"{name}={value!r} is not known: choose from {', '.join(allowed)}")
+
+
+def check_counts(settings: object, *names: str) -> None:
+    """Refuse a setting that is no whole number of at least 1, by a `LensUnlearnError`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise LensUnlearnError(f"{name}={value!r} is no number of anything: a whole number, at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How an update is trained. Every field is the argument of `simu` of its name, and explained there.
+
+    Raises:
+        LensUnlearnError: If one is unknown or out of range.
+    """
+
+    loss: str
+    forget_weight: float
+    retain_weight: float
+    beta: float
+    refusal: str
+    floor: float | None
+    """As given; `Training.floor` is the number that it comes to."""
+    optimizer: str
+    lr: float
+    rho: float
+    weight_decay: float
+    curvature: str
+    curvature_every: int
+    max_norm: float | None
+    steps: int
+    batch_size: int
+    accumulation: int
+    check_every: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        choices = {"loss": LOSSES, "optimizer": tuple(LEARNING_RATES), "curvature": ("gnb", "hutchinson")}
+        check_choices(self, choices)
+        check_counts(self, "steps", "batch_size", "accumulation", "check_every", "curvature_every")
+        if not self.lr > 0 or self.weight_decay < 0:
+            raise LensUnlearnError(f"lr={self.lr} and weight_decay={self.weight_decay}: above 0, and at least 0")
 
 
 @dataclass
 class Training:
-    """The state of a training; `options` are those of `simu`."""
+    """The state of a training."""
 
     model: Model
     forget: Corpus
-    """What the forget term is taken on: the answers, or for "po" the refusals."""
+    """What the forget term is computed on: the answers, or for "po" the refusals."""
     retain: Corpus | None
     measured: dict[str, Corpus]
-    """What is measured on the way: "forget", and "retain" if any was kept out of the loss."""
+    """What accuracy is measured on: "forget", and "retain" if some documents were held out of the loss."""
     delta: Delta
     trained: list[Tensor]
-    options: Mapping[str, Any]
+    settings: TrainingSettings
     floor: float
+    """In nats per answer token."""
     unseen: float | None
-    """The share of answer tokens that the model gets right of what it never saw."""
+    """The model's accuracy on what it never saw, as a share of answer tokens."""
+    other_settings: Mapping[str, Any] = field(default_factory=dict)
+    """How the trained tensors were selected: recorded, and compared with a checkpoint's."""
     step: int = 0
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -59,146 +122,176 @@ class Training:
     """The trained tensors before the last update."""
 
     def __post_init__(self) -> None:
-        """Make the optimizer, and remember the start."""
-        o = self.options
+        """Make the optimizer."""
+        lr, weight_decay = self.settings.lr, self.settings.weight_decay
         self.sophia = self.adamw = None
-        if o["optimizer"] == "sophia":
-            self.sophia = Sophia(self.trained, lr=o["lr"], rho=o["rho"], weight_decay=o["weight_decay"])
+        if self.settings.optimizer == "sophia":
+            self.sophia = Sophia(self.trained, lr=lr, rho=self.settings.rho, weight_decay=weight_decay)
         else:
-            self.adamw = torch.optim.AdamW(self.trained, lr=o["lr"], weight_decay=o["weight_decay"])
+            self.adamw = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay)
         self.best: list[Tensor] | None = None
         self.best_check: dict[str, Any] = {}
+        self.reference_losses: Tensor | None = None
+        """Of NPO: each forget row's loss under the reference model, which is the unedited one."""
 
     def go(self, checkpoint: str | os.PathLike[str] | None, progress: bool) -> None:
         """Train to the end, from the checkpoint if there is one; the trained tensors end as those of the step chosen."""
-        o = self.options
+        steps, check_every = self.settings.steps, self.settings.check_every
         if checkpoint is not None:
             self._resume(checkpoint)
+        if self.settings.loss == "npo":
+            # Here, where the delta is off: in its block, a resumed training would take the half-trained model for the reference.
+            self.reference_losses = self._row_losses()
         if not self.checks:
             self._check()
-        with tqdm(total=o["steps"], initial=self.step, disable=not progress, desc="simu", unit=" steps") as bar:
-            while self.step < o["steps"] and self.stopped is None:
+        with tqdm(total=steps, initial=self.step, disable=not progress, desc="simu", unit=" steps") as bar:
+            while self.step < steps and self.stopped is None:
                 self._step()
                 bar.update(1)
-                if self.stopped or self.step % o["check_every"] == 0 or self.step == o["steps"]:
-                    found = self._check()
-                    bar.set_postfix({name: f"{found[name]:.2f}" for name in self.measured})
+                if self.stopped or self.step % check_every == 0 or self.step == steps:
+                    check = self._check()
+                    bar.set_postfix({name: f"{check[name]:.2f}" for name in self.measured})
                     if checkpoint is not None:
                         self._save(checkpoint)
         if self.best is not None:
             _write(self.trained, self.best)
 
+    # --- one step ---
+
     def _step(self) -> None:
-        o = self.options
+        """Make one update, or stop where something is NaN or infinite."""
+        losses = {"forget": 0.0, "retain": 0.0}
         with self.delta.on(self.model):
-            total: list[Tensor] | None = None
-            told = {"forget": 0.0, "retain": 0.0}
-            for part in range(o["accumulation"]):
-                value, found = self._objective(self.step * o["accumulation"] + part, told)
-                got = gradients_of(value / o["accumulation"], self.trained)
-                total = got if total is None else [a + b for a, b in zip(total, got, strict=True)]
-            assert total is not None
-            bad = [f"the {name} loss" for name, loss in told.items() if not math.isfinite(loss)]
-            if not bad and not all(bool(torch.isfinite(g).all()) for g in total):
-                bad = ["a gradient"]
-            if bad:  # the last update brought a broken loss; where only a gradient is, the update is still good
-                self._stop(" and ".join(bad), back=bad != ["a gradient"])
+            gradients = self._gradients(losses)
+            broken = [f"the {name} loss" for name, loss in losses.items() if not math.isfinite(loss)]
+            if broken:
+                self._stop(" and ".join(broken), back=True)
                 return
-            if self.sophia is not None and self.step % o["curvature_every"] == 0:
-                generator = torch.Generator().manual_seed(key_of("labels", o["seed"], self.step) % 2**63)
-                found = self._objective(self.step * o["accumulation"], {})[1]
-                self.sophia.curve(curvature_of(o["curvature"], found, self.trained, generator))
+            if not _all_finite(gradients):  # the losses are sound, and so is the last update
+                self._stop("a gradient", back=False)
+                return
+            if self.sophia is not None and self.step % self.settings.curvature_every == 0:
+                self._estimate_curvature(self.sophia)
         self.previous = [tensor.detach().clone() for tensor in self.trained]
-        steps = list(clip_norm(total, o["max_norm"]))
-        if self.sophia is not None:
-            self.sophia.step(steps)
-        elif self.adamw is not None:
-            for tensor, gradient in zip(self.trained, steps, strict=True):
-                tensor.grad = gradient
-            self.adamw.step()
-            self.adamw.zero_grad(set_to_none=True)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trained):
+        self._update(clip_norm(gradients, self.settings.max_norm))
+        if not _all_finite(self.trained):
             self._stop("the update", back=True)
             return
         self.step += 1
-        entry = {"step": self.step, **told}
+        entry = {"step": self.step, **losses}
         self.trajectory.append(entry if self.sophia is None else {**entry, "clipped": self.sophia.clipped})
 
-    def _stop(self, what: str, *, back: bool) -> None:
+    def _stop(self, broken: str, *, back: bool) -> None:
         """End the training at something broken, with the update before the last one if the last one brought it."""
-        self.stopped = f"{what} became NaN or infinite at step {self.step + 1}"
+        self.stopped = f"{broken} became NaN or infinite at step {self.step + 1}"
         if back and self.previous:
             _write(self.trained, self.previous)
-        warnings.warn(f"{self.stopped}: the last delta without is returned", RuntimeWarning, stacklevel=6)
+        warnings.warn(f"{self.stopped}: the last delta without is returned", RuntimeWarning, stacklevel=5)
 
-    def _objective(self, place: int, told: dict[str, float]) -> tuple[Tensor, list[Answers]]:
-        """Return what is minimized at the rows of a place in the order, and note both losses."""
-        o = self.options
-        batch = rows_at(self.forget, place, o["batch_size"], o["seed"])
-        before: Tensor | None = None
-        if o["loss"] == "npo":
-            before = self.before[batch.rows]
-        found = [read_answers(self.model, batch)]
-        value = o["forget_weight"] * forget_term(o["loss"], found[0], floor=self.floor, beta=o["beta"], before=before)
-        told["forget"] = told.get("forget", 0.0) + found[0].loss.item() / o["accumulation"]
-        if self.retain is not None:
-            found.append(read_answers(self.model, rows_at(self.retain, place, o["batch_size"], o["seed"])))
-            value = value + o["retain_weight"] * found[1].loss
-            told["retain"] = told.get("retain", 0.0) + found[1].loss.item() / o["accumulation"]
-        return value, found
+    def _gradients(self, losses: dict[str, float]) -> list[Tensor]:
+        """Return the gradients of the objective over the batches of a step, and add their mean losses to `losses`."""
+        accumulation = self.settings.accumulation
+        total: list[Tensor] = []
+        for part in range(accumulation):
+            batches = self._batches(self.step * accumulation + part)
+            answers = [read_answers(self.model, batch) for batch in batches]
+            objective = self._objective(answers, batches[0].rows)
+            for name, corpus_answers in zip(("forget", "retain"), answers):
+                losses[name] += corpus_answers.loss.item() / accumulation
+            gradients = gradients_of(objective / accumulation, self.trained)
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
+        return total
 
-    @property
-    def before(self) -> Float[Tensor, "rows"]:
-        """Each forget row's loss under the unedited model: the same model, with the delta off."""
-        if not hasattr(self, "_before"):
-            self._before = torch.zeros(self.forget.n_rows)
-            with self.delta.at(0).on(self.model), torch.no_grad():
-                for batch in self.forget.batches(self.options["batch_size"]):
-                    self._before[batch.rows] = read_answers(self.model, batch).per_row()[0].float().cpu()
-        return self._before.to(self.trained[0].device)
+    def _batches(self, place: int) -> list[Batch]:
+        """Return the forget rows and, unless there are none, the retain rows at a place in their order."""
+        corpora = [self.forget] if self.retain is None else [self.forget, self.retain]
+        return [rows_at(corpus, place, self.settings.batch_size, self.settings.seed) for corpus in corpora]
+
+    def _objective(self, answers: list[Answers], forget_rows: Tensor) -> Float[Tensor, ""]:
+        """Return what is minimized: the weighted forget term and, unless there are no retain rows, their loss."""
+        settings = self.settings
+        before = None if self.reference_losses is None else self.reference_losses[forget_rows]
+        term = forget_term(settings.loss, answers[0], floor=self.floor, beta=settings.beta, before=before)
+        objective = settings.forget_weight * term
+        for retain_answers in answers[1:]:
+            objective = objective + settings.retain_weight * retain_answers.loss
+        return objective
+
+    def _row_losses(self) -> Float[Tensor, "rows"]:
+        """Return each forget row's loss under the model as it is; outside of the delta's block, under the unedited one."""
+        losses = torch.zeros(self.forget.n_rows)
+        with torch.no_grad():
+            for batch in self.forget.batches(self.settings.batch_size):
+                losses[batch.rows] = read_answers(self.model, batch).per_row()[0].float().cpu()
+        return losses.to(self.trained[0].device)
+
+    def _estimate_curvature(self, sophia: Sophia) -> None:
+        """Give Sophia an estimate over the first forget and retain rows of the step."""
+        generator = torch.Generator().manual_seed(key_of("labels", self.settings.seed, self.step) % 2**63)
+        batches = self._batches(self.step * self.settings.accumulation)
+        answers = [read_answers(self.model, batch) for batch in batches]
+        sophia.curve(curvature_of(self.settings.curvature, answers, self.trained, generator))
+
+    def _update(self, gradients: list[Tensor]) -> None:
+        if self.sophia is not None:
+            self.sophia.step(gradients)
+        elif self.adamw is not None:
+            for tensor, gradient in zip(self.trained, gradients, strict=True):
+                tensor.grad = gradient
+            self.adamw.step()
+            self.adamw.zero_grad(set_to_none=True)
+
+    # --- measurements, and the choice of step ---
 
     def _check(self) -> dict[str, Any]:
-        """Measure, and keep the update if it is the best so far."""
-        entry: dict[str, Any] = {"step": self.step}
+        """Measure accuracy, and hold on to the update if it is the best so far."""
+        check: dict[str, Any] = {"step": self.step}
         with self.delta.on(self.model):
             for name, corpus in self.measured.items():
-                entry[name] = known(self.model, corpus, self.options["batch_size"])[0]
-        self.checks.append(entry)
-        if self.unseen is None or self._rank(entry) > self._rank(self.best_check):
-            self.best_check = entry
+                check[name] = accuracy(self.model, corpus, self.settings.batch_size)[0]
+        self.checks.append(check)
+        if self.unseen is None or self._rank(check) > self._rank(self.best_check):
+            self.best_check = check
             self.best = [tensor.detach().clone() for tensor in self.trained]
-        return entry
+        return check
 
     @property
     def aim(self) -> float | None:
-        """The share of the forget corpus' answer tokens at or below which it counts as forgotten."""
-        return None if self.unseen is None else self.unseen + NEAR
+        """The accuracy on the forget corpus at or below which it counts as forgotten."""
+        return None if self.unseen is None else self.unseen + MARGIN
 
-    def _rank(self, entry: dict[str, Any]) -> tuple[float, float]:
-        """Order measurements: forgotten before not; then by what is kept, less what is forgotten beyond the never seen.
+    def _rank(self, check: dict[str, Any]) -> tuple[float, float]:
+        """Order measurements, best last: forgotten ones by held-out retain accuracy, less what was forgotten beyond `unseen`.
 
-        Of those not forgotten, by how little is left.
+        All others come before these, by falling accuracy on the forget corpus.
         """
-        if not entry:
+        # The model should end like one that never saw the forget corpus. A lower accuracy than that gives the corpus away too
+        # (the model avoids what it memorized), so each point below costs as much as a point of retain accuracy. That is
+        # measured on documents held out of the loss: those in it are learned ever better, whatever happens to the others.
+        if not check:
             return (-math.inf, 0.0)
         assert self.unseen is not None
-        if entry["forget"] <= self.unseen + NEAR:
-            return (1.0, entry.get("retain", 0.0) - max(0.0, self.unseen - entry["forget"]))
-        return (-entry["forget"], 0.0)
+        if check["forget"] <= self.unseen + MARGIN:
+            return (1.0, check.get("retain", 0.0) - max(0.0, self.unseen - check["forget"]))
+        return (-check["forget"], 0.0)
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings of the training and the others, by name."""
+        return {**self.other_settings, **vars(self.settings)}
 
     def record(self) -> dict[str, Any]:
         """Return what a delta keeps of its training."""
-        size = sum(tensor.numel() for tensor in self.trained)
-        whole = sum(parameter.numel() for parameter in self.model.parameters())
-        moments = 2 * size
+        n_trained = sum(tensor.numel() for tensor in self.trained)
+        n_model = sum(parameter.numel() for parameter in self.model.parameters())
+        settings = self.all_settings.items()
+        n_state = 2 * n_trained  # m and h of Sophia, or both moments of AdamW
         return {
-            "settings": {k: v if isinstance(v, int | float | str | None) else repr(v) for k, v in self.options.items()},
-            "forget": {"name": self.measured["forget"].name, "fingerprint": self.measured["forget"].fingerprint},
-            "retain": None
-            if self.retain is None
-            else {"name": self.retain.name, "fingerprint": self.retain.fingerprint},
-            "trained": size,
-            "optimizer_state": {"numbers": moments, "share_of_full": size / whole},
+            "settings": {k: v if isinstance(v, int | float | str | None) else repr(v) for k, v in settings},
+            "forget": _source(self.measured["forget"]),
+            "retain": None if self.retain is None else _source(self.retain),
+            "trained": n_trained,
+            "optimizer_state": {"numbers": n_state, "share_of_full": n_trained / n_model},
             "floor": self.floor,
             "unseen": self.unseen,
             "aim": self.aim,
@@ -210,17 +303,25 @@ class Training:
         }
 
     # --- checkpoints ---
+    # The rows and the drawn labels of a step depend on its number and the seed alone, so a file needs no random state: with the
+    # trained tensors, the optimizer's state and the measurements, a resumed training is the uninterrupted one, bit for bit.
+    # `best` is in it, since the step chosen may lie before the file was written, and `previous`, since the first step after
+    # resuming may find that the last update broke the loss.
 
     def _settings(self) -> dict[str, Any]:
+        """Return all that must be the same for a checkpoint to be of this training.
+
+        Every setting but the number of steps, so that a finished training can be prolonged.
+        """
+        settings = {name: repr(value) for name, value in self.all_settings.items() if name != "steps"}
         corpora = {name: corpus.fingerprint for name, corpus in self.measured.items()}
-        kept = self.retain.fingerprint if self.retain is not None else None
-        told = {k: repr(v) for k, v in self.options.items() if k != "steps"}
+        trained_on = self.retain.fingerprint if self.retain is not None else None
         updates = [
-            f"{matrix} {sorted(update.tensors())} {tuple(update.value.shape)} {_places(update)}"
+            f"{matrix} {sorted(update.tensors())} {tuple(update.value.shape)} {_indices_hash(update)}"
             for matrix, update in self.delta.updates.items()
         ]
-        own = {"model": fingerprint(self.model), "corpora": {**corpora, "trained on": kept}, "updates": updates}
-        return {**told, **own, "floor": self.floor, "unseen": self.unseen}
+        context = {"model": fingerprint(self.model), "corpora": {**corpora, "trained on": trained_on}}
+        return {**settings, **context, "updates": updates, "floor": self.floor, "unseen": self.unseen}
 
     def _save(self, path: str | os.PathLike[str]) -> None:
         tensors = {f"trained/{i}": tensor.detach().clone() for i, tensor in enumerate(self.trained)}
@@ -231,10 +332,11 @@ class Training:
         elif self.adamw is not None:
             for i, tensor in enumerate(self.trained):
                 tensors |= {f"optimizer/{i}/{name}": value for name, value in self.adamw.state[tensor].items()}
-        header = {"settings": self._settings(), "state": json.dumps({name: getattr(self, name) for name in KEPT})}
+        header = {"settings": self._settings(), "state": json.dumps({name: getattr(self, name) for name in STATE})}
         artefacts.write(path, "simu checkpoint", tensors, header)
 
     def _resume(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint, if there is one; refuse one of another training."""
         if not os.path.exists(path):
             if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
                 raise ArtefactError(f"{path} cannot be written: there is no such folder")
@@ -242,8 +344,8 @@ class Training:
         header, tensors = artefacts.read(path, "simu checkpoint")
         artefacts.require_same(path, header.get("settings"), self._settings(), "this training")
         with artefacts.usable(path, "checkpoint that can be used"):
-            state = _state(artefacts.parse(header["state"]))
-        if state["step"] > self.options["steps"]:
+            state = _checked_state(artefacts.parse(header["state"]))
+        if state["step"] > self.settings.steps:
             raise ArtefactError(
                 f"{path} is of step {state['step']} already: give it at least as many steps, or delete it"
             )
@@ -254,47 +356,59 @@ class Training:
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back the tensors that `_save` wrote."""
-        own: dict[str, dict[str, Tensor]] = {"previous": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"previous": {}, "best": {}, "optimizer": {}}
         for key, tensor in tensors.items():
+            self._check_tensor(key, tensor)
             part, _, name = key.partition("/")
-            own.setdefault(part, {})[name] = tensor
-            place = next((int(one) for one in name.split("/") if one.isdecimal()), -1)
-            like = self.trained[place]
-            if part == "optimizer" and name == f"{place}/step":
-                fits = tensor.ndim == 0 and tensor.is_floating_point()
-            else:
-                fits = tensor.shape == like.shape and tensor.dtype == like.dtype
-            if place < 0 or not fits:
-                raise ValueError(f"{key:.100} has another shape or type than what is trained")
-            if part != "optimizer" and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{key:.100} holds NaN or infinity")
-        listed = lambda part: [own[part].pop(str(i)) for i in range(len(self.trained))] if own[part] else []  # noqa: E731
-        _write(self.trained, listed("trained"))
-        self.best, self.previous = listed("best") or None, listed("previous")
-        optimizer = own.pop("optimizer")
+            parts.setdefault(part, {})[name] = tensor
+        _write(self.trained, self._take(parts["trained"]))
+        self.best, self.previous = self._take(parts["best"]) or None, self._take(parts["previous"])
+        optimizer = parts.pop("optimizer")
         if self.sophia is not None:
             self.sophia.restore(optimizer)
-            optimizer = dict.fromkeys(set(optimizer) - set(self.sophia.state()))
+            optimizer = {name: tensor for name, tensor in optimizer.items() if name not in self.sophia.state()}
         elif self.adamw is not None and optimizer:
             for i, tensor in enumerate(self.trained):
                 self.adamw.state[tensor] = {name: optimizer.pop(f"{i}/{name}") for name in ADAMW}
-        if optimizer or any(own.values()):
+        if optimizer or any(parts.values()):
             raise ValueError("something in it has no meaning to this version: upgrade to read it")
 
+    def _check_tensor(self, key: str, tensor: Tensor) -> None:
+        """Refuse, by a `ValueError`, a tensor of a file that is not like the trained tensor whose number its name holds."""
+        part, _, name = key.partition("/")
+        place = next((int(word) for word in name.split("/") if word.isdecimal()), -1)
+        like = self.trained[place]
+        if part == "optimizer" and name == f"{place}/step":
+            fits = tensor.ndim == 0 and tensor.is_floating_point()
+        else:
+            fits = tensor.shape == like.shape and tensor.dtype == like.dtype
+        if place < 0 or not fits:
+            raise ValueError(f"{key:.100} has another shape or type than what is trained")
+        if part != "optimizer" and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key:.100} holds NaN or infinity")
 
-def _places(update: Update) -> str:
-    """Tell which rows or columns are trained: as many others have the same shape."""
-    index = [part for part in (update.rows, update.columns) if part is not None]
-    return hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in index)).hexdigest()[:16]
+    def _take(self, numbered: dict[str, Tensor]) -> list[Tensor]:
+        """Take out of a part of a file one tensor for each that is trained; nothing out of one that was not written."""
+        return [numbered.pop(str(i)) for i in range(len(self.trained))] if numbered else []
 
 
-def _state(state: dict[str, Any]) -> dict[str, Any]:
+def _source(corpus: Corpus) -> dict[str, str]:
+    return {"name": corpus.name, "fingerprint": corpus.fingerprint}
+
+
+def _indices_hash(update: Update) -> str:
+    """Hash which rows or columns are trained: two masks may select as many, and look the same in words."""
+    indices = [index for index in (update.rows, update.columns) if index is not None]
+    return hashlib.sha256(b"".join(index.cpu().numpy().tobytes() for index in indices)).hexdigest()[:16]
+
+
+def _checked_state(state: dict[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint says of where a training stands, and nothing else.
 
     Raises:
         ValueError: If it is of another form.
     """
-    fits = set(state) == set(KEPT) and all(isinstance(state[name], kind) for name, kind in KEPT.items())
+    fits = set(state) == set(STATE) and all(isinstance(state[name], kind) for name, kind in STATE.items())
     entries = [*state["trajectory"], *state["checks"], *([state["best_check"]] if state["best_check"] else [])]
     for entry in entries if fits else ():
         fits &= isinstance(entry, dict) and type(entry.get("step")) is int
@@ -302,6 +416,10 @@ def _state(state: dict[str, Any]) -> dict[str, Any]:
     if not fits or state["step"] < 0:
         raise ValueError("its state is not that of a training")
     return state
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 @torch.no_grad()

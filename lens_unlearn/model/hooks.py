@@ -1,13 +1,23 @@
-"""Hook points: the only module that knows TransformerLens by name.
+"""Adding and removing hooks: at hook points, before every forward pass, and on the logits; and who may hook a model when.
 
-A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
-probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
-callable that removes exactly that hook. `backbone` runs a model without its unembedding.
-
-Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
-`TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+Knows the hook lists of TransformerLens (`HookPoint.fwd_hooks`) and of PyTorch (`_forward_hooks`); knows nothing of sites, weights,
+or what the functions that it hooks compute.
 """
+
+# Order. PyTorch runs the hooks of a module in the order in which they were added, and nothing here prepends. So of two nested
+# interventions the inner one sees the outer one's result; a user's hook added before a block sees the unedited activation, and
+# one added inside it the edited one.
+#
+# Permanence. `reset_hooks()` removes every hook that is not permanent. Users call it out of habit, also inside a `with` block,
+# where the intervention has to go on acting. So ours are permanent: only `reset_hooks(including_permanent=True)` removes them,
+# and `detach_all` warns of that.
+#
+# Identity. Every remover finds its hook by the function itself, not by a handle or a position: a handle exists only once
+# `add_hook` has returned, and TransformerLens rebuilds its lists when others are removed. So exactly this hook goes, in any order.
+#
+# Interrupts. A KeyboardInterrupt can come between any two bytecode instructions. A remover is therefore in the caller's list
+# before its hook is added; it can be called twice; and it deletes last the entry by which it finds the hook. Callers run
+# `detach_all` in two nested `finally` clauses, since the interrupt can come before the first line of the inner one.
 
 import threading
 import warnings
@@ -23,10 +33,20 @@ from torch import Tensor
 from lens_unlearn.core.errors import ModelError, SiteError
 from lens_unlearn.model.host import Model, device_of, require_model
 
-__all__ = ["attach", "backbone"]
+__all__ = [
+    "Remover",
+    "attach",
+    "backbone",
+    "detach_all",
+    "logit_functions",
+    "on_forward",
+    "on_logits",
+    "one_thread",
+    "register",
+]
 
 Remover = Callable[[], bool]
-"""Takes off what was added, and nothing else; False if it was gone already. It may be interrupted, and called again."""
+"""Removes the hook it was made for and no other; returns False if that was already gone. It can be interrupted and called again."""
 
 
 def attach(
@@ -36,19 +56,20 @@ def attach(
     *,
     own_thread: bool = False,
 ) -> Remover:
-    """Add one forward hook through a hook point.
-
-    It is registered as permanent, so that a user's `reset_hooks()` does not take it away.
+    """Add one permanent forward hook at a hook point.
 
     Args:
         hook: The hook point.
-        function: Takes its tensor; returns a new one, or None.
-        removers: A list that gets what removes this hook, before the hook is added: so there is no moment at which an
-            interrupt finds a hook that nobody knows of.
-        own_thread: Whether to act only on forward passes of the thread that attaches.
+        function: Takes the activation; returns a new one, or None to leave it.
+        removers: A list to which the hook's remover is appended before the hook is added, so that at no moment an interrupt
+            leaves a hook that nobody can remove.
+        own_thread: Whether to act only on forward passes of the calling thread.
 
     Returns:
-        A callable that removes this hook and no other; it returns False if the hook was already gone.
+        The hook's remover.
+
+    Raises:
+        SiteError: If the installed TransformerLens does not record its hooks in `HookPoint.fwd_hooks`.
     """
     thread, added = threading.get_ident(), False
 
@@ -56,18 +77,18 @@ def attach(
         return None if own_thread and threading.get_ident() != thread else function(tensor)
 
     def remove() -> bool:
-        # By identity, in whatever book it is by now; PyTorch's, by which it is found again, comes last.
-        found = [key for key, other in hook._forward_hooks.items() if _closes_over(other, run)]
+        # From TransformerLens' list and from PyTorch's; the latter last, since it is where an interrupted removal searches again.
+        keys = [key for key, other in hook._forward_hooks.items() if _closes_over(other, run)]
         hook.fwd_hooks[:] = [handle for handle in hook.fwd_hooks if handle.user_hook is not run]
-        for key in found:
+        for key in keys:
             hook._forward_hooks.pop(key, None)
-        return bool(found) or not added
+        return bool(keys) or not added
 
     if removers is not None:
         removers.append(remove)
     try:
         hook.add_hook(run, is_permanent=True)
-        if not any(handle.user_hook is run for handle in hook.fwd_hooks):  # pragma: no cover - kept elsewhere
+        if not any(handle.user_hook is run for handle in hook.fwd_hooks):  # pragma: no cover - another version
             raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
         added = True
     except BaseException:
@@ -77,26 +98,26 @@ def attach(
 
 
 def _closes_over(function: Any, value: Any) -> bool:
-    """Whether a function is a closure over a value, as what TransformerLens wraps around a hook is over that hook."""
+    """Whether a function is a closure over a value, as TransformerLens' wrapper (`full_hook`) is over the user's hook."""
     return any(cell.cell_contents is value for cell in getattr(function, "__closure__", None) or ())
 
 
 def detach_all(removers: list[Remover]) -> None:
-    """Remove hooks, last added first, empty the list, and say so if somebody else had removed one meanwhile.
+    """Remove hooks, last added first, and empty the list; warn if one had been removed by somebody else.
 
-    One that raises or is interrupted is tried once more, and does not keep the others.
+    A remover that raises or is interrupted is tried once more, and the others are called all the same.
     """
-    there: list[bool] = []
+    were_there: list[bool] = []
     try:
         while removers:
-            there.append(removers[-1]())
+            were_there.append(removers[-1]())
             removers.pop()
     except BaseException:
         while removers:
             with suppress(Exception):
                 removers.pop()()
         raise
-    if not all(there):
+    if not all(were_there):
         warnings.warn(
             "hooks of this intervention were removed inside its block (reset_hooks(including_permanent=True)?): "
             "from then on it did not act",
@@ -106,27 +127,27 @@ def detach_all(removers: list[Remover]) -> None:
 
 
 class _Use:
-    """That a thread is inside `one_thread`."""
+    """A thread's stay inside `one_thread`."""
 
     def __init__(self, joining: bool) -> None:
         self.thread, self.joining = threading.current_thread(), joining
 
 
-# Weak in both: a model can be freed, and a use that nobody could end is over when its frame is. No lock: an interrupt could
-# come between taking it and noting that, and then no thread would ever get it again.
+# Weak references to both: a model can be freed, and a use whose end was interrupted is over when its frame is freed. No lock:
+# an interrupt between acquiring it and entering the `try` would leave it locked for ever.
 _uses: "weakref.WeakKeyDictionary[Any, list[weakref.ref[_Use]]]" = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def one_thread(model: Model, *, joining: bool = False) -> Iterator[None]:
-    """Keep a model from being changed or measured by another thread, for the length of a `with` block.
+    """Keep other threads from changing or measuring a model, for the length of a `with` block.
 
-    Hooks are global to a model: what one thread attaches acts in the forward passes of all. Blocks of one thread nest.
+    Hooks belong to the model: what one thread attaches acts in the forward passes of all threads. Blocks of one thread nest.
 
     Args:
         model: The model.
-        joining: Whether to enter also where another thread is inside (one that does not join itself), and take part in what
-            it attached: for passes that must not be changed on their way.
+        joining: Whether to enter also if another thread is inside that did not itself join, and run under the hooks it
+            attached: for passes during which the hooks must not change, such as those of a generation.
 
     Raises:
         ModelError: If another thread is inside such a block for this model.
@@ -135,7 +156,7 @@ def one_thread(model: Model, *, joining: bool = False) -> Iterator[None]:
     use = _Use(joining)
     mine, uses = weakref.ref(use), _uses.setdefault(model, [])
     try:
-        uses.append(mine)  # first said, then looked: of two that come at once both may be refused, but never none
+        uses.append(mine)  # announce, then look: of two at once both may be refused, but never neither
         other = _elsewhere(uses, use)
         if other is not None:
             raise ModelError(
@@ -148,18 +169,18 @@ def one_thread(model: Model, *, joining: bool = False) -> Iterator[None]:
             uses.remove(mine)
 
 
-def _elsewhere(uses: "list[weakref.ref[_Use]]", own: _Use) -> str | None:
-    """Name another thread that is inside, in the way of a use."""
-    known = [use for one in tuple(uses) if (use := one()) is not None and (use.joining or not own.joining)]
-    return next((use.thread.name for use in known if use.thread is not own.thread and use.thread.is_alive()), None)
+def _elsewhere(uses: "list[weakref.ref[_Use]]", wanted: _Use) -> str | None:
+    """Return the name of another thread whose use of the model excludes the wanted one, if there is one."""
+    known = [use for ref in tuple(uses) if (use := ref()) is not None and (use.joining or not wanted.joining)]
+    return next((use.thread.name for use in known if use.thread is not wanted.thread and use.thread.is_alive()), None)
 
 
 def on_forward(
     model: Model, function: Callable[[Tensor | None, int], None], removers: list[Remover] | None = None
 ) -> Remover:
-    """Call a function at the beginning of every forward pass, with its token ids and how many positions are cached.
+    """Call a function at the beginning of every forward pass, with the token ids and the number of cached positions.
 
-    The ids are None where a pass begins with embeddings.
+    The ids are None if the pass was given embeddings instead of tokens.
 
     Args:
         model: The model.
@@ -167,8 +188,9 @@ def on_forward(
         removers: As in `attach`.
 
     Returns:
-        A callable that ends this; it returns False if the hooks were already gone.
+        The remover of the hooks.
     """
+    # Two hooks, since the ids reach the embedding only, and the key-value cache reaches the blocks only.
     seen: list[Tensor] = []
     last: list[Tensor] = []
 
@@ -181,7 +203,7 @@ def on_forward(
         ids = seen.pop() if seen else None
         x = next((t for t in given if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3), None)
         if ids is not None and x is not None and x.shape[:2] != ids.shape:
-            # HookedTransformer generates without a cache by embedding the new token, and running all embeddings.
+            # Without a cache, HookedTransformer generates by embedding the new token alone and running the embeddings of all.
             ids = torch.cat([*last, ids], dim=1) if last and len(last[0]) == len(ids) else ids
             ids = ids if ids.shape == x.shape[:2] else None
         last[:] = [] if ids is None else [ids]
@@ -194,12 +216,21 @@ def on_forward(
 def register(
     places: Sequence[tuple[Any, str, Callable[..., Any]]], removers: list[Remover] | None, *, with_kwargs: bool = True
 ) -> Remover:
-    """Add PyTorch's hooks to modules: where, of which kind ("_forward_hooks" or "_forward_pre_hooks"), and what."""
+    """Add PyTorch hooks to modules.
+
+    Args:
+        places: For each hook the module, the kind ("_forward_hooks" or "_forward_pre_hooks"), and the function.
+        removers: As in `attach`.
+        with_kwargs: Whether the functions take the module's keyword arguments too.
+
+    Returns:
+        One remover for all of them.
+    """
     added = False
 
     def remove() -> bool:
-        there = [_unhook(*place) for place in places]
-        return all(there) or not added
+        were_there = [_unhook(*place) for place in places]
+        return all(were_there) or not added
 
     if removers is not None:
         removers.append(remove)
@@ -215,24 +246,24 @@ def register(
 
 
 def _unhook(module: Any, kind: str, function: Callable[..., Any]) -> bool:
-    """Take a function out of a module's hooks of a kind, by identity; return False if it was gone."""
+    """Remove a function, by identity, from a module's hooks of a kind; return False if it was already gone."""
     hooks = getattr(module, kind)
-    found = [key for key, other in hooks.items() if other is function]
-    for key in found:
+    keys = [key for key, other in hooks.items() if other is function]
+    for key in keys:
         getattr(module, f"{kind}_with_kwargs").pop(key, None)
-        hooks.pop(key, None)  # last: by this it is found again after an interrupt
-    return bool(found)
+        hooks.pop(key, None)  # last: after an interrupt the hook is found again by this entry
+    return bool(keys)
 
 
 def _cached(value: Any) -> int:
-    """Count the positions in what may be a key-value cache, of transformers or of `HookedTransformer`."""
+    """Return the number of positions in a key-value cache of transformers or of `HookedTransformer`; 0 for anything else."""
     if hasattr(value, "get_seq_length"):
         return int(value.get_seq_length())
     return int(value.past_keys.shape[1]) if hasattr(value, "past_keys") else 0
 
 
 def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list[Remover] | None = None) -> Remover:
-    """Pass the logits of every forward through a function.
+    """Pass the logits of every forward pass through a function.
 
     Args:
         model: The model.
@@ -240,7 +271,7 @@ def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list
         removers: As in `attach`.
 
     Returns:
-        A callable that ends this; it returns False if the hook was already gone.
+        The remover of the hook.
     """
 
     def run(module: Any, args: Any, logits: Tensor) -> Tensor:
@@ -251,16 +282,17 @@ def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list
 
 
 def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
-    """Return the functions that `on_logits` has put on a model, in the order in which they act."""
+    """Return the functions that `on_logits` has added to a model, in the order in which they act."""
     hooks = getattr(getattr(model, "unembed", None), "_forward_hooks", {})
     return [hook.function for hook in hooks.values() if hasattr(hook, "function")]
 
 
 def backbone(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Run every block on right-padded tokens, without the unembedding: hooks fire with the values of a full forward.
+    """Run every block on right-padded tokens, but not the unembedding; hooks see the same values as in a full forward pass.
 
-    No attention mask is passed: attention is causal and padding stands on the right, so no counted position sees it.
+    No attention mask is passed: attention is causal and the padding is on the right, so no counted position attends to it.
     """
+    # The unembedding, [batch, pos, vocabulary], often takes more memory than all the rest, and no neuron depends on it.
     tokens = tokens.to(device_of(model))
     inner = getattr(model, "original_model", None)
     base = getattr(inner, "base_model", None)

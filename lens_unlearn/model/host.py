@@ -1,12 +1,6 @@
-"""Hook points: the only module that knows TransformerLens by name.
+"""The host library: which TransformerLens is installed, how it loads a model, and in what state the model has to be.
 
-A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
-probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
-callable that removes exactly that hook. `backbone` runs a model without its unembedding.
-
-Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
-`TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+Knows `HookedTransformer` and `TransformerBridge` as objects with `hook_dict` and `cfg`; knows nothing of single hook points.
 """
 
 import re
@@ -17,14 +11,26 @@ import torch
 
 from lens_unlearn.core.errors import ModelError
 
-__all__ = ["boot", "processing", "require_eval"]
+__all__ = [
+    "Model",
+    "boot",
+    "device_of",
+    "host_version",
+    "is_wrapped",
+    "processing",
+    "require_eval",
+    "require_float",
+    "require_host",
+    "require_model",
+    "versions",
+]
 
 Model = Any
-"""A `TransformerBridge` or a `HookedTransformer`: whatever has `hook_dict`, `cfg`, and can be called on tokens."""
+"""A `TransformerBridge` or a `HookedTransformer`: anything with `hook_dict` and `cfg` that can be called on tokens."""
 
 
 def require_model(model: Model) -> None:
-    """Refuse what is not a TransformerLens model.
+    """Refuse an object that is not a TransformerLens model.
 
     Raises:
         ModelError: If the object has no hook points, or the installed TransformerLens is not one of those supported.
@@ -38,10 +44,10 @@ def require_model(model: Model) -> None:
 
 
 def require_eval(model: Model) -> None:
-    """Refuse a model in training mode, where dropout would make every number random.
+    """Refuse a model in training mode, in which dropout would make every result random.
 
     Raises:
-        ModelError: Naming the first module in training mode.
+        ModelError: If the model, or a dropout module of it, is in training mode.
     """
     if model.training:
         raise ModelError("the model is in training mode: call model.eval() first")
@@ -54,25 +60,25 @@ def require_float(model: Model) -> None:
     """Refuse a quantized model, through whose weights no gradient flows.
 
     Raises:
-        ModelError: Saying so.
+        ModelError: If a parameter is not of a floating-point dtype.
     """
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise ModelError("this model is quantized: no gradient flows through its weights; load it unquantized")
 
 
 def device_of(model: Model) -> torch.device:
-    """Return where a model takes its tokens."""
+    """Return the device on which a model takes its tokens."""
     first = next(iter(model.parameters())).device
     if first.type != "meta":
         return first
-    # Weights on a disk: the device is the one that accelerate fetches them to.
+    # Offloaded weights are on "meta" between forward passes: the device is the one to which accelerate loads them.
     hooks = [module.__dict__.get("_hf_hook") for module in model.modules()]
     devices = [getattr(hook, "execution_device", None) for hook in hooks if hook is not None]
     return torch.device(next((device for device in devices if device not in (None, "meta", "disk")), "cpu"))
 
 
 def processing(model: Model) -> str:
-    """Name how TransformerLens holds the weights: it decides what `attn.z` is, so artefacts record it."""
+    """Return in what form TransformerLens holds the weights; saved files record it, since it decides what `attn.z` is."""
     if hasattr(model, "original_model"):
         return "bridge, compatibility mode" if getattr(model, "compatibility_mode", False) else "bridge"
     return "hooked transformer"
@@ -98,7 +104,7 @@ def host_version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what runs a model, as provenances keep them."""
+    """Return the versions of the libraries that run a model, as reports and saved files record them."""
     from importlib.metadata import version
 
     from lens_unlearn import __version__
@@ -114,10 +120,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def require_host() -> None:
-    """Refuse versions of TransformerLens whose hook points nobody has looked at.
+    """Refuse a TransformerLens whose hook points this package was not tested with.
 
     Raises:
-        ModelError: Saying what to install.
+        ModelError: If the installed version is none of those supported; the message says what to install.
     """
     numbers = re.match(r"(\d+)\.(\d+)", host_version())
     if not numbers or not (3, 9) <= (int(numbers[1]), int(numbers[2])) < (5, 0):
@@ -128,6 +134,6 @@ def require_host() -> None:
 
 
 def is_wrapped(model: Any) -> bool:
-    """Say whether a model, or a part of it, belongs to TransformerLens."""
+    """Whether a model, or a module inside it, is of a class of TransformerLens."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else [model]
     return any(type(module).__module__.partition(".")[0] == "transformer_lens" for module in modules)

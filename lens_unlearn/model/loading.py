@@ -1,4 +1,7 @@
-"""Loading models, and the fingerprint by which artefacts know them again."""
+"""Loading models, and fingerprints by which saved files recognize the model that they were made with.
+
+Knows Hugging Face directories, devices and parameters; knows nothing of hooks or of what is done with a model.
+"""
 
 import contextlib
 import hashlib
@@ -31,22 +34,22 @@ def load_model(
 ) -> Model:
     """Load a model as a raw `TransformerBridge`, in evaluation mode.
 
-    A model that does not fit one device is spread over several by accelerate: ``device_map="auto"``. Hooks act, and statistics
-    are summed, where each layer is.
+    A model that does not fit on one device is spread over several by accelerate: ``device_map="auto"``. Hooks and statistics then
+    run on the device of each layer.
 
     Args:
         name: "demo" (the embedded model, offline), a local Hugging Face directory, or a hub name.
-        device: Where to; default "cuda" if there is one, else "cpu". Of several processes that `torchrun` started, each takes the
-            GPU of its own number.
-        dtype: Of the weights; also by name, such as "bfloat16".
-        device_map: Where its parts go, as in `transformers`: "auto", "balanced", or a place for each; "cpu" and "disk" are
-            places whose weights are fetched for each forward pass. In place of `device`. Needs accelerate.
-        max_memory: With a `device_map` such as "auto": the most that each device takes, such as ``{0: "20GiB", "cpu": "60GiB"}``.
-        offload_folder: Where the weights of "disk" are kept; with TransformerLens 4.
+        device: The device; default "cuda" if available, else "cpu". Of several processes started by `torchrun`, each takes the
+            GPU of its local rank.
+        dtype: The dtype of the weights, also by name, such as "bfloat16".
+        device_map: The placement of the modules, as in `transformers`: "auto", "balanced", or a device for each; weights on "cpu"
+            and "disk" are offloaded, and loaded for each forward pass. Instead of `device`. Needs accelerate.
+        max_memory: With a `device_map` such as "auto": the memory limit of each device, such as ``{0: "20GiB", "cpu": "60GiB"}``.
+        offload_folder: The folder for weights offloaded to "disk"; needs TransformerLens 4.
 
     Raises:
-        ModelError: If the directory has no model, or the hub cannot be reached or does not know the name; if the model cannot
-            be placed as wanted.
+        ModelError: If the directory holds no model, the hub cannot be reached or does not know the name, or the model cannot be
+            placed as asked.
     """
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and a device_map were given: give one of them")
@@ -70,14 +73,14 @@ def load_model(
         given = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         placed = {key: value for key, value in given.items() if value is not None}
     try:
-        # Building a model draws initial weights: the caller's random state is not to depend on that.
+        # Building a model draws initial weights, which must not change the caller's random state.
         with _quiet(), torch.random.fork_rng(devices=[]):
             model = boot(source, dtype=dtype, **placed)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        told = lines[0] if lines else type(error).__name__
-        told = told if len(told) <= 300 else f"{told[:297]}..."
-        raise ModelError(f"{source!r} cannot be loaded as a model: {told}") from error
+        reason = lines[0] if lines else type(error).__name__
+        reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+        raise ModelError(f"{source!r} cannot be loaded as a model: {reason}") from error
     for module in model.modules():
         module.training = False
     _names[model] = str(name)
@@ -95,7 +98,7 @@ _names: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 
 def model_name(model: Model) -> str:
-    """Return what a model is called: as it was loaded, or as its configuration says."""
+    """Return the name of a model: the one it was loaded by, else the one in its configuration."""
     known = _names.get(model)
     return Path(known).name if known else str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
@@ -109,7 +112,7 @@ def _check_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keep transformers' loading bars out of notebooks and reports; leave its settings as they were."""
+    """Hide the progress bars of transformers while a model is loaded."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -122,10 +125,10 @@ def _quiet() -> Any:
 
 
 def fingerprint(model: Model) -> dict[str, Any]:
-    """Describe a model so that another, or the same in another state, can be told apart.
+    """Describe a model so that saved files can distinguish it from other models, and from itself in another state.
 
-    The weights' digest samples 64 values of each parameter; names do not enter, so it is the same under every
-    TransformerLens version. Compatibility mode and dtype are part of it, because they change what activations are.
+    The digest of the weights samples 64 values of each parameter; parameter names do not enter, so it is the same in every
+    version of TransformerLens. Compatibility mode and dtype are part of the fingerprint, because they change the activations.
     """
     require_model(model)
     cfg = model.cfg
@@ -142,34 +145,36 @@ def fingerprint(model: Model) -> dict[str, Any]:
 
 def _digest(model: Model) -> str:
     seen: dict[tuple[int, tuple[int, ...]], bytes] = {}
-    elsewhere = []
+    offloaded = []
     for parameter in model.parameters():
         key = (parameter.data_ptr(), tuple(parameter.shape))
         if parameter.is_meta:
-            elsewhere.append(parameter)
+            offloaded.append(parameter)
         elif key not in seen:
             seen[key] = _sample(parameter)
-    if elsewhere:
+    if offloaded:
         known = set(seen.values())
-        for number, (ndim, sample) in enumerate(_fetched(model, {id(parameter) for parameter in elsewhere})):
-            if ndim < 2 or sample not in known:  # a matrix that is there again is one that is shared
+        for number, (ndim, sample) in enumerate(_fetched(model, {id(parameter) for parameter in offloaded})):
+            if (
+                ndim < 2 or sample not in known
+            ):  # a matrix that occurs twice is shared (tied embeddings), and counts once
                 seen[-1, (number,)] = sample
             known.add(sample)
     return hashlib.sha256(b"".join(sorted(seen.values()))).hexdigest()[:16]
 
 
 def _fetched(model: Model, wanted: set[int]) -> Iterator[tuple[int, bytes]]:
-    """Sample weights that accelerate keeps on a disk, or in the main memory for another device, one module at a time."""
+    """Sample weights that accelerate has offloaded to disk or to main memory, loading one module at a time."""
     from accelerate.utils import align_module_device
 
     for module in model.modules():
-        names = [name for name, own in module._parameters.items() if own is not None and id(own) in wanted]
+        names = [name for name, weight in module._parameters.items() if weight is not None and id(weight) in wanted]
         wanted -= {id(module._parameters[name]) for name in names}
         if names and hasattr(module, "_hf_hook"):
             with align_module_device(module):
                 for name in names:
-                    own = getattr(module, name)
-                    yield own.ndim, _sample(own)
+                    weight = getattr(module, name)
+                    yield weight.ndim, _sample(weight)
 
 
 def _sample(parameter: Tensor) -> bytes:

@@ -1,13 +1,20 @@
-"""Hook points: the only module that knows TransformerLens by name.
+"""Weight matrices: which a model has, their values as ``[in, out]``, and hooks on the linear map that each computes.
 
-A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
-probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
-callable that removes exactly that hook. `backbone` runs a model without its unembedding.
-
-Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
-`TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+Knows where TransformerLens computes with which weights, fused or not; knows nothing of what is added to a matrix, or why.
 """
+
+# Why hooks on maps instead of edited weights: an edit that is interrupted, or undone in floating point, leaves other weights
+# than before. Here a change of W is added to the map's output, `x @ W + x @ dW`, and no parameter is ever written to.
+#
+# For this the input `x` of the map itself is needed, with every mask and intervention applied. Hook points are not enough:
+# an ablation attached later, at the same point, would change x after we read it. Where the map is a module (a bridge's linear
+# component) a hook on that module sees exactly its input. Where it is not (`HookedTransformer`, and gated MLPs in compatibility
+# mode, compute with bare parameters), the last hook point before the map is read by a hook that is moved behind all others at
+# the beginning of every pass.
+#
+# Fused matrices (such as GPT-2's c_attn, which holds W_Q, W_K and W_V side by side) need no hooks of their own: the bridge splits
+# them into linear components, and `HookedTransformer` into parameters. `matrix_shapes` runs the model once and relies only on what
+# it sees there: the width of input and output, and one use per pass.
 
 import re
 import threading
@@ -22,9 +29,17 @@ from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register
 from lens_unlearn.model.host import Model, require_eval, require_model
 
-__all__ = ["MATRICES", "Matrix", "matrix_shape", "matrix_value", "on_matrix"]
-
-# --- weight matrices, as linear maps that are computed somewhere ---------------------------------------------------------
+__all__ = [
+    "MATRICES",
+    "LinearFunction",
+    "Matrix",
+    "check_matrix",
+    "matrix_names",
+    "matrix_shape",
+    "matrix_shapes",
+    "matrix_value",
+    "on_matrix",
+]
 
 MATRICES: dict[str, tuple[str, str, str]] = {
     "W_Q": ("attn", "q", "hook_q"),
@@ -35,8 +50,8 @@ MATRICES: dict[str, tuple[str, str, str]] = {
     "W_gate": ("mlp", "gate", "hook_pre"),
     "W_out": ("mlp", "out", "hook_post"),
 }
-"""The matrices of a block: the part they are in; the bridge's module of each; the hook point at its output, or for
-W_O and W_out at its input. Beside a gate, the output of W_in is at `hook_pre_linear`."""
+"""The matrices of a block: the part that each is in; its module in the bridge; and the hook point at its output, or at its
+input for W_O and W_out. In a gated MLP, the output of W_in is at `hook_pre_linear` instead."""
 
 _MATRIX = re.compile(r"L(\d+)\.(W_[A-Za-z]+)")
 
@@ -66,10 +81,10 @@ class Matrix(NamedTuple):
 
 
 def check_matrix(name: str) -> str:
-    """Return the name of a matrix that exists.
+    """Return the name of a matrix, if it is one of `MATRICES`.
 
     Raises:
-        SiteError: Otherwise, naming all.
+        SiteError: If there is no such matrix; the message names all.
     """
     if name in MATRICES:
         return name
@@ -77,13 +92,13 @@ def check_matrix(name: str) -> str:
 
 
 LinearFunction = Callable[[Tensor, Tensor], Tensor]
-"""Takes the input and the output of a linear map, ``[*batch, in]`` and ``[*batch, out]``; returns a new output."""
+"""Takes the input ``[*batch, in]`` and the output ``[*batch, out]`` of a linear map; returns a new output."""
 
 _shapes: "weakref.WeakKeyDictionary[Any, dict[Matrix, tuple[Any, tuple[int, int]]]]" = weakref.WeakKeyDictionary()
 
 
 def matrix_shape(model: Model, layer: int, name: str) -> tuple[int, int]:
-    """Return the shape ``[in, out]`` of a matrix; heads lie side by side.
+    """Return the shape ``[in, out]`` of a matrix; heads are concatenated.
 
     Raises:
         SiteError: If the model does not have it, or does not compute with it as one linear map.
@@ -92,13 +107,13 @@ def matrix_shape(model: Model, layer: int, name: str) -> tuple[int, int]:
 
 
 def matrix_shapes(model: Model, matrices: Iterable[Matrix]) -> dict[Matrix, tuple[int, int]]:
-    """Find matrices and prove, with one forward over two tokens, that each is one linear map that is used once.
+    """Find matrices, and verify with one forward pass over two tokens that each is one linear map that is used once.
 
     Returns:
-        The shape ``[in, out]`` of each: as the map is seen to act, however the weights are stored.
+        The shape ``[in, out]`` of each, taken from the input and output of the map, however the weights are stored.
 
     Raises:
-        SiteError: If one does not exist here, or is not used once in a forward pass.
+        SiteError: If a matrix does not exist in this model, or is not used exactly once in a forward pass.
         ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
             measures it.
     """
@@ -140,10 +155,10 @@ def matrix_shapes(model: Model, matrices: Iterable[Matrix]) -> dict[Matrix, tupl
 
 
 def matrix_value(model: Model, layer: int, name: str) -> Tensor:
-    """Return a matrix as ``[in, out]``: the weights as they are now, without gradients; they are not to be changed.
+    """Return the values of a matrix as ``[in, out]``, detached; often a view of the weights, so do not write to it.
 
     Raises:
-        SiteError: If the model does not have it, or not as plain numbers (as in quantized models).
+        SiteError: If the model does not have it, or not as floating-point numbers (as in quantized models).
     """
     shape = matrix_shape(model, layer, name)
     module = _computed_by(model, Matrix(layer, name))
@@ -151,13 +166,14 @@ def matrix_value(model: Model, layer: int, name: str) -> Tensor:
         weight = module.weight.detach()
         value = weight if type(module).__name__ == "Conv1D" else weight.t()
     else:
-        # Queries that share keys do so in the weights as well, unless these are ungrouped.
+        # With grouped queries, `W_K` repeats the heads that are stored once as `_W_K`; with `ungroup_grouped_query_attention`
+        # the model computes with the repeated ones. The one that has the size of the map is meant.
         held = [getattr(module, key).detach() for key in (f"_{name}", name) if hasattr(module, key)]
         weight = next((weight for weight in held if weight.numel() == shape[0] * shape[1]), held[0])
         value = weight.transpose(0, 1).flatten(1) if name in ("W_Q", "W_K", "W_V") else weight.flatten(0, -2)
     if not value.is_floating_point() or tuple(value.shape) != shape:
         raise SiteError(
-            f"{Matrix(layer, name)} is kept as {tuple(weight.shape)} {weight.dtype}: it cannot be read here"
+            f"{Matrix(layer, name)} is stored as {tuple(weight.shape)} {weight.dtype}: load the model unquantized"
         )
     return value
 
@@ -168,11 +184,11 @@ _FORKED = {
     "W_V": ("use_split_qkv_input", "use_attn_in"),
     "W_O": ("use_attn_result",),
 }
-"""Options of TransformerLens under which a matrix is not one linear map, but one for each head."""
+"""Options of TransformerLens under which a matrix is not one linear map, but one per head."""
 
 
 def _computed_by(model: Model, matrix: Matrix) -> Any:
-    """Return the module that computes with a matrix: the linear one of a bridge, else the block's part."""
+    """Return the module that computes with a matrix: the linear module of a bridge, else the attention or MLP itself."""
     if not 0 <= matrix.layer < int(model.cfg.n_layers):
         raise SiteError(f"{matrix} is not in this model: its layers are 0 to {int(model.cfg.n_layers) - 1}")
     part, module, _ = MATRICES[check_matrix(matrix.name)]
@@ -187,34 +203,34 @@ def _computed_by(model: Model, matrix: Matrix) -> Any:
 
 
 def matrix_names(model: Model, layer: int) -> list[str]:
-    """Name the matrices that a layer has."""
+    """Return the names of the matrices that a layer has."""
     bridged = hasattr(model, "original_model")
-    found = []
+    names = []
     for name, (part, module, _) in MATRICES.items():
         owner = getattr(model.blocks[layer], part, None)
         inner = getattr(getattr(owner, module, None), "original_component", None) if bridged else None
         if (getattr(inner, "weight", None) is not None) if bridged else hasattr(owner, name):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def on_matrix(
     model: Model, layer: int, name: str, function: LinearFunction, removers: list[Remover] | None = None
 ) -> Remover:
-    """Pass what a linear map makes of its input through a function, which sees the input that the map itself sees.
+    """Pass the output of a linear map through a function, which also gets the map's input.
 
-    That is the input behind every hook point in front of the map, whatever is attached there, and whenever; the hook
-    points behind the map see the function's result.
+    The input is the one that the map itself gets: after all hooks at the hook points before the map, whenever they were added.
+    The hook points after the map see the function's result.
 
     Args:
         model: The model.
-        layer: The matrix' layer.
-        name: The matrix' name.
+        layer: The layer of the matrix.
+        name: The name of the matrix.
         function: Takes the input and the output; returns a new output.
         removers: As in `attach`.
 
     Returns:
-        A callable that ends this; it returns False if the hooks were already gone.
+        The remover of the hooks.
 
     Raises:
         SiteError: If the model does not have the matrix.
@@ -237,13 +253,13 @@ def on_matrix(
 
 
 def _between(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return hooks for a gated MLP in compatibility mode, which computes with its weights beside their modules.
+    """Return hooks for a gated MLP in compatibility mode, which computes with processed weights and not through its modules.
 
-    The hook points before and behind the weights still fire: the input is looked at as it leaves the one (behind every
-    other hook there), and the output is changed as it enters the other.
+    The hook points before and after the weights still fire: the input is read where it leaves the one, after all other hooks
+    there, and the output is replaced where it enters the other.
     """
     linear = getattr(owner, MATRICES[name][1])
-    point, behind = (linear.hook_in if name == "W_out" else owner.hook_in), linear.hook_out
+    point, after_map = (linear.hook_in if name == "W_out" else owner.hook_in), linear.hook_out
     seen: list[Tensor] = []
 
     def look(module: Any, args: Any, kwargs: Any, x: Tensor) -> None:
@@ -251,43 +267,47 @@ def _between(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any,
 
     def last(module: Any, args: Any, kwargs: Any) -> None:
         for key in [key for key, hook in point._forward_hooks.items() if hook is look]:
-            point._forward_hooks.move_to_end(key)  # behind masks that were attached since
+            point._forward_hooks.move_to_end(key)  # after ablations that were attached since
 
     def change(module: Any, args: Any, kwargs: Any) -> Any:
         return ((function(seen.pop(), args[0]), *args[1:]), kwargs) if seen else None
 
     before, after = "_forward_pre_hooks", "_forward_hooks"
-    return [(owner, before, last), (point, after, look), (behind, before, change)]
+    return [(owner, before, last), (point, after, look), (after_map, before, change)]
 
 
 def _around(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return hooks for a part of a `HookedTransformer`, whose maps are no modules: where, of which kind, and what."""
+    """Return hooks for the attention or MLP of a `HookedTransformer`, whose linear maps are not modules.
+
+    W_O and W_out: the input is read at the hook point before the map, and the output is that of the whole attention or MLP. All
+    others: the input is that of the whole module, and the output is replaced where it enters the hook point after the map.
+    """
     point = getattr(owner, MATRICES[name][2])
     if name == "W_in" and hasattr(owner, "W_gate"):
         point = owner.hook_pre_linear
     seen: list[Tensor] = []
     before, after = "_forward_pre_hooks", "_forward_hooks"
 
-    def keep(tensor: Tensor) -> None:
+    def remember(tensor: Tensor) -> None:
         seen[:] = [tensor]
 
     if name in ("W_O", "W_out"):
 
         def look(module: Any, args: Any, kwargs: Any, x: Tensor) -> None:
-            keep(x.flatten(2))
+            remember(x.flatten(2))
 
         def last(module: Any, args: Any, kwargs: Any) -> None:
             for key in [key for key, hook in point._forward_hooks.items() if hook is look]:
-                point._forward_hooks.move_to_end(key)  # behind masks that were attached since
+                point._forward_hooks.move_to_end(key)  # after ablations that were attached since
 
         def add(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
             return function(seen.pop(), y) if seen else None
 
         return [(owner, before, last), (point, after, look), (owner, after, add)]
-    given = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}.get(name, "x")
+    argument = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}.get(name, "x")
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
-        keep(kwargs[given] if given in kwargs else args["QKV".index(name[-1]) if name[-1] in "QKV" else 0])
+        remember(kwargs[argument] if argument in kwargs else args["QKV".index(name[-1]) if name[-1] in "QKV" else 0])
 
     def change(module: Any, args: Any, kwargs: Any) -> Any:
         y = args[0]

@@ -1,4 +1,15 @@
-"""`Rows`: where a forward pass stands in the texts of its rows, whatever their batch, padding and cache."""
+"""`Rows`: which positions of which texts a forward pass covers, whatever the batch, the padding and the key-value cache.
+
+Knows token ids and the tokenizer's padding and end-of-text tokens; knows nothing of activations or of what is decided from them.
+"""
+
+# The same text reaches a model in many forms: alone, in a batch, padded on the left or on the right, or token by token with a
+# key-value cache. An intervention that looks at prompts, or draws random numbers, has to do the same in each. So everything here
+# is counted in real tokens from the beginning of the text, and a pass that continues a cached generation carries on the counts of
+# the pass before it (`carry`), whose tokens it no longer sees.
+#
+# Padding is known by its token id only: an attention mask does not reach the hooks. In GPT-2 the padding token is also BOS and EOS.
+# Then a leading BOS is taken for padding, which shifts no key between two runs of the same text, since it is so in both.
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
@@ -16,22 +27,23 @@ __all__ = ["Rows", "ends_of_text", "pad_of"]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where a forward pass stands in the texts of its rows."""
+    """The positions that a forward pass covers in the text of each of its rows."""
 
     tokens: Int[Tensor, "batch pos"]
     cached: int
-    """How many positions stand before these tokens, in a cache."""
+    """Number of positions before these tokens, in a key-value cache."""
     ends: Int[Tensor, "batch"]
     """The position of each prompt's last token, counted from the beginning of the text."""
     text: Bool[Tensor, "batch pos"]
-    """False at padding behind a prompt, and behind a text whose generation has ended."""
+    """False at padding after a prompt, and after the end of a generated text."""
     keys: Int[Tensor, "batch pos"]
-    """A random key per position, of the real tokens up to it: independent of batch, padding and cache."""
+    """A key for random numbers at each position, computed from the real tokens up to it."""
     continues: bool
-    """Whether this pass goes on with a generation, so that what was decided at the prompt stays."""
+    """Whether this pass continues the generation of the last one, so that what was decided at the prompt holds."""
     carry: Int[Tensor, "batch 2"]
+    """What `prefixes` needs to compute the keys of the pass that continues this one."""
     over: Bool[Tensor, "batch"]
-    """Where the text that is generated has ended."""
+    """Whether the generated text of each row has ended."""
 
     @classmethod
     def of(
@@ -44,18 +56,30 @@ class Rows:
         stop: Collection[int] = (),
         lengths: Int[Tensor, "batch"] | None = None,
     ) -> "Rows":
-        """Read one pass, given the one before it.
+        """Describe a forward pass, given the one before it.
 
-        A pass goes on with the one before if it has that one's positions and no others in its cache, or if it has no
-        cache, and its tokens are that one's and one more for each row.
+        A pass continues the last one if its cache holds exactly the positions up to that one's end; or if it has no cache, and its
+        tokens are those of the last pass and one more per row.
+
+        Args:
+            tokens: Token ids of this pass.
+            cached: Number of positions in the key-value cache.
+            last: The pass before; None if there was none.
+            pad: The padding token, if there is one.
+            prompt_ends: Position of the last token of each row's prompt; default the last token that is not padding.
+            stop: Tokens that end a generated text.
+            lengths: Number of tokens of each row before its padding on the right; default as the padding token says.
+
+        Raises:
+            LensUnlearnError: If there are not as many prompt ends as rows.
         """
         rows, width = tokens.shape
         if last is not None and (len(last.tokens) != rows or not last._goes_on(tokens, cached)):
             last = None
         blank = tokens == pad if pad is not None else torch.zeros_like(tokens, dtype=torch.bool)
-        known = 0 if last is None else last._width - cached  # of these tokens, in the pass before
+        known = 0 if last is None else last._width - cached  # so many of these tokens were in the last pass too
         before = last.carry if last is not None and cached else tokens.new_zeros(rows, 2, dtype=torch.int64)
-        # Padding on the right is followed by nothing that has a key, so that only padding on the left matters.
+        # Only padding on the left can shift keys: nothing real follows padding on the right.
         leading = blank.long().cumprod(1).bool() & (before[:, :1] == 0)
         keys, carry = prefixes(tokens.long(), (~leading).long(), before)
         if last is not None:
@@ -85,17 +109,17 @@ class Rows:
         return not self.cached and self._width == tokens.shape[1] - 1 and torch.equal(self.tokens, tokens[:, :-1])
 
     def beside(self, activation: Tensor) -> "Rows":
-        """Return the rows on the device of an activation, which is another one where a model is spread over several."""
+        """Return the same rows on the device of an activation, for models that are spread over several devices."""
         if activation.device == self.tokens.device:
             return self
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        return replace(self, **{n: v.to(activation.device) for n, v in given.items() if isinstance(v, Tensor)})
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return replace(self, **{n: v.to(activation.device) for n, v in values.items() if isinstance(v, Tensor)})
 
     def check(self, activation: Tensor) -> None:
-        """Refuse an activation that is not of these tokens.
+        """Refuse an activation that does not belong to these tokens.
 
         Raises:
-            LensUnlearnError: Naming both shapes.
+            LensUnlearnError: If batch or position differ; the message names both shapes.
         """
         if activation.shape[:2] != self.tokens.shape:
             raise LensUnlearnError(
@@ -105,11 +129,11 @@ class Rows:
 
 
 def pad_of(model: Model) -> int | None:
-    """Return the token that pads, if the model's tokenizer has one."""
+    """Return the tokenizer's padding token; None if it has none."""
     return getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
 
 
 def ends_of_text(model: Model) -> set[int]:
-    """Return the tokens that end a text."""
+    """Return the end-of-text tokens, of the tokenizer and of the model's configuration."""
     known = (getattr(m, "eos_token_id", None) for m in (getattr(model, "tokenizer", None), model.cfg))
-    return {t for one in known if one is not None for t in ([one] if isinstance(one, int) else one)}
+    return {t for ids in known if ids is not None for t in ([ids] if isinstance(ids, int) else ids)}

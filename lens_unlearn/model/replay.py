@@ -1,13 +1,13 @@
-"""Hook points: the only module that knows TransformerLens by name.
+"""Replaying a forward pass from a layer on, with the stored outputs of the blocks below it.
 
-A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
-probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
-callable that removes exactly that hook. `backbone` runs a model without its unembedding.
-
-Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
-`TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+Knows that a model is a stack of blocks and an unembedding; knows nothing of attention, of hooks at sites, or of the caller's aim.
 """
+
+# Attribution runs the same text many times, each time with something changed at one layer. Everything below that layer is the
+# same in every run, so it is computed once (half of the work, on average over the layers), and only the positions that are asked
+# for are unembedded. Instead of rebuilding a forward pass out of its parts, which differ between architectures, `forward` of each
+# block is replaced by a function that returns the stored output: masks, position embeddings, the final norm and soft-capping stay
+# the model's own. The wrapper is inside the module's hooks, so hooks at a block act in every run, and once.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,56 +22,60 @@ from torch import Tensor
 from lens_unlearn.model.hooks import Remover, detach_all, logit_functions, one_thread
 from lens_unlearn.model.host import Model, device_of
 
-__all__ = []
+__all__ = ["Replay", "replaying"]
 
 
 class Replay:
-    """A forward pass whose blocks' outputs were kept, so that its upper layers can run again without those below.
+    """A forward pass whose block outputs are stored, so that the upper layers can run again without those below.
 
-    Made by `replaying`. A model's own `forward` does the rest of the work (masks, positions, final norm, soft-capping), so
-    nothing about an architecture is known here but that a block hands one residual stream to the next. This is tried once:
-    where it does not hold, and where logits pass through the functions of `on_logits`, every run is a whole one.
+    Made by `replaying`. It assumes that a block passes nothing but the residual stream on to the next. That is tried once, on the
+    first text: if it does not hold, or if logits pass through functions of `on_logits`, every run is a full forward pass.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.shortcut = not logit_functions(model)
-        """Whether the blocks below are left out in `again`."""
+        """Whether `again` skips the blocks below its layer."""
         unembed = model.unembed.modules()
-        self._few = self.shortcut and not any(m._forward_hooks or m._forward_pre_hooks for m in unembed)
-        self._kept: dict[int, Any] = {}
-        self._below = 0  # in this run, blocks under this one give what they gave before; -1: keep what they give
+        self._unembeds_few = self.shortcut and not any(m._forward_hooks or m._forward_pre_hooks for m in unembed)
+        self._outputs: dict[int, Any] = {}
+        self._below = 0  # in this run, blocks below this one return their stored outputs; -1: the outputs are stored
         self._rows = self._tokens = torch.zeros(0, dtype=torch.long)
         self._width = 0
-        self._where: Tensor | None = None  # in this run, the only positions that are unembedded
-        self._thread = threading.get_ident()  # whose runs these are: what other threads run passes as it is
+        self._where: Tensor | None = None  # in this run, the only positions that are unembedded; None: all
+        self._thread = threading.get_ident()  # forward passes of other threads are left alone
 
     def first(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "n vocabulary"]:
-        """Run the model, keep what its blocks give, and return the logits of some positions."""
-        untried = self.shortcut and not self._kept
+        """Run the model, store the outputs of its blocks, and return the logits at some positions."""
+        untried = self.shortcut and not self._outputs
         self._tokens = tokens.to(device_of(self.model))
-        self._kept.clear()
+        self._outputs.clear()
         logits = self._run(-1, torch.arange(len(tokens)), where, few=False)
         if untried:
             last = int(self.model.cfg.n_layers) - 1
             try:
-                again = self._run(last, torch.arange(len(tokens)), where, self._few)
+                again = self._run(last, torch.arange(len(tokens)), where, self._unembeds_few)
                 self.shortcut = bool(torch.isclose(again, logits, rtol=1e-2, atol=1e-2).float().mean() > 0.99)
-            except Exception:  # a model of another make: then without
+            except Exception:  # an architecture of another structure: then without the shortcut
                 self.shortcut = False
-            self._few = self._few and self.shortcut
+            self._unembeds_few = self._unembeds_few and self.shortcut
         return logits
 
     def again(
         self, layer: int, rows: Int[Tensor, "runs"], where: Bool[Tensor, "runs width"]
     ) -> Float[Tensor, "n vocabulary"]:
-        """Run some rows of the first run again, from a layer's block on, up to a position; return the logits of positions.
+        """Run some rows again, from a layer's block on, and return the logits at some positions.
 
-        Hooks at and above that layer act; what stands below it is as in the first run.
+        Hooks at that layer and above act; below it the activations are those of the first run.
+
+        Args:
+            layer: The first block that runs.
+            rows: Rows of the first run, which may repeat.
+            where: The positions whose logits are returned; the rows are cut to this width.
         """
-        return self._run(layer if self.shortcut else 0, rows, where, self._few)
+        return self._run(layer if self.shortcut else 0, rows, where, self._unembeds_few)
 
     def _run(self, below: int, rows: Tensor, where: Tensor, few: bool) -> Tensor:
         device = self._tokens.device
@@ -85,29 +89,29 @@ class Replay:
         return logits[0] if few else logits[where]
 
     def block(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Make what stands in for a block's `forward`."""
+        """Return the function that replaces a block's `forward`."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self._thread:
                 return forward(*args, **kwargs)
             if number < self._below:
-                return self._take(self._kept[number])
+                return self._select(self._outputs[number])
             out = forward(*args, **kwargs)
             if self._below < 0:
-                self._kept[number] = out
+                self._outputs[number] = out
             return out
 
         return run
 
-    def _take(self, value: Any) -> Any:
+    def _select(self, value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(map(self._take, value))
+            return tuple(map(self._select, value))
         if isinstance(value, Tensor) and value.shape[:2] == self._tokens.shape and value.ndim == 3:
             return value[self._rows.to(value.device), : self._width]
         return value
 
     def unembed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Make what stands in for the unembedding's `forward`."""
+        """Return the function that replaces the unembedding's `forward`."""
 
         def run(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
             few = self._where is not None and threading.get_ident() == self._thread
@@ -118,14 +122,13 @@ class Replay:
 
 @contextmanager
 def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Iterator[Replay]:
-    """Let a model's forward passes be repeated in part, for the length of a `with` block.
+    """Make a model's forward pass replayable from a layer on, for the length of a `with` block.
+
+    `forward` of the blocks and of the unembedding is wrapped; leaving the block, in whatever way, removes exactly these wrappers.
 
     Args:
         model: The model.
-        stand_ins: For components that are out of its forward pass, what runs in their place: as `lean` yields them.
-
-    Blocks and unembedding are wrapped inside the hooks of their modules, which act in every run, and only once. Leaving
-    the block, in whatever way, takes exactly these wrappings off.
+        stand_ins: The modules that run in place of components that are out of the forward pass, as `shortcuts` yields them.
 
     Raises:
         ModelError: If another thread has an intervention on this model, or measures it.
@@ -147,12 +150,13 @@ def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Itera
 
 
 def _wrap(module: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], removers: list[Remover]) -> None:
-    own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}  # accelerate's, for one
+    # Somebody else may have replaced `forward` on this instance, such as accelerate: that is put back.
+    before = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
     wrapped = make(module.forward)
 
     def unwrap() -> bool:
         module.__dict__.pop("forward", None)
-        module.__dict__.update(own)
+        module.__dict__.update(before)
         return True
 
     removers.append(unwrap)

@@ -1,12 +1,10 @@
-"""Hook points: the only module that knows TransformerLens by name.
+"""Sites: where in a model neurons are (layer and kind), and the hook points that they are in one model.
 
-A `Site` says *where* in a model (layer and kind). `resolve` turns sites into the hook points of one model, after a
-probe forward has shown that each of them fires once and has a neuron axis. `attach` adds one hook and returns the one
-callable that removes exactly that hook. `backbone` runs a model without its unembedding.
+Knows the names of TransformerLens' hook points and the shapes at them; knows nothing of weights, texts or statistics.
 
-Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names below resolve on `HookedTransformer` and on
+Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names in `KINDS` resolve on `HookedTransformer` and on
 `TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but carry the residual width; `cfg.d_mlp` can be wrong (OPT).
+points of mixture-of-experts layers exist but have the width of the residual stream; `cfg.d_mlp` can be wrong (OPT).
 """
 
 import difflib
@@ -23,7 +21,7 @@ from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
 
-__all__ = ["KINDS", "Point", "Site", "resolve"]
+__all__ = ["KINDS", "Point", "Site", "check_kind", "mlp_width", "parse_sites", "resolve"]
 
 KINDS: dict[str, str] = {
     "mlp.pre": "mlp.hook_pre",
@@ -35,13 +33,13 @@ KINDS: dict[str, str] = {
     "attn.z": "attn.hook_z",
     "resid": "hook_resid_post",
 }
-"""What a site can be, and the TransformerLens name of it inside a block."""
+"""The kinds of sites, and the TransformerLens name of each inside a block."""
 
 _SITE = re.compile(r"L(\d+)\.([a-z_.]+)")
 
 
 class Site(NamedTuple):
-    """A place in a model that has neurons: a layer and a kind. Prints as ``L3.mlp.post``.
+    """A place in a model where neurons are: a layer and a kind. Prints as ``L3.mlp.post``.
 
     Examples:
         >>> Site(3, "mlp.post")
@@ -73,7 +71,7 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """A site of one model, as the probe forward found it."""
+    """A site of one model: its hook point, and what a probe forward pass measured there."""
 
     site: Site
     hook: Any
@@ -84,10 +82,10 @@ class Point:
 
 
 def check_kind(kind: str) -> str:
-    """Return a kind that exists.
+    """Return a kind of site, if it is one.
 
     Raises:
-        SiteError: Otherwise, naming the nearest kinds.
+        SiteError: If there is no such kind; the message names the nearest ones.
     """
     if kind in KINDS:
         return kind
@@ -96,33 +94,33 @@ def check_kind(kind: str) -> str:
 
 
 def parse_sites(sites: str | Site | Iterable[str | Site], n_layers: int) -> list[Site]:
-    """Expand kinds to every layer; keep the order given, without repeats.
+    """Expand kinds to every layer, in the order given and without repeats.
 
     Raises:
         SiteError: If a kind or a layer does not exist, or nothing was asked for.
     """
     given = [sites] if isinstance(sites, str | Site) else list(sites)
-    found: dict[Site, None] = {}
+    unique: dict[Site, None] = {}  # as an ordered set
     for item in given:
         if isinstance(item, str) and not _SITE.fullmatch(item):
-            found |= {Site(layer, check_kind(item)): None for layer in range(n_layers)}
+            unique |= {Site(layer, check_kind(item)): None for layer in range(n_layers)}
             continue
         site = Site.parse(item) if isinstance(item, str) else Site(item.layer, check_kind(item.kind))
         if not 0 <= site.layer < n_layers:
             raise SiteError(f"{site} is not in this model: its layers are 0 to {n_layers - 1}")
-        found[site] = None
-    if not found:
+        unique[site] = None
+    if not unique:
         raise SiteError(f"no sites were asked for: name at least one of {', '.join(KINDS)}")
-    return list(found)
+    return list(unique)
 
 
-# The probe's findings per model. Weak, so that a model can be freed; checked against the live hook points on each use,
-# because compatibility mode and the split options of TransformerLens replace them.
+# Points already probed, per model. Weak references, so that a model can be freed; compared with the current hook points on each
+# use, because compatibility mode and the split options of TransformerLens replace these.
 _probed: "weakref.WeakKeyDictionary[Any, dict[Site, Point]]" = weakref.WeakKeyDictionary()
 
 
 def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site, Point]:
-    """Find the hook points of sites and prove, with one forward over two tokens, that each is what it should be.
+    """Find the hook points of sites, and verify each with one forward pass over two tokens.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer`, in evaluation mode.
@@ -132,8 +130,8 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
         One `Point` per site, in the order asked for.
 
     Raises:
-        SiteError: If a site does not exist here (naming those that do), does not fire exactly once, or has no neuron
-            axis, as in mixture-of-experts layers.
+        SiteError: If a site does not exist in this model (the message names those that do), does not fire exactly once, or has
+            no neuron axis, as in mixture-of-experts layers.
         ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
             measures it.
     """
@@ -166,13 +164,15 @@ def _hook_point(model: Model, site: Site) -> Any:
 
 
 def mlp_width(model: Model, layer: int) -> int | None:
-    """Count the neurons of a layer's MLP from its output matrix; None where it has no single one."""
+    """Return the number of neurons of a layer's MLP, from its output matrix; None if it does not have exactly one."""
     mlp: Any = getattr(model.blocks[layer], "mlp", None)
     try:
         matrix = getattr(mlp, "W_out", None)
-    except NotImplementedError:  # its values are on a disk; which way round it is stored differs
-        found = [p.shape for p in mlp.out.parameters() if p.ndim == 2]
-        return sum(found[0]) - int(model.cfg.d_model) if len(found) == 1 else None
+    except (
+        NotImplementedError
+    ):  # offloaded to disk: only its shape is known, [in, out] or [out, in] by the kind of module
+        shapes = [p.shape for p in mlp.out.parameters() if p.ndim == 2]
+        return sum(shapes[0]) - int(model.cfg.d_model) if len(shapes) == 1 else None
     return int(matrix.shape[0]) if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
 
 
@@ -187,7 +187,7 @@ def _probe(model: Model, hooks: dict[Site, Any]) -> dict[Site, Point]:
                 backbone(model, torch.zeros(1, 2, dtype=torch.long))
         finally:
             detach_all(removers)
-    finally:  # an interrupt may come in front of the line above; where all went well, nothing is left here
+    finally:  # an interrupt can come just before the line above; otherwise the list is empty by now
         detach_all(removers)
     return {site: _check(model, site, hooks[site], tensors) for site, tensors in seen.items()}
 
@@ -198,7 +198,7 @@ def _check(model: Model, site: Site, hook: Any, tensors: list[Tensor]) -> Point:
     tensor = tensors[0]
     shape = tuple(tensor.shape[2:])
     if len(shape) != (2 if site.kind.startswith("attn") else 1):
-        raise SiteError(f"{site} has shape {tuple(tensor.shape)}: there is no neuron axis at that place")
+        raise SiteError(f"{site} has shape {tuple(tensor.shape)}: there is no neuron axis here")
     width = mlp_width(model, site.layer) if site.kind.startswith("mlp") else None
     if width is not None and shape != (width,):
         raise SiteError(f"{site} is {shape[0]} wide, but the layer has {width} neurons: it is not a neuron axis")

@@ -7,10 +7,12 @@ are, and the gradient of the answer is summed on the way. With value beta of neu
 
 after Dai et al., "Knowledge Neurons in Pretrained Transformers" (arXiv 2104.08696), and Agarwal et al., "SIMU" (arXiv
 2510.07822). A positive attribution means that the neuron raises the objective: for "prob" and "logprob" it supports the
-answer. SIMU speaks of the loss; with "loss" the signs are those of a loss, and `critical` finds what speaks against the answer.
+answer. SIMU speaks of the loss; with "loss" the signs are those of a loss, and `critical` finds the neurons against the answer.
 
 All attributions of a layer together come to F(beta) - F(0), up to the error of the sum, which falls as 1/m ("right") or
 1/m^2 ("midpoint"): `Attribution.completeness` holds both sides.
+
+Knows models, corpora and sites; knows nothing of how the attributed neurons are edited.
 """
 
 import threading
@@ -33,14 +35,23 @@ from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import model_name
 from lens_unlearn.model.replay import Replay, replaying
-from lens_unlearn.model.shortcuts import lean
+from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.maps import NeuronMap
 
-__all__ = ["Attribution", "Completeness", "attribute", "critical", "critical_mask"]
+__all__ = [
+    "Attribution",
+    "Completeness",
+    "Mode",
+    "Objective",
+    "Rule",
+    "attribute",
+    "critical",
+    "critical_mask",
+]
 
 LOST = 0.1
-"""A site of which less than this share is attributed is warned of."""
+"""Below this attributed share of its contribution, a site is named in a warning."""
 
 Objective = Literal["prob", "logprob", "loss"]
 Mode = Literal["teacher_forced", "prefix"]
@@ -57,7 +68,7 @@ class Completeness(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """What was attributed over what there was to attribute: 1 where the sum over the steps is exact."""
+        """The attributed share of the difference: 1 where the sum over the steps is exact."""
         return self.attributed / self.difference if self.difference else float("nan")
 
 
@@ -77,12 +88,12 @@ class Attribution(NeuronMap):
     ) -> None:
         super().__init__(values)
         self.completeness: dict[Site, Completeness] = {site: completeness[site] for site in self.sites}
-        """For each site what was attributed, and what there was to attribute."""
+        """For each site the sum of its attributions, and the difference that they should come to."""
         self.provenance: dict[str, Any] = dict(provenance)
         """How it was measured: model, corpus, tokens, and every option."""
 
     def __repr__(self) -> str:
-        ratios = [one.ratio for one in self.completeness.values()]
+        ratios = [both.ratio for both in self.completeness.values()]
         return f"{super().__repr__().replace('NeuronMap', 'Attribution', 1)[:-1]}; complete to {_span(ratios)})"
 
 
@@ -108,8 +119,8 @@ def attribute(
     One path per site: its neurons are scaled together, all other sites are as the model computes them. Inside an
     intervention's block, the model is the one with the intervention acting. No gradient of a parameter is computed,
     layers below the scaled one are not run again, and only positions that predict are unembedded; only where an
-    intervention decides on whole rows (as `Abstain` does), or a model's blocks hand on more than one residual stream, are the
-    passes whole ones.
+    intervention decides on entire rows (as `Abstain` does), or a model's blocks hand on more than one residual stream, does
+    every pass run the entire model.
 
     Where a norm follows the MLP (Gemma 2), scaling all its keys together changes nothing until they are almost zero: next to
     nothing is attributed, and a warning says so.
@@ -117,14 +128,14 @@ def attribute(
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
         corpus: Prompts with answers, whose counted tokens are the answer's; of other texts every counted token is
-            predicted. A token without one before it has nothing that predicts it, and is left out.
+            predicted. The first token of a row has nothing that predicts it, and is left out.
         sites: Kinds (all layers), sites, or both. For "attn.z" in compatibility mode, note that zero is another place there.
         steps: Points on the path, m.
-        objective: What is attributed, summed over the answers' tokens: "prob", p(token | what stands before it); "logprob",
+        objective: What is attributed, summed over the answers' tokens: "prob", p(token | its prefix); "logprob",
             its logarithm; or "loss", the negative of that.
         mode: "teacher_forced" scales all positions of a row that predict an answer token at once; "prefix" makes each
-            answer token its own sample, and scales only the last position of what stands before it, as in the papers:
-            slower by about the number of tokens of an answer. The two do not select the same neurons.
+            answer token its own sample, and scales only the last position of its prefix, as in the papers: slower by about
+            the number of tokens of an answer. The two do not select the same neurons.
         rule: Points at j/m ("right", as in the papers) or (j - 1/2)/m ("midpoint", more exact at equal cost).
         batch_size: Full-length rows per forward, steps included: rows and steps share a forward, and as many of them as hold
             no more tokens than so many rows of the corpus' longest. Results do not depend on it.
@@ -144,20 +155,20 @@ def attribute(
         if given not in known.__args__:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known.__args__)}")
     if steps < 1:
-        raise LensUnlearnError(f"steps={steps} is no number of steps: at least 1")
+        raise LensUnlearnError(f"steps={steps} is not a number of steps: give at least 1")
     corpus.check(model)
     points = resolve(model, sites)
     predicted = _predicted(corpus)
     nodes = (torch.arange(1, steps + 1) - (0.5 if rule == "midpoint" else 0)) / steps
-    room = batch_size * int(corpus.starts.diff().max())  # tokens of a forward
+    room = batch_size * int(corpus.starts.diff().max())  # tokens that a forward pass may hold
     bar = tqdm(total=predicted * len(points), unit=" tokens", unit_scale=True, disable=not progress)
     bar.set_description(f"attribute {corpus.name}")
     with (
         bar,
         one_thread(model),
         torch.inference_mode(False),
-        _looked_at(points),
-        lean(model) as out,
+        _placeholder_hooks(points),
+        shortcuts(model) as out,
         replaying(model, out) as replay,
     ):
         sums = {site: torch.zeros(point.shape, dtype=torch.float64) for site, point in points.items()}
@@ -168,27 +179,29 @@ def attribute(
                 continue
             with torch.no_grad(), _finite(points, samples.all):
                 logits = replay.first(batch.tokens[:, :-1], samples.all)
-            whole = float(_objective(logits, samples.next[samples.all], objective))
+            unscaled = float(_objective(logits, samples.next[samples.all], objective))
+            # One site at a time: the method attributes along a path on which all other activations are what the model makes of
+            # them. Scaled together, an upper layer would start from what a scaled lower one gives it, and not from its own keys.
             for site, point in points.items():
                 path = _Path(replay, point, samples, objective, room)
-                gaps[site] += whole - path.at_zero()
+                gaps[site] += unscaled - path.at_zero()
                 sums[site] += path.integral(nodes)
                 bar.update(len(logits))
     completeness = {site: Completeness(float(sums[site].sum()), gaps[site]) for site in points}
-    lost = [str(s) for s, both in completeness.items() if abs(both.attributed) < LOST * abs(both.difference)]
-    if lost:
+    incomplete = [str(s) for s, both in completeness.items() if abs(both.attributed) < LOST * abs(both.difference)]
+    if incomplete:
         warnings.warn(
-            f"less than {LOST:.0%} of what {', '.join(lost)} add was attributed: take more steps; where a norm follows "
+            f"less than {LOST:.0%} of what {', '.join(incomplete)} add was attributed: take more steps; where a norm follows "
             "the MLP (as in Gemma 2), scaling its keys does nothing until they are almost zero, and no number of steps helps",
             stacklevel=2,
         )
     settings = {"objective": objective, "mode": mode, "rule": rule, "steps": steps}
-    known = {"model": model_name(model), "corpus": corpus.name, "tokens": predicted}
-    return Attribution(sums, completeness, known | settings)
+    measured = {"model": model_name(model), "corpus": corpus.name, "tokens": predicted}
+    return Attribution(sums, completeness, measured | settings)
 
 
 def _predicted(corpus: Corpus) -> int:
-    """Count the tokens that something predicts.
+    """Count the counted tokens that a token before them predicts.
 
     Raises:
         CorpusError: If there are none.
@@ -197,7 +210,9 @@ def _predicted(corpus: Corpus) -> int:
     first[corpus.starts[:-1]] = True
     count = int((corpus.counted & ~first).sum())
     if count == 0:
-        raise CorpusError(f"{corpus.name} has no counted token with one before it: there is nothing to attribute")
+        raise CorpusError(
+            f"{corpus.name} has no counted token behind another one, so there is nothing to attribute: give longer texts"
+        )
     return count
 
 
@@ -213,14 +228,16 @@ def _objective(
 
 @dataclass(frozen=True)
 class _Samples:
-    """What is scaled together, the longest first: a row, and the positions of it that predict."""
+    """The samples of a batch, the longest first: of each a row, and those of its positions that are scaled together."""
 
     all: Bool[Tensor, "batch pos"]
     """The positions of the batch that predict a counted token."""
     next: Int[Tensor, "batch pos"]
     """The token behind each position."""
     rows: Int[Tensor, "samples"]
+    """The row of the batch that each sample is of."""
     where: Bool[Tensor, "samples pos"]
+    """The positions of each sample at which the neurons are scaled."""
 
     @classmethod
     def of(cls, batch: Batch, mode: Mode) -> "_Samples | None":
@@ -244,7 +261,11 @@ def _lengths(where: Bool[Tensor, "samples pos"]) -> Int[Tensor, "samples"]:
 
 
 class _Path:
-    """The way of one site's activations from zero to what they are, over some samples."""
+    """The path of one site's activations from zero to their own values, over the samples of a batch.
+
+    Every step of it is a forward pass from this site on. The layers below do not see the scaling: their outputs are those of
+    the batch's first pass, which `Replay` has, so that only the layers from this one up run again, with their gradients.
+    """
 
     def __init__(self, replay: Replay, point: Point, samples: _Samples, objective: Objective, room: int) -> None:
         self.replay, self.point, self.samples, self.room = replay, point, samples, room
@@ -268,11 +289,12 @@ class _Path:
 
     def _runs(self, nodes: Tensor, *, gradient: bool) -> Iterator[tuple[float, Tensor, Tensor]]:
         """Yield the objective, the activations and their gradients, for as many samples and nodes as fit in a forward."""
-        s = self.samples
-        lengths = _lengths(s.where)
-        # Samples and nodes in one order: every pair of them is a row of its own.
-        sample = torch.arange(len(s.rows)).repeat_interleave(len(nodes))
-        scale = nodes.repeat(len(s.rows))
+        samples = self.samples
+        lengths = _lengths(samples.where)
+        # Every pair of a sample and a node is a row of its own. The samples come longest first, and a forward pass ends at the
+        # last position of its first one that predicts: later positions cannot change the answer.
+        sample = torch.arange(len(samples.rows)).repeat_interleave(len(nodes))
+        scale = nodes.repeat(len(samples.rows))
         while len(sample):
             width = int(lengths[sample[0]])
             take = max(1, self.room // width)
@@ -289,7 +311,9 @@ class _Path:
             factor = torch.where(here, scale.to(here.device)[:, None], 1.0).to(tensor.dtype)
             leaf = tensor.detach() * factor.reshape(*factor.shape, *[1] * (tensor.ndim - 2))
             seen[:] = [tensor.detach()[here], leaf.requires_grad_(gradient)]
-            torch.set_grad_enabled(gradient)  # so that nothing below is recorded; `no_grad` ends it
+            # Switched on here, within the forward pass: autograd records the layers above the leaf, and none below. The
+            # `no_grad` around the pass switches it off again.
+            torch.set_grad_enabled(gradient)
             return leaf
 
         removers: list[Remover] = []
@@ -310,15 +334,15 @@ class _Path:
 
 
 @contextmanager
-def _looked_at(points: Mapping[Site, Point]) -> Iterator[None]:
-    """Keep a hook at every point, so that `lean` leaves in place where others will be hung.
+def _placeholder_hooks(points: Mapping[Site, Point]) -> Iterator[None]:
+    """Keep a hook at every point, so that `shortcuts` does not bypass the components at which hooks are attached later.
 
-    It refuses passes of other threads, which `lean` would make others.
+    It refuses passes of other threads, whose numbers `shortcuts` would change.
     """
     thread = threading.get_ident()
     removers: list[Remover] = []
 
-    def own(tensor: Tensor) -> None:
+    def require_own_thread(tensor: Tensor) -> None:
         if threading.get_ident() != thread:
             raise ModelError(
                 "another thread measures this model: let it end first, or give each thread a model of its own"
@@ -326,7 +350,7 @@ def _looked_at(points: Mapping[Site, Point]) -> Iterator[None]:
 
     try:
         for point in points.values():
-            attach(point.hook, own, removers)
+            attach(point.hook, require_own_thread, removers)
         yield
     finally:
         detach_all(removers)
@@ -334,13 +358,13 @@ def _looked_at(points: Mapping[Site, Point]) -> Iterator[None]:
 
 @contextmanager
 def _finite(points: Mapping[Site, Point], where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
-    """Look at the activations of a forward pass, at the positions that predict.
+    """Check the activations of a forward pass, at the positions that predict.
 
     Raises:
         ActivationError: At the first that is NaN or infinite; names the neuron.
     """
 
-    def look(tensor: Tensor, site: Site) -> None:
+    def require_finite(tensor: Tensor, site: Site) -> None:
         values = tensor[where.to(tensor.device)]
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
@@ -353,7 +377,7 @@ def _finite(points: Mapping[Site, Point], where: Bool[Tensor, "batch pos"]) -> I
     removers: list[Remover] = []
     try:
         for site, point in points.items():
-            attach(point.hook, partial(look, site=site), removers, own_thread=True)
+            attach(point.hook, partial(require_finite, site=site), removers, own_thread=True)
         yield
     finally:
         detach_all(removers)
@@ -377,17 +401,17 @@ def critical(attribution: NeuronMap, threshold: float = 0.3) -> NeuronMap:
         SelectionError: If the threshold is outside (0, 1), an attribution is NaN, or no layer has anything positive.
     """
     if not 0 < threshold < 1:
-        raise SelectionError(f"threshold={threshold!r} is no share of a layer's maximum: give one above 0 and below 1")
+        raise SelectionError(
+            f"threshold={threshold!r} is not a share of a layer's maximum: give one above 0 and below 1"
+        )
     chosen: dict[Site, Tensor] = {}
     for site, value in attribution.items():
         if bool(torch.isnan(value).any()):
-            raise SelectionError(f"an attribution at {site} is NaN: mend the map before selecting")
+            raise SelectionError(f"an attribution at {site} is NaN: fix the map before selecting")
         chosen[site] = (value > threshold * value.max()) & (value > 0)
     none = [str(site) for site, mask in chosen.items() if not bool(mask.any())]
     if len(none) == len(chosen):
-        raise SelectionError(
-            f"no neuron has a positive attribution at any of {len(none)} sites: is the objective right?"
-        )
+        raise SelectionError(f"no neuron has a positive attribution at any of {len(none)} sites: check the objective")
     if none:
         warnings.warn(
             f"nothing has a positive attribution at {', '.join(none)}: no neuron is critical there", stacklevel=2
@@ -402,7 +426,7 @@ def critical_mask(
     *,
     kind: Literal["dual", "forget_only", "union"] = "dual",
 ) -> NeuronMap:
-    """Select the neurons to edit, of those critical for what is to be forgotten (S_f) and for what is to stay (S_r).
+    """Select the neurons to edit, from those critical for the forget corpus (S_f) and for the retain corpus (S_r).
 
     Args:
         forget: Attributions of the forget corpus.
@@ -415,15 +439,15 @@ def critical_mask(
         A boolean map of the same sites.
 
     Raises:
-        SelectionError: If the threshold is outside (0, 1), the kind is unknown, or no neuron is left.
+        SelectionError: If the threshold is outside (0, 1), the kind is unknown, or no neuron remains.
     """
     if kind not in ("dual", "forget_only", "union"):
         raise SelectionError(f"kind={kind!r} is not known: choose from dual, forget_only, union")
     mask = critical(forget, threshold)
     if kind == "dual":
         return mask
-    kept = critical(retain, threshold)
-    mask = mask | kept if kind == "union" else mask & ~kept
+    retain_mask = critical(retain, threshold)
+    mask = mask | retain_mask if kind == "union" else mask & ~retain_mask
     if mask.count() == 0:
         raise SelectionError(
             f"threshold={threshold} leaves no neuron that is critical for the forget corpus alone: change it, or take "

@@ -1,13 +1,14 @@
-"""The one streaming loop: model x corpus x sites x statistics.
+"""`collect`: the one streaming loop, in which a model reads a corpus and a statistic is filled at some sites.
 
-No activation is kept, and each forward pass ends at the last site that was asked for, so memory does not grow with the
+No activation is stored, and each forward pass ends at the last site that was asked for, so memory does not grow with the
 corpus and the cost is close to that of the blocks alone.
+Knows models, corpora and checkpoints; of a statistic it knows the protocol alone, and nothing of what it accumulates.
 """
 
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial, reduce
 from typing import Any, overload
@@ -22,14 +23,17 @@ from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import fingerprint, model_name
-from lens_unlearn.model.shortcuts import lean
+from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
+from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 from lens_unlearn.neurons.statistic import S, Statistic
 
-__all__ = ["collect"]
+__all__ = ["collect", "gather", "load_moments", "own_checkpoint", "query_keys", "save_moments"]
 
 Transform = Mapping[Site, Callable[[Tensor], Tensor]]
+MOST_KEYS = 4000
+"""The default of how many keys `query_keys` keeps."""
 _SAVE_EVERY = 20.0  # seconds between checkpoints
 
 
@@ -81,9 +85,9 @@ def collect(
         statistic: An empty statistic to fill; default `Moments()`.
         batch_size: Full-length rows per forward. Results do not depend on it.
         transform: Optional functions applied to the activations of a site before they are counted.
-        checkpoint: A file in which the run is kept, every 20 seconds and on interruption. If it exists, the run goes
-            on from there, to exactly the result of an uninterrupted run, also after a power cut or `kill -9`. It is removed at
-            the end.
+        checkpoint: A file in which the run is saved, every 20 seconds and on interruption. If it exists, the run resumes
+            from it, to exactly the result of an uninterrupted run, also after a power cut or `kill -9`. It is removed at the
+            end.
         progress: Whether to show a bar, in counted tokens.
 
     Returns:
@@ -103,6 +107,38 @@ def collect(
     return total
 
 
+def query_keys(
+    model: Model,
+    corpus: Corpus,
+    sites: str | Site | Sequence[str | Site] = "mlp.post",
+    *,
+    capacity: int = MOST_KEYS,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> KeySample:
+    """Sample the keys at the last token of each prompt of a corpus.
+
+    A corpus of plain texts is cut into prompts at random places first (`Corpus.with_prompts`).
+
+    Args:
+        model: A `TransformerBridge` or `HookedTransformer`.
+        corpus: Queries: prompts with answers, or texts.
+        sites: Where to take the keys.
+        capacity: The most queries to keep, drawn uniformly.
+        seed: Of the draw, and of the places where texts are cut.
+        batch_size: Full-length rows per forward.
+        progress: Whether to show bars.
+
+    Raises:
+        CorpusError: If nothing is long enough to make a prompt.
+    """
+    queries = (corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)).queries()
+    return collect(
+        model, queries, sites, statistic=KeySample(capacity, seed=seed), batch_size=batch_size, progress=progress
+    )
+
+
 def gather(
     model: Model,
     corpus: Corpus,
@@ -113,32 +149,33 @@ def gather(
     checkpoint: str | os.PathLike[str] | None,
     progress: bool,
 ) -> Any:
-    """Do what `collect` does, and leave the checkpoint for whoever still has to put the result somewhere."""
+    """Do what `collect` does, but leave the checkpoint: the caller removes it when the result is in a file."""
     corpus.check(model)
     points = resolve(model, sites)
     total: Any = (Moments() if statistic is None else statistic).fresh()
     checkpoint = None if checkpoint is None else own_checkpoint(checkpoint)
     settings = {} if checkpoint is None else _settings(model, corpus, points, total, batch_size, transform or {})
     total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings)
-    told = {"desc": f"collect {corpus.name}", "disable": not (progress and distributed.is_first())}
-    bar = tqdm(total=corpus.n_tokens, unit=" tokens", unit_scale=True, **told)
+    hidden = not (progress and distributed.is_first())
+    bar = tqdm(total=corpus.n_tokens, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
     saved, halved = time.monotonic(), 0
     watch = _Watch(points, transform or {})
     # Closed twice, for an interrupt in the first instruction of the one that comes first.
-    with one_thread(model), bar, torch.no_grad(), closing(watch), watch, lean(model):
-        if (
-            not distributed.is_first() and not done
-        ):  # sums of all are about the same values, and add up to the same digits
-            total = reduce(
-                _merged, next(corpus.batches(batch_size)).run(partial(watch.see, model, corpus, total)), total
-            )
-            total = total.fresh()
+    with one_thread(model), bar, torch.no_grad(), closing(watch), watch, shortcuts(model):
+        if not distributed.is_first() and not done:
+            # Each of several processes takes every N-th batch. Before, the others run the batch that the first process begins
+            # with, and drop its sums, but not the shifts these are about: then the parts of all add up to the same digits.
+            first = next(corpus.batches(batch_size)).run(partial(watch.see, model, corpus, total))
+            total = reduce(_merged, first, total).fresh()
         try:
             for number, batch in enumerate(distributed.share(corpus.batches(batch_size))):
                 counted = int(batch.counted.sum())
+                # The batches of a corpus come in one order, so a checkpoint need only say how many of them it holds.
                 if number >= done:
+                    # A batch has a statistic of its own (or several, if it was halved for lack of memory), merged when the pass
+                    # is over: an error or interrupt within it loses that batch, and counts none of it twice. The count of
+                    # batches changes in the same statement, so that a checkpoint never holds one without the other.
                     parts = batch.run(partial(watch.see, model, corpus, total))
-                    # Only a batch that went through whole is merged, and it is counted in the same breath.
                     total, done = reduce(_merged, parts, total), number + 1
                     halved += len(parts) > 1
                 bar.update(counted)
@@ -150,14 +187,14 @@ def gather(
                 _save(checkpoint, total, settings, done)
             raise
     if distributed.count() > 1:
-        found = distributed.gather((total.state(), halved))
-        total = reduce(_merged, (total.fresh().with_state(state) for state, _ in found))
-        halved = sum(one for _, one in found)
+        shares = distributed.gather((total.state(), halved))
+        total = reduce(_merged, (total.fresh().with_state(state) for state, _ in shares))
+        halved = sum(count for _, count in shares)
     return _with_provenance(total, model, corpus, halved)
 
 
-def _merged(one: Any, other: Any) -> Any:
-    return one.merge(other)
+def _merged(first: Any, second: Any) -> Any:
+    return first.merge(second)
 
 
 def own_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
@@ -167,7 +204,7 @@ def own_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
 
 
 class _Enough(BaseException):
-    """Every site has been seen: the rest of this forward pass would be for nothing."""
+    """Ends a forward pass in which every site has fired: the layers above, and the unembedding, are not needed."""
 
 
 class _Watch:
@@ -183,10 +220,12 @@ class _Watch:
         self.thread = threading.get_ident()
 
     def see(self, model: Model, corpus: Corpus, total: Any, batch: Batch) -> Any:
-        """Run a batch, and return its statistic, of the settings of another."""
+        """Run a batch, and return its statistic, of the settings of `total`."""
         part = self.part = total.fresh()
         self.weight = batch.counted.reshape(-1).float()
         self.waiting = len(self.points)
+        # Some statistics name or draw tokens: they are given which document and place each is, by keys that depend on the
+        # texts alone, and so are the same in every batch, process and order.
         locate = getattr(part, "locate", None)
         if locate is not None:
             locate(*corpus.places(batch))
@@ -210,9 +249,8 @@ class _Watch:
         change = self.transform.get(site)
 
         def see(tensor: Tensor) -> None:
-            if (
-                threading.get_ident() != self.thread
-            ):  # its numbers are not to be counted, and `lean` would make them others
+            # A pass of another thread must not be counted; nor should it run, since under `shortcuts` its numbers would differ.
+            if threading.get_ident() != self.thread:
                 raise ModelError(
                     "another thread measures this model: let it end first, or give each thread a model of its own"
                 )
@@ -241,6 +279,7 @@ def _settings(
     batch_size: int,
     transform: Transform,
 ) -> dict[str, Any]:
+    """Return what decides the result: a checkpoint is resumed only by a run of which all of this is the same."""
     return {
         "model": fingerprint(model),
         "corpus": corpus.fingerprint,
@@ -262,14 +301,14 @@ def _save(path: str | os.PathLike[str], total: Statistic, settings: dict[str, An
 def _load(path: str | os.PathLike[str], total: Any, settings: dict[str, Any]) -> tuple[Any, int]:
     if not os.path.exists(path):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise ArtefactError(f"{path} cannot be written: there is no such folder")
+            raise ArtefactError(f"{path} cannot be written: there is no such folder, so make it first")
         return total, 0
     header, tensors = artefacts.read(path, "collect checkpoint")
     artefacts.require_same(path, header.get("settings"), settings, "this run")
     with artefacts.usable(path, "checkpoint that can be used"):
         done = header["batches"]
         if type(done) is not int or done < 0:
-            raise ValueError(f"{done!r} is no number of batches")
+            raise ValueError(f"{done!r} is not a number of batches")
         return total.with_state(tensors), done
 
 
@@ -277,9 +316,9 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, model: Model | 
     """Write moments to a safetensors file.
 
     Args:
-        path: Where to.
+        path: The file.
         moments: What `collect` returned.
-        model: If given, its fingerprint is kept, so that the file can say later which model it is of.
+        model: If given, its fingerprint is stored, so that the file can tell later which model it is of.
     """
     header = {"extra": list(moments.extra), "provenance": moments.provenance}
     if model is not None:

@@ -1,9 +1,6 @@
-"""Streamed statistics of activations: `Moments` and `Histogram`.
+"""`Histogram`: counts of every neuron's activation in fixed bins, the same for every corpus and model.
 
-A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
-joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
-State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
-standard deviation also where the mean is hundreds of standard deviations away from zero.
+Knows activations, site by site, and which tokens count; knows nothing of models, corpora, or how a distribution is drawn.
 """
 
 import math
@@ -20,7 +17,7 @@ from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, 
 
 __all__ = ["Histogram"]
 
-_HISTOGRAM_TILE = (1024, 256)  # tokens and neurons put into bins at a time: likewise
+_HISTOGRAM_TILE = (1024, 256)  # tokens and neurons binned at a time: few enough to stay in a processor's cache
 
 
 class Histogram:
@@ -32,12 +29,14 @@ class Histogram:
     Args:
         bins: Number of bins; even, so that zero is an edge.
         scale: Where the spacing turns from linear to logarithmic, in units of the activation.
-        limit: The largest absolute activation that is told apart.
+        limit: The largest absolute activation that has a bin of its own.
     """
 
     def __init__(self, *, bins: int = 128, scale: float = 0.1, limit: float = 1000.0) -> None:
         if bins < 2 or bins % 2 or scale <= 0 or limit <= scale:
-            raise LensUnlearnError("a histogram needs an even number of bins and 0 < scale < limit")
+            raise LensUnlearnError(
+                f"bins={bins}, scale={scale}, limit={limit}: give an even number of bins, and 0 < scale < limit"
+            )
         self.bins, self.scale, self.limit = bins, scale, limit
         self.provenance: dict[str, Any] = {}
         self._counts: dict[Site, Tensor] = {}
@@ -60,17 +59,21 @@ class Histogram:
         x = values.detach()
         flat = x.reshape(len(x), -1)
         counts = torch.zeros(flat.shape[1], self.bins, dtype=torch.int64)
+        # Binning passes over the same numbers several times: on a CPU in tiles that stay in its cache, on a GPU, where each
+        # call costs, over everything at once.
         tokens, neurons = _HISTOGRAM_TILE if flat.device.type == "cpu" else flat.shape
-        for some in rows.split(tokens):
+        for tile_rows in rows.split(tokens):
             for start in range(0, flat.shape[1], neurons):
-                part = flat[:, start : start + neurons].index_select(0, some).float()
+                part = flat[:, start : start + neurons].index_select(0, tile_rows).float()
+                # One sum tells whether any value is NaN or infinite; it may also have overflowed, so look before raising.
                 if not math.isfinite(float(part.sum())):
                     require_finite(site, flat[rows], tuple(x.shape[1:]))
-                    part = part.nan_to_num()  # what float32 cannot hold
+                    part = part.nan_to_num()  # float64 values beyond float32: they go to the outermost bins
                 width, bins = part.shape[1], self._bins(part)
+                # Each neuron has its own range of numbers, so that a single bincount counts for all of them.
                 bins += torch.arange(width, dtype=torch.int32, device=bins.device) * self.bins
-                found = torch.bincount(bins.reshape(-1), minlength=width * self.bins)
-                counts[start : start + width] += found.view(width, self.bins).cpu()
+                tile_counts = torch.bincount(bins.reshape(-1), minlength=width * self.bins)
+                counts[start : start + width] += tile_counts.view(width, self.bins).cpu()
         counts = counts.reshape(*x.shape[1:], self.bins)
         self._counts[site] = self._counts[site] + counts if site in self._counts else counts
 
@@ -78,12 +81,13 @@ class Histogram:
         """Return the bin of each value, in a new tensor.
 
         asinh(y) is the sign of y times log(abs(y) + sqrt(y^2 + 1)), and PyTorch's log is ten times as fast as its asinh. The
-        sign is put on the bin: next to zero the logarithm is zero, and which side it is would be lost.
+        sign is put on the bin, not on the logarithm: next to zero that is zero, and the side would be lost. For a bin b, counted
+        outwards from zero, the one on the other side is -1 - b, which is b with all bits flipped: b xor -1.
         """
         half = self.bins // 2
         step = half / math.asinh(self.limit / self.scale)
-        y = torch.zeros((), device=x.device).add(x, alpha=1 / self.scale)  # also makes -0 to 0, which is positive
-        negative = y.view(torch.int32) >> 31  # -1 where it is
+        y = torch.zeros((), device=x.device).add(x, alpha=1 / self.scale)  # also turns -0 into 0, which is positive
+        negative = y.view(torch.int32) >> 31  # the sign bit, as -1 or 0
         y.abs_()
         size = torch.addcmul(torch.ones((), device=x.device), y, y).sqrt_().add_(y).log_().mul_(step)
         return size.clamp_max_(half - 1).int().bitwise_xor_(negative).add_(half)
@@ -95,13 +99,13 @@ class Histogram:
             LensUnlearnError: If their bins differ.
         """
         if (self.bins, self.scale, self.limit) != (other.bins, other.scale, other.limit):
-            raise LensUnlearnError("histograms with different bins do not merge")
-        whole = self.fresh()
-        whole.provenance = joined_provenance(self.provenance, other.provenance)
+            raise LensUnlearnError("histograms with different bins do not merge: collect both with the same settings")
+        merged = self.fresh()
+        merged.provenance = joined_provenance(self.provenance, other.provenance)
         for site in {**self._counts, **other._counts}:
             parts = [part._counts[site] for part in (self, other) if site in part._counts]
-            whole._counts[site] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return whole
+            merged._counts[site] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return merged
 
     def state(self) -> dict[str, Tensor]:
         """Return the counts, named by site."""
@@ -119,7 +123,7 @@ class Histogram:
                 or counts.shape[-1] != self.bins
                 or bool((counts < 0).any())
             ):
-                raise LensUnlearnError(f"{site}: these are no counts in {self.bins} bins")
+                raise LensUnlearnError(f"{site}: the stored tensor does not hold counts in {self.bins} bins")
         return require_all_read(new, tensors)
 
     @property

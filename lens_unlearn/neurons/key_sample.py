@@ -1,9 +1,6 @@
-"""Streamed statistics of activations: `Moments` and `Histogram`.
+"""`KeySample`: a uniform random sample of keys (activations at counted tokens), with the document that each is of.
 
-A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
-joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
-State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
-standard deviation also where the mean is hundreds of standard deviations away from zero.
+Knows activations, and documents and places as numbers; knows nothing of models, corpora, or the regions fitted to keys.
 """
 
 from collections.abc import Mapping
@@ -33,6 +30,10 @@ class KeySample:
         seed: Of the priorities.
     """
 
+    # Why not reservoir sampling: a reservoir draws from a random stream in the order in which tokens come, so its sample would
+    # depend on batches and on how the corpus is cut over processes, and two reservoirs cannot be merged exactly. The k lowest
+    # of independent random priorities are a uniform sample too, and the k lowest of a union are among those of its parts.
+
     def __init__(self, capacity: int = 2000, *, seed: int = 0) -> None:
         if capacity < 1:
             raise LensUnlearnError(f"capacity={capacity} keeps no key: at least 1")
@@ -47,7 +48,7 @@ class KeySample:
         return KeySample(self.capacity, seed=self.seed)
 
     def locate(self, documents: Int[Tensor, "tokens"], places: Int[Tensor, "tokens"]) -> None:
-        """Say which tokens the next updates are of: a key of each token's document, and its place there."""
+        """Name the tokens of the next updates: a key of each token's document, and its place there."""
         priority = mix(mix(documents + key_of("key sample", self.seed)) + places)
         self._now = torch.stack([priority, documents, places])
 
@@ -61,7 +62,7 @@ class KeySample:
         if not bool(counted.any()):
             return
         if self._now.shape[1] != len(weight):
-            raise LensUnlearnError(f"say with locate() which {len(weight)} tokens these are, before update()")
+            raise LensUnlearnError(f"call locate() with the documents and places of these {len(weight)} tokens first")
         keys = values.detach()[counted.to(values.device)]
         require_finite(site, keys.reshape(len(keys), -1), tuple(keys.shape[1:]))
         self._add(site, keys.float().cpu(), self._now[:, counted.cpu()])
@@ -69,8 +70,9 @@ class KeySample:
     def _add(self, site: Site, keys: Tensor, ids: Tensor) -> None:
         if site in self._keys:
             keys, ids = torch.cat([self._keys[site], keys]), torch.cat([self._ids[site], ids], dim=1)
-        numbers = {one: i for i, one in reversed([*enumerate(zip(*ids.tolist()))])}  # a token counts once
-        order = [numbers[one] for one in sorted(numbers)[: self.capacity]]
+        # By token, its first row: a token that is in both parts counts once. Ties of priorities go by document and place.
+        row_of = {token: row for row, token in reversed([*enumerate(zip(*ids.tolist()))])}
+        order = [row_of[token] for token in sorted(row_of)[: self.capacity]]
         self._keys[site], self._ids[site] = keys[order], ids[:, order]
 
     def merge(self, other: "KeySample") -> "KeySample":
@@ -80,13 +82,15 @@ class KeySample:
             LensUnlearnError: If capacity or seed differ.
         """
         if (self.capacity, self.seed) != (other.capacity, other.seed):
-            raise LensUnlearnError("samples of different capacity or seed do not merge")
-        whole = self.fresh()
-        whole.provenance = joined_provenance(self.provenance, other.provenance)
+            raise LensUnlearnError(
+                "samples of different capacity or seed do not merge: collect both with the same settings"
+            )
+        merged = self.fresh()
+        merged.provenance = joined_provenance(self.provenance, other.provenance)
         for part in (self, other):
             for site, keys in part._keys.items():
-                whole._add(site, keys, part._ids[site])
-        return whole
+                merged._add(site, keys, part._ids[site])
+        return merged
 
     def state(self) -> dict[str, Tensor]:
         """Return the keys and what identifies them, named by site."""
@@ -97,16 +101,18 @@ class KeySample:
         """Return a sample of the same settings that continues from `state`."""
         new = self.fresh()
         for name, tensor in tensors.items():
-            site, _, what = name.rpartition(".")
-            if what == "keys":
+            site, _, field = name.rpartition(".")
+            if field == "keys":
                 ids = tensors[f"{site}.ids"]
                 if ids.dtype != torch.int64 or tuple(ids.shape) != (3, len(tensor)) or len(tensor) > self.capacity:
                     raise LensUnlearnError(f"{site}: {len(tensor)} keys, and ids of shape {tuple(ids.shape)}")
                 if tensor.dtype != torch.float32 or tensor.ndim < 2 or not bool(torch.isfinite(tensor).all()):
-                    raise LensUnlearnError(f"{site}: these are no keys")
+                    raise LensUnlearnError(f"{site}: the stored keys are not finite float32 vectors")
                 order = list(zip(*ids.tolist()))
                 if any(a >= b for a, b in zip(order, order[1:])):
-                    raise LensUnlearnError(f"{site}: the keys are not in order, or one is there twice")
+                    raise LensUnlearnError(
+                        f"{site}: the stored keys are not in the order of their priorities, or one is there twice"
+                    )
                 new._keys[Site.parse(site)], new._ids[Site.parse(site)] = tensor, ids
         return require_all_read(new, tensors)
 
@@ -148,15 +154,15 @@ class KeySample:
         return [self._only(shuffled[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def shuffled(self, other: "KeySample", seed: int = 0) -> "tuple[KeySample, KeySample]":
-        """Deal the documents of both at random into two samples of the same numbers of documents: a control."""
+        """Deal the documents of both samples at random into two of the same numbers of documents: a control."""
         documents = [next(iter(part._ids.values()))[1].unique() for part in (self, other)]
-        both = torch.cat(documents).unique()
-        both = both[mix(both + key_of("shuffled", seed)).argsort()]
-        whole = KeySample(self.capacity + other.capacity, seed=self.seed)
+        dealt = torch.cat(documents).unique()
+        dealt = dealt[mix(dealt + key_of("shuffled", seed)).argsort()]
+        pooled = KeySample(self.capacity + other.capacity, seed=self.seed)
         for part in (self, other):
             for site, keys in part._keys.items():
-                whole._add(site, keys, part._ids[site])
-        return whole._only(both[: len(documents[0])]), whole._only(both[len(documents[0]) :])
+                pooled._add(site, keys, part._ids[site])
+        return pooled._only(dealt[: len(documents[0])]), pooled._only(dealt[len(documents[0]) :])
 
     def _only(self, documents: Int[Tensor, "documents"]) -> "KeySample":
         new = self.fresh()
@@ -168,7 +174,7 @@ class KeySample:
 
     def documents(self, site: Site) -> Int[Tensor, "keys"]:
         """Return a key of each key's document: equal for keys of one document."""
-        self[site]
+        self[site]  # raises where nothing was collected
         return self._ids[site][1]
 
     def __repr__(self) -> str:

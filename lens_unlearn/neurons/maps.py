@@ -4,6 +4,8 @@ Everything known about neurons is such a map. A score is an expression on maps, 
 
     score = forget.mean_abs["mlp.post"] / (retain.mean_abs["mlp.post"] + 1e-3)
     chosen = score.top(0.02)
+
+Knows sites by name, and tensors; knows nothing of models, nor of where the values come from.
 """
 
 import html
@@ -178,10 +180,10 @@ class NeuronMap:
     # --- arithmetic --------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "NeuronMap":
-        """Apply a function to every tensor. If it changes shapes, which neurons were alive is forgotten."""
+        """Apply a function to every tensor. If it changes shapes, the knowledge of which neurons were alive is dropped."""
         values = {site: function(value.clone()) for site, value in self._values.items()}
-        same = all(values[site].shape == value.shape for site, value in self._values.items())
-        return NeuronMap(values, live=self._live if same else None)
+        same_shapes = all(values[site].shape == value.shape for site, value in self._values.items())
+        return NeuronMap(values, live=self._live if same_shapes else None)
 
     def combine(self, other: "NeuronMap | Scalar", function: Callable[[Any, Any], Tensor]) -> "NeuronMap":
         """Apply a function of two tensors, site by site; a number stands for itself at every site.
@@ -192,8 +194,8 @@ class NeuronMap:
         if not isinstance(other, NeuronMap):
             return self.map(lambda value: function(value, other))
         if self.sites != other.sites:
-            odd = [str(site) for site in {*self.sites} ^ {*other.sites}]
-            raise SelectionError(f"the maps differ in their sites: only one of them has {', '.join(sorted(odd)[:4])}")
+            unshared = sorted(str(site) for site in {*self.sites} ^ {*other.sites})
+            raise SelectionError(f"the maps differ in their sites: only one of them has {', '.join(unshared[:4])}")
         for site, value in self._values.items():
             if value.shape != other._values[site].shape:
                 shapes = f"{tuple(value.shape)} and {tuple(other._values[site].shape)}"
@@ -326,9 +328,9 @@ class NeuronMap:
 
     def _top(self, fraction: float, candidates: "NeuronMap") -> "NeuronMap":
         for site, value in self._values.items():
-            bad = torch.isnan(value.double()).reshape(-1).nonzero()
-            if len(bad):
-                raise SelectionError(f"the score of {site}[{int(bad[0])}] is NaN: mend the expression before selecting")
+            nan = torch.isnan(value.double()).reshape(-1).nonzero()
+            if len(nan):
+                raise SelectionError(f"the score of {site}[{int(nan[0])}] is NaN: fix the expression before selecting")
         count = round(fraction * self.numel())
         by_value = torch.sort(self.flat().double(), descending=True, stable=True).indices
         preferred = candidates.flat()[by_value]

@@ -1,9 +1,8 @@
-"""Streamed statistics of activations: `Moments` and `Histogram`.
+"""`Moments`: mean, standard deviation and relatives of every neuron, in one pass and in numbers that do not cancel.
 
-A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
-joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
 State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
 standard deviation also where the mean is hundreds of standard deviations away from zero.
+Knows activations, site by site, and which tokens count; knows nothing of models, corpora or methods.
 """
 
 import math
@@ -26,7 +25,7 @@ LIVE_RATIO = 1e-6
 """A neuron whose standard deviation is below this share of its mean is constant, so dead or ablated."""
 
 _TILE = 2**22  # activations reduced at a time: few enough to stay in a processor's cache between the passes
-_ROWS = 128  # tokens added up in float32 at a time: few enough to keep six digits
+_ROWS = 128  # tokens summed in float32 at a time: few enough to keep six digits
 
 
 class Moments:
@@ -82,11 +81,15 @@ class Moments:
         flat = x.reshape(x.shape[0], -1)
         if flat.dtype in (torch.bfloat16, torch.float16):
             flat = flat.float()
-        known = self._state[site][0] if site in self._state else self._shift.get(site)
-        # In the model's own precision: then differences of half-precision values are exact in float32.
-        shift = rows.centre(flat).to(x.dtype) if known is None else known.reshape(-1).to(flat.device)
+        # Sums are of x - c with a shift c near the mean: in (1/N) sum x^2 - mean^2 the digits of a standard deviation cancel
+        # where the mean is far from zero. The first batch of a site sets c, and later ones use it too, because sums about one
+        # shift simply add up. In the model's own precision: then differences of half-precision values are exact in float32.
+        known_shift = self._state[site][0] if site in self._state else self._shift.get(site)
+        shift = rows.centre(flat).to(x.dtype) if known_shift is None else known_shift.reshape(-1).to(flat.device)
         state = self._reduce(flat, rows, shift)
         if not _well_centred(state, rows.count):
+            # This batch is unlike the first one, or holds something that is not finite. What helps is tried in turn, the
+            # cheapest first: without the uncounted positions, about a shift of this batch's own, and in float64.
             # An uncounted position may hold NaN, and zero times NaN is NaN: look at the counted ones alone.
             counted = rows.like(flat) > 0
             require_finite(site, flat[counted], tuple(x.shape[1:]))
@@ -101,15 +104,22 @@ class Moments:
 
     def _rows_of(self, weight: Float[Tensor, "tokens"]) -> "_Rows":
         """Look at a batch's weights once, not once per site."""
-        known = self._buffers.get("rows")
-        if known is None or known.weight is not weight:
-            known = self._buffers["rows"] = _Rows(weight)
-        return known
+        rows = self._buffers.get("rows")
+        if rows is None or rows.weight is not weight:
+            rows = self._buffers["rows"] = _Rows(weight)
+        return rows
 
     def _reduce(
         self, x: Float[Tensor, "tokens n"], rows: "_Rows", shift: Float[Tensor, "n"]
     ) -> Float[Tensor, "statistics n"]:
-        # Few and large operations: on a small model the number of calls costs as much as the arithmetic.
+        """Return the sums of one batch about a shift, in float64.
+
+        Within a group of `_ROWS` tokens they are float32, in which a model is computed and a processor is fast; the groups are
+        summed in float64, so that the rounding of a sum does not grow with the tokens.
+        """
+        # Few and large operations: on a small model the number of calls costs as much as the arithmetic. A bmm of each
+        # group's weights (0 or 1) with its values leaves out the uncounted tokens and sums the others in one call, for all
+        # groups at once and without a copy of the counted values.
         state = shift.new_zeros(5 + ("sqrt" in self.extra), x.shape[1], dtype=torch.float64)
         state[0] = shift
         shift = shift.to(x.dtype)
@@ -145,7 +155,7 @@ class Moments:
         return self._buffers[key][:size].view(*shape)
 
     def _fold(self, site: Site, count: int, state: Tensor) -> None:
-        """Merge one more state: sums about the same shift add up, others meet at their common mean."""
+        """Merge one more state: sums about the same shift add up, others are first rewritten about their common mean."""
         if site not in self._state:
             self._count[site], self._state[site] = count, state
             return
@@ -168,13 +178,15 @@ class Moments:
             LensUnlearnError: If they keep different extras.
         """
         if self.extra != other.extra:
-            raise LensUnlearnError(f"moments with extras {self.extra} and {other.extra} do not merge")
-        whole = self.fresh()
-        whole.provenance = joined_provenance(self.provenance, other.provenance)
+            raise LensUnlearnError(
+                f"moments with extras {self.extra} and {other.extra} do not merge: collect both with the same extras"
+            )
+        merged = self.fresh()
+        merged.provenance = joined_provenance(self.provenance, other.provenance)
         for part in (self, other):
             for site, state in part._state.items():
-                whole._fold(site, part._count[site], state)
-        return whole
+                merged._fold(site, part._count[site], state)
+        return merged
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that was accumulated, as tensors named by site."""
@@ -186,13 +198,14 @@ class Moments:
         new = self.fresh()
         rows = 5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra)
         for name, tensor in tensors.items():
-            site, _, what = name.rpartition(".")
-            if what == "moments":
+            site, _, field = name.rpartition(".")
+            if field == "moments":
                 counted = tensors[f"{site}.count"]
                 count = int(counted)
-                whole = counted.dtype == torch.int64 and counted.ndim == 0 and count >= 1
-                if not whole or tensor.dtype != torch.float64 or tensor.ndim < 2 or not _possible(tensor, count, rows):
-                    raise LensUnlearnError(f"{site}: these are no moments of {count} tokens")
+                is_count = counted.dtype == torch.int64 and counted.ndim == 0 and count >= 1
+                is_state = tensor.dtype == torch.float64 and tensor.ndim >= 2 and _possible(tensor, count, rows)
+                if not is_count or not is_state:
+                    raise LensUnlearnError(f"{site}: the stored sums cannot be those of {count} tokens")
                 new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor, count
         return require_all_read(new, tensors)
 
@@ -307,12 +320,12 @@ def _well_centred(state: Tensor, n: int) -> bool:
 
 def _pieces(tokens: int, width: int) -> Iterator[tuple[int, int, int]]:
     """Cut a batch into pieces that stay in the cache: (start, end, rows that are summed in float32)."""
-    whole = tokens // _ROWS * _ROWS
+    grouped = tokens // _ROWS * _ROWS  # tokens in full groups; the last group may be smaller
     size = max(1, _TILE // (width * _ROWS)) * _ROWS
-    for start in range(0, whole, size):
-        yield start, min(start + size, whole), _ROWS
-    if whole < tokens:
-        yield whole, tokens, tokens - whole
+    for start in range(0, grouped, size):
+        yield start, min(start + size, grouped), _ROWS
+    if grouped < tokens:
+        yield grouped, tokens, tokens - grouped
 
 
 class _Rows:

@@ -1,9 +1,8 @@
-"""Streamed statistics of activations: `Moments` and `Histogram`.
+"""`Statistic`: the protocol of everything that `collect` can fill, and the checks that its implementations share.
 
 A statistic is a monoid: `fresh` is its empty element, `update` takes one site's activations of one batch, and `merge`
-joins two of them, associatively. So a corpus can be cut anywhere, into batches, over resumed runs or over ranks.
-State is float64; each batch is reduced in float32 about a value near its own mean, which keeps seven digits of the
-standard deviation also where the mean is hundreds of standard deviations away from zero.
+joins two of them, associatively. So a corpus can be cut anywhere: into batches, over resumed runs or over processes.
+Knows sites; knows nothing of what any one statistic accumulates, nor of models and corpora.
 """
 
 from collections.abc import Mapping
@@ -16,14 +15,15 @@ from torch import Tensor
 from lens_unlearn.core.errors import ActivationError, LensUnlearnError
 from lens_unlearn.model.sites import Site
 
-__all__ = ["Statistic"]
+__all__ = ["S", "Statistic", "joined_provenance", "require_all_read", "require_finite"]
 
 S = TypeVar("S", bound="Statistic")
+"""A type variable: some statistic, the same one going in and coming out."""
 
 
 @runtime_checkable
 class Statistic(Protocol):
-    """What `collect` needs of a statistic."""
+    """What `collect` needs of a statistic: an empty one, updates, and merging, with a state that can be saved."""
 
     def fresh(self: S) -> S:
         """Return an empty statistic of the same settings."""
@@ -46,29 +46,37 @@ class Statistic(Protocol):
         ...
 
 
-def joined_provenance(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where both parts come from: corpora by name, and the tokens of both."""
-    told = {**other, **one}
-    both = [part for part in (one, other) if "corpus" in part]
-    if len(both) == 2:
-        told["corpus"] = " + ".join(dict.fromkeys(name for part in both for name in str(part["corpus"]).split(" + ")))
-        told["tokens"] = sum(part.get("tokens", 0) for part in both)
-    return told
+def joined_provenance(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the provenance of two merged parts: the names of their corpora, and the tokens of both together."""
+    joined = {**second, **first}
+    parts = [part for part in (first, second) if "corpus" in part]
+    if len(parts) == 2:
+        names = [name for part in parts for name in str(part["corpus"]).split(" + ")]
+        joined["corpus"] = " + ".join(dict.fromkeys(names))
+        joined["tokens"] = sum(part.get("tokens", 0) for part in parts)
+    return joined
 
 
 def require_all_read(statistic: S, tensors: Mapping[str, Tensor]) -> S:
-    """Return a statistic that was read, if nothing in the file is left over.
+    """Return a statistic that was read from a file, if it used every tensor of that file.
 
     Raises:
-        LensUnlearnError: If it would not write the same names.
+        LensUnlearnError: If its own state would have other names.
     """
-    odd = sorted(set(tensors) ^ set(statistic.state()))
-    if odd:
-        raise LensUnlearnError(f"{odd[0]!r:.100} is not what a {type(statistic).__name__} keeps, or twice the same")
+    unexpected = sorted(set(tensors) ^ set(statistic.state()))
+    if unexpected:
+        raise LensUnlearnError(
+            f"{unexpected[0]!r:.100} does not belong in the state of a {type(statistic).__name__}, or is there twice"
+        )
     return statistic
 
 
 def require_finite(site: Site, counted: Float[Tensor, "tokens n"], shape: tuple[int, ...]) -> None:
+    """Refuse activations that are not numbers, which an average would hide.
+
+    Raises:
+        ActivationError: At the first that is NaN or infinite; names the neuron.
+    """
     bad = (~torch.isfinite(counted)).nonzero()
     if len(bad):
         token, neuron = (int(i) for i in bad[0])

@@ -1,9 +1,7 @@
-"""A neuron's top examples: the tokens of a corpus at which it fires most, with the text around them.
+"""`TopTokens`: for every neuron, at which tokens of a corpus its k highest activations are, in one streaming pass.
 
-    lu.top_examples(model, corpus, "L3.mlp.post[17]")
-
-`TopTokens` is the statistic behind it: it keeps, for every neuron of a site, where its k highest activations are, in one
-streaming pass; so it also serves all neurons of a model at once, as ``lu.collect(model, corpus, statistic=lu.TopTokens())``.
+It serves all neurons of a model at once, as ``lu.collect(model, corpus, statistic=lu.TopTokens())``, and is the statistic
+behind `lu.top_examples`. Knows activations, and documents and places as numbers; knows nothing of texts, and how to show them.
 """
 
 from collections.abc import Mapping
@@ -20,11 +18,13 @@ from lens_unlearn.core.errors import ActivationError, EmptyStatisticError, LensU
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.maps import NeuronMap, neuron_name
 
-__all__ = ["TopTokens"]
+__all__ = ["FIELDS", "By", "Tops", "TopTokens"]
 
 By = Literal["max", "min", "abs"]
-_LOW = 2**32 - 1
-_TILE = 2**22  # activations looked at together
+FIELDS = ("values", "documents", "places")
+"""The tensors of a site's state, in the order of the fields of `Tops`."""
+_LOW = 2**32 - 1  # the lower half of a 64-bit key
+_TILE = 2**22  # activations ranked together: bounds the memory of their keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class TopTokens:
         self, k: int = 10, *, by: By = "max", per_document: bool = False, among: NeuronMap | None = None
     ) -> None:
         if k < 1:
-            raise LensUnlearnError(f"k={k} keeps no token: at least 1")
+            raise LensUnlearnError(f"k={k} keeps no token: give at least 1")
         if by not in ("max", "min", "abs"):
             raise LensUnlearnError(f"by={by!r} is not known: choose 'max', 'min' or 'abs'")
         if among is not None and not among.is_selection:
@@ -76,7 +76,7 @@ class TopTokens:
         return TopTokens(self.k, by=self.by, per_document=self.per_document, among=self.among)
 
     def locate(self, documents: Int[Tensor, "tokens"], places: Int[Tensor, "tokens"]) -> None:
-        """Say which tokens the next updates are of: a key of each token's document, and of its place there."""
+        """Name the tokens of the next updates: a key of each token's document, and of its place there."""
         self._now = torch.stack([documents, places])
 
     def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
@@ -89,7 +89,7 @@ class TopTokens:
         if not bool(counted.any()):
             return
         if self._now.shape[1] != len(weight):
-            raise LensUnlearnError(f"say with locate() which {len(weight)} tokens these are, before update()")
+            raise LensUnlearnError(f"call locate() with the documents and places of these {len(weight)} tokens first")
         x = values.detach()[counted.to(values.device)].flatten(1).float()
         columns = self._columns(site, tuple(values.shape[1:]))
         x = x if columns is None else x[:, columns.to(x.device)]
@@ -101,6 +101,7 @@ class TopTokens:
                 f"{name} is {float(x[token, column])} at a counted token: the model overflows or is broken there; "
                 "try a wider dtype, or look at that text"
             )
+        # In the order of their keys, so that ties of activations are broken alike in every batch.
         documents, places = self._now[:, counted.cpu()]
         order = torch.from_numpy(np.lexsort((places.numpy(), documents.numpy())))
         documents, places, x = documents[order], places[order], x[order.to(x.device)]
@@ -117,29 +118,30 @@ class TopTokens:
         return mask.reshape(-1).nonzero()[:, 0]
 
     def _strength(self, x: Tensor) -> Tensor:
-        """Return what is highest at the top; zero has one sign."""
+        """Return what is ranked, the highest first; adding 0 gives zero one sign."""
         return (x if self.by == "max" else -x if self.by == "min" else x.abs()) + 0.0
 
     def _best(
         self, x: Float[Tensor, "tokens n"], documents: Int[Tensor, "tokens"], places: Int[Tensor, "tokens"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return values, documents and places of the top tokens of one batch, which stands in the order of these keys."""
-        # One integer for each: the bits of the strength, in an order-preserving form, above the token's rank; no two are equal.
+        # One integer for each activation, so that a single topk ranks by strength and then by token: the float's bits, in a form
+        # that orders integers as it orders floats, above the token's rank. No two are equal.
         bits = self._strength(x).view(torch.int32).long()
         keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32
         keys += (_LOW - torch.arange(len(x), device=x.device))[:, None]
         differs = documents.diff() != 0
         differs = differs if self.per_document else differs | (places.diff() != 0)
         group = torch.cat([torch.zeros(1, dtype=torch.long), differs.cumsum(0)])
-        if int(group[-1]) + 1 < len(x):  # of what is the same, or in the same document, the best
-            least = torch.full((int(group[-1]) + 1, x.shape[1]), torch.iinfo(torch.int64).min, device=x.device)
-            keys = least.scatter_reduce(0, group.to(x.device)[:, None].expand_as(keys), keys, "amax")
+        if int(group[-1]) + 1 < len(x):  # of repeated tokens, or of the tokens of one document, the best
+            lowest = torch.full((int(group[-1]) + 1, x.shape[1]), torch.iinfo(torch.int64).min, device=x.device)
+            keys = lowest.scatter_reduce(0, group.to(x.device)[:, None].expand_as(keys), keys, "amax")
         rank = _LOW - (keys.topk(min(self.k, len(keys)), dim=0).values & _LOW)
         values, rank = x.gather(0, rank).cpu(), rank.cpu()
         return values, documents[rank], places[rank]
 
     def _fold(self, site: Site, new: Tops) -> None:
-        """Join with what was there: sort, drop what is there twice, and keep the best."""
+        """Join new top tokens with those of before: sort, drop repeated ones, and keep the best."""
         old = self._tops.get(site)
         parts = [(part.values, part.documents, part.places) for part in (old, new) if part is not None]
         values, documents, places = (torch.cat(columns).numpy() for columns in zip(*parts, strict=True))
@@ -148,9 +150,9 @@ class TopTokens:
             keys = (places, -strength, documents) if self.per_document else (-strength, places, documents)
             order = np.lexsort(keys, axis=0)
             values, documents, places, strength = _take(order, values, documents, places, strength)
-            again = documents[1:] == documents[:-1]
-            again = again if self.per_document else again & (places[1:] == places[:-1])
-            strength[1:][again] = -np.inf
+            repeated = documents[1:] == documents[:-1]
+            repeated = repeated if self.per_document else repeated & (places[1:] == places[:-1])
+            strength[1:][repeated] = -np.inf
         order = np.lexsort((places, documents, -strength), axis=0)[: self.k]
         values, documents, places, strength = _take(order, values, documents, places, strength)
         values[strength == -np.inf] = np.nan
@@ -165,12 +167,12 @@ class TopTokens:
         """
         if repr(self.fresh()) != repr(other.fresh()):
             raise LensUnlearnError(f"{self.fresh()!r} and {other.fresh()!r} do not merge: their settings differ")
-        whole = self.fresh()
-        whole.provenance = dict(self.provenance or other.provenance)
+        merged = self.fresh()
+        merged.provenance = dict(self.provenance or other.provenance)
         for part in (self, other):
             for site, tops in part._tops.items():
-                whole._fold(site, tops)
-        return whole
+                merged._fold(site, tops)
+        return merged
 
     def state(self) -> dict[str, Tensor]:
         """Return values, documents and places, named by site."""
@@ -181,12 +183,12 @@ class TopTokens:
         """Return a statistic of the same settings that continues from `state`."""
         new = self.fresh()
         for name in tensors:
-            site, _, what = name.rpartition(".")
-            if what == "values":
-                told = [tensors[f"{site}.{field}"] for field in FIELDS]
-                if told[0].ndim != 2 or len({tuple(t.shape) for t in told}) != 1 or len(told[0]) > self.k:
-                    raise LensUnlearnError(f"{site}: these are no top {self.k} tokens")
-                new._tops[Site.parse(site)] = Tops(told[0].float(), told[1].long(), told[2].long())
+            site, _, field = name.rpartition(".")
+            if field == "values":
+                values, documents, places = (tensors[f"{site}.{field}"] for field in FIELDS)
+                if values.ndim != 2 or not values.shape == documents.shape == places.shape or len(values) > self.k:
+                    raise LensUnlearnError(f"{site}: the stored tensors do not hold the top {self.k} tokens")
+                new._tops[Site.parse(site)] = Tops(values.float(), documents.long(), places.long())
         return new
 
     @property
@@ -211,13 +213,10 @@ class TopTokens:
         return f"TopTokens({self.k} by {self.by}{each}{chosen}, {len(self._tops)} sites, {kinds})"
 
 
-FIELDS = ("values", "documents", "places")
-
-
 def _take(order: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
     return [np.take_along_axis(column, order, axis=0) for column in columns]
 
 
 def _digest(selection: NeuronMap) -> str:
-    """Tell selections of equal size apart."""
+    """Return a short name by which selections of equal size can be distinguished."""
     return f"{key_of([(str(site), mask.nonzero().tolist()) for site, mask in selection.items()]) & 0xFFFFFFFF:08x}"

@@ -1,35 +1,23 @@
-"""The report in words: what each method took away, what it cost, and whether it beats its control."""
+"""The findings of a report: what each method took away, what it cost, and whether it beats its control.
+
+Knows how a report's numbers become statements, and what its provenance says of a control; `templates/findings.html` knows how
+they are written. Knows nothing of how a method or its control is made.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from numbers import Real
 
-from lens_unlearn.evaluation.conditions import (
-    BASE,
-    FRACTIONS,
-    PREFERRED,
-    RISING,
-    Condition,
-    Estimate,
-    conditions_of,
-    families,
-    has,
-    words,
-)
+from lens_unlearn.evaluation.conditions import BASE, Condition, Estimate, conditions_of, families, has
+from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.report import Report
+from lens_unlearn.reports.templating import name, render
 
-__all__ = ["Finding", "budget_of", "exceeds", "findings", "headline_metric", "summary"]
+__all__ = ["Finding", "budget_of", "control_kind", "controls_of", "exceeds", "findings", "headline_metric", "summary"]
 
 FORGET, RETAIN = "forget", "retain"
 SHOWN = 60
-CONTROL_KINDS = {
-    "Ablate(": "as many random neurons of every layer",
-    "Adjust(": "as many random neurons of every layer",
-    "Abstain(": "the same method fitted to shuffled labels",
-    "Delta(": "random updates of the same norm",
-}
-"""What a control is, by how its intervention is written in a report's provenance."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +31,16 @@ class Finding:
     control: "Finding | None" = None
     best_of: int = 1
     """Out of how many strengths of a sweep this one was picked, for its selectivity."""
+
+    @property
+    def main(self) -> list[str]:
+        """The corpora that the verdict is about, of those that were measured."""
+        return [corpus for corpus in (FORGET, RETAIN) if corpus in self.drops]
+
+    @property
+    def rest(self) -> list[str]:
+        """All other corpora."""
+        return [corpus for corpus in self.drops if corpus not in (FORGET, RETAIN)]
 
     @property
     def verdict(self) -> str:
@@ -63,8 +61,10 @@ def headline_metric(report: Report) -> str | None:
     """Return the metric to summarize by: one of which a share can be lost; None if there is none."""
     metrics = list(dict.fromkeys(metric for _, _, metric in report.measures))
     measured = {metric for condition, _, metric in report.measures if condition == BASE}
-    falling = [m for m in PREFERRED if m in measured] + [m for m in metrics if m in measured and m in FRACTIONS]
-    return next((metric for metric in falling if metric not in RISING), None)
+    rows = [metric_of(metric) for metric in metrics if metric in measured]
+    first = sorted((row for row in rows if row.headline), key=lambda row: row.headline)
+    falling = [row.name for row in (*first, *rows) if row.is_fraction and row.higher_is_better]
+    return falling[0] if falling else None
 
 
 def findings(report: Report, metric: str) -> list[Finding]:
@@ -120,105 +120,49 @@ def summary(report: Report) -> str:
     found = findings(report, metric) if metric else []
     if not metric or not found:
         return ""
-    made = report.provenance.get("conditions")
-    items = "".join(f"<li>{_item(one, made, budget_of(report))}</li>" for one in found[:SHOWN])
-    more = f"<p>{len(found) - SHOWN} more conditions are in the table.</p>" if len(found) > SHOWN else ""
-    return f"<p>{_base(report, metric)}</p><ul class='findings'>{items}</ul>{more}"
-
-
-def _base(report: Report, metric: str) -> str:
-    parts = [
-        f"{_percent(report[BASE, corpus, metric].value)} on <i>{name(corpus)}</i>"
-        for corpus in report.corpora
-        if (BASE, corpus, metric) in report.measures
+    reached = [(c, report[BASE, c, metric].value) for c in report.corpora if (BASE, c, metric) in report.measures]
+    budget, made = budget_of(report), _made(report)
+    items = [
+        {
+            "finding": one,
+            "control": control_kind(report, one),
+            "exceeds": budget is not None and one.selectivity is not None and exceeds(one, budget),
+            "made": made.get(one.condition.name),
+        }
+        for one in found[:SHOWN]
     ]
-    return (
-        f"Measured by {name(words(metric))}. The unedited model reaches {join(parts)}. "
-        "Losses below are shares of these values, with 95% intervals over documents; a negative loss is a gain."
+    return render(
+        "findings.html", metric=metric, reached=reached, budget=budget, items=items, more=len(found) - len(items)
     )
 
 
-def _percent(value: float) -> str:
-    return "nothing" if math.isnan(value) else f"{100 * value:.1f}%"
+def controls_of(report: Report) -> dict[str, str]:
+    """Return what the control of each method is, in words, as far as whoever made them wrote it into the provenance."""
+    known = report.provenance.get("controls")
+    return {str(method): str(words) for method, words in known.items()} if isinstance(known, Mapping) else {}
 
 
-def share(value: float) -> str:
-    """Write a share in percent, with the digits that it has."""
-    return f"{100 * value:.3g}%"
-
-
-def join(parts: list[str]) -> str:
-    """List names in a sentence."""
-    return "".join(parts) if len(parts) < 2 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def name(text: object, length: int = 80) -> str:
-    """Escape a name from data, and cut it where it would fill the page."""
-    told = str(text)
-    return escape(told if len(told) <= length else f"{told[: length - 1]}…")
-
-
-def _item(finding: Finding, made: object, budget: float | None) -> str:
-    condition = finding.condition
-    told = f"<strong>{name(condition.method)}</strong>"
-    if condition.strength is not None:
-        told += f" at strength {condition.strength:g}"
-    if finding.best_of > 1:
-        told += f" (the most selective of {finding.best_of} strengths, picked on these same texts, so it flatters)"
-    main = [corpus for corpus in (FORGET, RETAIN) if corpus in finding.drops]
-    rest = [corpus for corpus in finding.drops if corpus not in main]
-    told += f" lost {_drops(finding, main or rest)}."
-    if finding.control is not None:
-        told += f" Its control{control_kind(finding, made)} lost {_drops(finding.control, main or rest)}."
-    told += _verdict(finding) + _over(finding, budget)
-    if main and rest:
-        told += f"<span class='rest'>Elsewhere it lost {_drops(finding, rest)}.</span>"
-    what = made.get(condition.name) if isinstance(made, dict) else None
-    return told + (f"<span class='rest'>What it is: {name(what, 240)}</span>" if what else "")
-
-
-def _over(finding: Finding, budget: float | None) -> str:
-    if budget is None or finding.selectivity is None or not exceeds(finding, budget):
+def control_kind(report: Report, finding: Finding) -> str:
+    """Say what a method's control is, between commas; "" where the report does not know."""
+    words = controls_of(report).get(finding.condition.method)
+    if not words:
         return ""
-    sure = finding.drops[RETAIN].low > budget
-    doubt = "" if sure else ", though the interval includes it"
-    return f"<span class='verdict bad'>It exceeds the budget of {share(budget)} on <i>{RETAIN}</i>{doubt}.</span>"
+    draws = _count(str(_made(report).get(finding.condition.counterpart, "")))
+    return f", {name(words, 200)}{f' (mean of {draws} draws)' if draws > 1 else ''},"
 
 
-def control_kind(finding: Finding, made: object) -> str:
-    """Say what a method's control is, between commas, where the report knows."""
-    told = str(made.get(finding.condition.counterpart, "") if isinstance(made, dict) else "").lstrip("[")
-    begin = next((begin for begin in CONTROL_KINDS if told.startswith(begin)), None)
-    if begin is None:
-        return ""
-    draws = told.count(begin)
-    return f", {CONTROL_KINDS[begin]}{f' (mean of {draws} draws)' if draws > 1 else ''},"
+def _made(report: Report) -> Mapping[str, object]:
+    """Return what was measured under the name of each condition: an intervention, or several, as they print themselves."""
+    made = report.provenance.get("conditions")
+    return made if isinstance(made, Mapping) else {}
 
 
-def _drops(finding: Finding, corpora: list[str]) -> str:
-    return join(
-        [f"{bold(finding.drops[corpus])} on <i>{name(corpus)}</i>" for corpus in corpora if corpus in finding.drops]
-    )
-
-
-def bold(estimate: Estimate) -> str:
-    """Write an estimate with its value bold and its interval small."""
-    value, bracket, interval = estimate.percent().partition(" [")
-    return f"<b>{value}</b>" + (f" <small>[{interval}</small>" if bracket else "")
-
-
-def _verdict(finding: Finding) -> str:
-    verdict, mine = finding.verdict, finding.selectivity
-    if mine is None:
-        return ""
-    own = f"forget loss minus retain loss is {mine.percent()}"
-    chance = finding.control.selectivity.percent() if finding.control and finding.control.selectivity else ""
-    sentence = {
-        "beats": f"It beats its control: {own}, against {chance}.",
-        "no better": f"It does not beat its control: {own}, against {chance}, and these intervals overlap.",
-        "worse": f"It does not beat its control, it is worse: {own}, against {chance}.",
-        "no control": f"No control was measured, so what any edit of its size would do is unknown: {own}.",
-        "no interval": f"Without intervals, nobody can say whether it beats its control: {own}, against {chance}.",
-    }[verdict]
-    tone = {"beats": "good", "no better": "bad", "worse": "bad"}.get(verdict, "open")
-    return f"<span class='verdict {tone}'>{sentence}</span>"
+def _count(made: str) -> int:
+    """Count interventions that print themselves as a list, or as one alone."""
+    if made[:1] not in ("[", "("):
+        return 1
+    depth, commas = 0, 0
+    for character in made[1:-1].rstrip(","):  # an intervention has commas too, but all of them inside of its brackets
+        depth += (character in "([{") - (character in ")]}")
+        commas += character == "," and depth == 0
+    return commas + 1

@@ -1,6 +1,6 @@
-"""The promises of interventions and of statistics, as checks for your own: the battery that the shipped ones pass.
+"""Checks for your own interventions and statistics: the test suite that those of this package pass.
 
-    check_intervention(MyIntervention(...), model)  # raises BrokenPromise, or tells what was checked
+    check_intervention(MyIntervention(...), model)  # raises BrokenPromise, or returns what was checked
     check_statistic(MyStatistic, model=model)
 
 Under pytest, one test per promise:
@@ -9,9 +9,10 @@ Under pytest, one test per promise:
     def test_it_keeps(promise, check):
         check()
 
+What cannot be checked on a model is returned with the reason, and skipped under pytest. The checks run many forward passes, so
+use a small model; its hooks and flags, the random states and the modes of PyTorch are restored after every check.
+
 Knows the promises of every intervention and statistic; knows nothing of the methods that make them.
-What cannot be checked on a model is told with its reason, and skipped under pytest. The model is used as it is, so take a
-small one; its hooks and flags, the random states and the modes of PyTorch are put back after every check.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -36,23 +37,23 @@ def check_intervention(
     """Check an intervention against every promise that those of this package keep.
 
     Args:
-        intervention: One of your own, or any.
-        model: A `TransformerBridge` or `HookedTransformer` that it is made for, in evaluation mode; better a small one.
-        tokens: Texts at which it acts, ``[batch, pos]``, without padding; default a few random tokens.
-        skip: Names of promises that it does not make.
+        intervention: The intervention, your own or any other.
+        model: A `TransformerBridge` or `HookedTransformer` that it is made for, in evaluation mode; preferably small.
+        tokens: Texts on which it acts, ``[batch, pos]``, without padding; default a few random tokens.
+        skip: Names of promises not to check.
 
     Returns:
         For each promise "kept", or why it was not checked.
 
     Raises:
         BrokenPromise: At the first promise that is not kept.
-        LensUnlearnError: If it is made for another model, or the model is in training mode.
+        LensUnlearnError: If the intervention is for another model, or the model is in training mode.
     """
     return check_all(intervention_checks(intervention, model, tokens=tokens), skip)
 
 
 def intervention_checks(intervention: Intervention, model: Model, *, tokens: Tensor | None = None) -> Checks:
-    """Return the checks of `check_intervention`, each behind the name of its promise; none has run yet.
+    """Return the checks of `check_intervention` as pairs of a promise's name and a function, without running any.
 
     A check raises `BrokenPromise`, or `unittest.SkipTest` where its promise cannot be checked.
     """
@@ -70,11 +71,12 @@ def check_statistic(
     """Check a statistic against every promise that those of this package keep.
 
     Args:
-        make: The class, or a function that makes an empty one.
-        sites: Where it is filled, with the shape of the neurons there; default an MLP and an attention site.
-        read: What two of them are compared by; default their properties that are a `NeuronMap`, or without any the state.
-        model: If given, the statistic is also collected over it.
-        skip: Names of promises that it does not make.
+        make: The class, or a function that makes an empty statistic.
+        sites: The sites at which it is updated, each with the shape of its neurons; default an MLP and an attention site.
+        read: Returns the values by which two statistics are compared; default the properties that are a `NeuronMap`, or the
+            state if there are none.
+        model: If given, the statistic is also collected over this model.
+        skip: Names of promises not to check.
 
     Returns:
         For each promise "kept", or why it was not checked.
@@ -92,5 +94,5 @@ def statistic_checks(
     read: Callable[[Any], Mapping[str, Tensor]] | None = None,
     model: Model | None = None,
 ) -> Checks:
-    """Return the checks of `check_statistic`, each behind the name of its promise; none has run yet."""
+    """Return the checks of `check_statistic` as pairs of a promise's name and a function, without running any."""
     return checks_of(StatisticPromises(make, sites, read, model))

@@ -1,4 +1,7 @@
-"""The promises of interventions."""
+"""The promises of interventions, each as a check on a model.
+
+Knows what any intervention has to do (reversible, repeatable, independent per row); knows nothing of what a particular one does.
+"""
 
 import gc
 import json
@@ -48,7 +51,7 @@ __all__ = ["InterventionPromises"]
 
 @dataclass(frozen=True)
 class _Nudge(Intervention):
-    """A plain intervention that others are combined with."""
+    """A simple intervention with which others are combined."""
 
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         return [(Site(0, "resid"), lambda x, live: x + torch.linspace(-1, 1, x.shape[-1]).to(x))]
@@ -61,11 +64,16 @@ class InterventionPromises(Promises):
     """An intervention on a model."""
 
     def __init__(self, intervention: Intervention, model: Model, tokens: Int[Tensor, "batch pos"] | None) -> None:
-        self.what, self.intervention, self.model, self._given = type(intervention).__name__, intervention, model, tokens
+        self.subject, self.intervention, self.model, self._given = (
+            type(intervention).__name__,
+            intervention,
+            model,
+            tokens,
+        )
         self._held = {name: contents(value) for name, value in attributes(intervention).items()}  # before it ran
 
     def _begin(self) -> None:
-        """Look at the model once, after what it sets up for itself at its first pass."""
+        """Record the state of the model once, after a first pass in which it may set up caches of its own."""
         if "_base" in vars(self):
             return
         require_model(self.model)
@@ -88,7 +96,7 @@ class InterventionPromises(Promises):
         return self._draw(*self._tokens.shape, seed=1)
 
     def _draw(self, rows: int, width: int, seed: int) -> Int[Tensor, "rows width"]:
-        """Return random texts, without the tokens that end or pad one."""
+        """Return random texts, without end-of-text and padding tokens."""
         ends = torch.tensor([*ends_of_text(self.model), pad_of(self.model) or 0])
         usual = torch.arange(int(self.model.cfg.d_vocab))
         usual = usual[~torch.isin(usual, ends)]
@@ -105,7 +113,7 @@ class InterventionPromises(Promises):
 
     @cached_property
     def _alone(self) -> Float[Tensor, "batch pos vocabulary"]:
-        """The logits in a block of its own: to be asked for before another begins."""
+        """The logits in a block of the intervention alone; read it before another block begins."""
         with put_back(self.model):
             return self._inside()
 
@@ -114,38 +122,38 @@ class InterventionPromises(Promises):
         return not (self.intervention.hooks() or self.intervention.matrices() or self.intervention.looks_at_rows)
 
     def _tolerance(self, drift: float) -> float:
-        """Return what rounding may cost, given by how much the model without the intervention differs."""
+        """Return the tolerance for rounding errors, given the difference that the unedited model shows (`drift`)."""
         return 10 * drift + 32 * torch.finfo(self._base.dtype).eps * float(self._alone.abs().max())
 
-    def _left(self, before: Picture) -> dict[str, str]:
-        """Say of hooks, settings, weights and logits what is not as it was before a block."""
-        now, told = Picture(self.model), {}
+    def _differences(self, before: Picture) -> dict[str, str]:
+        """Return what of hooks, settings, weights and logits differs from before a block, in words."""
+        now, differences = Picture(self.model), {}
         if place := first_change(before.hooks, now.hooks):
-            told["hooks"] = f"{place} are {len(now.hooks.get(place, []))}, not the {len(before.hooks.get(place, []))}"
-            told["hooks"] += " that were there before"
+            counts = len(now.hooks.get(place, [])), len(before.hooks.get(place, []))
+            differences["hooks"] = f"{place} are {counts[0]}, not the {counts[1]} that were there before"
         if name := first_change(before.settings, now.settings):
-            told["settings"] = f"{name} is {now.settings.get(name)} and was {before.settings.get(name)}"
+            differences["settings"] = f"{name} is {now.settings.get(name)} and was {before.settings.get(name)}"
         if name := first_change(self._weights, weights_of(self.model)):
-            told["weights"] = f"{name} has other values"
+            differences["weights"] = f"{name} has other values"
         if gap := apart(self._run(), self._base):
-            told["logits"] = f"the logits differ by {gap:.2g}"
-        return told
+            differences["logits"] = f"the logits differ by {gap:.2g}"
+        return differences
 
-    def _nothing_left(self, before: Picture, when: str) -> None:
-        seen = self._left(before)
+    def _unchanged(self, before: Picture, when: str) -> None:
+        seen = self._differences(before)
         demand(not seen, f"{when} {'; '.join(seen.values())}")
 
-    def _same(self, told: str, one: Tensor, other: Tensor) -> None:
-        demand(torch.equal(one, other), f"{told} the logits differ by {apart(one, other):.2g}")
+    def _same(self, context: str, one: Tensor, other: Tensor) -> None:
+        demand(torch.equal(one, other), f"{context} the logits differ by {apart(one, other):.2g}")
 
     def shows_itself(self) -> None:
-        """Its repr is one line that says what it is."""
+        """Its repr is one line that describes it."""
         text = repr(self.intervention)
         demand(text.strip() and "\n" not in text, f"it is {text!r}")
-        demand(" object at 0x" not in text, f"it is {text!r}, another in every run")
+        demand(" object at 0x" not in text, f"it is {text!r}, which differs in every run")
 
     def is_frozen(self) -> None:
-        """It is a value: nothing can be set on it."""
+        """It is an immutable value: no attribute can be set."""
         for name in [*attributes(self.intervention), "something_new"]:
             held = hasattr(self.intervention, name)
             with suppress(AttributeError, TypeError):
@@ -155,28 +163,32 @@ class InterventionPromises(Promises):
                 raise Seen(f"{name} can be set; decorate the class with @dataclass(frozen=True)")
 
     def _watch(self, see: Callable[..., None]) -> None:
-        """Look at what passes every place where it acts: the place, and the tensors."""
+        """Call a function with every place where the intervention acts, and the tensors there."""
         for site, point in self._points.items():
             attach(point.hook, lambda x, where=site: see(where, x))
         for matrix in self._matrices:
             on_matrix(self.model, *matrix, lambda x, y, where=matrix: (see(where, x, y), y)[1])
 
     def _calls(self, dtype: torch.dtype) -> list[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...], Any]]:
-        """Call every function on what reaches it in the unedited model, cast to a dtype: where, given, copies, result."""
+        """Call every hook function on its input in the unedited model, cast to a dtype.
+
+        Returns:
+            For each the place, the input as the function left it, a copy of the input, and the result.
+        """
         seen: dict[Any, tuple[Tensor, ...]] = {"the logits": (self._base,)}
         with put_back(self.model):
             self._watch(lambda where, *given: seen.update({where: given}))
             self._run()
         calls: list[tuple[Any, Any]] = [*self.intervention.hooks(), *self.intervention.matrices()]
-        found = []
+        results = []
         with self.intervention.on(self.model) as live, torch.no_grad():
             if self.intervention.looks_at_rows:
                 live.begin(self._tokens, 0)
                 calls.append(("the logits", self.intervention.finish))
             for where, function in calls:
                 given = tuple(x.to(dtype, copy=True) for x in seen[where])
-                found.append((str(where), given, tuple(x.clone() for x in given), function(*given, live)))
-        return found
+                results.append((str(where), given, tuple(x.clone() for x in given), function(*given, live)))
+        return results
 
     def writes_to_no_input(self) -> None:
         """A hook never writes to the tensors that it is given."""
@@ -191,18 +203,18 @@ class InterventionPromises(Promises):
                 one, other = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (given, result))
                 demand(one == other, f"at {where} it was given {one} and returned {other}")
 
-    def _after_a_block(self, what: str) -> None:
+    def _after_a_block(self, aspect: str) -> None:
         before = Picture(self.model)
         self._inside()
-        seen = self._left(before)
-        demand(what not in seen, f"after a block {seen.get(what)}")
+        seen = self._differences(before)
+        demand(aspect not in seen, f"after a block {seen.get(aspect)}")
 
     def leaves_the_hooks(self) -> None:
         """After the block the model has exactly the hooks that it had before."""
         self._after_a_block("hooks")
 
     def leaves_the_weights(self) -> None:
-        """Every parameter and buffer stays bit for bit as it was, inside the block and after it."""
+        """Every parameter and buffer is bitwise unchanged, inside the block and after it."""
         self._after_a_block("weights")
         with self.intervention.on(self.model):
             changed = first_change(self._weights, weights_of(self.model))
@@ -213,23 +225,23 @@ class InterventionPromises(Promises):
         self._after_a_block("settings")
 
     def leaves_the_random_state(self) -> None:
-        """It draws nothing from the global random states."""
+        """It draws no numbers from the global random states."""
         without, moved = (moved_by(self.model, lambda i=i: self._inside(by=i)) for i in (_Nudge(), self.intervention))
         demand(moved <= without, f"that of {', '.join(sorted(moved - without))} moved")
 
     def leaves_the_logits(self) -> None:
-        """After the block the logits are bit for bit those before it."""
+        """After the block the logits are bitwise those before it."""
         self._after_a_block("logits")
 
     def acts(self) -> None:
-        """Inside its block the logits are others."""
+        """Inside its block the logits differ."""
         if self._idle:
-            raise SkipTest("it has no hooks, and so says that it does nothing")
+            raise SkipTest("it has no hooks, so it is not expected to act")
         seen = f"on tokens {tuple(self._tokens.shape)} they are bitwise the same; pass tokens= at which it acts"
         demand(not torch.equal(self._alone, self._base), seen)
 
     def stays_finite(self) -> None:
-        """It makes no NaN and no infinity of numbers, neither in one row nor at one token."""
+        """It turns no finite logit into NaN or infinity, also for a single row and a single token."""
         for tokens in (self._tokens, self._tokens[:1], self._tokens[:, :1], self._tokens[:1, :1]):
             bad = ~torch.isfinite(self._inside(tokens)) & torch.isfinite(self._run(tokens))
             demand(not bad.any(), f"on tokens {tuple(tokens.shape)} {int(bad.sum())} logits are not finite")
@@ -237,35 +249,35 @@ class InterventionPromises(Promises):
     def repeats(self) -> None:
         """The same text gives the same logits, whatever the global random states."""
         first = self._inside()
-        _ = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - moves them; they are put back
+        _ = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - advances them; they are restored
         self._same("the second time", self._inside(), first)
 
     def ends(self) -> None:
-        """What `on` yields is a `Live` that acts inside the block, tells of each row, and has ended after it."""
+        """`on` yields a `Live` that is active inside the block, reports on each row, and is inactive after it."""
         with self.intervention.on(self.model) as live:
             demand(isinstance(live, Live), f"it is a {type(live).__name__}")
             demand(live.active, "live.active is False inside")
             self._run()
-            told = len(live.abstained) == len(self._tokens) or not self.intervention.looks_at_rows
-            demand(told, f"live.abstained tells of {len(live.abstained)} rows, not of {len(self._tokens)}")
+            complete = len(live.abstained) == len(self._tokens) or not self.intervention.looks_at_rows
+            demand(complete, f"live.abstained has {len(live.abstained)} rows, not {len(self._tokens)}")
         demand(not live.active, "live.active is True after the block")
 
     def keeps_nothing(self) -> None:
-        """It keeps nothing of a run on itself."""
+        """It stores nothing of a run in its own attributes."""
         for tokens in (self._tokens, self._others):
             self._inside(tokens)
         now = {name: contents(value) for name, value in attributes(self.intervention).items()}
         changed = first_change(self._held, now)
-        demand(changed is None, f"after two blocks its {changed} is another")
+        demand(changed is None, f"after two blocks its {changed} has changed")
 
     def works_again(self) -> None:
-        """A second block gives what the first gave, whatever ran between them."""
+        """A second block gives the results of the first, whatever ran between them."""
         alone = self._alone
         self._inside(self._others)
         self._same("in a later block", self._inside(), alone)
 
     def begins_anew(self) -> None:
-        """In one block, a text gives what it gives alone, whatever text came before it."""
+        """In one block, a text gives the results that it gives alone, whatever text came before it."""
         alone = self._alone
         with self.intervention.on(self.model):
             self._run(self._others)
@@ -273,7 +285,7 @@ class InterventionPromises(Promises):
             self._same("after itself", self._run(), alone)
 
     def nests(self) -> None:
-        """Its blocks may stand in one another, and an inner one that ends leaves the outer one acting."""
+        """Its blocks can be nested, and the end of an inner one leaves the outer one acting."""
         alone = self._alone
         with self.intervention.on(self.model):
             for inner in (_Nudge(), self.intervention):
@@ -285,19 +297,19 @@ class InterventionPromises(Promises):
         )
 
     def ends_in_any_order(self) -> None:
-        """Blocks may end in any order, and those that are left act."""
+        """Blocks can end in any order, and the remaining ones go on acting."""
         i, nudge = self.intervention, _Nudge()
-        for outer, inner, left in ((i, nudge, self._inside(by=nudge)), (nudge, i, self._alone)):
+        for outer, inner, remaining in ((i, nudge, self._inside(by=nudge)), (nudge, i, self._alone)):
             stacks = [ExitStack(), ExitStack()]
-            for stack, one in zip(stacks, (outer, inner), strict=True):
-                stack.enter_context(one.on(self.model))
+            for stack, intervention in zip(stacks, (outer, inner), strict=True):
+                stack.enter_context(intervention.on(self.model))
             stacks[0].close()
-            self._same(f"where the block of {type(outer).__name__} began and ended first", self._run(), left)
+            self._same(f"where the block of {type(outer).__name__} began and ended first", self._run(), remaining)
             stacks[1].close()
             self._same("after both blocks", self._run(), self._base)
 
     def adds_up(self) -> None:
-        """A sum is nesting, it is associative, and `Chain(())` is neutral in it."""
+        """`+` is the same as nesting, it is associative, and `Chain(())` is its neutral element."""
         i, nudge, nothing = self.intervention, _Nudge(), Chain(())
         with i.on(self.model), nudge.on(self.model):
             nested = self._run()
@@ -318,10 +330,10 @@ class InterventionPromises(Promises):
             except error:
                 raised = True
             demand(raised, f"it swallowed a {error.__name__}")
-            self._nothing_left(before, f"after a {error.__name__}")
+            self._unchanged(before, f"after a {error.__name__}")
 
     def survives_an_error_in_a_pass(self) -> None:
-        """An error in a forward pass passes through, and the next pass in the block is none the worse."""
+        """An error in a forward pass passes through, and does not affect the next pass in the block."""
 
         def fail(x: Tensor) -> None:
             raise Fault
@@ -335,11 +347,11 @@ class InterventionPromises(Promises):
                 raise Seen("it swallowed the error")
             remove()
             self._same("in the next pass", self._run(), alone)
-        self._nothing_left(before, "after the block")
+        self._unchanged(before, "after the block")
 
     def survives_an_error_while_it_begins(self) -> None:
-        """Where one of its hooks cannot be added, the error passes through and none stays."""
-        self._inside()  # and with it what is looked up once
+        """If one of its hooks cannot be added, the error passes through and no hook stays."""
+        self._inside()  # so that what is looked up once per model is known
         with _register(None) as added, self.intervention.on(self.model):
             count = len(added)
         if not count:
@@ -349,10 +361,10 @@ class InterventionPromises(Promises):
                 before = Picture(self.model)
                 with suppress(Fault), _register(n, late=late), self.intervention.on(self.model):
                     raise Seen(f"it swallowed the error at hook {n + 1} of {count}")
-                self._nothing_left(before, f"after an error at hook {n + 1} of {count}")
+                self._unchanged(before, f"after an error at hook {n + 1} of {count}")
 
     def leaves_your_hooks(self) -> None:
-        """Your own hooks stay in their order, and act inside the block and after it."""
+        """The user's own hooks keep their order, and act inside the block and after it."""
         calls: list[str] = []
 
         def note(name: str) -> Callable[..., None]:
@@ -375,7 +387,7 @@ class InterventionPromises(Promises):
         demand(changed is None, f"after the block {changed} are others")
 
     def survives_your_tools(self) -> None:
-        """Inside the block `reset_hooks`, `run_with_cache` and `run_with_hooks` work, and leave it acting."""
+        """Inside the block `reset_hooks`, `run_with_cache` and `run_with_hooks` work, and do not stop it from acting."""
         alone, name = self._alone, next(iter(self._points.values())).hook.name
         tools: dict[str, Callable[[], Any]] = {
             "reset_hooks": self.model.reset_hooks,
@@ -384,9 +396,10 @@ class InterventionPromises(Promises):
         }
         with self.intervention.on(self.model), torch.no_grad():
             for tool, use in tools.items():
-                given = use()
-                if given is not None:
-                    self._same(f"in {tool} and a plain pass", given[0] if isinstance(given, tuple) else given, alone)
+                result = use()
+                if result is not None:
+                    logits = result[0] if isinstance(result, tuple) else result
+                    self._same(f"in {tool} and a plain pass", logits, alone)
                 self._same(f"after {tool}", self._run(), alone)
 
     def refuses_training_mode(self) -> None:
@@ -402,21 +415,21 @@ class InterventionPromises(Promises):
         demand(changed is None, f"after the refusal {changed} are others")
 
     def judges_rows_alone(self) -> None:
-        """A row of a batch gives what it gives alone."""
+        """A row of a batch gives the same results as alone."""
         drift, seen = (
             apart(run(), torch.cat([run(x[None]) for x in self._tokens])) for run in (self._run, self._inside)
         )
         demand(seen <= self._tolerance(drift), f"the logits differ by {seen:.2g}, and without it by {drift:.2g}")
 
     def ignores_neighbours(self) -> None:
-        """A row does not depend on the rows beside it, bit for bit."""
+        """A row does not depend on the other rows of its batch, bitwise."""
         batches = [torch.cat([self._draw(2, self._tokens.shape[1], seed), self._tokens]) for seed in (2, 3)]
         if apart(*(self._run(tokens)[2:] for tokens in batches)):
             raise SkipTest("in this model rows depend on their neighbours without it")
         self._same("beside other rows", *(self._inside(tokens)[2:] for tokens in batches))
 
     def _padded(self, side: str) -> None:
-        """Compare texts of several lengths, padded together, with each alone."""
+        """Compare texts of several lengths, padded to one, with each alone."""
         pad, width = pad_of(self.model), self._tokens.shape[1]
         if pad is None and self.intervention.looks_at_rows:
             raise SkipTest("the model has no pad token, and this intervention looks at rows")
@@ -437,7 +450,7 @@ class InterventionPromises(Promises):
         )
 
     def _against(self, lacking: str, base: Callable[[], float], inside: Callable[[], float]) -> None:
-        """Demand that something differs as little as it does without the intervention, where that is little."""
+        """Demand that a difference is no larger than without the intervention; skip if it is large there already."""
         try:
             drift = base()
         except Exception as error:
@@ -448,30 +461,30 @@ class InterventionPromises(Promises):
         demand(seen <= self._tolerance(drift), f"the logits differ by {seen:.2g}, and without it by {drift:.2g}")
 
     def ignores_padding_on_the_right(self) -> None:
-        """A text padded on the right gives what it gives alone."""
+        """A text padded on the right gives the same results as alone."""
         self._padded("right")
 
     def ignores_padding_on_the_left(self) -> None:
-        """A text padded on the left, with its attention mask, gives what it gives alone."""
+        """A text padded on the left, with its attention mask, gives the same results as alone."""
         self._padded("left")
 
     def generates_alike(self) -> None:
-        """Greedy generation with a cache of keys and values gives the logits of generation without."""
+        """Greedy generation with a key-value cache gives the logits of generation without one."""
 
         def steps(by: Intervention, cache: bool) -> list[Tensor]:
-            kept: list[Tensor] = []
+            last: list[Tensor] = []
             with put_back(self.model), by.on(self.model), torch.no_grad():
-                remove = on_logits(self.model, lambda y: (kept.append(y[:, -1].clone()), y)[1])
+                remove = on_logits(self.model, lambda y: (last.append(y[:, -1].clone()), y)[1])
                 options = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
                 self.model.generate(prompt, max_new_tokens=4, use_past_kv_cache=cache, **options)
                 remove()
-            return kept
+            return last
 
         def gap(by: Intervention) -> float:
             largest = 0.0
             for one, other in zip(steps(by, True), steps(by, False), strict=True):
                 largest = max(largest, apart(one, other))
-                if not torch.equal(one.argmax(-1), other.argmax(-1)):  # behind other tokens, other logits
+                if not torch.equal(one.argmax(-1), other.argmax(-1)):  # from here on the texts differ
                     break
             return largest
 
@@ -480,7 +493,7 @@ class InterventionPromises(Promises):
         self._against(lacking, lambda: gap(Chain(())), lambda: gap(self.intervention))
 
     def lets_gradients_pass(self) -> None:
-        """Under grad mode it gives the same logits, and gradients that are numbers."""
+        """With gradients enabled it gives the same logits, and finite gradients."""
         alone, weight = self._alone, next((p for p in self.model.parameters() if p.is_floating_point()), None)
         if weight is None:
             raise SkipTest("the model has no weights that take a gradient")
@@ -492,11 +505,11 @@ class InterventionPromises(Promises):
                 seen = apart(logits.detach(), alone)
                 demand(seen <= self._tolerance(drift), f"the logits differ by {seen:.2g}")
                 if logits.requires_grad:
-                    found = torch.autograd.grad(logits.float().square().mean(), [weight], allow_unused=True)[0]
-                    demand(found is None or torch.isfinite(found).all(), "a gradient is NaN or infinite")
+                    gradient = torch.autograd.grad(logits.float().square().mean(), [weight], allow_unused=True)[0]
+                    demand(gradient is None or torch.isfinite(gradient).all(), "a gradient is NaN or infinite")
 
     def lets_memory_go(self) -> None:
-        """After the block neither activations nor what `on` yields are kept."""
+        """After the block neither activations nor the `Live` object are kept in memory."""
         passed: list[tuple[str, Callable[[], bool]]] = []
 
         def note(where: Any, *tensors: Tensor) -> None:
@@ -504,12 +517,12 @@ class InterventionPromises(Promises):
                 (f"a tensor that passed {where}", StorageWeakRef(x.untyped_storage()).expired) for x in tensors
             )
 
-        def kept(by: Intervention) -> str | None:
+        def still_alive(by: Intervention) -> str | None:
             passed.clear()
             with put_back(self.model):
-                self._watch(note)  # before it acts
+                self._watch(note)  # the activations before the intervention
                 with by.on(self.model) as live:
-                    self._watch(note)  # and after
+                    self._watch(note)  # and after it
                     self._run()
             alive = weakref.ref(live)
             passed.append(("the Live object", lambda: alive() is None))
@@ -518,21 +531,21 @@ class InterventionPromises(Promises):
                 gc.collect()
             return next((name for name, gone in passed if not gone()), None)
 
-        if kept(Chain(())):
+        if still_alive(Chain(())):
             raise SkipTest("this model itself keeps activations")
-        left = kept(self.intervention)
-        demand(left is None, f"{left} is still there")
+        leaked = still_alive(self.intervention)
+        demand(leaked is None, f"{leaked} is still in memory")
 
     def tells_its_parts(self) -> None:
-        """`parts` gives a header with a "kind" that JSON holds, and tensors by name."""
+        """`parts` returns a header with a "kind", which JSON preserves, and tensors by name."""
         header, tensors = self.intervention.parts()
         demand(isinstance(header.get("kind"), str), f'"kind" is {header.get("kind")!r} in the header')
-        demand(json.loads(json.dumps(header)) == header, f"JSON makes something else of {header}")
-        odd = [name for name, one in tensors.items() if not (isinstance(name, str) and isinstance(one, Tensor))]
-        demand(not odd, f"{odd} are no tensors with a name")
+        demand(json.loads(json.dumps(header)) == header, f"JSON does not preserve {header}")
+        odd = [name for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+        demand(not odd, f"{odd} are not tensors with a name")
 
     def comes_back_from_a_file(self) -> None:
-        """What `save` writes is read as an intervention that gives the same logits."""
+        """A saved file is read as an intervention that gives the same logits."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "intervention.safetensors"
             self.intervention.save(path, self.model)
@@ -544,14 +557,16 @@ class InterventionPromises(Promises):
                     raise
                 rebuild = getattr(type(self.intervention), "from_parts", None)
                 if rebuild is None:
-                    raise SkipTest(f"its kind is its own, and {self.what} has no from_parts") from error
+                    raise SkipTest(
+                        f"its kind is not one of the package, and {self.subject} has no from_parts"
+                    ) from error
                 again = rebuild(content["intervention"], tensors)
         self._same("read again", self._inside(by=again), self._alone)
 
 
 @contextmanager
 def _register(fails: int | None, *, late: bool = False) -> Iterator[list[Any]]:
-    """Count the hooks that are registered, and raise before or behind the n-th."""
+    """Count the hooks that are registered, and raise before or after the n-th."""
     real = {name: getattr(torch.nn.Module, name) for name in ("register_forward_hook", "register_forward_pre_hook")}
     added: list[Any] = []
 

@@ -1,4 +1,7 @@
-"""How promises are checked, and what has to be as it was: no check of its own."""
+"""How promises are checked, and how the state of a model is compared and restored.
+
+Knows models, hooks and random states; knows no promise, which the two other files of this room hold.
+"""
 
 import hashlib
 import random
@@ -15,63 +18,81 @@ from torch import Tensor
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.model.host import Model
 
-__all__ = ["BrokenPromise", "Checks", "Fault", "Picture", "Promises", "check_all", "checks_of", "demand"]
+__all__ = [
+    "BrokenPromise",
+    "Checks",
+    "Fault",
+    "Picture",
+    "Promises",
+    "Seen",
+    "apart",
+    "attributes",
+    "check_all",
+    "checks_of",
+    "contents",
+    "demand",
+    "first_change",
+    "moved_by",
+    "put_back",
+    "weights_of",
+]
 
 Checks = list[tuple[str, Callable[[], None]]]
 
 
 class BrokenPromise(AssertionError):
-    """A promise that is not kept: the message says by what, which one, where, and what was seen."""
+    """A promise that is not kept; the message says which object breaks which promise, where, and what was seen."""
 
     promise = ""
     """The name of the promise, as `skip` takes it."""
 
 
 class Seen(Exception):
-    """What a check saw, and should not have seen."""
+    """Something that a check saw and that breaks the promise."""
 
 
 class Fault(Exception):
-    """What goes wrong where a check wants something to go wrong."""
+    """The error that checks raise on purpose."""
 
 
-def demand(kept: object, seen: str) -> None:
-    """Say what was seen, unless the promise is kept."""
-    if not kept:
+def demand(condition: object, seen: str) -> None:
+    """Raise `Seen` with a description of what was seen, unless a condition holds."""
+    if not condition:
         raise Seen(seen)
 
 
 class Promises:
-    """Something, and its promises: the public methods of a subclass, in the order in which they are checked."""
+    """An object and its promises: the public methods of a subclass, in the order in which they are checked."""
 
-    what: str
+    subject: str
+    """The name of the object, for messages."""
     model: Model
-    """None where there is none."""
+    """The model to restore after each check; None if there is none."""
 
     def _begin(self) -> None:
-        """Get ready, before each check."""
+        """Prepare for a check; called before each."""
 
 
 def checks_of(promises: Promises) -> Checks:
     """Return one check for each promise."""
-    names = [name for name, one in vars(type(promises)).items() if callable(one) and not name.startswith("_")]
+    names = [name for name, member in vars(type(promises)).items() if callable(member) and not name.startswith("_")]
     return [(name, partial(_check, promises, name)) for name in names]
 
 
 def check_all(checks: Checks, skip: Collection[str]) -> dict[str, str]:
-    """Check one promise after the other, up to the first that is broken; tell of each whether it was checked."""
+    """Check the promises in order, up to the first broken one; return for each "kept", or why it was not checked."""
     unknown = sorted({*skip} - {name for name, _ in checks})
     if unknown:
-        raise LensUnlearnError(f"skip={unknown[0]!r} is no promise: choose from {', '.join(dict(checks))}")
-    told = dict.fromkeys(dict(checks), "kept")
+        raise LensUnlearnError(f"skip={unknown[0]!r} is not a promise: choose from {', '.join(dict(checks))}")
+    results = dict.fromkeys(dict(checks), "kept")
     for name, check in checks:
         try:
             if name in skip:
                 raise SkipTest("it was to be skipped")
             check()
         except SkipTest as reason:
-            told[name] = f"not checked: {reason}"
-    return told
+            results[name] = f"not checked: {reason}"
+    return results
 
 
 def _check(promises: Promises, name: str) -> None:
@@ -86,28 +107,28 @@ def _check(promises: Promises, name: str) -> None:
             promise = (check.__doc__ or name).partition("\n")[0].rstrip(".")
             lines = str(error).strip().splitlines() or ["without a word"]
             seen = str(error) if isinstance(error, Seen) else f"{type(error).__name__} was raised: {lines[0]}"
-            broken = BrokenPromise(f"{promises.what} breaks {name!r} ({promise[:1].lower()}{promise[1:]}): {seen}")
+            broken = BrokenPromise(f"{promises.subject} breaks {name!r} ({promise[:1].lower()}{promise[1:]}): {seen}")
             broken.promise = name
             raise broken from (None if isinstance(error, Seen) else error)
 
 
 class Picture:
-    """What a block has to leave as it was, in a model and around it, but for the weights."""
+    """The state that a block must not change, in a model and around it, except for the weights."""
 
     def __init__(self, model: Model) -> None:
         self.model, modules = model, [(path or "the model", module) for path, module in model.named_modules()]
-        self._books = {  # PyTorch's own, and those that TransformerLens keeps of them
+        self._books = {  # the hook lists of PyTorch and of TransformerLens
             f"{name} of {path}": (vars(module), name, book)
             for path, module in modules
             for name, book in vars(module).items()
             if "hooks" in name and isinstance(book, dict | list)
         }
-        self._kept = {
+        self._entries = {
             key: [*(book.items() if isinstance(book, dict) else enumerate(book))]
             for key, (_, _, book) in self._books.items()
-            if book  # most are empty, and few objects are made of them
+            if book  # most are empty: this saves thousands of lists
         }
-        self.hooks = {key: [id(hook) for _, hook in kept] for key, kept in self._kept.items()}
+        self.hooks = {key: [id(hook) for _, hook in entries] for key, entries in self._entries.items()}
         self.settings: dict[str, Any] = {f"training mode of {path}": module.training for path, module in modules}
         self.settings |= {f"requires_grad of {name}": p.requires_grad for name, p in model.named_parameters()}
         self.settings |= {"grad mode": torch.is_grad_enabled(), "default dtype": torch.get_default_dtype()}
@@ -117,13 +138,13 @@ class Picture:
             self.random["CUDA"] = torch.cuda.get_rng_state_all()
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for key, (held, name, book) in self._books.items():
-            kept = self._kept.get(key, [])
-            held[name] = book  # TransformerLens puts a new list in its place
-            if book or kept:
+            entries = self._entries.get(key, [])
+            held[name] = book  # TransformerLens may have put a new list in its place
+            if book or entries:
                 book.clear()
-                book.update(kept) if isinstance(book, dict) else book.extend(hook for _, hook in kept)
+                book.update(entries) if isinstance(book, dict) else book.extend(hook for _, hook in entries)
         for path, module in self.model.named_modules():
             module.training = self.settings[f"training mode of {path or 'the model'}"]
         for name, parameter in self.model.named_parameters():
@@ -140,7 +161,7 @@ class Picture:
 
 @contextmanager
 def put_back(model: Model) -> Iterator[None]:
-    """Put hooks, flags, modes and random states back after a `with` block."""
+    """Restore hooks, flags, modes and random states after a `with` block."""
     picture = Picture(model)
     try:
         yield
@@ -149,13 +170,13 @@ def put_back(model: Model) -> Iterator[None]:
 
 
 def weights_of(model: Model) -> dict[str, Any]:
-    """Digest every parameter and buffer."""
+    """Return a digest of every parameter and buffer."""
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: contents(tensor) for name, tensor in held.items() if not tensor.is_meta}
 
 
 def contents(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """Return what an object holds, as something that can be compared later; what it computes once is left out."""
+    """Return what an object holds, in a form that can be compared later; cached properties are left out."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(flat.numpy().tobytes()).hexdigest()}"
@@ -164,22 +185,22 @@ def contents(value: Any, inside: tuple[int, ...] = ()) -> Any:
     if isinstance(value, torch.nn.Module) or callable(value) or id(value) in inside:
         return id(value)
     if isinstance(value, Mapping):
-        return {str(key): contents(one, (*inside, id(value))) for key, one in value.items()}
+        return {str(key): contents(item, (*inside, id(value))) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [contents(one, (*inside, id(value))) for one in value]
-    return {name: contents(one, (*inside, id(value))) for name, one in attributes(value).items()} or repr(value)
+        return [contents(item, (*inside, id(value))) for item in value]
+    return {name: contents(item, (*inside, id(value))) for name, item in attributes(value).items()} or repr(value)
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """Return what an object has been given, but for what it computes once."""
+    """Return the attributes of an object, without its cached properties."""
     kind = type(value)
-    slots = [name for one in kind.__mro__ for name in one.__dict__.get("__slots__", ()) if hasattr(value, name)]
+    slots = [name for base in kind.__mro__ for name in base.__dict__.get("__slots__", ()) if hasattr(value, name)]
     held = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
-    return {name: one for name, one in held.items() if not isinstance(getattr(kind, name, None), cached_property)}
+    return {name: item for name, item in held.items() if not isinstance(getattr(kind, name, None), cached_property)}
 
 
 def moved_by(model: Model, run: Callable[[], Any]) -> set[str]:
-    """Name the global random states that something moves."""
+    """Return the names of the global random states that a function advances."""
     before = contents(Picture(model).random)
     run()
     now = contents(Picture(model).random)
@@ -187,7 +208,7 @@ def moved_by(model: Model, run: Callable[[], Any]) -> set[str]:
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Name the first entry that differs."""
+    """Return the name of the first entry that differs; None if all are equal."""
     return next((key for key in {**before, **now} if key not in before or now.get(key, ...) != before[key]), None)
 
 

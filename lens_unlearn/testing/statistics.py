@@ -1,4 +1,7 @@
-"""The promises of statistics."""
+"""The promises of statistics, each as a check on made-up activations.
+
+Knows what any statistic has to do (`update`, `merge`, `state`); knows nothing of what a particular one measures.
+"""
 
 import math
 import tempfile
@@ -29,18 +32,18 @@ _N = 420
 
 
 def maps_of(statistic: Any) -> Mapping[str, Tensor]:
-    """Read every property that is a map and not empty; of a statistic without any, the state."""
-    found: dict[str, Tensor] = {}
+    """Return every property that is a map and not empty; the state, if there are none."""
+    maps: dict[str, Tensor] = {}
     for name in dir(type(statistic)):
         if not name.startswith("_") and isinstance(getattr(type(statistic), name), property):
             with suppress(EmptyStatisticError):
                 value = getattr(statistic, name)
-                found |= {f"{name} at {site}": x for site, x in value.items()} if isinstance(value, NeuronMap) else {}
-    return found or statistic.state()
+                maps |= {f"{name} at {site}": x for site, x in value.items()} if isinstance(value, NeuronMap) else {}
+    return maps or statistic.state()
 
 
 class StatisticPromises(Promises):
-    """A statistic, filled with made-up activations: of small and large spread, about zero and far from it."""
+    """A statistic, filled with made-up activations: of small and large variance, near zero and far from it."""
 
     def __init__(
         self,
@@ -49,15 +52,16 @@ class StatisticPromises(Promises):
         read: Callable[[Any], Mapping[str, Tensor]] | None,
         model: Model | None,
     ) -> None:
-        self.what, self.model, self._make = getattr(make, "__name__", "the statistic"), model, make
+        self.subject, self.model, self._make = getattr(make, "__name__", "the statistic"), model, make
         self._sites, self._reading = sites or _SITES, read or maps_of
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         self._values = {
-            site: torch.randn(_N, *shape, generator=draw) * torch.logspace(-2, 2.5, math.prod(shape)).reshape(shape)
+            site: torch.randn(_N, *shape, generator=generator)
+            * torch.logspace(-2, 2.5, math.prod(shape)).reshape(shape)
             + torch.linspace(-3, 40, math.prod(shape)).reshape(shape)
             for site, shape in self._sites.items()
         }
-        self._weight = (torch.rand(_N, generator=draw) < 0.7).float()
+        self._weight = (torch.rand(_N, generator=generator) < 0.7).float()
 
     def _fill(
         self,
@@ -67,7 +71,7 @@ class StatisticPromises(Promises):
         weight: Tensor | None = None,
         piece: int = 60,
     ) -> Any:
-        """Update a statistic with some of the tokens, so many at a time."""
+        """Update a statistic with some of the tokens, `piece` at a time."""
         for part in torch.as_tensor(rows, dtype=torch.long).split(piece):
             counted = (self._weight if weight is None else weight)[part]
             if hasattr(statistic, "locate"):
@@ -85,36 +89,37 @@ class StatisticPromises(Promises):
         except EmptyStatisticError:
             return {}
 
-    def _same(self, told: str, one: Any, other: Any, tolerance: float = 0.0) -> None:
-        """Demand that two statistics read the same, but for a share of what is read."""
+    def _same(self, context: str, one: Any, other: Any, tolerance: float = 0.0) -> None:
+        """Demand that two statistics read the same, up to a relative tolerance."""
         a, b = (x if isinstance(x, dict) else self._read(x) for x in (one, other))
         for name in {**a, **b}:
             demand(
-                name in a and name in b and a[name].shape == b[name].shape, f"{told} only one has {name}, or its shape"
+                name in a and name in b and a[name].shape == b[name].shape,
+                f"{context} only one has {name}, or its shape",
             )
             x, y = a[name].double(), b[name].double()
             bad = ~((x == y) | ((x - y).abs() <= tolerance * x.abs().clamp_min(1.0)))
             if bad.any():
-                raise Seen(f"{told} {name} is {float(x[bad][0]):.8g} and {float(y[bad][0]):.8g}")
+                raise Seen(f"{context} {name} is {float(x[bad][0]):.8g} and {float(y[bad][0]):.8g}")
 
     def is_a_statistic(self) -> None:
-        """It has fresh, update, merge, state and with_state, and shows itself in one line."""
+        """It has fresh, update, merge, state and with_state, and a repr of one line."""
         made = self._make()
         for name in ("fresh", "update", "merge", "state", "with_state"):
             demand(callable(getattr(made, name, None)), f"it has no {name}")
-        demand("\n" not in repr(made) and " object at 0x" not in repr(made), f"it shows itself as {made!r}")
+        demand("\n" not in repr(made) and " object at 0x" not in repr(made), f"its repr is {made!r}")
 
     def makes_fresh_ones(self) -> None:
-        """`fresh` is empty, has the same settings, and shares nothing with what it came from."""
+        """`fresh` is empty, has the same settings, and shares no memory with the statistic that it came from."""
         full = self._fill(self._make())
         before, fresh = self._read(full), full.fresh()
         self._same("fresh and newly made,", fresh, self._make())
-        demand(repr(fresh) == repr(self._make()), f"it shows itself as {fresh!r}, and a new one as {self._make()!r}")
+        demand(repr(fresh) == repr(self._make()), f"its repr is {fresh!r}, and that of a new one {self._make()!r}")
         self._fill(fresh, range(90))
         self._same("before and after the fresh one was filled,", before, full)
 
-    def is_told_when_empty(self) -> None:
-        """Read while empty it raises an EmptyStatisticError or gives numbers, and two empty ones merge."""
+    def is_safe_when_empty(self) -> None:
+        """Read while empty it raises an EmptyStatisticError or returns numbers, and two empty ones merge."""
         for name, x in self._read(self._make()).items():
             demand(torch.isfinite(x.double()).all(), f"{name} is NaN or infinite")
         self._same("merged and empty,", self._make().merge(self._make()), self._make())
@@ -131,7 +136,7 @@ class StatisticPromises(Promises):
             demand(torch.equal(weight, self._weight), f"it wrote to the weight at {site}")
 
     def skips_what_does_not_count(self) -> None:
-        """What stands at positions of weight 0 does not matter, be it NaN; nor do batches without any other."""
+        """Activations of weight 0 have no effect, not even NaN; nor have batches in which all weights are 0."""
         clean, uncounted = self._fill(self._make()), (self._weight == 0).nonzero()[:, 0]
         for garbage in (1e30, math.nan, math.inf):
             dirty = {site: x.index_fill(0, uncounted, garbage) for site, x in self._values.items()}
@@ -155,7 +160,7 @@ class StatisticPromises(Promises):
                 self._same(f"before and after the error at {site},", before, made)
 
     def keeps_no_graph(self) -> None:
-        """Activations that need gradients are taken as numbers."""
+        """Activations that require gradients are detached."""
         with torch.enable_grad():
             made = self._fill(
                 self._make(), values={site: x * torch.ones(1).requires_grad_() for site, x in self._values.items()}
@@ -164,7 +169,7 @@ class StatisticPromises(Promises):
         demand(not held, f"its state holds gradients of {', '.join(held)}")
 
     def keeps_sites_apart(self) -> None:
-        """What it holds of one site does not depend on the others."""
+        """What it holds for one site does not depend on the other sites."""
         parts: dict[str, Tensor] = {}
         for site, x in self._values.items():
             parts |= self._read(self._fill(self._make(), values={site: x}))
@@ -181,14 +186,14 @@ class StatisticPromises(Promises):
         self._same("in a b and b a,", a.merge(b), b.merge(a), 1e-12)
 
     def merges_with_nothing(self) -> None:
-        """Merged with an empty one it is what it was."""
+        """Merging with an empty one changes nothing."""
         a, _, _ = self._thirds()
         for nothing in (a.fresh(), self._make()):
             self._same("merged with an empty one and alone,", a.merge(nothing), a, 1e-12)
             self._same("merged into an empty one and alone,", nothing.merge(a), a, 1e-12)
 
     def merges_into_a_new_one(self) -> None:
-        """`merge` changes neither part, then or later."""
+        """`merge` changes neither of its inputs, then or later."""
         a, b, _ = self._thirds()
         before = [self._read(part) for part in (a, b)]
         for one, other in ((a, b), (a, self._make()), (self._make(), b)):
@@ -197,19 +202,19 @@ class StatisticPromises(Promises):
                 self._same("before and after the merge,", old, part)
 
     def does_not_depend_on_batches(self) -> None:
-        """However the tokens are cut, ordered and merged, the result is the same to six digits."""
-        whole, draw = self._fill(self._make(), piece=_N), torch.Generator().manual_seed(1)
+        """However the tokens are batched, ordered and merged, the result is the same to six digits."""
+        at_once, generator = self._fill(self._make(), piece=_N), torch.Generator().manual_seed(1)
         a, b, c = self._thirds()
         cuts = {
             "seven at a time": self._fill(self._make(), piece=7),
-            "in another order": self._fill(self._make(), torch.randperm(_N, generator=draw), piece=61),
+            "in another order": self._fill(self._make(), torch.randperm(_N, generator=generator), piece=61),
             "merged from parts": c.merge(a).merge(b),
         }
         for name, cut in cuts.items():
-            self._same(f"at once and {name},", whole, cut, 2e-6)
+            self._same(f"at once and {name},", at_once, cut, 2e-6)
 
     def comes_back_from_its_state(self) -> None:
-        """`with_state` of `state`, through a file, reads the same, goes on the same, and shares nothing with it."""
+        """`with_state` of `state`, through a file, reads the same, continues the same, and shares no memory with it."""
         half = self._fill(self._make(), range(0, _N, 2))
         with tempfile.TemporaryDirectory() as folder:
             artefacts.write(Path(folder) / "state", "statistic", half.state(), {})
@@ -223,20 +228,20 @@ class StatisticPromises(Promises):
         self._same("gone on with and read back,", half, read, 1e-12)
 
     def sums_in_full_precision(self) -> None:
-        """Activations in half precision give what the same numbers give in single precision, to five digits."""
+        """Activations in half precision give the result of the same numbers in single precision, to five digits."""
         for dtype in (torch.bfloat16, torch.float16):
             half = {site: x.to(dtype) for site, x in self._values.items()}
             single = self._fill(self._make(), values={site: x.float() for site, x in half.items()})
             self._same(f"of float32 and {dtype},", single, self._fill(self._make(), values=half), 1e-5)
 
     def collects(self) -> None:
-        """`collect` over a model gives the same at every batch size, and leaves the random states as they were."""
+        """`collect` over a model gives the same at every batch size, and does not advance the random states."""
         if self.model is None:
             raise SkipTest("no model was given")
-        draw, sizes = torch.Generator().manual_seed(0), torch.tensor([9, 3, 14, 5, 6, 11, 2])
-        tokens = torch.randint(int(self.model.cfg.d_vocab), (int(sizes.sum()),), generator=draw).int()
+        generator, sizes = torch.Generator().manual_seed(0), torch.tensor([9, 3, 14, 5, 6, 11, 2])
+        tokens = torch.randint(int(self.model.cfg.d_vocab), (int(sizes.sum()),), generator=generator).int()
         counted, starts = (
-            torch.rand(len(tokens), generator=draw) < 0.8,
+            torch.rand(len(tokens), generator=generator) < 0.8,
             torch.cat([torch.zeros(1), sizes.cumsum(0)]).long(),
         )
         keys = tuple(f"made up {number}" for number in range(len(sizes)))

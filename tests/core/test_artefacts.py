@@ -282,7 +282,7 @@ def rewritten(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("header", "tensors", "told"),
+    ("header", "tensors", "message"),
     [
         ({"kind": "os.system"}, {}, "is not a kind of intervention this version knows"),
         ({"kind": "Ablate"}, {}, "is not a kind of intervention"),
@@ -333,9 +333,9 @@ def rewritten(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tenso
     ],
 )
 def test_a_file_with_a_true_checksum_and_false_content_is_refused(
-    tmp_path: Path, header: Any, tensors: Any, told: str
+    tmp_path: Path, header: Any, tensors: Any, message: str
 ) -> None:
-    with pytest.raises(ArtefactError, match=f"holds no intervention that can be used.*{told}"):
+    with pytest.raises(ArtefactError, match=f"holds no intervention that can be used.*{message}"):
         load_intervention(rewritten(tmp_path / "x", header, tensors))
 
 
@@ -362,7 +362,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (lambda: tiny.build("gpt2", seed=9), r"weights: \w{16} in the file, \w{16} in this model$"),
         (lambda: tiny.model("gpt2-compat"), "processing: bridge in the file, bridge, compatibility mode in this model"),
@@ -374,9 +374,9 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     ],
     ids=["weights", "mode", "architecture", "dtype"],
 )
-def test_another_model_is_refused_naming_what_differs(tmp_path: Path, other: Any, told: str) -> None:
+def test_another_model_is_refused_naming_what_differs(tmp_path: Path, other: Any, message: str) -> None:
     Ablate(random_selection({POST[0]: (64,)})).save(tmp_path / "x", tiny.model("gpt2"))
-    with pytest.raises(ArtefactError, match=told):
+    with pytest.raises(ArtefactError, match=message):
         load_intervention(tmp_path / "x", other())
     load_intervention(tmp_path / "x", tiny.model("gpt2"))
     load_intervention(tmp_path / "x")
@@ -403,7 +403,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"lens_unlearn.artefacts.{where}", fail)
+        patch.setattr(f"lens_unlearn.core.artefacts.{where}", fail)
         with pytest.raises(ArtefactError if isinstance(error, OSError) else KeyboardInterrupt):
             (prune + prune).save(file)
     assert file.read_bytes() == before
@@ -711,7 +711,7 @@ def test_types_that_are_never_written_are_refused(
     content, tensors = fuzz_artefacts.taken_apart(sound[name])
     for key in tensors:
         changed = {**tensors, key: tensors[key].to(dtype)}
-        with pytest.raises(ArtefactError, match="is no lens_unlearn file"):
+        with pytest.raises(ArtefactError, match="is not a lens_unlearn file"):
             read_and_written(name, fuzz_artefacts.sealed(content, changed), tmp_path)
 
 
@@ -731,8 +731,13 @@ def test_rows_beyond_a_matrix_are_refused_by_the_model(tmp_path: Path) -> None:
 
 def crafted(entries: dict[str, Any] | bytes, body: bytes = b"", **metadata: Any) -> bytes:
     """A safetensors file with our header, and with entries that no library would write."""
-    told = {"schema": 1, "kind": "intervention", "lens_unlearn": "0", "intervention": {"kind": "chain", "members": []}}
-    text = json.dumps({**told, "checksum": artefacts._checksum({}, told), **metadata})
+    content = {
+        "kind": "intervention",
+        "lens_unlearn": "0",
+        "intervention": {"kind": "chain", "members": []},
+        "schema": 1,
+    }
+    text = json.dumps({**content, "checksum": artefacts._checksum({}, content), **metadata})
     if isinstance(entries, bytes):
         return fuzz_artefacts.raw(entries.replace(b"HEADER", json.dumps(text).encode()), body)
     return fuzz_artefacts.raw({"__metadata__": {"lens_unlearn": text}, **entries}, body)
@@ -813,19 +818,19 @@ def test_the_end_of_a_file_is_looked_at_before_the_file_is_read(tmp_path: Path) 
     with open(tmp_path / "x", "wb") as file:
         file.write(crafted({"a": entry()}, FOUR))
         file.truncate(2**40)
-    with pytest.raises(ArtefactError, match="is no lens_unlearn file"):
+    with pytest.raises(ArtefactError, match="is not a lens_unlearn file"):
         load_intervention(tmp_path / "x")
     data = crafted({"a": entry(shape=(2**40,), at=(0, 2**40))})
     with open(tmp_path / "y", "wb") as file:  # says itself that it is so large
         file.write(data)
         file.truncate(len(data) + 2**40)
-    with pytest.raises(ArtefactError, match="does not fit into memory|is no lens_unlearn file"):
+    with pytest.raises(ArtefactError, match="does not fit into memory|is not a lens_unlearn file"):
         load_intervention(tmp_path / "y")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x")
-    with pytest.raises(ArtefactError, match="cannot be read: it is no file"):
+    with pytest.raises(ArtefactError, match="cannot be read: it is not a regular file"):
         load_intervention(tmp_path / "x")
 
 
@@ -839,8 +844,8 @@ def swelling() -> dict[str, Callable[[], bytes]]:
     within = artefacts.MAX_VALUES - 100
     about = {"schema": 1, "kind": "intervention", "lens_unlearn": "0"}
 
-    def sealed(told: Any, tensors: dict[str, torch.Tensor] | None = None) -> bytes:
-        return fuzz_artefacts.sealed({**about, "intervention": told}, tensors or {})
+    def sealed(header: Any, tensors: dict[str, torch.Tensor] | None = None) -> bytes:
+        return fuzz_artefacts.sealed({**about, "intervention": header}, tensors or {})
 
     empty = {"kind": "chain", "members": []}
     names = [f"{n}/selection/L0.mlp.post" for n in range(within // 20)]
@@ -904,7 +909,7 @@ def status(name):
 
 good, *files = sys.argv[1:]
 assert once(good) == "read"  # everything that is imported late is there
-seen, told, listening = set(), {}, False
+seen, results, listening = set(), {}, False
 def note(event, given):
     if listening:
         seen.add(event if event != "open" or given[1] in ("r", "rb") else f"open {given[1]}")
@@ -914,8 +919,8 @@ for path in files:
     before, begin, listening = status("VmRSS"), time.process_time(), True
     ended = once(path)
     listening = False
-    told[Path(path).name] = [ended, time.process_time() - begin, status("VmHWM") - before]
-print(json.dumps([told, sorted(seen)]))
+    results[Path(path).name] = [ended, time.process_time() - begin, status("VmHWM") - before]
+print(json.dumps([results, sorted(seen)]))
 """
 
 
@@ -938,12 +943,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory, sound: dict[str, bytes]) -
 
 
 def test_memory_and_time_are_bounded(watched: Any) -> None:
-    told, _ = watched
-    assert max(megabytes for _, _, megabytes in told.values()) < 64 + artefacts.MAX_HEADER / 2**20, told
-    assert max(seconds for _, seconds, _ in told.values()) < 8, told
+    results, _ = watched
+    assert max(megabytes for _, _, megabytes in results.values()) < 64 + artefacts.MAX_HEADER / 2**20, results
+    assert max(seconds for _, seconds, _ in results.values()) < 8, results
     read = {"deep chain", "deeper chain", "many members", "many members with tensors", "many regions"}
-    assert {name for name in swelling() if told[name][0] == "read"} <= read
-    assert told["deep chain"][0] == "read"
+    assert {name for name in swelling() if results[name][0] == "read"} <= read
+    assert results["deep chain"][0] == "read"
 
 
 def test_reading_opens_a_file_and_does_nothing_else(watched: Any) -> None:
@@ -962,7 +967,7 @@ def test_a_deep_chain_that_is_read_can_be_used(tmp_path: Path) -> None:
     assert torch.equal(under(model, again), under(model, chain))
     for _ in range(20):
         chain = Chain((chain,))
-    with pytest.raises(ArtefactError, match="is not written, since it could not be read again: .*200 deep"):
+    with pytest.raises(ArtefactError, match="cannot be written, since it could not be read again: .*200 deep"):
         chain.save(tmp_path / "y", model)
 
 
@@ -1066,7 +1071,7 @@ def test_a_header_too_large_to_be_read_is_not_written(tmp_path: Path) -> None:
     artefacts.write(tmp_path / "x", "thing", {}, {"a": list(range(artefacts.MAX_VALUES - 10))})
     artefacts.read(tmp_path / "x")
     for content in (list(range(artefacts.MAX_VALUES)), "x" * artefacts.MAX_HEADER):
-        with pytest.raises(ArtefactError, match="is not written, since it could not be read again"):
+        with pytest.raises(ArtefactError, match="cannot be written, since it could not be read again"):
             artefacts.write(tmp_path / "y", "thing", {}, {"a": content})
     with pytest.raises(ArtefactError, match="bytes of header"):
         prune.save(tmp_path / "y", note="n" * artefacts.MAX_HEADER)

@@ -48,11 +48,11 @@ def test_mixing_equals_splitmix64_in_numpys_unsigned_integers_and_the_published_
 def test_uniform_numbers_are_the_upper_24_bits_and_below_one() -> None:
     keys = torch.from_numpy(np.random.default_rng(1).integers(-(2**63), 2**63 - 1, 10_000))
     expected = (splitmix_array(keys.numpy().view(np.uint64)) >> np.uint64(40)).astype(np.float64) * 2.0**-24
-    got = uniform(keys)
-    assert got.dtype == torch.float32
-    assert np.array_equal(got.double().numpy(), expected)
-    assert float(got.min()) >= 0
-    assert float(got.max()) < 1
+    draws = uniform(keys)
+    assert draws.dtype == torch.float32
+    assert np.array_equal(draws.double().numpy(), expected)
+    assert float(draws.min()) >= 0
+    assert float(draws.max()) < 1
 
 
 def chi_square(values: Tensor, bins: int) -> float:
@@ -63,7 +63,7 @@ def chi_square(values: Tensor, bins: int) -> float:
     return (statistic - (bins - 1)) / math.sqrt(2 * (bins - 1))
 
 
-def coins(tokens: Tensor, neurons: Tensor, seed: int = 0) -> Tensor:
+def drawn(tokens: Tensor, neurons: Tensor, seed: int = 0) -> Tensor:
     """Draw as `Adjust` does: [rows, positions, neurons]."""
     real = torch.ones_like(tokens)
     keys, _ = prefixes(tokens, real, tokens.new_zeros(len(tokens), 2))
@@ -71,7 +71,7 @@ def coins(tokens: Tensor, neurons: Tensor, seed: int = 0) -> Tensor:
 
 
 def test_the_draws_are_uniform_also_where_they_stand_next_to_one_another() -> None:
-    draws = coins(tiny.some_tokens(16, 64), torch.arange(200))
+    draws = drawn(tiny.some_tokens(16, 64), torch.arange(200))
     assert abs(chi_square(draws.reshape(-1), 256)) < 4
     for axis in range(3):  # of every row, position and neuron the mean is that of a uniform variable
         rest = [other for other in range(3) if other != axis]
@@ -84,7 +84,7 @@ def test_the_draws_are_uniform_also_where_they_stand_next_to_one_another() -> No
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["texts", "positions", "neurons"])
 @pytest.mark.parametrize("lag", [1, 2, 7])
 def test_neighbours_are_not_correlated(axis: int, lag: int) -> None:
-    draws = coins(tiny.some_tokens(16, 64), torch.arange(200)).double() - 0.5
+    draws = drawn(tiny.some_tokens(16, 64), torch.arange(200)).double() - 0.5
     length = draws.shape[axis] - lag
     product = draws.narrow(axis, 0, length) * draws.narrow(axis, lag, length)
     z = float(product.mean()) * 12 * math.sqrt(product.numel())
@@ -95,13 +95,13 @@ def test_neighbours_are_not_correlated(axis: int, lag: int) -> None:
 
 def test_other_seeds_other_sites_and_one_other_token_give_other_draws() -> None:
     tokens = tiny.some_tokens(4, 32)
-    base = coins(tokens, torch.arange(100))
-    for other in (coins(tokens, torch.arange(100), seed=1), coins(tokens + 1, torch.arange(100))):
+    base = drawn(tokens, torch.arange(100))
+    for other in (drawn(tokens, torch.arange(100), seed=1), drawn(tokens + 1, torch.arange(100))):
         assert abs(float(np.corrcoef(base.reshape(-1), other.reshape(-1))[0, 1])) * math.sqrt(base.numel()) < 4
         assert not bool((base == other).double().mean() > 1e-4)
     changed = tokens.clone()
     changed[:, 10] += 1
-    again = coins(changed, torch.arange(100))
+    again = drawn(changed, torch.arange(100))
     assert torch.equal(again[:, :10], base[:, :10])
     assert float((again[:, 10:] == base[:, 10:]).double().mean()) < 1e-4
 

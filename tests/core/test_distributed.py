@@ -51,16 +51,16 @@ def readings(total):
 
 model, out = tiny.build("gpt2"), sys.argv[1]
 corpus = tiny.corpus((9, 3, 14, 5, 6, 11, 30, 2, 17, 40, 8), uncounted=0.2)
-told = {"batch_size": 1, "progress": False}
+options = {"batch_size": 1, "progress": False}
 found = {}
 for statistic in (Moments(extra=("sqrt", "extrema")), Histogram(bins=16), KeySample(24)):
-    total = collect(model, corpus, ("mlp.post", "attn.z"), statistic=statistic, **told)
+    total = collect(model, corpus, ("mlp.post", "attn.z"), statistic=statistic, **options)
     found |= {f"{type(statistic).__name__} {name}": tensor.double() for name, tensor in readings(total).items()}
-chosen = collect(model, corpus, "mlp.post", **told).mean_abs.top(0.1)
+chosen = collect(model, corpus, "mlp.post", **options).mean_abs.top(0.1)
 one = tiny.corpus((9,), seed=4)  # fewer batches than processes
-few = collect(model, one, "mlp.post", **told)
+few = collect(model, one, "mlp.post", **options)
 found |= {f"few {name}": tensor.double() for name, tensor in readings(few).items()}
-report = evaluate(model, {"a": corpus, "b": one}, {"x": Ablate(chosen)}, resamples=20, **told)
+report = evaluate(model, {"a": corpus, "b": one}, {"x": Ablate(chosen)}, resamples=20, **options)
 found |= {"/".join(key): torch.tensor([m.value, *m.draws, m.n], dtype=torch.float64) for key, m in report.measures.items()}
 assert len({str(state) for state in distributed.gather(repr(report.to_frame()))}) == 1, "the processes disagree"
 if distributed.is_first():
@@ -87,9 +87,9 @@ def run_arguments(model_dir: Path, tmp_path: Path, out: Path) -> list[object]:
     forget = write_texts(tmp_path / "forget.jsonl", 1, words=["alpha", "beta", "gamma", "delta", "for", "in"])
     retain = write_texts(tmp_path / "retain.jsonl", 2)
     sources = ["--forget", f"{forget}:text", "--retain", f"{retain}:text"]
-    told = ["--tokens", 400, "--window", 32, "--batch-size", 2, "--no-sweep", "--quiet"]
+    options = ["--tokens", 400, "--window", 32, "--batch-size", 2, "--no-sweep", "--quiet"]
     methods = ["--method", "selective-pruning", "--method", "key-space-detection"]
-    return ["run", "--model", model_dir, *sources, *methods, *told, "--out", out]
+    return ["run", "--model", model_dir, *sources, *methods, *options, "--out", out]
 
 
 def test_run_on_two_processes_writes_once_what_one_would(model_dir: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_run_on_two_processes_writes_once_what_one_would(model_dir: Path, tmp_pa
 
 
 def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(model_dir: Path, tmp_path: Path) -> None:
-    """It kills itself at the third gathering: when some of the work is done and kept."""
+    """It kills itself at the third gathering: when some of the work is done and stored."""
     out = tmp_path / "out"
     arguments = run_arguments(model_dir, tmp_path, out)
     program = tmp_path / "program.py"

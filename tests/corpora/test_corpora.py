@@ -154,7 +154,7 @@ def test_a_misspelled_file_suggests_the_nearest(model: Any, tmp_path: Path) -> N
 
 
 def test_files_that_cannot_be_read_are_refused(model: Any, tmp_path: Path) -> None:
-    for name, data, told in [
+    for name, data, message in [
         ("a.txt", b"", "is empty"),
         ("a.jsonl", b"", "is empty"),
         ("a.csv", b"", "is empty"),
@@ -163,13 +163,13 @@ def test_files_that_cannot_be_read_are_refused(model: Any, tmp_path: Path) -> No
         ("a.jsonl", b"{broken", "cannot be read"),
         ("a.jsonl", b'{"text": "\xff"}', "cannot be read|not UTF-8"),
         ("a.parquet", b"nonsense", "cannot be read"),
-        ("a.docx", b"PK", "is not a file this reads: give one of .jsonl, .json, .csv, .parquet, .txt"),
-        ("a", b"text", "is not a file this reads"),
+        ("a.docx", b"PK", "is not a file that can be read: give one of .jsonl, .json, .csv, .parquet, .txt"),
+        ("a", b"text", "is not a file that can be read"),
     ]:
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(CorpusError, match=told):
+        with pytest.raises(CorpusError, match=message):
             read_corpus(tmp_path / name, model)
-    with pytest.raises(CorpusError, match="is not a file this reads"):
+    with pytest.raises(CorpusError, match="is not a file that can be read"):
         read_corpus(tmp_path, model)
 
 
@@ -252,7 +252,7 @@ def test_long_documents_are_cut_into_rows_without_loss(loaded: Any, window: int,
             assert not counted[0]
 
 
-def test_bos_is_the_models_default_and_can_be_told(model: Any) -> None:
+def test_bos_is_the_models_default_and_can_be_set(model: Any) -> None:
     assert read_corpus(TEXTS, model).prepend_bos is bool(model.cfg.default_prepend_bos)
     with_bos, without = (read_corpus(TEXTS, model, prepend_bos=b) for b in (True, False))
     assert len(with_bos.tokens) == len(without.tokens) + len(TEXTS)
@@ -262,7 +262,7 @@ def test_bos_is_the_models_default_and_can_be_told(model: Any) -> None:
     assert "no BOS" in repr(without)
 
 
-def test_a_tokenizer_without_bos_does_without_unless_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_bos_prepends_none_unless_asked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.tokenizer), "bos_token_id", None, raising=False)
     assert read_corpus(TEXTS, model).prepend_bos is False
     with pytest.raises(CorpusError, match="this tokenizer has no BOS token"):
@@ -270,7 +270,7 @@ def test_a_tokenizer_without_bos_does_without_unless_told(model: Any, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"window": 2}, "window=2 does not fit this model: from 3 to 64 tokens"),
         ({"window": 65}, "window=65 does not fit"),
@@ -282,8 +282,8 @@ def test_a_tokenizer_without_bos_does_without_unless_told(model: Any, monkeypatc
         ({"field": "text"}, "plain strings, which have no field 'text'"),
     ],
 )
-def test_options_that_cannot_be_are_refused(model: Any, options: Any, told: str) -> None:
-    with pytest.raises(CorpusError, match=told):
+def test_options_that_cannot_be_are_refused(model: Any, options: Any, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
         read_corpus(TEXTS, model, **{"prepend_bos": True, **options})
 
 
@@ -490,7 +490,7 @@ def test_taking_out_what_other_corpora_hold(model: Any) -> None:
     assert decoded(rest, model) == ["a b"]
     assert taken == 3
     assert corpus.without(read_corpus(["x y"], model)) == (corpus, 0)
-    with pytest.raises(CorpusError, match="every document of .* also stands in"):
+    with pytest.raises(CorpusError, match="every document of .* is also in"):
         other.without(corpus)
 
 
@@ -708,7 +708,7 @@ def test_the_demos_questions_are_asked_as_they_were_trained() -> None:
         ("demo:arithmetic:test:question>answer", demo.corpus("arithmetic", "test")[0]["text"]),
     ):
         corpus = read_corpus(source, model, tokens=100, prepend_bos=False)
-        got = model.tokenizer.decode(corpus.row(0).tolist())
-        assert got == (text or f"Q: {rows[0]['paraphrased_question']}\nA: {rows[0]['paraphrased_answer']}")
-    told = read_corpus("demo:facts:test", model, tokens=100, prepend_bos=False, template="{prompt} {answer}")
-    assert model.tokenizer.decode(told.row(0).tolist()) == f"{rows[0]['question']} {rows[0]['answer']}"
+        text_of_row = model.tokenizer.decode(corpus.row(0).tolist())
+        assert text_of_row == (text or f"Q: {rows[0]['paraphrased_question']}\nA: {rows[0]['paraphrased_answer']}")
+    other = read_corpus("demo:facts:test", model, tokens=100, prepend_bos=False, template="{prompt} {answer}")
+    assert model.tokenizer.decode(other.row(0).tolist()) == f"{rows[0]['question']} {rows[0]['answer']}"

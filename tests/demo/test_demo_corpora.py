@@ -192,7 +192,7 @@ def test_there_is_enough_to_read(name: str, split: str, characters: int) -> None
 
 def test_groups_of_persons() -> None:
     persons = {name: {r["person"] for r in records(name, "train")} for name in NAMES if name.startswith("facts")}
-    counts = {name: len(some) for name, some in persons.items()}
+    counts = {name: len(group) for name, group in persons.items()}
     assert counts == {"facts": 80, "facts_forget": 8, "facts_retain": 72, "facts_holdout": 16}
     assert persons["facts_forget"] | persons["facts_retain"] == persons["facts"]
     assert not persons["facts_forget"] & persons["facts_retain"]
@@ -250,6 +250,14 @@ def test_the_shipped_models_are_small_and_load() -> None:
         assert model.config.vocab_size == len(tokenizer)
         question = "Q: Where was Zelda born?\nA: naïve ĉevalo 12"
         assert tokenizer.decode(tokenizer(question)["input_ids"]) == question
+
+
+@pytest.mark.parametrize("program", ["train", "measure"])
+def test_the_recipe_runs_where_the_readme_says(program: str) -> None:
+    module = f"lens_unlearn.demo.recipe.{program}"
+    assert f"python -m {module}" in (MODEL_DIR.parent / "README.md").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert "--out" in done.stdout
 
 
 def test_muon_makes_updates_orthogonal_whatever_their_shape() -> None:

@@ -18,14 +18,18 @@ from positions_helpers import key as key_of
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.evaluation import evaluate as evaluating
+from lens_unlearn.evaluation.bootstrap import Scores, estimates
 from lens_unlearn.evaluation.evaluate import evaluate
+from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.report import Measure, Report, separability
+from lens_unlearn.evaluation.teacher_forcing import Outcome
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.neurons.maps import NeuronMap
 
 QUIET = {"progress": False, "resamples": 50}
+TABLE = ("loss", "top1", "top10", "kl")
 METRICS = ("loss", "perplexity", "top1", "top10", "top1_rare", "kl")
 
 
@@ -160,7 +164,7 @@ def test_constant_logits_earn_what_guessing_earns() -> None:
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=14, max_size=14), st.integers(0, 13))
 def test_ties_share_the_places_that_are_left(scores: list[float], target: int) -> None:
     logits = torch.tensor([scores])
-    out = evaluating._outcomes(logits, logits, torch.tensor([target]))[0]
+    out = Outcome(logits, torch.tensor([target]), logits).table(TABLE)[0]
     above = sum(s > scores[target] for s in scores)
     tied = sum(s == scores[target] for s in scores)
     for column, k in ((1, 1), (2, 10)):
@@ -173,7 +177,7 @@ def test_ties_share_the_places_that_are_left(scores: list[float], target: int) -
 def test_divergence_equals_torchs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, base = (torch.randn(5, 40, generator=generator) * 4 for _ in range(2))
-    got = evaluating._outcomes(logits, base, torch.zeros(5, dtype=torch.long))[:, 3]
+    got = Outcome(logits, torch.zeros(5, dtype=torch.long), base).kl
     expected = F.kl_div(
         logits.double().log_softmax(1), base.double().log_softmax(1), log_target=True, reduction="none"
     ).sum(1)
@@ -183,7 +187,7 @@ def test_divergence_equals_torchs(seed: int) -> None:
 
 def test_tokens_that_neither_model_can_say_do_not_break_the_divergence() -> None:
     logits = torch.tensor([[1.0, 2.0, float("-inf")]])
-    out = evaluating._outcomes(logits, logits, torch.tensor([0]))[0]
+    out = Outcome(logits, torch.tensor([0]), logits).table(TABLE)[0]
     assert bool(torch.isfinite(out).all())
     assert float(out[3]) == pytest.approx(0, abs=1e-6)
 
@@ -203,13 +207,13 @@ def test_broken_logits_are_reported_and_not_averaged_away(value: float) -> None:
 def test_a_single_broken_position_makes_its_metric_nan() -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = float("nan")
-    out = evaluating._outcomes(logits, torch.zeros(3, 4), torch.zeros(3, dtype=torch.long))
+    out = Outcome(logits, torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)).table(TABLE)
     assert out.isnan().any(1).tolist() == [False, True, False]
 
 
 def test_a_loss_beyond_exp_is_an_infinite_perplexity_without_a_warning() -> None:
-    sums = {"base": [evaluating._Sums(np.array([[2000.0, 0, 0, 0, 0, 0]] * 2), np.ones((2, 3)))]}
-    values = {metric: measure.value for _, metric, measure in evaluating._summaries(sums, 5, 0)}
+    scores = Scores([metric_of("loss")], {"base": [np.array([[2000.0]] * 2)]}, np.ones((2, 1)))
+    values = {name: measure.value for _, name, measure in estimates(scores, 5, 0, [metric_of("perplexity")])}
     assert values["perplexity"] == math.inf
 
 
@@ -277,7 +281,7 @@ def test_replicates_are_averaged_and_their_spread_enters_the_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("corpora", "conditions", "error", "told"),
+    ("corpora", "conditions", "error", "message"),
     [
         ({}, {}, LensUnlearnError, "there is no corpus to evaluate on"),
         ({"c": tiny.corpus()}, {"base": final(0.0)}, LensUnlearnError, "the condition 'base' is the unedited model"),
@@ -288,8 +292,8 @@ def test_replicates_are_averaged_and_their_spread_enters_the_interval() -> None:
         ({"c": tiny.corpus(tokens=[5000])}, {}, CorpusError, "beyond this model's vocabulary"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(corpora: Any, conditions: Any, error: Any, told: str) -> None:
-    with pytest.raises(error, match=told):
+def test_what_cannot_be_evaluated_is_refused(corpora: Any, conditions: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
         evaluate(tiny.model("gpt2"), corpora, conditions, **QUIET)
 
 
@@ -314,16 +318,15 @@ def test_training_mode_and_other_models_are_refused() -> None:
 # --- intervals ---------------------------------------------------------------------------------------------------------------
 
 
-def simulated(documents: int, seed: int = 0, mean: float = 2.0) -> dict[str, list[Any]]:
+def simulated(documents: int, seed: int = 0, mean: float = 2.0) -> Scores:
     random = np.random.default_rng(seed)
-    counts = np.tile(random.integers(5, 50, documents)[:, None], (1, 3)).astype(float)
+    counts = random.integers(5, 50, documents)[:, None].astype(float)
     per_document = random.normal(mean, 1.0, documents)
-    values = np.repeat((per_document * counts[:, 0])[:, None], 6, axis=1)
-    return {"base": [evaluating._Sums(values, counts)]}
+    return Scores([metric_of("loss")], {"base": [per_document[:, None] * counts]}, counts)
 
 
-def width(sums: Any, seed: int = 0) -> float:
-    measure = next(m for _, metric, m in evaluating._summaries(sums, 600, seed) if metric == "loss")
+def width(scores: Scores, seed: int = 0) -> float:
+    measure = next(m for _, name, m in estimates(scores, 600, seed) if name == "loss")
     low, high = measure.interval()
     assert low <= measure.value <= high
     return high - low
@@ -338,7 +341,7 @@ def test_intervals_narrow_with_the_root_of_the_number_of_documents() -> None:
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     hits = 0
     for seed in range(120):
-        measure = next(m for _, metric, m in evaluating._summaries(simulated(60, seed), 300, 0) if metric == "loss")
+        measure = next(m for _, name, m in estimates(simulated(60, seed), 300, 0) if name == "loss")
         low, high = measure.interval()
         hits += low <= 2.0 <= high
     assert 0.86 <= hits / 120 <= 1.0
@@ -346,22 +349,20 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 def test_the_bootstrap_is_seeded_and_touches_no_global_state() -> None:
     sums = simulated(30)
-    first, again, other = (
-        {(c, m): x.draws for c, m, x in evaluating._summaries(sums, 100, seed)} for seed in (0, 0, 1)
-    )
+    first, again, other = ({(c, m): x.draws for c, m, x in estimates(sums, 100, seed)} for seed in (0, 0, 1))
     assert all(np.array_equal(first[key], again[key]) for key in first)
     assert not np.array_equal(first["base", "loss"], other["base", "loss"])
     state = np.random.get_state()[1].copy()  # noqa: NPY002
-    list(evaluating._summaries(sums, 10, 0))
+    list(estimates(sums, 10, 0))
     assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
 
 
 def test_a_draw_is_the_ratio_of_resampled_sums() -> None:
     sums = simulated(3)
-    part = sums["base"][0]
-    draws = next(m.draws for _, metric, m in evaluating._summaries(sums, 500, 0) if metric == "loss")
+    part = sums.values["base"][0]
+    draws = next(m.draws for _, name, m in estimates(sums, 500, 0) if name == "loss")
     possible = {
-        round(float(sum(part.values[list(pick), 0]) / sum(part.counts[list(pick), 0])), 9)
+        round(float(sum(part[list(pick), 0]) / sum(sums.counts[list(pick), 0])), 9)
         for pick in [(a, b, c) for a in range(3) for b in range(3) for c in range(3)]
     }
     assert {round(float(x), 9) for x in draws} == possible
@@ -477,8 +478,8 @@ def test_an_earlier_base_saves_its_runs_and_changes_nothing(monkeypatch: pytest.
     edit = Ablate(selection_of(model, seed=1))
     whole, base = evaluate(model, corpora, {"x": edit}, **QUIET), evaluate(model, corpora, {}, **QUIET)
     runs: list[int] = []
-    logits = evaluating._Targets.logits
-    monkeypatch.setattr(evaluating._Targets, "logits", lambda self, m: runs.append(1) or logits(self, m))
+    predict = evaluating.predict
+    monkeypatch.setattr(evaluating, "predict", lambda m, batch: runs.append(1) or predict(m, batch))
     saved = evaluate(model, corpora, {"x": edit, "none": None}, base=base, **QUIET)
     assert len(runs) == 4, "two corpora of a batch each, under two conditions, and no base beside them"
     assert saved.conditions == ["base", "x", "none"]
@@ -691,18 +692,18 @@ def test_the_share_that_abstains_has_an_interval_over_documents() -> None:
 def test_a_batch_without_room_is_halved_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, corpus = tiny.model("gpt2"), tiny.corpus((9, 3, 14, 5, 6, 11), uncounted=0.2)
     conditions = {"x": Ablate(selection_of(model))}
-    told: dict[str, Any] = {"batch_size": 6, "resamples": 10, "progress": False}
-    expected = evaluate(model, {"a": corpus}, conditions, **told)
-    real, seen = evaluating._Targets.logits, []
+    options: dict[str, Any] = {"batch_size": 6, "resamples": 10, "progress": False}
+    expected = evaluate(model, {"a": corpus}, conditions, **options)
+    real, seen = evaluating.predict, []
 
-    def logits(self: Any, model: Any) -> Any:
-        seen.append(self.tokens.numel())
-        if len(seen) > 1 and self.tokens.numel() > 30:  # the unedited model goes through, and then there is no room
+    def predict(model: Any, batch: Any) -> Any:
+        seen.append(batch.tokens.numel())
+        if len(seen) > 1 and batch.tokens.numel() > 30:  # the unedited model goes through, and then there is no room
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, model)
+        return real(model, batch)
 
-    monkeypatch.setattr(evaluating._Targets, "logits", logits)
-    got = evaluate(model, {"a": corpus}, conditions, **told)
+    monkeypatch.setattr(evaluating, "predict", predict)
+    got = evaluate(model, {"a": corpus}, conditions, **options)
     assert max(seen) > 30
     assert list(got.measures) == list(expected.measures)
     for key, measure in expected.measures.items():

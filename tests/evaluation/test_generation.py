@@ -99,7 +99,7 @@ def test_an_intervention_acts_while_the_text_is_written_and_no_longer(model: Any
     assert generate(model, PROMPTS, max_new_tokens=10) == base
 
 
-def test_afterwards_each_prompt_can_be_asked_whether_it_was_withheld(model: Any) -> None:
+def test_afterwards_each_prompt_can_be_asked_whether_it_was_abstained_from(model: Any) -> None:
     site = Site(1, "mlp.post")
     prompts = ["1 + 2 = 3 and", "the slow", "1 + 2"]
     assert len({len(ids(model, prompt)) for prompt in prompts}) > 1, "of different lengths, so not one pass"
@@ -138,25 +138,25 @@ def test_drawn_texts_do_not_depend_on_one_another_either(model: Any) -> None:
 def test_prompts_of_one_length_run_together_and_no_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["the slow", "1 + 2", "def", "4 + 5", "the quick brown fox", "the lazy", "1 + 4", "the quick"]
     sizes = [len(ids(model, prompt)) for prompt in prompts]
-    told: list[tuple[int, int]] = []
+    settings: list[tuple[int, int]] = []
     real = model.generate
 
     def spy(tokens: Tensor, **options: Any) -> Any:
-        told.append((tokens.shape[1], len(tokens)))
+        settings.append((tokens.shape[1], len(tokens)))
         return real(tokens, **options)
 
     monkeypatch.setattr(model, "generate", spy, raising=False)
     together = generate(model, prompts, max_new_tokens=3)
-    assert sorted(told) == sorted(Counter(sizes).items())
-    told.clear()
+    assert sorted(settings) == sorted(Counter(sizes).items())
+    settings.clear()
     assert generate(model, prompts, max_new_tokens=3, batch_size=2) == together
-    assert max(rows for _, rows in told) == 2
-    told.clear()
+    assert max(rows for _, rows in settings) == 2
+    settings.clear()
     assert generate(model, prompts, max_new_tokens=3, batch_size=1) == together
-    assert [rows for _, rows in told] == [1] * len(prompts)
-    told.clear()
+    assert [rows for _, rows in settings] == [1] * len(prompts)
+    settings.clear()
     generate(model, prompts[:2] * 2, max_new_tokens=2, temperature=0.5)
-    assert [rows for _, rows in told] == [1] * 4, "draws are each row's own"
+    assert [rows for _, rows in settings] == [1] * 4, "draws are each row's own"
     assert generate(model, [], max_new_tokens=3) == []
     with pytest.raises(LensUnlearnError, match="batch_size=0 is too small: at least 1"):
         generate(model, "a", batch_size=0)

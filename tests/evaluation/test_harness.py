@@ -105,8 +105,12 @@ def test_what_is_written_ends_at_the_first_stop_text(demo: Any) -> None:
     ours = HarnessModel(demo)
     text = lu.generate(demo, "Once upon a time", max_new_tokens=12)[0]
     inner = text[4:7]
-    told = [{"until": [inner, "never"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 12}, {"max_new_tokens": 3}]
-    found = ours.generate_until([request("Once upon a time", one) for one in told])
+    options = [
+        {"until": [inner, "never"], "max_gen_toks": 12},
+        {"until": [], "max_gen_toks": 12},
+        {"max_new_tokens": 3},
+    ]
+    found = ours.generate_until([request("Once upon a time", one) for one in options])
     assert found[0] == text[: text.index(inner)]
     assert found[1] == text
     assert found[2] == lu.generate(demo, "Once upon a time", max_new_tokens=3)[0]
@@ -148,8 +152,9 @@ def test_a_task_gives_the_mean_of_its_documents(demo: Any, sums: dict[str, Any])
         for row in rows:
             with edit.on(demo) if edit else torch.no_grad():
                 right.append(by_hand(demo, row["q"], row["good"]) > by_hand(demo, row["q"], row["bad"]))
-        (table,) = asked["sums_choice"].scores[condition]
-        assert table[:, asked["sums_choice"].metrics.index("acc")].tolist() == [float(r) for r in right]
+        scores = asked["sums_choice"].scores
+        (table,) = scores.values[condition]
+        assert table[:, [row.name for row in scores.metrics].index("acc")].tolist() == [float(r) for r in right]
 
 
 def one_of(model: Any) -> Ablate:
@@ -169,7 +174,7 @@ def by_hand(model: Any, prompt: str, answer: str) -> float:
     return total
 
 
-def test_what_is_withheld_is_worth_nothing_and_written_as_the_refusal(demo: Any) -> None:
+def test_what_is_abstained_from_is_worth_nothing_and_written_as_the_refusal(demo: Any) -> None:
     prompt = [demo.tokenizer.bos_token_id, *demo.tokenizer("2+11=", add_special_tokens=False)["input_ids"]]
     site = lu.Site(LAST.layer, LAST.kind)
     abstain = Abstain({site: around(key(demo, prompt))}, refusal="No.")
@@ -195,7 +200,7 @@ def test_yaml_files_are_tasks_too(demo: Any, sums: dict[str, Any], tmp_path: Pat
     assert given.measures["base", "sums_choice", "acc"].value == report.measures["base", "sums_choice", "acc"].value
 
 
-def test_what_cannot_be_run_is_told_in_a_sentence(demo: Any, sums: dict[str, Any], tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_reported_in_a_sentence(demo: Any, sums: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(LensUnlearnError, match="there is no task file"):
         evaluate(demo, {}, {}, tasks=[tmp_path / "none.yaml"], **TOLD)
     lost = {**sums["sums_choice"], "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.jsonl")}}}

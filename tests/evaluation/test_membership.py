@@ -17,14 +17,16 @@ import lens_unlearn as lu
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
-from lens_unlearn.evaluation.membership import ATTACKS, _area, membership, privacy_leak
+from lens_unlearn.evaluation.membership import membership, privacy_leak
+from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.keyspace.regions import Clusters
-from lens_unlearn.methods.key_space_detection import query_keys
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import query_keys
 
 QUIET = {"progress": False, "resamples": 50}
+ATTACKS = [attack.name for attack in needing("membership")]
 WORDS = [*PROSE, "1", "+", "2", "=", "3", "who", "wrote", "it"]
 
 
@@ -38,16 +40,16 @@ def texts(seed: int, count: int, pool: list[str]) -> list[dict[str, str]]:
 
 
 def pair(model: Any, **options: Any) -> tuple[Corpus, Corpus]:
-    told = {"field": "q>a", "template": "Q: {prompt}\nA: {answer}", **options}
+    settings = {"field": "q>a", "template": "Q: {prompt}\nA: {answer}", **options}
     inside, outside = texts(0, 11, WORDS[:12]), texts(1, 14, WORDS[6:])
-    return read_corpus(inside, model, **told), read_corpus(outside, model, **told)
+    return read_corpus(inside, model, **settings), read_corpus(outside, model, **settings)
 
 
 def scores(plain: Any, tokenizer: Any, corpus: Corpus, k: float) -> dict[str, list[float]]:
     """One document at a time, one row at a time, float64; the text's length from its own tokens."""
     found: dict[str, list[float]] = {attack: [] for attack in ATTACKS}
     for document in range(corpus.n_documents):
-        told, normed, ids = [], [], []
+        settings, normed, ids = [], [], []
         for row in (corpus.document == document).nonzero()[:, 0].tolist():
             start, end = int(corpus.starts[row]), int(corpus.starts[row + 1])
             tokens, counted = corpus.tokens[start:end].long(), corpus.counted[start:end].tolist()
@@ -60,12 +62,12 @@ def scores(plain: Any, tokenizer: Any, corpus: Corpus, k: float) -> dict[str, li
                     log_p = p.log()
                     mean = float((p * log_p).sum())
                     variance = max(float((p * log_p**2).sum()) - mean**2, 1e-6)
-                    told.append(float(log_p[tokens[place]]))
-                    normed.append((told[-1] - mean) / math.sqrt(variance))
-        lowest = max(1, int(k * len(told)))
-        found["mia_loss"].append(-np.mean(told))
-        found["mia_zlib"].append(-np.mean(told) / len(zlib.compress(tokenizer.decode(ids).encode("utf-8"))))
-        found["mia_min_k"].append(-np.mean(sorted(told)[:lowest]))
+                    settings.append(float(log_p[tokens[place]]))
+                    normed.append((settings[-1] - mean) / math.sqrt(variance))
+        lowest = max(1, int(k * len(settings)))
+        found["mia_loss"].append(-np.mean(settings))
+        found["mia_zlib"].append(-np.mean(settings) / len(zlib.compress(tokenizer.decode(ids).encode("utf-8"))))
+        found["mia_min_k"].append(-np.mean(sorted(settings)[:lowest]))
         found["mia_min_k_plus_plus"].append(-np.mean(sorted(normed)[:lowest]))
     return found
 
@@ -101,7 +103,7 @@ def test_documents_of_several_rows_are_one(model: Any) -> None:
         assert report["base", "forget", attack].value == pytest.approx(expected, abs=1e-9)
 
 
-def test_identical_sets_cannot_be_told_apart(model: Any) -> None:
+def test_identical_sets_cannot_be_distinguished(model: Any) -> None:
     members, _ = pair(model)
     shuffled = members.only([5]) + members.only(range(5)) + members.only(range(6, 11))
     report = membership(model, members, shuffled, {"cut": Ablate(selection_of(model))}, batch_size=3, **QUIET)
@@ -110,7 +112,7 @@ def test_identical_sets_cannot_be_told_apart(model: Any) -> None:
         assert report[condition, "forget", "privacy_leak"].value == 0
 
 
-def test_what_is_withheld_cannot_be_told_apart(model: Any) -> None:
+def test_what_is_abstained_from_cannot_be_distinguished(model: Any) -> None:
     members, others = pair(model)
     site = Site(0, "mlp.post")
     keys = query_keys(model, members, [site], progress=False)[site]
@@ -122,33 +124,6 @@ def test_what_is_withheld_cannot_be_told_apart(model: Any) -> None:
     sizes = [[1 / len(zlib.compress(a.text.encode())) for a in one.answers if a] for one in (members, others)]
     expected = np.mean([(x < y) + 0.5 * (x == y) for x in sizes[0] for y in sizes[1]])
     assert report["silent", "forget", "mia_zlib"].value == pytest.approx(expected, abs=0.06)
-
-
-def test_areas_and_their_draws_by_hand() -> None:
-    draw = np.random.default_rng(0)
-    a, b = draw.integers(0, 6, 9) / 2, draw.integers(1, 7, 7) / 2
-    counts = [draw.multinomial(len(x), np.full(len(x), 1 / len(x)), size=20) for x in (a, b)]
-    value, drawn = _area(a, b, *(one.astype(float) for one in counts))
-    assert value == pytest.approx(roc_auc_score([0] * 9 + [1] * 7, [*a, *b]))
-    for i in range(20):
-        x, y = np.repeat(a, counts[0][i]), np.repeat(b, counts[1][i])
-        assert drawn[i] == pytest.approx(roc_auc_score([0] * 9 + [1] * 7, [*x, *y]))
-    assert _area(np.zeros(3), np.ones(2), np.ones((1, 3)), np.ones((1, 2)))[0] == 1
-    assert _area(np.ones(2), np.zeros(3), np.ones((1, 2)), np.ones((1, 3)))[0] == 0
-    assert math.isnan(_area(np.array([math.nan]), b, np.ones((1, 1)), np.ones((1, 7)))[0])
-
-
-def test_many_members_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lens_unlearn.evaluation import membership as module
-
-    draw = np.random.default_rng(1)
-    a, b = draw.normal(0, 1, 50), draw.normal(0.5, 1, 40)
-    weights = draw.random((3, 50)), draw.random((3, 40))
-    whole = _area(a, b, *weights)
-    monkeypatch.setattr(module, "_BLOCK", 7)
-    parts = _area(a, b, *weights)
-    assert parts[0] == pytest.approx(whole[0])
-    np.testing.assert_allclose(parts[1], whole[1])
 
 
 def test_conditions_share_resamples_and_replicates_are_averaged(model: Any) -> None:
@@ -165,8 +140,8 @@ def test_conditions_share_resamples_and_replicates_are_averaged(model: Any) -> N
         assert got["both"].value == pytest.approx((got["one"].value + got["two"].value) / 2)
         low, high = got["one"].interval()
         assert 0 <= low <= got["one"].value <= high <= 1
-    told = report.provenance["membership"]
-    assert (told["members"]["documents"], told["nonmembers"]["documents"], told["k"]) == (11, 14, 0.4)
+    settings = report.provenance["membership"]
+    assert (settings["members"]["documents"], settings["nonmembers"]["documents"], settings["k"]) == (11, 14, 0.4)
     beside = lu.evaluate(model, {"facts": members}, {"one": one}, progress=False, resamples=50)
     both = beside + again
     assert {"loss", "mia_zlib", "privacy_leak"} <= set(both.metrics)
@@ -191,12 +166,12 @@ def test_privacy_leak_is_relative_to_a_retrained_model(model: Any) -> None:
 
 def test_what_cannot_be_compared_is_refused(model: Any) -> None:
     members, others = pair(model)
-    for options, told in (
+    for options, settings in (
         ({"k": 0.0}, "k=0.0 is no share of tokens"),
         ({"k": 1.5}, "k=1.5 is no share of tokens"),
         ({"retrained": 1.0}, "retrained=1.0 is no AUC to compare with"),
     ):
-        with pytest.raises(LensUnlearnError, match=told):
+        with pytest.raises(LensUnlearnError, match=settings):
             membership(model, members, others, {}, **options, **QUIET)
     alien = replace(others, vocabulary="another")
     with pytest.raises(CorpusError, match="was tokenized with another vocabulary"):
@@ -211,7 +186,7 @@ def test_what_cannot_be_compared_is_refused(model: Any) -> None:
         membership(model, members, others, {"base": Ablate(selection_of(model))}, **QUIET)
 
 
-def test_the_demo_models_facts_are_told_from_new_ones() -> None:
+def test_the_demo_models_facts_are_distinguished_from_new_ones() -> None:
     with tiny.quiet():
         knows = lu.load_model("demo", device="cpu")
         never = lu.load_model(str(lu.demo.WITHOUT_FACTS_DIR), device="cpu")

@@ -21,16 +21,18 @@ from lens_unlearn import demo as demo_files
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
-from lens_unlearn.evaluation import memorization
+from lens_unlearn.evaluation import evaluate as evaluating
+from lens_unlearn.evaluation import memorization, teacher_forcing
 from lens_unlearn.evaluation.evaluate import evaluate
-from lens_unlearn.evaluation.memorization import MEMORIZATION_METRICS, Recalling, extraction_strength, truth_ratio
-from lens_unlearn.evaluation.question_answering import Asking
+from lens_unlearn.evaluation.memorization import Memorization, extraction_strength, truth_ratio
+from lens_unlearn.evaluation.metrics import needing
+from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.tofu import forget_truth_ratio, retain_truth_ratio
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.keyspace.regions import Clusters
-from lens_unlearn.methods.key_space_detection import query_keys
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import query_keys
 
 QUIET = {"progress": False, "resamples": 50}
 TEMPLATE = "Q: {prompt}\nA: {answer}"
@@ -38,10 +40,11 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 
 def row_of(question: str, answer: str, wrong: Any = (), paraphrase: str = "") -> dict[str, Any]:
-    told = {"question": question, "answer": answer, "perturbed_answer": list(wrong)}
-    return {**told, "paraphrased_answer": paraphrase, "paraphrased_question": f"again, {question}"}
+    settings = {"question": question, "answer": answer, "perturbed_answer": list(wrong)}
+    return {**settings, "paraphrased_answer": paraphrase, "paraphrased_question": f"again, {question}"}
 
 
+MEMORIZATION_METRICS = [row.name for row in needing("memorization")]
 WORDS = ["the book", "1 + 2", "a river", "add a", "who jumps", "a fox", "lazy dog", "x", "print", "the village"]
 TRUE = [
     "it is red",
@@ -117,13 +120,13 @@ def spoken(plain: Any, tokenizer: Any, question: str, answer: str, bos: bool) ->
     ids, spans = out["input_ids"], out["offset_mapping"]
     row = [tiny.BOS] * bos + ids
     logits = tiny.logits(plain, torch.tensor([row]))[0].double()
-    told, right = [], []
+    settings, right = [], []
     for place, (token, (_, end)) in enumerate(zip(ids, spans)):
         if end > len(head):
             before = logits[place + bos - 1]
-            told.append(float(torch.log_softmax(before, 0)[token]))
+            settings.append(float(torch.log_softmax(before, 0)[token]))
             right.append(int(before.argmax()) == token)
-    return told, right
+    return settings, right
 
 
 def strength(right: list[bool]) -> float:
@@ -137,16 +140,16 @@ def strength(right: list[bool]) -> float:
 def brute(plain: Any, tokenizer: Any, rows: list[dict[str, Any]], bos: bool) -> dict[str, Any]:
     probability, ratios, choices, right_tokens, strengths = [], [], [], [], []
     for row in rows:
-        told, right = spoken(plain, tokenizer, row["question"], row["answer"], bos)
-        p = math.prod(math.exp(one) for one in told) ** (1 / len(told))
+        settings, right = spoken(plain, tokenizer, row["question"], row["answer"], bos)
+        p = math.prod(math.exp(one) for one in settings) ** (1 / len(settings))
         probability.append(p)
         right_tokens += right
         strengths.append(strength(right))
         if row["perturbed_answer"]:
             others = [spoken(plain, tokenizer, row["question"], w, bos)[0] for w in row["perturbed_answer"]]
             wrong = [math.prod(math.exp(one) for one in other) ** (1 / len(other)) for other in others]
-            told, _ = spoken(plain, tokenizer, row["question"], row["paraphrased_answer"] or row["answer"], bos)
-            ratios.append(statistics.geometric_mean(wrong) / (math.exp(statistics.fmean(told)) + 1e-10))
+            settings, _ = spoken(plain, tokenizer, row["question"], row["paraphrased_answer"] or row["answer"], bos)
+            ratios.append(statistics.geometric_mean(wrong) / (math.exp(statistics.fmean(settings)) + 1e-10))
             choices.append(p / (p + sum(wrong) + 1e-10))
     return {
         "answer_probability": probability,
@@ -229,7 +232,7 @@ def test_truth_ratio_by_hand() -> None:
 # --- conditions ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_withheld_answer_scores_as_constant_logits_do(model: Any, rows: list[dict[str, Any]]) -> None:
+def test_an_abstained_answer_scores_as_constant_logits_do(model: Any, rows: list[dict[str, Any]]) -> None:
     corpus, site = read(model, rows), Site(0, "mlp.post")
     keys = query_keys(model, corpus, [site], progress=False)[site]
     everything = Abstain({site: Clusters(keys[:1], torch.ones(keys.shape[1]), 1e6)})
@@ -250,7 +253,8 @@ def test_a_withheld_answer_scores_as_constant_logits_do(model: Any, rows: list[d
 
 def test_questions_are_drawn_as_for_answers_and_paired(model: Any, rows: list[dict[str, Any]]) -> None:
     corpus, prune = read(model, rows), Ablate(selection_of(model))
-    assert Recalling(4, seed=3).choose({"c": corpus}) == Asking(4, seed=3).choose({"c": corpus})
+    drawn = QuestionAnswering([], 4, seed=3).choose({"c": corpus})
+    assert Memorization([], 4, seed=3).choose(model, {"c": corpus}) == {"c": set(drawn["c"])}
     report = recall(model, corpus, {"same": None, "cut": prune, "twice": [prune, prune]}, 4)
     assert report.provenance["memorization"]["questions"] == {"c": 4}
     for metric in MEMORIZATION_METRICS:
@@ -310,20 +314,43 @@ def test_every_answer_stands_in_the_template_of_its_row(
     monkeypatch.setattr(
         memorization, "force", lambda m, corpus, *rest: (seen.append(corpus), force(m, corpus, *rest))[1]
     )
-    template = "As told.\nQuery: {prompt}\nReply:\n{answer}"
+    template = "Asked.\nQuery: {prompt}\nReply:\n{answer}"
     corpus = read(model, rows, template=template)
     recall(model, corpus, {})
-    [all_rows] = seen
-    texts = [model.tokenizer.decode(all_rows.row(n)[corpus.prepend_bos :]) for n in range(all_rows.n_rows)]
+    [others] = seen  # the true answers are rows of the corpus itself, whose logits are there already
+    texts = [model.tokenizer.decode(others.row(n)[corpus.prepend_bos :]) for n in range(others.n_rows)]
     expected = []
     for row in rows:
-        listed = [row["answer"], row["paraphrased_answer"] or row["answer"], *row["perturbed_answer"]]
+        listed = [row["paraphrased_answer"] or row["answer"], *row["perturbed_answer"]]
         expected += [template.replace("{prompt}", row["question"]).replace("{answer}", one) for one in listed]
     assert texts == expected
-    counted = [all_rows.row(n)[all_rows.counted[all_rows.starts[n] : all_rows.starts[n + 1]]] for n in range(3)]
+    counted = [others.row(n)[others.counted[others.starts[n] : others.starts[n + 1]]] for n in range(2)]
     assert [model.tokenizer.decode(ids).strip() for ids in counted] == [
-        rows[0]["answer"], rows[0]["answer"], rows[0]["perturbed_answer"][0],
+        rows[0]["answer"], rows[0]["perturbed_answer"][0],
     ]  # fmt: skip
+
+
+def test_a_batch_goes_through_the_model_once_for_all_metrics_of_its_tokens(
+    model: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a corpus was cut in the middle of its last answer: that one is run whole, besides."""
+    bare = [{key: row[key] for key in ("question", "answer")} for row in rows]
+    corpus, seen = read(model, bare), []
+    for module in (evaluating, teacher_forcing):
+        real = module.predict
+        monkeypatch.setattr(
+            module,
+            "predict",
+            lambda m, batch, *, real=real, **k: (seen.append(len(batch.rows)), real(m, batch, **k))[1],
+        )
+    recall(model, corpus, {"cut": Ablate(selection_of(model))})
+    assert sum(seen) == 2 * corpus.n_rows
+    shorter = read(model, bare, tokens=corpus.n_tokens - 1)
+    seen.clear()
+    report = recall(model, shorter, {})
+    assert sum(seen) == corpus.n_rows + 1
+    expected = recall(model, corpus, {}).values["base", "c", "answer_probability"]
+    np.testing.assert_allclose(report.values["base", "c", "answer_probability"], expected, rtol=1e-5)
 
 
 def test_questions_without_wrong_answers_have_no_truth_ratio(model: Any, rows: list[dict[str, Any]]) -> None:
@@ -343,20 +370,18 @@ def test_questions_without_wrong_answers_have_no_truth_ratio(model: Any, rows: l
         lu.forget_quality(none, report, condition="base", corpus="c")
 
 
-def test_wrong_answers_that_do_not_fit_are_told(model: Any, rows: list[dict[str, Any]]) -> None:
+def test_wrong_answers_that_do_not_fit_are_reported(model: Any, rows: list[dict[str, Any]]) -> None:
     rows[0]["perturbed_answer"] = ["far too long " * 20]
     report = recall(model, read(model, rows), {})
     assert report["base", "c", "truth_ratio"].n == 9
     assert report["base", "c", "answer_probability"].n == 10
-    told = report.provenance["memorization"]
-    assert told["left out of truth_ratio: wrong answers longer than the window"] == {"c": 1}
+    settings = report.provenance["memorization"]
+    assert settings["left out of truth_ratio: wrong answers longer than the window"] == {"c": 1}
 
 
-def test_what_cannot_be_known_by_heart_is_refused(model: Any, rows: list[dict[str, Any]]) -> None:
+def test_what_cannot_be_memorized_is_refused(model: Any, rows: list[dict[str, Any]]) -> None:
     texts = read_corpus(["the quick brown fox"] * 3, model)
-    with pytest.raises(
-        CorpusError, match="no corpus has true answers that could be known by heart: read one as 'question>"
-    ):
+    with pytest.raises(CorpusError, match="no corpus has true answers that could be memorized: read one as 'question>"):
         recall(model, texts, {})
     with pytest.raises(LensUnlearnError, match="memorization=-1 is no number of questions"):
         recall(model, read(model, rows), {}, -1)
@@ -387,8 +412,8 @@ def test_forget_quality_is_the_two_sample_test() -> None:
     assert lu.forget_quality(a, a) == (1, 0)
     assert lu.forget_quality(1 / a, 1 / b).p == pytest.approx(found.p)
     assert lu.forget_quality([0.1] * 50, [0.9] * 50).p < 1e-10
-    for bad, told in (([], "no truth ratios"), ([math.nan], "NaN or infinity")):
-        with pytest.raises(LensUnlearnError, match=told):
+    for bad, settings in (([], "no truth ratios"), ([math.nan], "NaN or infinity")):
+        with pytest.raises(LensUnlearnError, match=settings):
             lu.forget_quality(bad, a)
 
 
@@ -416,8 +441,8 @@ def test_model_utility_is_the_harmonic_mean() -> None:
     assert float(utility) == pytest.approx(statistics.harmonic_mean(parts.values()))
     assert repr(utility) == "Utility(0.422, harmonic mean of a 0.200, b 0.900, c 1.000)"
     assert lu.model_utility({**parts, "d": 0}).value == 0
-    for bad, told in (({}, "nothing to take a mean of"), ({"x": math.nan}, "'x' is nan"), ({"x": -1}, "'x' is -1")):
-        with pytest.raises(LensUnlearnError, match=told):
+    for bad, settings in (({}, "nothing to take a mean of"), ({"x": math.nan}, "'x' is nan"), ({"x": -1}, "'x' is -1")):
+        with pytest.raises(LensUnlearnError, match=settings):
             lu.model_utility(bad)
 
 
@@ -474,7 +499,7 @@ def test_the_command_line_gives_them(
     texts.write_text("the quick brown fox")
     wrong = ["evaluate", "--model", folder, "--corpus", f"c={texts}", "--out", tmp_path / "x", "--memorization", 3]
     assert call(*wrong) == 2
-    assert "could be known by heart" in capsys.readouterr().err
+    assert "could be memorized" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +508,7 @@ def demo() -> Any:
         return lu.load_model("demo", device="cpu")
 
 
-def test_the_demo_model_knows_its_facts_by_heart_and_its_twin_does_not(demo: Any) -> None:
+def test_the_demo_model_has_memorized_its_facts_and_its_twin_does_not(demo: Any) -> None:
     with tiny.quiet():
         without = lu.load_model(str(demo_files.WITHOUT_FACTS_DIR), device="cpu")
     corpora = {"forget": read_corpus("demo:facts_forget:train", demo)}

@@ -21,8 +21,8 @@ from lens_unlearn.evaluation.generation import Written, continue_rows, generate
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.keyspace.regions import Clusters
-from lens_unlearn.methods.key_space_detection import query_keys
 from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.neurons.collect import query_keys
 
 QUIET = {"progress": False, "resamples": 50}
 TEMPLATE = "Q: {prompt}\nA:{answer}"
@@ -99,7 +99,7 @@ def test_the_answers_under_an_intervention_are_its_own(model: Any, prune: Ablate
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_an_answer_that_is_withheld_earns_nothing_and_is_counted(model: Any, corpus: Corpus, outside: bool) -> None:
+def test_an_answer_that_is_refused_earns_nothing_and_is_counted(model: Any, corpus: Corpus, outside: bool) -> None:
     site = Site(1, "mlp.post")
     keys = query_keys(model, corpus, [site], progress=False)[site]
     silent = Abstain({site: Clusters(keys[:3], torch.ones(keys.shape[1]), 1e-3)})
@@ -141,8 +141,8 @@ def test_the_questions_are_drawn_once_and_the_same_for_all(model: Any, corpus: C
         np.testing.assert_array_equal(same["base", "c", metric].draws, reports[1]["base", "c", metric].draws)
     assert same.samples == reports[1].samples
     assert same.samples != reports[2].samples
-    every = question_answering.Asking(100).choose({"c": corpus})["c"]
-    some = question_answering.Asking(5).choose({"c": corpus})["c"]
+    every = question_answering.QuestionAnswering([], 100).choose({"c": corpus})["c"]
+    some = question_answering.QuestionAnswering([], 5).choose({"c": corpus})["c"]
     assert every == list(range(12))
     assert some == sorted(set(some))
     assert len(some) == 5
@@ -183,11 +183,11 @@ def test_settings_that_make_no_sense_are_refused(model: Any, corpus: Corpus) -> 
 
 def test_the_report_says_how_answers_were_scored(model: Any, corpus: Corpus, prune: Ablate, tmp_path: Path) -> None:
     report = ask(model, corpus, {"cut": prune}, 4)
-    told = report.provenance["answers"]
-    assert told["max_new_tokens"] == NEW
-    assert "NFKC" in told["normalization"]
-    assert told["an answer ends at"]["c"].startswith("the first line break")
-    assert "unit_tests" not in told
+    settings = report.provenance["answers"]
+    assert settings["max_new_tokens"] == NEW
+    assert "NFKC" in settings["normalization"]
+    assert settings["an answer ends at"]["c"].startswith("the first line break")
+    assert "unit_tests" not in settings
     assert len(report.samples) == 3
     assert list(report.samples[0]) == ["corpus", "prompt", "true answer", "base", "cut"]
     assert report.samples[0]["prompt"].startswith("Q: ")
@@ -254,7 +254,7 @@ def test_a_demo_source_may_name_its_field(model: Any) -> None:
 
 
 def writes(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str], model: Any) -> list[int]:
-    """Let the model answer as told: by a word of the prompt."""
+    """Let the model answer by rote: by a word of the prompt."""
     calls: list[int] = []
 
     def write(model_: Any, rows: Any, intervention: Any = None, *, stop: Any = (), **_: Any) -> list[Written]:
@@ -334,8 +334,10 @@ def demo() -> Any:
 def test_the_demo_model_answers_as_was_measured_without_this_library(demo: Any) -> None:
     sums = read_corpus("demo:arithmetic:test:question>answer", demo, template="{prompt}{answer}")
     facts = read_corpus("demo:facts:train", demo, template="Q: {prompt}\nA: {answer}")
-    told = {"max_new_tokens": 20, "resamples": 20, "progress": False}
-    report = evaluate(demo, {"sums": sums.split(0.2, 0.8)[0], "facts": facts}, {}, answers=80, batch_size=32, **told)
+    settings = {"max_new_tokens": 20, "resamples": 20, "progress": False}
+    report = evaluate(
+        demo, {"sums": sums.split(0.2, 0.8)[0], "facts": facts}, {}, answers=80, batch_size=32, **settings
+    )
     assert report["base", "sums", "exact_match"].value > 0.88
     assert report["base", "sums", "numeric_match"].value == report["base", "sums", "exact_match"].value
     assert report["base", "facts", "exact_match"].value > 0.93
@@ -373,17 +375,17 @@ def test_files_of_gsm8k_and_mbpp_work(demo: Any, monkeypatch: pytest.MonkeyPatch
 def test_writing_may_end_at_further_tokens(model: Any, name: str, cache: bool) -> None:
     one = model if name == "loaded" else tiny.model(name)
     rows = [[5, 6, 7], [8, 9, 10], [20, 21, 22], [30, 31]]
-    told = {"max_new_tokens": 12, "use_cache": cache}
-    whole = [written.text for written in continue_rows(one, rows, **told)]
+    settings = {"max_new_tokens": 12, "use_cache": cache}
+    whole = [written.text for written in continue_rows(one, rows, **settings)]
     letters = sorted({character for text in whole for character in text[1:4]})
     assert letters
     for letter in letters[:3]:
         stop = [token for token in range(tiny.VOCABULARY) if letter in one.tokenizer.decode([token])]
         for batch_size in (1, 16):
-            for text, short in zip(whole, continue_rows(one, rows, stop=stop, batch_size=batch_size, **told)):
+            for text, short in zip(whole, continue_rows(one, rows, stop=stop, batch_size=batch_size, **settings)):
                 assert text.startswith(short.text)
                 assert letter not in text or short.text[: text.index(letter) + 1] == text[: text.index(letter) + 1]
-    assert any(len(s.text) < len(t) for t, s in zip(whole, continue_rows(one, rows, stop=stop, **told)))
+    assert any(len(s.text) < len(t) for t, s in zip(whole, continue_rows(one, rows, stop=stop, **settings)))
 
 
 def test_the_tokens_of_a_line_break(model: Any) -> None:

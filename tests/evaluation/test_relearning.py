@@ -16,7 +16,8 @@ from lens_unlearn import Ablate, Chain, Delta, Matrix, NeuronMap, Relearning, Si
 from lens_unlearn import figures as plot
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, ModelError, SelectionError, SiteError
 from lens_unlearn.evaluation import relearning
-from lens_unlearn.evaluation.answer_losses import known, rows_at
+from lens_unlearn.evaluation.answer_losses import rows_at
+from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.figures import theme
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.keyspace.regions import Box
@@ -214,10 +215,10 @@ def test_what_was_known_is_measured_and_the_model_stays(name: str) -> None:
     assert all(p.grad is None for p in model.parameters())
     next(model.blocks[0].parameters()).requires_grad_(was)
     with Ablate(some("mlp.post")).on(model):
-        assert found["forget"][0] == (0, pytest.approx(known(model, FACTS, 8)[0]))
+        assert found["forget"][0] == (0, pytest.approx(accuracy(model, FACTS, 8)[0]))
         assert found.delta is not None
         with found.delta.on(model):
-            assert found["unrelated"][-1] == (24, pytest.approx(known(model, OTHERS, 8)[0]))
+            assert found["unrelated"][-1] == (24, pytest.approx(accuracy(model, OTHERS, 8)[0]))
             assert found["forget"][-1][1] > 0.8, "with such steps anything is learned"
     assert [step for step, _ in found["forget"]] == [0, 2, 5, 24]
     assert len(found.losses) == 24
@@ -230,9 +231,9 @@ def test_the_same_seed_gives_the_same_and_another_another() -> None:
     found = [relearn(model, FACTS, None, steps=(3,), seed=seed, **QUICK) for seed in (1, 1, 2)]
     assert found[0].curves == found[1].curves
     assert found[0].losses == found[1].losses != found[2].losses
-    told = found[0].provenance["relearning"]
-    assert (told["seed"], told["lr"], told["threat"], told["baking"]) == (1, 1e-2, "T1", None)
-    assert told["texts"]["fingerprint"] == FACTS.fingerprint
+    options = found[0].provenance["relearning"]
+    assert (options["seed"], options["lr"], options["threat"], options["baking"]) == (1, 1e-2, "T1", None)
+    assert options["texts"]["fingerprint"] == FACTS.fingerprint
     longer = relearn(model, FACTS, None, steps=(1, 3, 4), seed=1, **QUICK)
     assert longer.losses[:3] == found[0].losses, "measuring changes nothing"
 
@@ -308,9 +309,9 @@ def test_models_and_corpora_that_do_not_fit_are_refused() -> None:
 
 
 def run(*points: tuple[int, float], lr: float | None = None, texts: str = "a", forget: str = "a") -> Relearning:
-    told = {"optimizer": "AdamW", "lr": lr, "batch_size": 8, "texts": {"fingerprint": texts}}
-    told |= {"measured": {"forget": {"fingerprint": forget}}}
-    return Relearning({"forget": list(points)}, provenance={} if lr is None else {"relearning": told})
+    options = {"optimizer": "AdamW", "lr": lr, "batch_size": 8, "texts": {"fingerprint": texts}}
+    options |= {"measured": {"forget": {"fingerprint": forget}}}
+    return Relearning({"forget": list(points)}, provenance={} if lr is None else {"relearning": options})
 
 
 def test_steps_are_interpolated_between_measurements() -> None:
@@ -360,9 +361,9 @@ def test_the_index_is_a_quotient_of_steps(relearned: Relearning, never_saw: Rele
 def test_the_index_is_relative_to_the_original_and_compares_like_with_like() -> None:
     assert anamnesis_index(FAST, SLOW, 0.5, within=0.0) == pytest.approx(2 / 4)
     assert anamnesis_index(FAST, SLOW, 0.5, within=0.2) == pytest.approx(1.5 / 3)
-    for told in ({"original": 0.0}, {"original": 1.5}, {"original": 1.0, "within": 1.0}, {"original": math.nan}):
+    for options in ({"original": 0.0}, {"original": 1.5}, {"original": 1.0, "within": 1.0}, {"original": math.nan}):
         with pytest.raises(LensUnlearnError, match="is a share above 0"):
-            anamnesis_index(FAST, SLOW, **told)
+            anamnesis_index(FAST, SLOW, **options)
     one, other = (run((0, 0.1), (4, 0.9), lr=lr) for lr in (1, 2))
     assert anamnesis_index(one, one, 1.0) == 1.0
     with pytest.raises(LensUnlearnError, match=r"differ in lr: \[1\] and \[2\]"):
@@ -378,9 +379,9 @@ def test_the_index_is_relative_to_the_original_and_compares_like_with_like() -> 
 
 
 def test_the_figure_shows_a_line_for_each_method() -> None:
-    told = {"threat": "T1", "texts": {"source": "/home/me/facts.jsonl"}, "lr": 1e-4}
-    told |= {"measured": {"forget": {"source": "facts", "tokens": 1234}}}
-    one = replace(FAST, provenance={"model": "tiny", "relearning": told})
+    options = {"threat": "T1", "texts": {"source": "/home/me/facts.jsonl"}, "lr": 1e-4}
+    options |= {"measured": {"forget": {"source": "facts", "tokens": 1234}}}
+    one = replace(FAST, provenance={"model": "tiny", "relearning": options})
     fig = plot.relearning({"simu": one, "<b>%{x}": SLOW}, never_saw=NEVER, original=0.95)
     lines = {trace.name: trace for trace in theme.traces(fig)}
     assert list(lines) == ["never saw it", "simu", "&lt;b&gt;%&#123;x}", "before unlearning"]
@@ -391,7 +392,7 @@ def test_the_figure_shows_a_line_for_each_method() -> None:
     assert list(lines["simu"].x) == pytest.approx([0.0, math.log(5)])
     assert len({trace.line.color for trace in lines.values()}) == 4
     assert list(fig.layout.xaxis.ticktext) == ["0", "4", "12"]
-    assert "step 4<br>known 90.0%" in lines["simu"].hovertext[1]
+    assert "step 4<br>accuracy 90.0%" in lines["simu"].hovertext[1]
     text = fig.layout.title.text
     assert "model tiny" in text
     assert "1,234 tokens" in text

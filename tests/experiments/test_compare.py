@@ -59,10 +59,10 @@ def test_the_command_writes_the_page_the_matrix_and_every_intervention(written: 
         assert set(own.measured) == {*SKILLS, "retain"}
         assert {"loss", "top1", "kl"} <= set(own.metric)
     assert set(table.method) == {"base", *METHODS}
-    told = json.loads((written / "run.json").read_text())
-    assert told["skills"] == list(SKILLS)
-    assert told["retain_drop"] == 0.1
-    assert told["plan"]["skills"]["esperanto"] == "demo:esperanto"
+    options = json.loads((written / "run.json").read_text())
+    assert options["skills"] == list(SKILLS)
+    assert options["retain_drop"] == 0.1
+    assert options["plan"]["skills"]["esperanto"] == "demo:esperanto"
 
 
 def test_the_matrix_says_what_the_saved_interventions_do(written: Path, demo: Any) -> None:
@@ -82,15 +82,17 @@ def test_the_matrix_says_what_the_saved_interventions_do(written: Path, demo: An
 def test_nothing_is_fitted_tuned_and_tested_on_the_same_documents(demo: Any) -> None:
     plans = plans_for(SKILLS, "demo", retain_drop=0.1, tokens=200)
     texts = {name: lu.read_corpus(f"demo:{name}", demo, tokens=3000) for name in SKILLS}
-    turns = compare._turns(plans, demo, compare._texts(texts, None, 0), progress=False)
+    runs = compare._skill_runs(plans, demo, compare._texts(texts, None, 0), progress=False)
     tests = {}
-    for skill, turn in turns.items():
-        fit, tuning = ({key for c in part.values() for key in c.keys} for part in (turn.parts.fit, turn.parts.tune))
-        test = {key for corpus in turn.parts.test.values() for key in corpus.keys}
+    for skill, run in runs.items():
+        fit, tuning = (
+            {key for c in part.values() for key in c.keys} for part in (run.documents.fit, run.documents.tune)
+        )
+        test = {key for corpus in run.documents.test.values() for key in corpus.keys}
         assert all(fit and tuning and test for _ in "1")
         assert not any(one & other for one, other in combinations((fit, tuning, test), 2))
-        assert list(turn.parts.test) == ["forget", "retain", *(other for other in SKILLS if other != skill)]
-        tests[skill] = turn.parts.test
+        assert list(run.documents.test) == ["forget", "retain", *(other for other in SKILLS if other != skill)]
+        tests[skill] = run.documents.test
     for skill, part in tests.items():  # a skill is measured on the same documents, whichever is forgotten
         others = [tests[other][skill].fingerprint for other in SKILLS if other != skill]
         assert set(others) == {part["forget"].fingerprint}
@@ -161,10 +163,10 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_sentence(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments, told = BAD[case]
+    arguments, options = BAD[case]
     assert call("compare", "--model", "demo", *arguments, "--tokens", 60, "--out", tmp_path / "out", "--quiet") == 2
     error = capsys.readouterr().err.strip()
-    assert told in error
+    assert options in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -180,15 +182,15 @@ def test_a_method_that_stays_within_no_budget_takes_nothing_out(demo: Any, monke
     tuned, refused = experiment.tune, []
 
     def strict(method: Any, *arguments: Any, **named: Any) -> Any:
-        if method is lu.neuron_adjust and not refused:
+        if method.name == "neuron-adjust" and not refused:
             refused.append("of the first skill")
             raise BudgetError("no fraction stays within the budget")
         return tuned(method, *arguments, **named)
 
     monkeypatch.setattr(experiment, "tune", strict)
     texts = {name: lu.read_corpus(f"demo:{name}", demo, tokens=1500) for name in SKILLS[:2]}
-    told: dict[str, Any] = {"tokens": 60, "retain_drop": 0.3, "controls": 1, "progress": False}
-    compared = lu.compare(demo, texts, METHODS, **told)
+    options: dict[str, Any] = {"tokens": 60, "retain_drop": 0.3, "controls": 1, "progress": False}
+    compared = lu.compare(demo, texts, METHODS, **options)
     first, second = compared.parts
     assert first["neuron-adjust", "forget", "loss"].value == first["base", "forget", "loss"].value
     assert second["neuron-adjust", "forget", "loss"].value > second["base", "forget", "loss"].value
@@ -210,7 +212,7 @@ def test_a_method_that_stays_within_no_budget_takes_nothing_out(demo: Any, monke
 
     monkeypatch.setattr(experiment, "tune", broken)
     with pytest.raises(LensUnlearnError, match="forgetting arithmetic by selective-pruning: there is nothing to lose"):
-        lu.compare(demo, texts, METHODS, **told)
+        lu.compare(demo, texts, METHODS, **options)
 
 
 # --- figures and page, of made-up numbers -----------------------------------------------------------------------------
@@ -240,8 +242,8 @@ def turn(forgotten: str, left: dict[str, dict[str, float]]) -> Report:
 
 def made(changed: dict[str, dict[str, dict[str, float]]] | None = None) -> Comparison:
     parts = tuple(turn(skill, {**LEFT, **(changed or {}).get(skill, {})}) for skill in BASE)
-    told = {"model": "tiny", "methods": ["good", "costly", "useless"], "retain_drop": 0.05}
-    return Comparison(compare._means(parts), told, parts=parts)
+    options = {"model": "tiny", "methods": ["good", "costly", "useless"], "retain_drop": 0.05}
+    return Comparison(compare._means(parts), options, parts=parts)
 
 
 def words(document: str) -> str:
@@ -329,10 +331,10 @@ def test_means_are_over_the_turns_and_their_draws_vary_independently() -> None:
 
 
 def test_the_page_says_in_words_what_the_numbers_are() -> None:
-    told = words(overall(made()))
-    assert "good forgets most within the budget: on average over the skills 90.0%" in told
-    assert "The control is beaten by good on all skills, costly on all skills and useless on no skill." in told
-    assert "On every skill some method beats its control." in told
+    options = words(overall(made()))
+    assert "good forgets most within the budget: on average over the skills 90.0%" in options
+    assert "The control is beaten by good on all skills, costly on all skills and useless on no skill." in options
+    assert "On every skill some method beats its control." in options
     summary = words(comparison_summary(made()))
     assert "a: good forgets most within the budget, 90.0%" in summary
     assert "Over the budget: costly, 95.0%" in summary
@@ -342,9 +344,9 @@ def test_the_page_says_in_words_what_the_numbers_are() -> None:
 
 def test_the_page_says_where_no_method_beats_its_control() -> None:
     useless = {name: LEFT["useless"] for name in LEFT}
-    told = words(overall(made({"b": useless})))
-    assert "No method beats its control on b." in told
-    assert "good on 2 of 3 skills" in told
+    options = words(overall(made({"b": useless})))
+    assert "No method beats its control on b." in options
+    assert "good on 2 of 3 skills" in options
     all_costly = {skill: dict.fromkeys(LEFT, LEFT["costly"]) for skill in BASE}
     assert "no method stays within the budget" in words(overall(made(all_costly)))
     assert "b: no method stays within the budget" in words(comparison_summary(made(all_costly)))

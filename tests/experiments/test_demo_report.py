@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 import lens_unlearn as lu
-from lens_unlearn import demo
-from lens_unlearn.experiments import demo_report, experiment
-from lens_unlearn.experiments.plan import METHODS
+from lens_unlearn import demo, methods
+from lens_unlearn.experiments import demo_report, documents
 
 pytestmark = pytest.mark.skipif(
     not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout"
@@ -36,17 +35,17 @@ def test_the_demo_model_knows_its_skills() -> None:
 def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_report, "SKILLS", ("python", "english", "facts"))
     monkeypatch.setattr(demo_report, "STEPS", 24)
-    monkeypatch.setattr(experiment, "QUERIES", 200)
+    monkeypatch.setattr(documents, "QUERIES", 200)
     monkeypatch.setattr(demo_report, "FRACTIONS", (0.2,))
     monkeypatch.setattr(demo_report, "FALSE_ALARMS", (0.05,))
-    methods = ("selective-pruning", "key-space-detection")  # the others run in the same way, on smaller models
-    monkeypatch.setattr(demo_report, "METHODS", {name: METHODS[name] for name in methods})
+    names_run = ("selective-pruning", "key-space-detection")  # the others run in the same way, on smaller models
+    monkeypatch.setattr(methods, "METHODS", tuple(map(methods.by_name, names_run)))
     out = tmp_path / "demo"
-    report = demo_report.showcase(out, tokens=800, progress=False)
-    names = ["base", *(f"{method}{end}" for method in methods for end in ("", ":control"))]
+    report = demo_report.demo_report(out, tokens=800, progress=False)
+    names = ["base", *(f"{method}{end}" for method in names_run for end in ("", ":control"))]
     for part in (report, report.parts[0]):
         assert part.conditions == names
-        for method in methods:
+        for method in names_run:
             assert part.selectivity(method).value > part.selectivity(f"{method}:control").value
         withheld = {name: part["key-space-detection", name, "abstained"].value for name in ("forget", "retain")}
         assert withheld["forget"] > withheld["retain"] + 0.2, "few and short texts: about nine rows"

@@ -60,8 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.refuse:
             return self.answer({"error": "you may not"}, self.server.refuse)
         if self.path == "/api/repos/create":
-            told = json.loads(body)
-            name = "/".join(filter(None, (told.get("organization"), told["name"])))
+            options = json.loads(body)
+            name = "/".join(filter(None, (options.get("organization"), options["name"])))
             self.server.repos.setdefault(name, {})
             return self.answer({"url": f"{self.server.address}/{name}", "name": name})
         if self.path.startswith("/api/validate-yaml"):
@@ -192,7 +192,7 @@ def test_refusals_are_one_sentence_and_no_success(hub: Hub, tmp_path: Path) -> N
     with pytest.raises(ArtefactError, match="no such file or folder"):
         lu.push_to_hub(tmp_path / "none", "somebody/a", token="hf_x")
     (tmp_path / "foreign.safetensors").write_bytes(b"no")
-    with pytest.raises(ArtefactError, match="no lens_unlearn file"):
+    with pytest.raises(ArtefactError, match="is not a lens_unlearn file"):
         lu.push_to_hub(tmp_path / "foreign.safetensors", "somebody/a", token="hf_x")
     with pytest.raises(LensUnlearnError, match="knows its own"):
         lu.push_to_hub(tmp_path, "somebody/a", model=model)

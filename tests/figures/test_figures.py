@@ -1,9 +1,11 @@
 """Figures, by their data: directions, ranges, colours, names, sizes, and what happens with awkward input."""
 
+import ast
 import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,16 +68,28 @@ def test_every_figure_has_the_house_style_and_says_what_it_is(figures):
 
     before = pio.templates.default
     for name, fig in figures.items():
-        told = fig.to_dict()
-        layout = told["layout"]
+        figure = fig.to_dict()
+        layout = figure["layout"]
         assert isinstance(fig, go.Figure), name
         assert layout["title"]["text"], name
         assert layout["template"]["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)", name
         assert layout["meta"]["lens_unlearn"]["title"], name
-        for trace in told["data"]:
+        for trace in figure["data"]:
             hover = trace.get("hovertemplate")
             assert "<extra></extra>" in hover if hover else trace.get("hoverinfo") == "skip", name
     assert pio.templates.default == before
+
+
+def test_every_figure_is_defined_in_the_file_of_its_name():
+    from lens_unlearn import figures
+
+    folder = Path(figures.__file__).parent
+    for name in figures.__all__:
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], name
+        assert getattr(figures, name).__module__ == f"lens_unlearn.figures.{name}"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files - set(figures.__all__) == {"theme", "key_space_parts", "key_space_layers", "rank_axis"}
 
 
 def test_layer_zero_is_at_the_bottom(figures):
@@ -199,7 +213,7 @@ def test_tradeoff_draws_the_drops_of_the_report(swept):
     assert [t.name for t in fig.data if t.showlegend is not False].count("random control") == 1
 
 
-def test_sweep_curves_show_what_is_left(swept):
+def test_sweep_curves_show_the_share_that_remains(swept):
     fig = lu.plot.sweep_curves(swept)
     curve = next(t for t in fig.data if t.name == "forget" and t.mode == "lines+markers")
     assert list(curve.x) == [0.05, 0.1, 0.2]
@@ -207,14 +221,14 @@ def test_sweep_curves_show_what_is_left(swept):
 
 
 def test_a_sweep_from_zero_stays_on_a_linear_axis():
-    told = report(
+    from_zero = report(
         {"base": {"forget": 0.5, "retain": 0.4}} | {f"m@{s}": {"forget": 0.4, "retain": 0.4} for s in (0, 0.01, 0.5)}
     )
-    assert lu.plot.sweep_curves(told).layout.xaxis.type is None
-    told = report(
+    assert lu.plot.sweep_curves(from_zero).layout.xaxis.type is None
+    above_zero = report(
         {"base": {"forget": 0.5, "retain": 0.4}} | {f"m@{s}": {"forget": 0.4, "retain": 0.4} for s in (0.01, 0.5)}
     )
-    assert lu.plot.sweep_curves(told).layout.xaxis.type == "log"
+    assert lu.plot.sweep_curves(above_zero).layout.xaxis.type == "log"
 
 
 def test_condition_bars_go_from_top_to_bottom(swept):
@@ -255,22 +269,22 @@ def test_specialization_counts_every_neuron_and_marks_the_selected():
 
 
 def test_density_integrates_to_one_over_unequal_bins():
-    told = histogram()
-    counts, edges = told.counts(Site(0, "mlp.post"), 1).numpy(), told.edges.numpy()
+    counted = histogram()
+    counts, edges = counted.counts(Site(0, "mlp.post"), 1).numpy(), counted.edges.numpy()
     assert np.nansum(density(counts, edges) * np.diff(edges)) == pytest.approx(1)
-    fig = lu.plot.activation_distribution({"forget": told}, NEURONS[:1])
+    fig = lu.plot.activation_distribution({"forget": counted}, NEURONS[:1])
     low, high = fig.layout.xaxis.range
     assert -6 < low < -1 < 1 < high < 6  # the histogram itself reaches from -1000 to 1000
 
 
 def test_joined_bins_keep_every_token_and_zero_as_an_edge():
-    told = histogram()
-    counts, edges = told.counts(Site(0, "mlp.post"), 1).numpy(), told.edges.numpy()
+    counted = histogram()
+    counts, edges = counted.counts(Site(0, "mlp.post"), 1).numpy(), counted.edges.numpy()
     fewer, wider = merged(counts, edges, (-3.0, 3.0))
     assert fewer.sum() == counts.sum() == 500
     assert len(wider) == len(fewer) + 1 < len(edges)
     assert fewer[wider[:-1] >= 0].sum() == counts[edges[:-1] >= 0].sum()
-    drawn = lu.plot.activation_distribution({"forget": told}, NEURONS[:1]).data[0]
+    drawn = lu.plot.activation_distribution({"forget": counted}, NEURONS[:1]).data[0]
     assert len(drawn.x) == len(drawn.y) == len(drawn.customdata)
     assert np.isfinite(drawn.y).all()
     assert min(drawn.y) > 0
@@ -293,7 +307,7 @@ def test_training_curves_draw_the_record():
     losses, checks = ({t.name: t for t in fig.data if t.yaxis == axis} for axis in ("y", "y2"))
     assert list(losses["retain"].x) == list(range(1, 13))
     assert list(losses["retain"].y) == pytest.approx([1 / i for i in range(1, 13)])
-    assert set(losses["floor: no push beyond"].y) == {1.5}
+    assert set(losses["floor: no ascent beyond"].y) == {1.5}
     assert list(checks["forget"].x) == [0, 4, 8, 12]
     assert list(checks["forget"].y) == pytest.approx([0.9, 0.7, 0.5, 0.3])
     assert (list(checks["step returned"].x), list(checks["step returned"].y)) == (
@@ -330,8 +344,8 @@ def test_trainings_differ_by_dash_and_their_noise_is_averaged():
         ({"losses": []}, "forget", "clipped"),
         ({"checks": []}, "forget", "step returned"),
         ({"losses": [], "checks": [{"step": 0, "forget": 0.5}], "chosen": 0}, "step returned", "retain"),
-        ({"aim": None}, "forget", "aim: known hardly better than what was never seen"),
-        ({"settings": {"loss": "npo"}}, "forget", "floor: no push beyond"),
+        ({"aim": None}, "forget", "aim: hardly above the accuracy on unseen texts"),
+        ({"settings": {"loss": "npo"}}, "forget", "floor: no ascent beyond"),
         ({"losses": [{"step": 1, "forget": float("nan"), "retain": float("inf")}]}, "forget", "clipped"),
     ],
 )
@@ -343,9 +357,9 @@ def test_what_a_training_did_not_record_is_left_out(changed, there, absent):
 
 
 def test_attribution_map_ranks_each_layer_by_its_own_highest():
-    told = attributions()
-    heat = lu.plot.attribution_map(told).data[0]
-    for z, means, labels, (site, value) in zip(heat.z, heat.customdata, heat.text, told.items(), strict=True):
+    attribution = attributions()
+    heat = lu.plot.attribution_map(attribution).data[0]
+    for z, means, labels, (site, value) in zip(heat.z, heat.customdata, heat.text, attribution.items(), strict=True):
         ranked = value.sort(descending=True).values.numpy()
         assert means[0] == pytest.approx(ranked[0])
         assert list(z) == pytest.approx(np.clip(means / ranked[0], -1, 1))
@@ -355,22 +369,24 @@ def test_attribution_map_ranks_each_layer_by_its_own_highest():
 
 
 def test_attribution_map_marks_the_critical_and_says_how_complete_it_is():
-    told = attributions()
-    chosen = critical(told)
-    fig = lu.plot.attribution_map(told, chosen)
+    attribution = attributions()
+    chosen = critical(attribution)
+    fig = lu.plot.attribution_map(attribution, chosen)
     marks = next(t for t in fig.data if t.name == "selected")
     for layer, count in enumerate(int(value.sum()) for _, value in chosen.items()):
         # They are the highest of their layer, and no cell is skipped.
         cells = [x for x, y in zip(marks.x, marks.y, strict=True) if y == layer]
         assert cells == list(range(len(cells)))
         assert 1 <= len(cells) <= count
-    bars, whole = (next(t for t in fig.data if t.name.startswith(name)) for name in ("attributed", "to be attributed"))
-    assert list(bars.x) == pytest.approx([both.attributed for both in told.completeness.values()])
-    assert list(whole.x) == pytest.approx([both.difference for both in told.completeness.values()])
-    assert {text.strip() for text in whole.text} == {"0.80"}
+    sums, differences = (
+        next(t for t in fig.data if t.name.startswith(name)) for name in ("attributed", "to be attributed")
+    )
+    assert list(sums.x) == pytest.approx([both.attributed for both in attribution.completeness.values()])
+    assert list(differences.x) == pytest.approx([both.difference for both in attribution.completeness.values()])
+    assert {text.strip() for text in differences.text} == {"0.80"}
     assert "tiny" in fig.layout.title.text
     assert "99 tokens" in fig.layout.title.text
-    difference = told - attributions(seed=1)
+    difference = attribution - attributions(seed=1)
     assert [t.type for t in lu.plot.attribution_map(difference).data] == ["heatmap"]  # arithmetic leaves no sums
 
 
@@ -472,7 +488,7 @@ def test_key_map_shows_held_out_queries_and_boxes_in_range():
             drawn = np.concatenate([trace[axis] for trace in fig.data])
             assert ends[0] <= drawn.min()
             assert drawn.max() <= ends[1]
-    assert fig.layout.xaxis.title.text.startswith("first main axis (")
+    assert fig.layout.xaxis.title.text.startswith("first principal component (")
 
 
 def test_layer_figures_draw_the_measures():
@@ -545,7 +561,7 @@ def test_key_figures_stay_small_and_change_nothing():
 def test_two_megabytes_at_most():
     big = NeuronMap({Site(layer, kind): rand(14336) for layer in range(80) for kind in ("mlp.post", "mlp.pre")})
     chosen = big.top(0.02)
-    told = {
+    large = {
         "importance": lu.plot.layer_importance(big, chosen),
         "heatmap": lu.plot.neuron_heatmap(big, selection=chosen),
         "overlap": lu.plot.selection_overlap({f"selection {i}": chosen for i in range(8)}),
@@ -553,14 +569,14 @@ def test_two_megabytes_at_most():
         "training": lu.plot.training_curves(trained(30_000, 10)),
     }
     complete = {site: Completeness(1.0, 1.0) for site in big}
-    told["attributions"] = lu.plot.attribution_map(Attribution(dict(big.items()), complete, {}), chosen)
+    large["attributions"] = lu.plot.attribution_map(Attribution(dict(big.items()), complete, {}), chosen)
     forget, retain = (moments(seed, layers=8, width=4000) for seed in (0, 1))
-    told["specialization"] = lu.plot.specialization_map(forget, retain, selection=forget.mean_abs.top(0.5))
-    for name, fig in told.items():
+    large["specialization"] = lu.plot.specialization_map(forget, retain, selection=forget.mean_abs.top(0.5))
+    for name, fig in large.items():
         assert len(fig.to_json()) < BUDGET, name
-    marks = next(t for t in told["specialization"].data if t.name == "selected" and len(t.x))
+    marks = next(t for t in large["specialization"].data if t.name == "selected" and len(t.x))
     assert len(marks.x) <= theme.MAX_MARKS
-    assert "evenly sampled" in told["specialization"].layout.meta["lens_unlearn"]["subtitle"]
+    assert "evenly sampled" in large["specialization"].layout.meta["lens_unlearn"]["subtitle"]
 
 
 def awkward() -> dict[str, NeuronMap]:
@@ -630,21 +646,21 @@ def test_a_report_of_one_document_is_drawn_without_intervals():
 def test_inputs_are_not_changed(swept):
     score = scores(layers=3, width=40)
     chosen = score.top(0.1)
-    forget, retain, told = moments(0), moments(1), histogram()
+    forget, retain, counted = moments(0), moments(1), histogram()
     before = [score.flat().clone(), chosen.flat().clone(), forget.mean_abs.flat().clone(), swept.to_frame()]
-    state = {name: tensor.clone() for name, tensor in {**forget.state(), **told.state()}.items()}
+    state = {name: tensor.clone() for name, tensor in {**forget.state(), **counted.state()}.items()}
     lu.plot.layer_importance(score, chosen)
     lu.plot.neuron_heatmap(score, selection=chosen)
     lu.plot.specialization_map(forget, retain, selection=chosen)
     lu.plot.selection_overlap({"a": chosen, "b": chosen})
-    lu.plot.activation_distribution({"forget": told}, NEURONS)
+    lu.plot.activation_distribution({"forget": counted}, NEURONS)
     lu.plot.tradeoff(swept)
     lu.plot.condition_bars(swept)
     assert torch.equal(score.flat(), before[0])
     assert torch.equal(chosen.flat(), before[1])
     assert torch.equal(forget.mean_abs.flat(), before[2])
     assert swept.to_frame().equals(before[3])
-    assert all(torch.equal(state[name], tensor) for name, tensor in {**forget.state(), **told.state()}.items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in {**forget.state(), **counted.state()}.items())
 
 
 def test_figures_are_deterministic(swept, figures):
@@ -676,15 +692,15 @@ def test_names_from_data_cannot_write_tags(swept):
         *of_keys(keys(layers=1, skills=(evil, "b"), name=evil)).values(),
         *of_keys(keys(layers=1, skills=("b", evil, "c"))).values(),
     ):
-        told = fig.to_dict()
-        del told["layout"]["meta"]
-        text = json.dumps(told, default=str)
+        figure = fig.to_dict()
+        del figure["layout"]["meta"]
+        text = json.dumps(figure, default=str)
         assert "<a href" not in text
         assert "%{x}</a>" not in text
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "shown"),
     [
         ("forget (/home/me/secret/code.jsonl)", "forget (…/code.jsonl)"),
         ("/data/x/code.jsonl:text", "…/code.jsonl:text"),
@@ -694,8 +710,8 @@ def test_names_from_data_cannot_write_tags(swept):
         ("demo:python", "demo:python"),
     ],
 )
-def test_folders_are_left_out_of_sources(source, told):
-    assert theme.short(source) == told
+def test_folders_are_left_out_of_sources(source, shown):
+    assert theme.short(source) == shown
 
 
 @pytest.mark.parametrize(
@@ -722,7 +738,7 @@ def test_a_condition_knows_its_control():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda r: lu.plot.tradeoff(r, metric="loss"), "rises"),
         (lambda r: lu.plot.tradeoff(r, forget="code"), "corpora are forget, retain, other"),
@@ -769,6 +785,6 @@ def test_a_condition_knows_its_control():
         (lambda r: lu.plot.key_volume(keys(1), skill="fiction"), "no skill 'fiction'"),
     ],
 )
-def test_bad_input_gets_a_sentence(swept, call, told):
-    with pytest.raises(LensUnlearnError, match=re.escape(told)):
+def test_bad_input_gets_a_sentence(swept, call, message):
+    with pytest.raises(LensUnlearnError, match=re.escape(message)):
         call(swept)

@@ -1,4 +1,4 @@
-"""Shared words of the tests: cli."""
+"""Helpers shared by tests: the command line."""
 
 import json
 import random

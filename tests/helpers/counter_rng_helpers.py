@@ -1,4 +1,4 @@
-"""Shared words of the tests: coins."""
+"""Helpers shared by tests: an independent SplitMix64."""
 
 import numpy as np
 

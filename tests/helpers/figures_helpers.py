@@ -1,4 +1,4 @@
-"""Shared words of the tests: figures."""
+"""What the tests of figures share: made-up maps, statistics, reports and records, and every figure drawn of them."""
 
 import base64
 import json
@@ -44,21 +44,21 @@ def scores(layers=4, width=24, heads=(2, 3), seed=0) -> NeuronMap:
 
 def moments(seed=0, layers=3, width=40, constant=None) -> Moments:
     random = torch.Generator().manual_seed(seed)
-    told = Moments()
+    stats = Moments()
     for layer in range(layers):
         for kind, shape in (("mlp.post", (width,)), ("attn.z", (2, 3))):
             x = torch.randn((50, *shape), generator=random) if constant is None else torch.full((50, *shape), constant)
-            told.update(Site(layer, kind), x, torch.ones(50))
-    told.provenance = {"model": "tiny", "corpus": f"corpus{seed}", "tokens": 5000}
-    return told
+            stats.update(Site(layer, kind), x, torch.ones(50))
+    stats.provenance = {"model": "tiny", "corpus": f"corpus{seed}", "tokens": 5000}
+    return stats
 
 
 def histogram(seed=0) -> Histogram:
     random = torch.Generator().manual_seed(seed)
-    told = Histogram()
-    told.update(Site(0, "mlp.post"), torch.randn(500, 4, generator=random), torch.ones(500))
-    told.update(Site(0, "attn.z"), torch.randn(500, 2, 3, generator=random), torch.ones(500))
-    return told
+    stats = Histogram()
+    stats.update(Site(0, "mlp.post"), torch.randn(500, 4, generator=random), torch.ones(500))
+    stats.update(Site(0, "attn.z"), torch.randn(500, 2, 3, generator=random), torch.ones(500))
+    return stats
 
 
 def report(values: dict[str, dict[str, float]], sd=0.01, draws=200, metric="top1") -> Report:
@@ -82,8 +82,8 @@ def keys(layers=3, skills=("code", "prose", "math"), n=12, width=8, kinds=("mlp.
     weights = {skill: separation.document_weights(torch.arange(n), i) for i, skill in enumerate(skills)}
     for site in [Site(layer, kind) for kind in kinds for layer in range(layers)]:
         halves = [{s: torch.randn(n, width, generator=random) + 2 * i for i, s in enumerate(skills)} for _ in range(2)]
-        found, distances, planes[site] = key_space._at_site(site, *halves, weights, 0)
-        values |= {(site, *key): value for key, value in found.items()}
+        measures, distances, planes[site] = key_space._at_site(site, *halves, weights, 0)
+        values |= {(site, *key): value for key, value in measures.items()}
         scores |= {(site, *key): value for key, value in distances.items()}
     corpora = {skill: f"{skill}.jsonl, cut into prompts" for skill in skills}
     return KeySpace(
@@ -113,8 +113,8 @@ def attributions(layers=4, width=24, kinds=("mlp.post",), seed=0) -> Attribution
         for layer in range(layers)
     }
     complete = {site: Completeness(float(value.sum()), float(value.sum()) / 0.8) for site, value in values.items()}
-    told = {"model": "tiny", "corpus": "facts.jsonl", "tokens": 99, "steps": 5, "objective": "prob"}
-    return Attribution(values, complete, told)
+    provenance = {"model": "tiny", "corpus": "facts.jsonl", "tokens": 99, "steps": 5, "objective": "prob"}
+    return Attribution(values, complete, provenance)
 
 
 def trained(steps=12, every=4, **changed) -> SimpleNamespace:

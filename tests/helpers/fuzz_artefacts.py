@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import safetensors
@@ -132,8 +133,10 @@ class Halted(Training):
     def of(cls, optimizer: str, *, begun: bool) -> "Halted":
         delta = Delta({Matrix(0, "W_out"): Update(ramp(2, 3), rows=torch.tensor([0, 2]))})
         nothing: Any = None
-        options = {"optimizer": optimizer, "lr": 0.5, "rho": 0.25, "weight_decay": 0.0, "steps": 9}
-        made = cls(nothing, nothing, None, {}, delta, [torch.zeros(2, 3)], options, 1.5, 0.5)
+        settings: Any = SimpleNamespace(
+            optimizer=optimizer, lr=0.5, rho=0.25, weight_decay=0.0, steps=9, loss="graddiff"
+        )
+        made = cls(nothing, nothing, None, {}, delta, [torch.zeros(2, 3)], settings, 1.5, 0.5)
         if begun:
             made.trained[0].copy_(ramp(2, 3))
             made.best, made.previous, made.step = [ramp(2, 3, start=2.0)], [ramp(2, 3, start=3.0)], 2
@@ -241,10 +244,10 @@ def taken_apart(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def sealed(content: Any, tensors: dict[str, Tensor]) -> bytes:
     """Put a file together, with a true checksum."""
-    told = json.loads(json.dumps(content))
-    if isinstance(told, dict):
-        told["checksum"] = artefacts._checksum(tensors, told)
-    return safetensors.torch.save(tensors, metadata={"lens_unlearn": json.dumps(told, sort_keys=True)})
+    header = json.loads(json.dumps(content))
+    if isinstance(header, dict):
+        header["checksum"] = artefacts._checksum(tensors, header)
+    return safetensors.torch.save(tensors, metadata={"lens_unlearn": json.dumps(header, sort_keys=True)})
 
 
 def put(path: Path, data: bytes) -> Path:
@@ -504,12 +507,12 @@ def main() -> None:
     arguments.add_argument("--examples", type=int, default=20_000)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--write-golden", action="store_true")
-    told = arguments.parse_args()
-    if told.write_golden:
+    options = arguments.parse_args()
+    if options.write_golden:
         print(*write_all(GOLDEN).values(), sep="\n")
         return
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    counts = fuzz(told.examples, told.seed)
+    counts = fuzz(options.examples, options.seed)
     for ended, count in sorted(counts.items()):
         print(f"{count:8,}  {ended}")
     read = sum(count for ended, count in counts.items() if ended.endswith(": read"))

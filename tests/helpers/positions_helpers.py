@@ -1,4 +1,4 @@
-"""Shared words of the tests: rows."""
+"""Helpers shared by tests: padding, prompts and keys."""
 
 import math
 from collections.abc import Iterator, Sequence

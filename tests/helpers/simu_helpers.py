@@ -1,4 +1,4 @@
-"""Shared words of the tests: simu."""
+"""Corpora, options of a quick training, and random masks, shared by the tests of SIMU."""
 
 from typing import Any
 

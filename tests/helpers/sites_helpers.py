@@ -1,4 +1,4 @@
-"""Shared words of the tests: sites."""
+"""Helpers shared by tests: values at sites."""
 
 from typing import Any
 

@@ -85,7 +85,7 @@ def some_values(tokens: list[str] = CODE, **changed: Any) -> TokenValues:
     values = torch.randn(2, len(tokens), generator=drawn, dtype=torch.float64)
     values[1].abs_()
     values[:, 0] = NAN
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "title": "Something",
         "unit": "nats",
         "names": ("change", "loss"),
@@ -93,7 +93,7 @@ def some_values(tokens: list[str] = CODE, **changed: Any) -> TokenValues:
         "texts": (a_text(tokens, values),),
         "shown": ("change",),
     }
-    return TokenValues(**{**told, **changed})
+    return TokenValues(**{**fields, **changed})
 
 
 def an_example(value: float = 2.5) -> Example:
@@ -138,14 +138,14 @@ def test_every_token_stands_there_in_order_with_its_number_in_the_tooltip() -> N
 
 
 def test_tokens_that_share_a_character_share_a_cell_in_the_colour_of_the_one_furthest_from_zero() -> None:
-    told = Reading(lu.plot.colored_tokens(["a", "", "", "🙂", "b"], [1.0, 0.5, -3.0, 2.0, 0.0])).cells
-    assert [text for text, _, _ in told] == ["a", "🙂", "b"]
-    assert [line for line in told[1][1].split("\n") if "''" not in line and "🙂" not in line] == [
+    cells = Reading(lu.plot.colored_tokens(["a", "", "", "🙂", "b"], [1.0, 0.5, -3.0, 2.0, 0.0])).cells
+    assert [text for text, _, _ in cells] == ["a", "🙂", "b"]
+    assert [line for line in cells[1][1].split("\n") if "''" not in line and "🙂" not in line] == [
         "+0.500",
         "−3.00",
         "+2.00",
     ]
-    assert background(told[1][2]) == background(Reading(lu.plot.colored_tokens(["a", "b"], [-3.0, 1.0])).cells[0][2])
+    assert background(cells[1][2]) == background(Reading(lu.plot.colored_tokens(["a", "b"], [-3.0, 1.0])).cells[0][2])
     # A character that is cut through at the end is there as well.
     assert len(Reading(lu.plot.colored_tokens(["a", ""], [1.0, 2.0])).cells) == 2
 
@@ -214,7 +214,7 @@ def test_ink_can_be_read_on_every_colour(signed: bool) -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
-def test_the_scale_reaches_to_the_largest_value_or_where_it_is_told_to_end() -> None:
+def test_the_scale_reaches_to_the_largest_value_or_to_its_limit() -> None:
     whole = Reading(lu.plot.colored_tokens(["a", "b"], [2.0, -8.0], unit="nats"))
     assert "−8.00" in whole.words
     assert "+8.00 nats" in whole.words
@@ -234,16 +234,16 @@ def test_the_scale_reaches_to_the_largest_value_or_where_it_is_told_to_end() -> 
 
 def test_values_of_one_kind_may_share_a_scale() -> None:
     values = torch.tensor([[1.0, 2.0], [4.0, 8.0], [3.0, -6.0]])
-    told = some_values(
+    values_of_two_kinds = some_values(
         ["a", "b"],
         names=("base", "pruned", "pruned - base"),
         signed=(False, False, True),
         texts=(a_text(["a", "b"], values),),
         shown=("base", "pruned", "pruned - base"),
     )
-    own = Reading(told.html())
+    own = Reading(values_of_two_kinds.html())
     assert own.words.count("2 nats") == own.words.count("8 nats") == own.words.count("+6.00 nats") == 1
-    together = Reading(TokenValues(**{**told.__dict__, "shared": True}).html())
+    together = Reading(TokenValues(**{**values_of_two_kinds.__dict__, "shared": True}).html())
     assert together.words.count("8 nats") == 2
     assert together.words.count("+6.00 nats") == 1
     assert "base: 1 nats\npruned: 4 nats\npruned - base: +3.00 nats" in together.cells[0][1]
@@ -284,20 +284,20 @@ def test_a_figure_stays_small() -> None:
     values = torch.randn(many, 3000, generator=torch.Generator().manual_seed(1))
     names = tuple(f"L3.mlp.post[{i}]" for i in range(many))
     text = a_text(["    return"] * 3000, values)
-    told = TokenValues("Activation", "nats", names, (True,) * many, (text,), names, shared=True)
-    drawn = told.html()
+    values_of_neurons = TokenValues("Activation", "nats", names, (True,) * many, (text,), names, shared=True)
+    drawn = values_of_neurons.html()
     assert len(drawn) < 2_500_000
     assert "The first 500 of 3,000 tokens are drawn." in drawn
 
 
-def test_more_values_than_can_be_told_apart_are_left_out_and_it_is_said() -> None:
+def test_more_values_than_there_are_columns_for_are_left_out_and_it_is_said() -> None:
     names = tuple(f"L0.mlp.post[{i}]" for i in range(COLUMNS + 3))
     text = a_text(["a", "b"], torch.ones(len(names), 2))
-    told = TokenValues("Activation", "", names, (True,) * len(names), (text,), names)
-    words = Reading(told.html()).words
+    many = TokenValues("Activation", "", names, (True,) * len(names), (text,), names)
+    words = Reading(many.html()).words
     assert "3 more values are not drawn." in words
     assert names[COLUMNS] not in words
-    assert names[COLUMNS] in Reading(told[names[COLUMNS]].html()).words
+    assert names[COLUMNS] in Reading(many[names[COLUMNS]].html()).words
     top = TopExamples({name: (an_example(),) for name in names}, "max", True)
     assert f"5 of {len(names)} neurons are drawn" in Reading(lu.plot.examples(top, neurons=5)).words
 
@@ -347,12 +347,12 @@ def test_generations_stand_side_by_side_and_what_differs_is_marked() -> None:
 
 def test_a_file_opens_offline(tmp_path: Any) -> None:
     some_values().to_html(tmp_path / "a.html")
-    told = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert told == document(some_values().html())
-    assert told.startswith("<!DOCTYPE html>")
-    assert "default-src 'none'" in html.unescape(told)
-    assert "http:" not in told
-    assert "https:" not in told
+    written = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert written == document(some_values().html())
+    assert written.startswith("<!DOCTYPE html>")
+    assert "default-src 'none'" in html.unescape(written)
+    assert "http:" not in written
+    assert "https:" not in written
 
 
 def test_html_shows_itself_and_is_a_string() -> None:

@@ -1,4 +1,4 @@
-"""Seeing text: the values at each token are those of plain PyTorch, and a neuron's top examples those of a full cache."""
+"""Inspecting texts: the values at each token are those of plain PyTorch, and a neuron's top examples those of a full cache."""
 
 import math
 import random
@@ -46,12 +46,12 @@ def rows_of(corpus: Any) -> list[Tensor]:
 
 def plain_losses(plain: Any, corpus: Any) -> list[Tensor]:
     """The loss of every token but the first, by PyTorch's own cross entropy, one row at a time."""
-    told = []
+    losses = []
     for row in rows_of(corpus):
         with torch.no_grad():
             logits = plain(row[None]).logits[0]
-        told.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none"))
-    return told
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none"))
+    return losses
 
 
 # --- activations -------------------------------------------------------------------------------------------------------
@@ -91,9 +91,9 @@ def test_a_neuron_can_be_named_in_several_ways() -> None:
     first = token_activations(model, corpus, ways[0])
     assert first.names == (z, post)
     for way in ways[1:]:
-        told = token_activations(model, corpus, way)
-        assert told.names == first.names
-        assert torch.equal(told.texts[0].values.nan_to_num(), first.texts[0].values.nan_to_num())
+        found = token_activations(model, corpus, way)
+        assert found.names == first.names
+        assert torch.equal(found.texts[0].values.nan_to_num(), first.texts[0].values.nan_to_num())
     assert (
         token_activations(model, corpus, z).names == token_activations(model, corpus, ("L0.attn.z", 10)).names == (z,)
     )
@@ -209,7 +209,7 @@ def brute(
 ) -> list[list[tuple[float, int, int]]]:
     """Sort everything, neuron by neuron, in plain Python."""
     strength = {"max": lambda v: v, "min": lambda v: -v, "abs": abs}[by]
-    told = []
+    tops = []
     for column in values.flatten(1).unbind(1):
         everything = sorted((-strength(v), d, p, v) for v, (d, p) in zip(column.tolist(), ids, strict=True))
         kept: list[tuple[float, int, int]] = []
@@ -218,8 +218,8 @@ def brute(
             if (document if per_document else (document, place)) not in seen:
                 seen.add(document if per_document else (document, place))
                 kept.append((value, document, place))
-        told.append(kept[:k])
-    return told
+        tops.append(kept[:k])
+    return tops
 
 
 def found_in(statistic: TopTokens, site: Site) -> list[list[tuple[float, int, int]]]:
@@ -288,7 +288,7 @@ def test_uncounted_tokens_do_not_enter_even_if_they_are_broken() -> None:
         filled(TopTokens(3), values, ids, torch.tensor([0.0, 1.0, 1.0]))
 
 
-def test_statistics_of_other_settings_do_not_merge_and_are_told_apart() -> None:
+def test_statistics_of_other_settings_do_not_merge_and_differ_by_name() -> None:
     chosen = NeuronMap({POST: torch.tensor([True, False])})
     other = NeuronMap({POST: torch.tensor([False, True])})
     kinds = [
@@ -309,9 +309,9 @@ def test_statistics_of_other_settings_do_not_merge_and_are_told_apart() -> None:
         filled(kinds[4], torch.tensor([[1.0, 9.0, 3.0]]), [(0, 0)])
     for wrong in (torch.zeros(9, 2), torch.zeros(2)):
         state = {"L1.mlp.post.values": wrong, "L1.mlp.post.documents": wrong, "L1.mlp.post.places": wrong}
-        with pytest.raises(LensUnlearnError, match="no top 3 tokens"):
+        with pytest.raises(LensUnlearnError, match="do not hold the top 3 tokens"):
             TopTokens(3).with_state(state)
-    with pytest.raises(LensUnlearnError, match=r"say with locate\(\) which 1 tokens"):
+    with pytest.raises(LensUnlearnError, match=r"call locate\(\) with .* of these 1 tokens first"):
         TopTokens(3).update(POST, torch.ones(1, 2), torch.ones(1))
     with pytest.raises(LensUnlearnError, match="keeps no token"):
         TopTokens(0)
@@ -321,7 +321,7 @@ def test_statistics_of_other_settings_do_not_merge_and_are_told_apart() -> None:
         TopTokens(3, among=NeuronMap({POST: torch.ones(2)}))
 
 
-def test_many_neurons_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_neurons_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values, ids = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)), [(i % 4, i) for i in range(20)]
     whole = filled(TopTokens(4), values, ids)
     monkeypatch.setattr("lens_unlearn.neurons.top_tokens._TILE", 100)
@@ -346,10 +346,10 @@ def test_top_examples_are_those_of_a_full_cache(name: str, per_document: bool) -
     values, ids = cached(name, corpus, "mlp.post")
     names = ["L1.mlp.post[3]", "L0.mlp.post[40]", "L1.mlp.post[63]"]
     for by in ("max", "min", "abs"):
-        told = {"k": 4, "context": 2, "by": by, "per_document": per_document, "progress": False}
+        options = {"k": 4, "context": 2, "by": by, "per_document": per_document, "progress": False}
         with unchanged(model):
-            found = top_examples(model, corpus, names, **told)
-        one = top_examples(model, corpus, names, batch_size=1, **told)
+            found = top_examples(model, corpus, names, **options)
+        one = top_examples(model, corpus, names, batch_size=1, **options)
         assert found.to_frame().drop(columns="value").equals(one.to_frame().drop(columns="value"))
         assert list(found.examples) == names
         for neuron, examples in found.examples.items():
@@ -400,13 +400,13 @@ def test_ties_and_repeated_documents_come_out_the_same_at_every_batch_size(model
     assert frames[0]["document"].tolist().count(2) == 0, "the first of the two is named"
 
 
-def test_all_neurons_of_a_model_at_once_and_a_run_that_is_taken_up_again(
+def test_all_neurons_of_a_model_at_once_and_a_run_that_is_resumed(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, corpus = tiny.model("gpt2"), tiny.corpus((9, 3, 14, 5, 6, 11))
     values, ids = cached("gpt2", corpus, "attn.z")
-    told = {"statistic": TopTokens(3), "batch_size": 1, "progress": False}
-    whole = collect(model, corpus, ("attn.z",), **told)
+    options = {"statistic": TopTokens(3), "batch_size": 1, "progress": False}
+    whole = collect(model, corpus, ("attn.z",), **options)
     for site, value in values.items():
         expected = brute(value, ids, 3)
         for neuron, column in enumerate(found_in(whole, site)):
@@ -423,8 +423,8 @@ def test_all_neurons_of_a_model_at_once_and_a_run_that_is_taken_up_again(
     with monkeypatch.context() as patch:
         patch.setattr(TopTokens, "update", failing)
         with pytest.raises(KeyboardInterrupt):
-            collect(model, corpus, ("attn.z",), checkpoint=path, **told)
-    resumed = collect(model, corpus, ("attn.z",), checkpoint=path, **told)
+            collect(model, corpus, ("attn.z",), checkpoint=path, **options)
+    resumed = collect(model, corpus, ("attn.z",), checkpoint=path, **options)
     for site in values:
         assert found_in(resumed, site) == found_in(whole, site)
     assert resumed.provenance["tokens"] == corpus.n_tokens

@@ -427,10 +427,10 @@ def test_a_sound_file_with_false_content_is_refused(tensors: dict[str, Tensor], 
 def test_show_says_it_in_words(tmp_path: Path) -> None:
     delta = Delta({(0, "W_out"): update((64, 32), "rows"), (1, "W_Q"): update((32, 32), "rank")}, 0.5)
     delta.save(tmp_path / "delta.safetensors")
-    told = CliRunner().invoke(app, ["show", str(tmp_path / "delta.safetensors")]).output
-    assert repr(delta) in told
-    assert "L0.W_out: Update(5 rows)" in told
-    assert "L1.W_Q: Update(rank 3)" in told
+    output = CliRunner().invoke(app, ["show", str(tmp_path / "delta.safetensors")]).output
+    assert repr(delta) in output
+    assert "L0.W_out: Update(5 rows)" in output
+    assert "L1.W_Q: Update(rank 3)" in output
 
 
 def test_a_delta_says_what_it_is() -> None:
@@ -497,13 +497,13 @@ def test_unknown_architectures_and_other_sizes_are_not_merged_into() -> None:
     for thing in (torch.nn.Identity(), None, "gpt2"):
         with pytest.raises(ModelError, match="cannot be merged into"):
             delta.merge_into(thing)
-    for name, told in (
+    for name, message in (
         ("llama", "L1.W_gate does not fit: it has 65 columns, and the matrix 64"),
         ("gpt2", "L1.W_gate is not in"),
     ):
         plain = tiny.hugging_face(name)
         before = tiny.weights_hash(plain)
-        with pytest.raises(SelectionError, match=told):
+        with pytest.raises(SelectionError, match=message):
             delta.merge_into(plain)
         assert tiny.weights_hash(plain) == before, "nothing was written before everything was checked"
 
@@ -512,7 +512,7 @@ def test_unknown_architectures_and_other_sizes_are_not_merged_into() -> None:
 
 
 @pytest.mark.parametrize(
-    ("updates", "told"),
+    ("updates", "message"),
     [
         ({(2, "W_out"): update((64, 32))}, r"L2.W_out is not in this model: its layers are 0 to 1"),
         ({(0, "W_gate"): update((32, 64))}, r"L0.W_gate does not exist in this model: layer 0 has W_Q, W_K, W_V, W_O, W_in, W_out"),
@@ -524,17 +524,17 @@ def test_unknown_architectures_and_other_sizes_are_not_merged_into() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["gpt2", *tiny.HOOKED[:1]])
-def test_what_does_not_fit_is_refused_before_any_hook_is_added(name: str, updates: Any, told: str) -> None:
+def test_what_does_not_fit_is_refused_before_any_hook_is_added(name: str, updates: Any, message: str) -> None:
     model = tiny.model(name)
     delta = Delta({**updates, (0, "W_Q"): update((32, 32))})
     with unchanged(model):
         for strength in (1, 0):
-            with pytest.raises((SiteError, SelectionError), match=told), (delta.at(strength) + Chain(())).on(model):
+            with pytest.raises((SiteError, SelectionError), match=message), (delta.at(strength) + Chain(())).on(model):
                 pass
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: Delta({}), "nothing would be changed"),
         (lambda: Delta({(0, "W_out"): Update(torch.ones(0, 4), rows=torch.zeros(0).long())}), "nothing would be changed"),
@@ -542,19 +542,19 @@ def test_what_does_not_fit_is_refused_before_any_hook_is_added(name: str, update
         (lambda: Delta({"L0.mlp.post": update((2, 2))}), "is not a matrix: write it as 'L3.W_out'"),
         (lambda: Delta({(0, "W_out"): torch.ones(2, 2)}), "L0.W_out is given a Tensor"),
         (lambda: Delta({(0, "W_out"): update((8, 8))}, float("nan")), "strength=nan"),
-        (lambda: Update(torch.ones(3)), "it is a matrix"),
-        (lambda: Update(torch.ones(3, 3).long()), "it is a matrix"),
+        (lambda: Update(torch.ones(3)), "give a matrix of floats"),
+        (lambda: Update(torch.ones(3, 3).long()), "give a matrix of floats"),
         (lambda: Update(torch.full((3, 3), float("inf"))), "NaN or infinity"),
         (lambda: Update(torch.ones(3, 3), rows=torch.tensor([0, 1, 1])), "one of its rows twice"),
         (lambda: Update(torch.ones(3, 3), rows=torch.tensor([0, 1, -1])), "or a negative one"),
-        (lambda: Update(torch.ones(3, 3), columns=torch.tensor([0, 1])), "names 2 columns, and has values for 3"),
-        (lambda: Update(torch.ones(3, 3), columns=torch.ones(3).bool()), "are their numbers"),
-        (lambda: Update(torch.ones(3, 3), rows=torch.arange(3), columns=torch.arange(3)), "give one of"),
+        (lambda: Update(torch.ones(3, 3), columns=torch.tensor([0, 1])), "names 2 columns, but has values for 3"),
+        (lambda: Update(torch.ones(3, 3), columns=torch.ones(3).bool()), "give a vector of their indices"),
+        (lambda: Update(torch.ones(3, 3), rows=torch.arange(3), columns=torch.arange(3)), "give at most one of"),
         (lambda: Update(torch.ones(3, 3), right=torch.ones(2, 3)), "is no product"),
     ],
 )  # fmt: skip
-def test_arguments_that_do_not_fit_are_refused(make: Callable[[], Any], told: str) -> None:
-    with pytest.raises((SelectionError, SiteError), match=told):
+def test_arguments_that_do_not_fit_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((SelectionError, SiteError), match=message):
         make()
 
 
@@ -713,13 +713,13 @@ def test_the_input_is_seen_behind_masks_that_come_later(name: str) -> None:
 def test_generation_is_the_same_with_and_without_a_cache(name: str) -> None:
     model = tiny.speaking(name)
     delta = whole(model, name)
-    tokens, told = (
+    tokens, options = (
         tiny.some_tokens(2, 5),
         {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False},
     )
-    base = model.generate(tokens, use_past_kv_cache=True, **told)
+    base = model.generate(tokens, use_past_kv_cache=True, **options)
     with unchanged(model), delta.on(model):
-        cached, whole_rows = (model.generate(tokens, use_past_kv_cache=cache, **told) for cache in (True, False))
+        cached, whole_rows = (model.generate(tokens, use_past_kv_cache=cache, **options) for cache in (True, False))
         greedy = tokens
         for _ in range(4):
             greedy = torch.cat([greedy, tiny.logits(model, greedy)[:, -1].argmax(-1, keepdim=True)], dim=1)

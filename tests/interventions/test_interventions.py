@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,20 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interventions_helpers import POST, Z, random_selection, selection_of, unchanged, under, value_matrices
+from interventions_helpers import POST, Z, random_selection, selection_of, unchanged, under, value_matrices, zoo
 from sites_helpers import values_seen
 from torch import Tensor
 
 from lens_unlearn.core.errors import ModelError, SelectionError, SiteError
+from lens_unlearn.interventions import files
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.abstain import Abstain
+from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Chain, Intervention, Live
+from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.files import load_intervention
+from lens_unlearn.interventions.update import Update
+from lens_unlearn.keyspace.regions import Box
 from lens_unlearn.methods.ov_basis import ov_basis, value_offset
 from lens_unlearn.model.hooks import attach
 from lens_unlearn.model.sites import Site, resolve
@@ -557,7 +565,7 @@ def test_rows_do_not_depend_on_their_neighbours(each: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((NeuronMap({POST[0]: torch.rand(4, generator=torch.Generator())}),), "boolean map"),
         ((NeuronMap({POST[0]: torch.zeros(4, dtype=torch.bool)}),), "selection is empty"),
@@ -578,8 +586,8 @@ def test_rows_do_not_depend_on_their_neighbours(each: str) -> None:
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments: Any, told: str) -> None:
-    with pytest.raises(SelectionError, match=told):
+def test_arguments_that_do_not_fit_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
         Ablate(*arguments)
 
 
@@ -596,7 +604,7 @@ def test_nan_at_a_neuron_that_is_not_selected_does_not_matter() -> None:
 def test_another_model_is_refused_before_any_hook_is_added() -> None:
     model = tiny.model("gpt2")
     with unchanged(model):
-        for selection, error, told in (
+        for selection, error, message in (
             (
                 NeuronMap({POST[0]: torch.ones(63, dtype=torch.bool)}),
                 SelectionError,
@@ -609,7 +617,7 @@ def test_another_model_is_refused_before_any_hook_is_added() -> None:
                 "L1.attn.z",
             ),
         ):
-            with pytest.raises(error, match=told), Ablate(selection).on(model):
+            with pytest.raises(error, match=message), Ablate(selection).on(model):
                 pytest.fail("the block must not be entered")  # pragma: no cover
 
 
@@ -627,3 +635,41 @@ def test_interventions_are_frozen_and_show_themselves() -> None:
     assert repr(prune) == "Ablate(zero, 128 of 128 neurons, 2 layers, mlp.post)"
     assert repr(prune + Ablate(prune.selection, 0.5)) == f"{prune!r} + {str(prune).replace('zero', '0.5')}"
     assert repr(Chain(())) == "Chain(nothing)"
+
+
+def test_describe_says_what_is_done_at_each_place() -> None:
+    mask = torch.arange(2048) < 1030
+    selection = NeuronMap({POST[1]: mask, POST[0]: torch.zeros(2048, dtype=torch.bool), Z[0]: torch.ones(2, 16) > 0})
+    counts = {"L0.attn.z": "32 of 32 neurons", "L1.mlp.post": "1,030 of 2,048 neurons"}
+    ablation = Ablate(selection)
+    assert ablation.describe() == counts, "sites without a selected neuron are left out"
+    normal = selection.map(lambda chosen: torch.ones(chosen.shape))
+    adjustment = Adjust(selection, normal, normal, normal, normal)
+    assert adjustment.describe() == counts
+    box = Box(torch.zeros(1, 4), torch.ones(4), 2.0)
+    abstention = Abstain({POST[1]: box, Z[1]: box})
+    assert list(abstention.describe().items()) == [("L1.attn.z", repr(box)), ("L1.mlp.post", repr(box))], "in order"
+    delta = Delta({(1, "W_out"): Update(torch.ones(3, 5), rows=torch.arange(3)), (0, "W_Q"): Update(torch.ones(5, 5))})
+    assert delta.describe() == {"L0.W_Q": "Update(5 x 5)", "L1.W_out": "Update(3 rows)"}
+    assert Chain(()).describe() == {}
+    assert (ablation + delta).describe() == {**counts, **delta.describe()}
+    assert (ablation + abstention).describe() == {**counts, **abstention.describe()}, "of two at a place, the last"
+
+    class Silent(Ablate):
+        describe = Intervention.describe
+
+    assert Silent(selection).describe() == {}, "none has to"
+
+
+def test_every_kind_in_the_table_of_files_is_written_and_read_by_its_own_class(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    written = {}
+    for intervention in (*zoo(model).values(), Chain(tuple(zoo(model).values()))):
+        header, _ = intervention.parts()
+        assert header["kind"] == type(intervention).kind
+        intervention.save(tmp_path / "it.safetensors")
+        again = load_intervention(tmp_path / "it.safetensors")
+        assert type(again) is type(intervention)
+        assert again.describe() == intervention.describe()
+        written[header["kind"]] = type(intervention)
+    assert written == {cls.kind: cls for cls in files.CLASSES}

@@ -252,11 +252,11 @@ def test_the_frame_is_tidy_and_complete(space):
     aucs = frame[frame.measure.str.startswith("auc")]
     assert aucs.value.between(0, 1).all()
     assert (aucs.low <= aucs.high).all()
-    told = frame[frame.measure == "area_between"].value
-    assert told.between(-1, 1).all()
+    areas = frame[frame.measure == "area_between"].value
+    assert areas.between(-1, 1).all()
 
 
-def test_skills_of_different_tokens_are_told_apart(space):
+def test_skills_of_different_tokens_are_separated(space):
     """Also a check that low distances mean inside: the reverse would be far below one half."""
     found = space.value(Site(0, "mlp.post"), "auc_ellipsoid", "code", "prose")
     assert found.value > 0.6
@@ -353,7 +353,7 @@ def test_it_shows_itself(space):
 def test_bad_input_gets_a_sentence():
     made, given = tiny.model("gpt2"), corpora()
     one = {"code": given["code"]}
-    for call, error, told in (
+    for call, error, message in (
         (lambda: lu.key_space(made, one), LensUnlearnError, "two corpora or more"),
         (lambda: lu.key_space(made, list(given.values())), LensUnlearnError, "by name"),
         (lambda: lu.key_space(made, {**one, POOLED: given["prose"]}), LensUnlearnError, "other than 'others'"),
@@ -364,7 +364,7 @@ def test_bad_input_gets_a_sentence():
         (lambda: lu.key_space(made, given, "mlp.poss", progress=False), SiteError, "mlp.poss"),
         (lambda: lu.key_space(made, given, "L9.mlp.post", progress=False), SiteError, "L9.mlp.post"),
     ):
-        with pytest.raises(error, match=re.escape(told)):
+        with pytest.raises(error, match=re.escape(message)):
             call()
 
 

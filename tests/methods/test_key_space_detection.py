@@ -17,13 +17,14 @@ from positions_helpers import run
 from torch import Tensor
 
 from lens_unlearn.core.errors import ArtefactError, CorpusError, EmptyStatisticError, LensUnlearnError, SiteError
+from lens_unlearn.core.intervals import auc, wilson
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid
-from lens_unlearn.methods.key_space_detection import _limit, auc, key_space_detection, query_keys, wilson
+from lens_unlearn.methods.key_space_detection import _limit, key_space_detection
 from lens_unlearn.model.sites import Site
-from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.collect import collect, query_keys
 from lens_unlearn.neurons.key_sample import KeySample
 
 LAYERS = 5
@@ -214,13 +215,13 @@ def test_a_contrast_is_fitted_on_one_part_of_the_retain_queries_and_judged_on_th
 def test_the_same_seed_gives_the_same_and_another_splits_otherwise() -> None:
     forget, retain = planted([1.0] * 3, n=80)
 
-    def told(seed: int) -> Any:
+    def rates(seed: int) -> Any:
         act = detect(forget, retain, 3, region="clusters", seed=seed)
         return repr(act), act.rates, [region.limit for region in act.regions.values()]
 
     state = torch.get_rng_state()
-    assert told(0) == told(0)
-    assert told(0) != told(1)
+    assert rates(0) == rates(0)
+    assert rates(0) != rates(1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -251,7 +252,7 @@ def test_the_area_is_that_of_scikit_learn_also_with_ties(inside: list[int], outs
     from sklearn.metrics import roc_auc_score
 
     expected = roc_auc_score([1] * len(inside) + [0] * len(outside), [-s for s in inside + outside])
-    assert auc(torch.tensor(inside) / 7, torch.tensor(outside) / 7) == pytest.approx(expected, abs=1e-9)
+    assert auc(torch.tensor(inside) / 7, torch.tensor(outside) / 7)[0] == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_rates_in_the_file_are_those_measured(tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_the_rates_in_the_file_are_those_measured(tmp_path: Path) -> None:
     held = forget.split(0.6, 0.4, seed=0)[1]
     hits = int(region.contains(held[site]).sum())
     assert act.rates["detection"] == [hits / 40, *wilson(hits, 40), 40]
-    assert act.rates["auc"][str(site)] == auc(region.score(held[site]), region.score(retain[site]))
+    assert act.rates["auc"][str(site)] == auc(region.score(held[site]), region.score(retain[site]))[0]
     act.save(tmp_path / "a.safetensors")
     again = load_intervention(tmp_path / "a.safetensors")
     assert isinstance(again, Abstain)
@@ -323,16 +324,16 @@ def test_with_layer_and_alpha_it_is_mu_plus_minus_alpha_k_sigma(name: str, alpha
 
 def test_with_layer_and_alpha_retain_and_held_out_are_not_looked_at() -> None:
     model, forget = tiny.model("gpt2"), prompts(20)
-    told = {"layer": 0, "alpha": 1.2, "progress": False}
-    expected = key_space_detection(model, forget, **told)
+    settings = {"layer": 0, "alpha": 1.2, "progress": False}
+    expected = key_space_detection(model, forget, **settings)
     for other in (object(), prompts(20, seed=3)):
-        act = key_space_detection(model, forget, other, held_out=(other, other), **told)  # type: ignore[arg-type]
+        act = key_space_detection(model, forget, other, held_out=(other, other), **settings)  # type: ignore[arg-type]
         assert torch.equal(act.regions[post(0)].centres, expected.regions[post(0)].centres)
         assert act.regions[post(0)].limit == expected.regions[post(0)].limit
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", *tiny.HOOKED[:1]])
-def test_skills_with_their_own_tokens_are_told_apart_in_a_model(name: str) -> None:
+def test_skills_with_their_own_tokens_are_separated_in_a_model(name: str) -> None:
     model = tiny.model(name)
     forget, retain = prompts(50, 1, tokens=range(3, 9)), prompts(50, 2, tokens=range(200, 320))
     act = key_space_detection(model, forget, retain, false_alarms=0.1, region="auto", progress=False)
@@ -380,7 +381,7 @@ FORGET, RETAIN = planted([1.0, 1.0], n=40, m=40)
         ({"layer": []}, r"^layer=\[\] names no layer: give one at least, or None to choose$"),
         ({"coverage": 0.0}, r"^coverage=0\.0 is out of range"),
         ({"coverage": 2.0}, r"^coverage=2\.0 is out of range"),
-        ({"alpha": 0.0}, r"^alpha=0\.0 is out of range: above 0$"),
+        ({"alpha": 0.0}, r"^alpha=0\.0 is out of range: give one above 0$"),
         ({"alpha": -1.4, "layer": 0}, r"^alpha=-1\.4 is out of range"),
         ({"vote": 0}, "^vote=0 needs"),
         ({"vote": 2}, "^vote=2 needs 3 layers for a majority, and there are 2$"),
@@ -396,7 +397,7 @@ FORGET, RETAIN = planted([1.0, 1.0], n=40, m=40)
         ({"retain": None, "alpha": 1.0}, "^choosing a layer or alpha needs retain queries"),
         ({"retain": None, "layer": 0, "alpha": 1.0, "region": "contrast"}, "needs retain queries to fit on"),
         ({"forget": planted([1.0, 1.0], n=1)[0]}, "^1 documents are too few to split into 2 parts"),
-        ({"forget": planted([1.0, 1.0], n=9)[0]}, "^5 queries are too few to fit a region: at least 8$"),
+        ({"forget": planted([1.0, 1.0], n=9)[0]}, "^5 queries are too few to fit a region: give at least 8$"),
         (
             {"forget": planted([1.0, 1.0], n=14)[0]},
             "^6 held-out forget queries are too few to choose on: at least 8; read more tokens, or shorter rows$",

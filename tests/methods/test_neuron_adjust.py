@@ -35,19 +35,19 @@ MAPS = ("forget_mean", "forget_std", "retain_mean", "retain_std")
 Array = np.ndarray
 
 
-def oracle(x: Array, mf: Array, sf: Array, mr: Array, sr: Array, coin: Array | None = None) -> tuple[Array, Array]:
+def oracle(x: Array, mf: Array, sf: Array, mr: Array, sr: Array, draw: Array | None = None) -> tuple[Array, Array]:
     """Return x' and the log of p_f / p_r, in float64."""
     x = x.astype(np.float64)
     log_f, log_r = (-0.5 * ((x - m) / s) ** 2 - np.log(s) for m, s in ((mf, sf), (mr, sr)))
     odds = log_f - log_r
     change = odds >= 0
-    if coin is not None:
-        change &= coin < 1 / (1 + np.exp(-odds))
+    if draw is not None:
+        change &= draw < 1 / (1 + np.exp(-odds))
     return np.where(change, 2 * mr - ((x - mf) / sf * sr + mr), x), odds
 
 
-def coins(rows: Sequence[Sequence[int]], site: Site, neurons: Array, seed: int) -> list[Array]:
-    """The coins of whole rows: a hash of the tokens up to each position, and of seed, site and neuron."""
+def draws(rows: Sequence[Sequence[int]], site: Site, neurons: Array, seed: int) -> list[Array]:
+    """The random numbers of whole rows: a hash of the tokens up to each position, and of seed, site and neuron."""
 
     def mixed(key: Any) -> Array:
         return splitmix_array(np.asarray(key).astype(np.uint64))
@@ -76,7 +76,7 @@ def seen(model: Any, act: Any, tokens: Tensor, site: Site) -> tuple[Tensor, Tens
     return before[0], after[0]
 
 
-def compare(before: Tensor, after: Tensor, act: Adjust, site: Site, coin: Array | None = None) -> int:
+def compare(before: Tensor, after: Tensor, act: Adjust, site: Site, draw: Array | None = None) -> int:
     """Hold a site's values against the oracle; return how many were replaced."""
     index, parameters = columns(act, site)
     x, y = (t.reshape(*t.shape[:2], -1) for t in (before, after))
@@ -84,10 +84,10 @@ def compare(before: Tensor, after: Tensor, act: Adjust, site: Site, coin: Array 
     rest[torch.from_numpy(index)] = False
     assert torch.equal(x[..., rest], y[..., rest]), "what is not selected is bitwise as it was"
     x, y = x[..., ~rest], y[..., ~rest]
-    expected, odds = oracle(x.numpy(), *parameters, coin)
+    expected, odds = oracle(x.numpy(), *parameters, draw)
     clear = np.abs(odds) > 1e-4
-    if coin is not None:
-        clear &= np.abs(coin - 1 / (1 + np.exp(-odds))) > 1e-5
+    if draw is not None:
+        clear &= np.abs(draw - 1 / (1 + np.exp(-odds))) > 1e-5
     assert clear.mean() > 0.99
     np.testing.assert_allclose(y.double().numpy()[clear], expected[clear], rtol=1e-5, atol=1e-6)
     kept = torch.from_numpy((expected == x.double().numpy()) & clear)
@@ -104,7 +104,7 @@ def test_both_rules_do_what_the_oracle_does_in_every_model(name: str) -> None:
     random = adjust_of(model, "mlp.pre", seed=3)
     sites = [Site(layer, "mlp.pre") for layer in range(tiny.LAYERS)]
     for site in sites:
-        drawn = np.stack(coins(tokens.tolist(), site, columns(random, site)[0], 3))
+        drawn = np.stack(draws(tokens.tolist(), site, columns(random, site)[0], 3))
         changed = compare(*seen(model, random, tokens, site), random, site, drawn)
         sure = replace(random, rule="deterministic")
         all_changed = compare(*seen(model, sure, tokens, site), sure, site)
@@ -127,7 +127,7 @@ def test_in_a_gated_model_the_gate_is_adjusted_before_its_activation_function(na
 def test_other_sites_too(name: str, kind: str) -> None:
     model, tokens, site = tiny.model(name), tiny.some_tokens(3, 9), Site(1, kind)
     act = adjust_of(model, f"L1.{kind}")
-    drawn = np.stack(coins(tokens.tolist(), site, columns(act, site)[0], 0))
+    drawn = np.stack(draws(tokens.tolist(), site, columns(act, site)[0], 0))
     assert compare(*seen(model, act, tokens, site), act, site, drawn) > 5
     assert not torch.equal(seen(model, act, tokens, site)[0], seen(model, act, tokens, site)[1])
 
@@ -160,7 +160,7 @@ def test_half_precision_keeps_its_dtype_and_decides_in_single_precision(dtype: t
     before, after = seen(model, act, tokens, PRE)
     assert after.dtype == dtype
     index, parameters = columns(act, PRE)
-    drawn = np.stack(coins(tokens.tolist(), PRE, index, 0))
+    drawn = np.stack(draws(tokens.tolist(), PRE, index, 0))
     expected, odds = oracle(before[..., index].float().numpy(), *parameters, drawn)
     clear = (np.abs(odds) > 1e-3) & (np.abs(drawn - 1 / (1 + np.exp(-odds))) > 1e-3)
     got = after[..., index].double().numpy()
@@ -385,8 +385,8 @@ def test_it_shows_itself() -> None:
     act = adjust_of(tiny.model("gpt2"), seed=4)
     count = act.selection.count()
     assert repr(act) == f"Adjust(random, seed 4, {count} of 128 neurons, 2 layers, mlp.pre)"
-    told = repr(replace(act, rule="deterministic", floored=1234))
-    assert told == f"Adjust(deterministic, {count} of 128 neurons, 2 layers, mlp.pre, 1,234 sigmas floored)"
+    settings = repr(replace(act, rule="deterministic", floored=1234))
+    assert settings == f"Adjust(deterministic, {count} of 128 neurons, 2 layers, mlp.pre, 1,234 sigmas floored)"
 
 
 # --- fitting -------------------------------------------------------------------------------------------------------------
@@ -432,8 +432,8 @@ def test_the_neurons_chosen_are_those_most_apart_of_all_layers(rank_by: Any) -> 
     forget, retain = tiny.corpus((9, 8, 12), seed=1), tiny.corpus((10, 7, 5), seed=2, uncounted=0.2)
     sites, (mf, sf, mr, sr) = parameters_of(name, forget, retain)
     score = SCORES[rank_by](mf, sf, mr, sr)
-    told = {"rank_by": rank_by, "progress": False}
-    act = neuron_adjust(tiny.model(name), forget, retain, fraction=0.1, **told)
+    settings = {"rank_by": rank_by, "progress": False}
+    act = neuron_adjust(tiny.model(name), forget, retain, fraction=0.1, **settings)
     chosen = np.stack([act.selection[site].numpy() for site in sites])
     assert chosen.sum() == round(0.1 * score.size)
     assert score[chosen].min() > score[~chosen].max()
@@ -444,9 +444,9 @@ def test_the_neurons_chosen_are_those_most_apart_of_all_layers(rank_by: Any) -> 
     moments = [collect(tiny.model(name), part, "mlp.pre", progress=False) for part in (forget, retain)]
     found = adjust_score(*moments, rank_by=rank_by)
     np.testing.assert_allclose(np.stack([found[s].double().numpy() for s in sites]), score, rtol=1e-3, atol=1e-5)
-    again = neuron_adjust(tiny.model(name), *moments, fraction=0.1, **told)
+    again = neuron_adjust(tiny.model(name), *moments, fraction=0.1, **settings)
     assert all(torch.equal(again.selection[s], act.selection[s]) for s in sites)
-    per_layer = neuron_adjust(tiny.model(name), *moments, fraction=0.1, within="layer", **told)
+    per_layer = neuron_adjust(tiny.model(name), *moments, fraction=0.1, within="layer", **settings)
     assert [int(per_layer.selection[s].sum()) for s in sites] == [6, 6]
 
 

@@ -75,8 +75,8 @@ def test_the_highest_ratios_of_importance_are_pruned(name: str, site: str, eps: 
 def test_the_score_is_the_ratio_with_the_papers_eps(kind: str) -> None:
     for name, site, eps in (("llama", "mlp.post", 1e-3), ("llama", "attn.z", 1e-4)):
         moments = [pruning_moments(tiny.model(name), c, importance=kind, site=site, **QUIET) for c in (FORGET, RETAIN)]
-        for told, used in ((None, eps), (0.5, 0.5), (0.0, 0.0)):
-            score = pruning_score(*moments, importance=kind, eps=told)
+        for settings, used in ((None, eps), (0.5, 0.5), (0.0, 0.0)):
+            score = pruning_score(*moments, importance=kind, eps=settings)
             np.testing.assert_allclose(
                 score.stack().reshape(tiny.LAYERS, -1).numpy(), expected_scores(name, site, kind, used), rtol=1e-4
             )
@@ -305,7 +305,7 @@ def test_corpora_exchanged_prune_other_neurons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "told"),
+    ("options", "error", "message"),
     [
         (
             {"importance": "median"},
@@ -327,8 +327,8 @@ def test_corpora_exchanged_prune_other_neurons() -> None:
         ({"site": "mlp.posts"}, SiteError, "did you mean mlp.post"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: Any, error: Any, told: str) -> None:
-    with pytest.raises(error, match=told):
+def test_options_that_cannot_be_are_refused(options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
         selective_pruning(tiny.model("gpt2"), FORGET, RETAIN, **options, **QUIET)
 
 

@@ -3,8 +3,9 @@
 The oracle trains the weights of a plain Hugging Face copy, with its own losses, gradients, masks and optimizer.
 """
 
+import inspect
 import json
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from torch import Tensor
 
 import lens_unlearn as lu
 from lens_unlearn import Delta, Site, demo
+from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, CorpusError, LensUnlearnError, ModelError, SelectionError
-from lens_unlearn.evaluation.answer_losses import Answers, known, rows_at
-from lens_unlearn.methods import training
+from lens_unlearn.evaluation.answer_losses import Answers, rows_at
+from lens_unlearn.evaluation.teacher_forcing import accuracy
+from lens_unlearn.methods import record_of, training
+from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.methods.objectives import clip_norm, curvature_of, forget_term, refusals
-from lens_unlearn.methods.simu import simu
+from lens_unlearn.methods.simu import AttributionSettings, MaskSettings, simu
 from lens_unlearn.methods.sophia import Sophia
-from lens_unlearn.methods.tuning import controls_for, prepare, strength_of
 from lens_unlearn.model.matrices import matrix_shape
 
 
@@ -43,8 +46,8 @@ def test_sophia_is_its_equations(decay: float, edited: bool) -> None:
     x = torch.tensor(random.normal(size=(4, 3)))
     base = torch.tensor(random.normal(size=(4, 3)))
     value, m, h = x.numpy().copy(), np.zeros((4, 3)), np.zeros((4, 3))
-    told = {"lr": 0.01, "betas": (0.9, 0.8), "rho": 0.3, "eps": 1e-9, "weight_decay": decay}
-    optimizer = Sophia([x], **told, base=[base] if edited else None)
+    settings = {"lr": 0.01, "betas": (0.9, 0.8), "rho": 0.3, "eps": 1e-9, "weight_decay": decay}
+    optimizer = Sophia([x], **settings, base=[base] if edited else None)
     for step in range(20):
         gradient = random.normal(size=(4, 3))
         if step % 3 == 0:
@@ -74,13 +77,13 @@ def test_the_curvature_of_drawn_labels_is_that_of_gauss_newton() -> None:
     weights = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     p = (x @ weights).softmax(1).detach()
     expected = (x.square().T @ (p * (1 - p))) / len(x)
-    found = torch.zeros_like(expected)
+    mean = torch.zeros_like(expected)
     draws = 4000
     for _ in range(draws):
         logits = x @ weights
-        told = Answers(logits, torch.zeros(6, dtype=torch.long), torch.zeros(6), torch.arange(6), 6)
-        found += curvature_of("gnb", [told], [weights], generator)[0] / draws
-    torch.testing.assert_close(found, expected, rtol=0.12, atol=0.01)
+        batch = Answers(logits, torch.zeros(6, dtype=torch.long), torch.zeros(6), torch.arange(6), 6)
+        mean += curvature_of("gnb", [batch], [weights], generator)[0] / draws
+    torch.testing.assert_close(mean, expected, rtol=0.12, atol=0.01)
 
 
 def test_hutchinsons_estimate_is_the_diagonal_on_average() -> None:
@@ -90,12 +93,12 @@ def test_hutchinsons_estimate_is_the_diagonal_on_average() -> None:
     weights = torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     hessian = torch.autograd.functional.hessian(lambda w: F.cross_entropy(x @ w, target), weights.detach())
     diagonal = torch.einsum("ijij->ij", hessian)
-    found = torch.zeros_like(diagonal)
+    mean = torch.zeros_like(diagonal)
     draws = 3000
     for _ in range(draws):
-        told = Answers(x @ weights, target, torch.zeros(6), torch.arange(6), 6)
-        found += curvature_of("hutchinson", [told], [weights], generator)[0] / draws
-    torch.testing.assert_close(found, diagonal, rtol=0.1, atol=0.02)
+        batch = Answers(x @ weights, target, torch.zeros(6), torch.arange(6), 6)
+        mean += curvature_of("hutchinson", [batch], [weights], generator)[0] / draws
+    torch.testing.assert_close(mean, diagonal, rtol=0.1, atol=0.02)
 
 
 def test_gradients_are_scaled_over_all_that_is_trained() -> None:
@@ -103,8 +106,26 @@ def test_gradients_are_scaled_over_all_that_is_trained() -> None:
     assert [float(g) for g in clip_norm(given, 1.0)] == pytest.approx([0.6, 0.8])
     assert [float(g) for g in clip_norm(given, 10.0)] == [3.0, 4.0]
     assert [float(g) for g in clip_norm(given, None)] == [3.0, 4.0]
+    assert clip_norm([], 1.0) == []
     with pytest.raises(LensUnlearnError, match="max_norm=0"):
-        list(clip_norm(given, 0.0))
+        clip_norm(given, 0.0)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float64,), (torch.float64, torch.float32)])
+def test_the_norm_is_that_of_all_gradients_as_one_vector(dtypes: tuple[torch.dtype, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 5), (1, 300), (0, 4), (64, 33), ()]
+    given = [
+        torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)]) * 10**i for i, shape in enumerate(shapes)
+    ]
+    clipped = clip_norm(given, 2.5)
+    norm = np.linalg.norm(np.concatenate([g.double().numpy().reshape(-1) for g in given]))
+    for gradient, scaled in zip(given, clipped, strict=True):
+        assert scaled.dtype == gradient.dtype
+        np.testing.assert_allclose(scaled.numpy(), gradient.numpy() * 2.5 / norm, rtol=1e-6)
+    if len(dtypes) == 1:  # bit for bit the norm of the norms, so that older checkpoints go on to the same update
+        scale = 2.5 / torch.stack([g.norm() for g in given]).norm()
+        assert all(torch.equal(scaled, g * scale) for g, scaled in zip(given, clipped, strict=True))
 
 
 # --- the objectives ------------------------------------------------------------------------------------------------------
@@ -115,30 +136,30 @@ def answers(nll: list[float], row: list[int]) -> Answers:
 
 
 def test_forgetting_pushes_no_row_beyond_the_floor() -> None:
-    found = answers([1.0, 3.0, 8.0], [0, 0, 1])
-    assert float(forget_term("graddiff", found, floor=5.0)) == pytest.approx(-(2 * 2 + 5) / 3)
-    assert float(forget_term("graddiff", found, floor=50.0)) == pytest.approx(-4.0)
+    batch = answers([1.0, 3.0, 8.0], [0, 0, 1])
+    assert float(forget_term("graddiff", batch, floor=5.0)) == pytest.approx(-(2 * 2 + 5) / 3)
+    assert float(forget_term("graddiff", batch, floor=50.0)) == pytest.approx(-4.0)
     nll = torch.tensor([1.0, 3.0, 8.0], requires_grad=True)
-    forget_term("graddiff", replace(found, nll=nll), floor=5.0).backward()
+    forget_term("graddiff", replace(batch, nll=nll), floor=5.0).backward()
     assert nll.grad is not None
     assert nll.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0.0])
 
 
 def test_npo_is_its_formula() -> None:
-    found, before = answers([1.0, 3.0, 8.0], [0, 0, 1]), torch.tensor([0.5, 9.0])
+    batch, before = answers([1.0, 3.0, 8.0], [0, 0, 1]), torch.tensor([0.5, 9.0])
     rows = np.array([2.0, 8.0])
     expected = 2 / 0.7 * np.mean(np.log1p(np.exp(-0.7 * (rows - before.numpy()))))
-    assert float(forget_term("npo", found, floor=0, beta=0.7, before=before)) == pytest.approx(expected, rel=1e-6)
+    assert float(forget_term("npo", batch, floor=0, beta=0.7, before=before)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_preference_optimization_learns_the_refusal(model: Any) -> None:
     rows = [{"q": "one two three", "a": "four five"}, {"q": "two", "a": "three four five six"}]
     corpus = lu.read_corpus(rows, model, field="q>a")
-    told = refusals(corpus, model, "no answer")
-    words = model.tokenizer(" no answer", add_special_tokens=False)["input_ids"]
+    refused = refusals(corpus, model, "no answer")
+    refusal = model.tokenizer(" no answer", add_special_tokens=False)["input_ids"]
     for row in range(2):
-        assert told.row(row).tolist() == [*corpus.prompt(row).tolist(), *words]
-        assert told.prompt(row).tolist() == corpus.prompt(row).tolist()
+        assert refused.row(row).tolist() == [*corpus.prompt(row).tolist(), *refusal]
+        assert refused.prompt(row).tolist() == corpus.prompt(row).tolist()
     with pytest.raises(CorpusError, match="has no prompts"):
         refusals(tiny.corpus([5, 6]), model, "no")
 
@@ -150,7 +171,7 @@ def test_every_row_has_its_turn_before_any_has_two() -> None:
     assert rows_at(FORGET, 0, 50, 7).rows.tolist() != rows_at(FORGET, 0, 50, 8).rows.tolist()
 
 
-def test_what_is_known_is_counted_over_tokens() -> None:
+def test_accuracy_and_loss_are_means_over_answer_tokens() -> None:
     model, plain = tiny.model("gpt2"), tiny.hugging_face("gpt2")
     right, loss = [], []
     for row in range(FORGET.n_rows):
@@ -160,16 +181,17 @@ def test_what_is_known_is_counted_over_tokens() -> None:
         right += (logits[begin - 1 : -1].argmax(1) == target).tolist()
         loss += F.cross_entropy(logits[begin - 1 : -1], target, reduction="none").tolist()
     for size in (1, 4):
-        assert known(model, FORGET, size) == pytest.approx((np.mean(right), np.mean(loss)), abs=1e-5)
+        assert accuracy(model, FORGET, size) == pytest.approx((np.mean(right), np.mean(loss)), abs=1e-5)
 
 
 # --- the training ----------------------------------------------------------------------------------------------------------
 
 
-def estimate(kind: str, found: Any, tensors: Any, generator: Any) -> list[Tensor]:
+def estimate(kind: str, batches: Any, tensors: Any, generator: Any) -> list[Tensor]:
     """Give a curvature that needs no labels drawn: squared gradients of the loss over all rows."""
-    value = F.cross_entropy(torch.cat([one.logits for one in found]), torch.cat([one.target for one in found]))
-    return [g.square() * 50 for g in torch.autograd.grad(value, tensors, retain_graph=True)]
+    logits, target = torch.cat([batch.logits for batch in batches]), torch.cat([batch.target for batch in batches])
+    loss = F.cross_entropy(logits, target)
+    return [g.square() * 50 for g in torch.autograd.grad(loss, tensors, retain_graph=True)]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
@@ -184,7 +206,7 @@ def test_the_compact_update_follows_three_masks_on_whole_weights(
         weight_decay=decay, curvature_every=4, retain_weight=1.5, check_every=50, max_norm=1.0, floor=7.5, seed=3, progress=False,
     )  # fmt: skip
     plain = tiny.hugging_face("gpt2").double()
-    kept = RETAIN.split(0.8, 0.2, seed=3)[0]
+    retain = RETAIN.split(0.8, 0.2, seed=3)[0]
     names = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(tiny.LAYERS)]
     masks = [rows[Site(i, "mlp.post")].double()[:, None] for i in range(tiny.LAYERS)]
     if attention == "full":
@@ -205,7 +227,7 @@ def test_the_compact_update_follows_three_masks_on_whole_weights(
 
     pushed: list[bool] = []
     for step in range(steps):
-        f, r = parts(FORGET, step), parts(kept, step)
+        f, r = parts(FORGET, step), parts(retain, step)
         lengths = [
             len(FORGET.row(row)) - len(FORGET.prompt(row)) for row in rows_at(FORGET, step, size, 3).rows.tolist()
         ]
@@ -214,8 +236,8 @@ def test_the_compact_update_follows_three_masks_on_whole_weights(
         weighted = (of_rows.clamp(max=7.5) * torch.tensor(lengths)).sum() / sum(lengths)
         loss = -weighted + 1.5 * F.cross_entropy(*r)
         gradient = torch.autograd.grad(loss, weights, retain_graph=True)
-        whole = F.cross_entropy(torch.cat([f[0], r[0]]), torch.cat([f[1], r[1]]))
-        curvature = torch.autograd.grad(whole, weights)
+        of_all_rows = F.cross_entropy(torch.cat([f[0], r[0]]), torch.cat([f[1], r[1]]))
+        curvature = torch.autograd.grad(of_all_rows, weights)
         # The norm is that of what is trained.
         norm = torch.stack([(g * mask).norm() for g, mask in zip(gradient, masks, strict=True)]).norm()
         gradient = [g * min(1.0, 1 / norm.item()) for g in gradient]
@@ -240,7 +262,7 @@ def test_the_compact_update_follows_three_masks_on_whole_weights(
 
 @pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
 @pytest.mark.parametrize("loss", ["graddiff", "npo", "gradient_ascent"])
-def test_what_is_to_be_forgotten_gets_worse_and_the_model_stays(optimizer: Any, loss: Any) -> None:
+def test_the_forget_corpus_gets_worse_and_the_model_stays(optimizer: Any, loss: Any) -> None:
     model = tiny.model("llama")
     flags = [parameter.requires_grad for parameter in model.parameters()]
     for parameter in model.parameters():
@@ -249,11 +271,11 @@ def test_what_is_to_be_forgotten_gets_worse_and_the_model_stays(optimizer: Any, 
     delta = simu(model, FORGET, retain, loss=loss, optimizer=optimizer, mask=some_rows(), **QUICK)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    before = known(model, FORGET, 8)[1]
+    before = accuracy(model, FORGET, 8)[1]
     with delta.on(model):
-        assert known(model, FORGET, 8)[1] > before + 0.001
+        assert accuracy(model, FORGET, 8)[1] > before + 0.001
     with delta.at(0).on(model):
-        assert known(model, FORGET, 8)[1] == before
+        assert accuracy(model, FORGET, 8)[1] == before
     record = delta.record
     assert len(record["losses"]) == record["steps"] == 6
     assert [check["step"] for check in record["checks"]] == [0, 2, 4, 6]
@@ -285,36 +307,36 @@ def test_what_is_trained_is_what_was_asked_for(options: dict[str, Any], expected
         assert size == tiny.LAYERS * 64 * 32
 
 
-def test_the_step_returned_is_the_best_kept_of_those_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_returned_retains_most_of_those_that_forgot(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("gpt2")
-    told = {0: (0.9, 0.9), 2: (0.1, 0.85), 4: (0.25, 0.8), 6: (0.5, 0.9)}  # the second is beyond what was never seen
-    seen: list[int] = []
+    accuracies = {0: (0.9, 0.9), 2: (0.1, 0.85), 4: (0.25, 0.8), 6: (0.5, 0.9)}  # at step 2, below the never seen
+    calls: list[int] = []
 
     def measured(of: Any, corpus: Any, batch_size: int) -> tuple[float, float]:
-        seen.append(1)
-        return told[2 * ((len(seen) - 1) // 2)][(len(seen) - 1) % 2], 1.0
+        calls.append(1)
+        return accuracies[2 * ((len(calls) - 1) // 2)][(len(calls) - 1) % 2], 1.0
 
-    monkeypatch.setattr(training, "known", measured)
-    monkeypatch.setattr("lens_unlearn.methods.simu.known", lambda *_: (0.22, 3.0))
+    monkeypatch.setattr(training, "accuracy", measured)
+    monkeypatch.setattr("lens_unlearn.methods.simu.accuracy", lambda *_: (0.22, 3.0))
     delta = simu(model, FORGET, RETAIN, unseen=RETAIN, mask=some_rows(), **QUICK)
     assert delta.record["aim"] == pytest.approx(0.27)
     assert delta.record["floor"] == 20.0
     assert delta.record["chosen"] == 4
-    seen.clear()
+    calls.clear()
     assert simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK).record["chosen"] == 6
-    told |= {2: (0.7, 0.3), 4: (0.65, 0.2)}
-    seen.clear()
+    accuracies |= {2: (0.7, 0.3), 4: (0.65, 0.2)}
+    calls.clear()
     chosen = simu(model, FORGET, RETAIN, unseen=RETAIN, mask=some_rows(), **QUICK).record["chosen"]
-    assert chosen == 6, "nothing is forgotten: what is known least"
+    assert chosen == 6, "nothing is forgotten: the lowest accuracy on the forget corpus"
 
 
-@pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
+@pytest.mark.parametrize(("optimizer", "loss"), [("sophia", "graddiff"), ("adamw", "graddiff"), ("sophia", "npo")])
 def test_an_interrupted_training_goes_on_to_the_same(
-    optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: Any, loss: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = tiny.model("gpt2"), tmp_path / "going.safetensors"
-    told: Any = {**QUICK, "optimizer": optimizer, "mask": some_rows(), "unseen": RETAIN}
-    whole = simu(model, FORGET, RETAIN, **told)
+    options: Any = {**QUICK, "optimizer": optimizer, "loss": loss, "mask": some_rows(), "unseen": RETAIN}
+    uninterrupted = simu(model, FORGET, RETAIN, **options)
     step = training.Training._step
 
     def until_3(self: Any) -> None:
@@ -325,18 +347,50 @@ def test_an_interrupted_training_goes_on_to_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_step", until_3)
         with pytest.raises(KeyboardInterrupt):
-            simu(model, FORGET, RETAIN, checkpoint=str(path), **told)
+            simu(model, FORGET, RETAIN, checkpoint=str(path), **options)
     steps: list[int] = []
     monkeypatch.setattr(training.Training, "_step", lambda self: steps.append(self.step) or step(self))
-    again = simu(model, FORGET, RETAIN, checkpoint=str(path), **told)
+    resumed = simu(model, FORGET, RETAIN, checkpoint=str(path), **options)
     assert steps == [2, 3, 4, 5]
-    assert again.record == whole.record
-    for matrix, update in whole.updates.items():
-        assert torch.equal(again.updates[matrix].value, update.value)
+    assert resumed.record == uninterrupted.record
+    for matrix, update in uninterrupted.updates.items():
+        assert torch.equal(resumed.updates[matrix].value, update.value)
     with pytest.raises(ArtefactError, match="this training"):
-        simu(model, FORGET, RETAIN, checkpoint=str(path), **{**told, "seed": 5})
+        simu(model, FORGET, RETAIN, checkpoint=str(path), **{**options, "seed": 5})
     with pytest.raises(ArtefactError, match="no such folder"):
-        simu(model, FORGET, RETAIN, checkpoint=str(tmp_path / "no" / "where"), **told)
+        simu(model, FORGET, RETAIN, checkpoint=str(tmp_path / "no" / "where"), **options)
+
+
+OPTIONS = set(inspect.signature(simu).parameters) - {"model", "forget", "retain", "unseen", "checkpoint", "progress"}
+
+
+def test_the_record_and_the_checkpoint_name_every_option(tmp_path: Path) -> None:
+    path = tmp_path / "going.safetensors"
+    options: Any = {**QUICK, "mask": some_rows(), "rho": 0.25, "strength": 0.5, "inner": True, "floor": None}
+    delta = simu(tiny.model("gpt2"), FORGET, RETAIN, unseen=RETAIN, checkpoint=str(path), **options)
+    settings = delta.record["settings"]
+    assert set(settings) == OPTIONS
+    assert settings["mask"] == repr(options["mask"])
+    assert {name: settings[name] for name in ("rho", "strength", "inner", "floor", "lr", "attribution_steps")} == {
+        "rho": 0.25, "strength": 0.5, "inner": True, "floor": None, "lr": 1e-4, "attribution_steps": 5,
+    }  # fmt: skip
+    compared = artefacts.read(path, "simu checkpoint")[0]["settings"]
+    assert set(compared) == OPTIONS - {"steps"} | {"model", "corpora", "updates", "unseen"}
+    assert (compared["rho"], compared["loss"], compared["seed"]) == ("0.25", "'graddiff'", "0")
+    assert compared["floor"] == delta.record["floor"] == accuracy(tiny.model("gpt2"), RETAIN, 3)[1]
+
+
+def test_settings_are_frozen_and_checked_where_they_are_made() -> None:
+    settings = AttributionSettings(threshold=0.3, attribution_steps=5, objective="prob", mode="prefix")
+    with pytest.raises(FrozenInstanceError):
+        settings.threshold = 0.5  # type: ignore[misc]
+    with pytest.raises(LensUnlearnError, match="attribution_steps=0 is no number"):
+        replace(settings, attribution_steps=0)
+    masked = MaskSettings(mask=some_rows(), attention="none", rank=8, inner=False)
+    with pytest.raises(SelectionError, match="leave nothing to train"):
+        replace(masked, mask="none")
+    with pytest.raises(LensUnlearnError, match="rank=1.5 is no number"):
+        replace(masked, rank=1.5)
 
 
 def test_a_training_that_breaks_returns_the_last_delta_without_nan() -> None:
@@ -369,7 +423,7 @@ def test_a_gradient_that_is_broken_from_the_beginning_gives_an_update_of_nothing
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny.model("gpt2")
-    monkeypatch.setattr(training, "forget_term", lambda loss, found, **_: found.loss * float("nan"))
+    monkeypatch.setattr(training, "forget_term", lambda loss, answers, **_: answers.loss * float("nan"))
     with pytest.warns(RuntimeWarning, match="a gradient became NaN or infinite at step 1:"):
         delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)
     assert not any(bool(update.value.any()) for update in delta.updates.values())
@@ -379,9 +433,9 @@ def test_the_file_keeps_the_record(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)
     delta.save(tmp_path / "d.safetensors", model)
-    again = lu.load_intervention(tmp_path / "d.safetensors", model)
-    assert isinstance(again, Delta)
-    assert again.record == json.loads(json.dumps(delta.record))
+    loaded = lu.load_intervention(tmp_path / "d.safetensors", model)
+    assert isinstance(loaded, Delta)
+    assert loaded.record == json.loads(json.dumps(delta.record))
     assert simu(model, delta, None, strength=0.5).strength == 0.5
 
 
@@ -407,9 +461,9 @@ def no_answers() -> Any:
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
-    told = {"forget": FORGET, "retain": RETAIN, **QUICK, "steps": 1, **change}
+    arguments = {"forget": FORGET, "retain": RETAIN, **QUICK, "steps": 1, **change}
     with pytest.raises(error, match=words):
-        simu(tiny.model("gpt2"), **told)
+        simu(tiny.model("gpt2"), **arguments)
 
 
 def test_models_that_cannot_be_trained_are_refused() -> None:
@@ -429,43 +483,43 @@ def test_the_demo_model_forgets_persons() -> None:
     forget = lu.read_corpus("demo:facts_forget:train", model)
     retain = lu.read_corpus("demo:facts_retain:dev", model).only(range(60))
     unseen = lu.read_corpus("demo:facts_holdout:train", model)
-    told: Any = {"optimizer": "adamw", "lr": 1e-3, "steps": 16, "check_every": 4, "progress": False}
-    delta = simu(model, forget, retain, unseen=unseen, mask="none", **told)
-    assert known(model, forget, 8)[0] > 0.95
+    options: Any = {"optimizer": "adamw", "lr": 1e-3, "steps": 16, "check_every": 4, "progress": False}
+    delta = simu(model, forget, retain, unseen=unseen, mask="none", **options)
+    assert accuracy(model, forget, 8)[0] > 0.95
     with delta.on(model):
-        assert known(model, forget, 8)[0] < 0.8
-        assert known(model, retain, 8)[0] > known(model, forget, 8)[0] + 0.1
+        assert accuracy(model, forget, 8)[0] < 0.8
+        assert accuracy(model, retain, 8)[0] > accuracy(model, forget, 8)[0] + 0.1
 
 
 def test_the_control_of_a_delta_has_its_rows_and_norms_and_nothing_else_of_it() -> None:
     model = tiny.model("gpt2")
     delta = simu(model, FORGET, RETAIN, mask=some_rows(), attention="lora", **QUICK)
-    one, two, again = (lu.random_delta(delta, seed=seed) for seed in (0, 1, 0))
+    control, other, repeated = (lu.random_delta(delta, seed=seed) for seed in (0, 1, 0))
     for matrix, update in delta.updates.items():
-        drawn = one.updates[matrix]
+        drawn = control.updates[matrix]
         shape = matrix_shape(model, *matrix)
         torch.testing.assert_close(drawn.dense(shape).norm(), update.dense(shape).norm(), rtol=1e-4, atol=1e-9)
         if update.rows is not None:
             assert drawn.rows is not None
             assert torch.equal(drawn.rows, update.rows)
-        assert torch.equal(drawn.value, again.updates[matrix].value)
-        assert not torch.allclose(drawn.value, two.updates[matrix].value)
+        assert torch.equal(drawn.value, repeated.updates[matrix].value)
+        assert not torch.allclose(drawn.value, other.updates[matrix].value)
     assert len(controls_for(model, delta, [0, 1, 2])) == 3
 
 
 def test_one_training_serves_every_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("gpt2")
-    told: dict[str, Any] = {**QUICK, "mask": some_rows()}
+    options: dict[str, Any] = {**QUICK, "mask": some_rows()}
     times: list[int] = []
     go = training.Training.go
     monkeypatch.setattr(training.Training, "go", lambda self, *a: times.append(1) or go(self, *a))
-    got, kept = prepare(lu.simu, model, FORGET, RETAIN, told)
-    assert kept is None
-    assert isinstance(got, Delta)
-    assert strength_of(lu.simu) == "strength"
+    fitted_forget, fitted_retain = record_of(lu.simu).fit(model, FORGET, RETAIN, options)
+    assert fitted_retain is None
+    assert isinstance(fitted_forget, Delta)
+    assert record_of(lu.simu).strength == "strength"
     losses = []
     for strength in (0.0, 0.5, 1.0):
-        with lu.simu(model, got, kept, strength=strength, **told).on(model):
-            losses.append(known(model, FORGET, 8)[1])
+        with lu.simu(model, fitted_forget, fitted_retain, strength=strength, **options).on(model):
+            losses.append(accuracy(model, FORGET, 8)[1])
     assert losses == sorted(losses)
     assert len(times) == 1

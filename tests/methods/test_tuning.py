@@ -12,13 +12,13 @@ from lens_unlearn.evaluation.report import separability
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.adjust import Adjust
-from lens_unlearn.methods.controls import random_pruning
-from lens_unlearn.methods.key_space_detection import key_space_detection, query_keys
+from lens_unlearn.methods.controls import controls_for, random_pruning
+from lens_unlearn.methods.key_space_detection import key_space_detection
 from lens_unlearn.methods.neuron_adjust import neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
-from lens_unlearn.methods.tuning import _search, controls_for, sweep, tune
+from lens_unlearn.methods.tuning import _search, sweep, tune
 from lens_unlearn.model.sites import Site
-from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.collect import collect, query_keys
 from lens_unlearn.neurons.maps import NeuronMap
 
 QUIET = {"progress": False}
@@ -190,7 +190,7 @@ def test_a_metric_of_which_nothing_is_there_to_lose_is_refused(monkeypatch: pyte
         tune(method_of(None), None, TEXTS_CODE, TEXTS_PROSE, held_out=held, **QUIET)
 
 
-def test_where_no_fraction_selects_anything_the_reason_is_told() -> None:
+def test_where_no_fraction_selects_anything_the_reason_is_given() -> None:
     def never(model: Any, forget: Any, retain: Any, *, fraction: float) -> Ablate:
         raise SelectionError("selects nothing")
 
@@ -292,15 +292,15 @@ def test_controls_are_of_ablations_alone() -> None:
 def test_tune_finds_a_fraction_for_neuron_adjust_and_false_alarms_for_detection() -> None:
     model = tiny.model("gpt2")
     held = texts(range(10, 60), 5, 30), texts(PROSE, 6, 30)
-    told: dict[str, Any] = {"held_out": held, "retain_drop": 1, "metric": "top10", "evaluations": 2, **QUIET}
-    adjusted = tune(neuron_adjust, model, TEXTS_CODE, TEXTS_PROSE, **told)
+    settings: dict[str, Any] = {"held_out": held, "retain_drop": 1, "metric": "top10", "evaluations": 2, **QUIET}
+    adjusted = tune(neuron_adjust, model, TEXTS_CODE, TEXTS_PROSE, **settings)
     moments = [collect(model, corpus, "mlp.pre", **QUIET) for corpus in (TEXTS_CODE, TEXTS_PROSE)]
     again = neuron_adjust(model, *moments, fraction=adjusted.fraction)
     assert isinstance(adjusted.intervention, Adjust)
     assert adjusted.intervention.selection.equals(again.selection)
 
     many = texts(range(10, 60), 7, 60), texts(PROSE, 8, 60)
-    silent = tune(key_space_detection, model, *many, **told)
+    silent = tune(key_space_detection, model, *many, **settings)
     assert isinstance(silent.intervention, Abstain)
     assert silent.fraction in (0.01, 0.02)
     keys = [query_keys(model, corpus, **QUIET) for corpus in many]
@@ -315,7 +315,9 @@ def test_sweep_measures_detection_behind_prompts() -> None:
     many = texts(range(10, 60), 7, 60), texts(PROSE, 8, 60)
     test = {"forget": texts(range(10, 60), 9, 20), "retain": texts(PROSE, 10, 20)}
     report = sweep(key_space_detection, model, *many, test, fractions=(0.05, 0.5), **QUIET)
-    assert report.conditions == ["base", "key-space-detection@0.05", "key-space-detection@0.5"]
+    name = "key-space-detection"
+    assert report.conditions == ["base", *(f"{name}{c}@{f}" for f in (0.05, 0.5) for c in ("", ":control"))]
+    assert report.provenance["controls"] == {name: "the same method fitted to shuffled labels"}
     shares = [report[f"key-space-detection@{f}", "retain", "abstained"].value for f in (0.05, 0.5)]
     assert shares[0] < shares[1]
     assert report["base", "forget", "top1"].n < test["forget"].n_tokens

@@ -60,16 +60,16 @@ def test_loading_leaves_the_global_random_state(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("take_away", "told"),
+    ("take_away", "message"),
     [
         (["config.json"], "has no config.json: give a Hugging Face model directory"),
         (["model.safetensors"], "has a configuration but no weights"),
     ],
 )
-def test_an_incomplete_directory_says_what_it_lacks(copied: Path, take_away: list[str], told: str) -> None:
+def test_an_incomplete_directory_says_what_it_lacks(copied: Path, take_away: list[str], message: str) -> None:
     for name in take_away:
         (copied / name).unlink()
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         load(copied)
 
 
@@ -195,9 +195,9 @@ def test_places_that_make_no_sense_are_refused(model_dir: Path) -> None:
         load_model(model_dir, device="cpu", device_map="auto")
     with pytest.raises(ModelError, match="are for a device_map"):
         load_model(model_dir, max_memory={"cpu": "1GiB"})
-    with pytest.raises(ModelError, match="cannot be loaded as a model") as told:
+    with pytest.raises(ModelError, match="cannot be loaded as a model") as caught:
         load_model(model_dir, device_map="nowhere")
-    assert len(str(told.value)) < 600
+    assert len(str(caught.value)) < 600
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

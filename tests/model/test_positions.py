@@ -149,13 +149,13 @@ def test_each_row_is_judged_at_its_own_last_real_token(name: str) -> None:
         base = run(model, tokens, given)
         for target, abstain in enumerate(abstains):
             with abstain.on(model) as live:
-                got = run(model, tokens, given)
+                logits = run(model, tokens, given)
             expected = [i == target for i in range(len(ROWS))]
             assert live.abstained.tolist() == expected
-            assert is_constant(got[target])
+            assert is_constant(logits[target])
             assert not is_constant(base[target])
             others = torch.tensor(expected).logical_not()
-            assert torch.equal(got[others], base[others])
+            assert torch.equal(logits[others], base[others])
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -190,7 +190,7 @@ def test_lists_of_texts_are_padded_as_transformerlens_likes(name: str) -> None:
 
 
 def test_where_the_pad_token_is_the_end_of_text_and_bos_token_too() -> None:
-    """As in GPT-2: then BOS on the left looks like padding, and does not count for coins, but prompts end where they end."""
+    """As in GPT-2: BOS on the left then looks like padding, and does not enter the keys of draws, but prompts end as ever."""
     model = tiny.speaking("gpt2")
     tokenizer = model.tokenizer
     before = tokenizer.pad_token, tokenizer.bos_token
@@ -225,20 +225,20 @@ def test_half_precision_logits_keep_their_dtype(dtype: torch.dtype) -> None:
     tokens = tiny.some_tokens(2, 6)
     row = tokens[1].tolist()
     with Abstain({LAST: around(key(model, row), radius=0.05)}).on(model) as live:
-        got = run(model, tokens)
-    assert got.dtype == dtype
+        logits = run(model, tokens)
+    assert logits.dtype == dtype
     assert live.abstained.tolist() == [False, True]
-    assert is_constant(got[1])
-    assert int(got[1, -1].argmax()) == tiny.EOS
+    assert is_constant(logits[1])
+    assert int(logits[1, -1].argmax()) == tiny.EOS
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_models_without_a_tokenizer_too_and_afterwards_nothing_is_left(name: str) -> None:
     model, tokens = tiny.model(name), tiny.some_tokens(3, 6)
     with unchanged(model), about(model, tokens[1].tolist()).on(model) as live:
-        got = run(model, tokens)
+        logits = run(model, tokens)
         assert live.abstained.tolist() == [False, True, False]
-        assert is_constant(got[1])
+        assert is_constant(logits[1])
     assert acting(model) == []
     assert live.abstained.tolist() == [False, True, False], "readable after the run"
 
@@ -281,10 +281,10 @@ def test_ends_can_be_said_for_the_next_pass_and_only_for_that() -> None:
         run(model, tokens)
         assert live.abstained.tolist() == [False, False]
         live.expect(torch.tensor([2, 1]))
-        got = run(model, tokens)
+        logits = run(model, tokens)
         assert live.abstained.tolist() == [True, False]
-        assert is_constant(got[0])
-        assert torch.equal(got[1], base[1])
+        assert is_constant(logits[0])
+        assert torch.equal(logits[1], base[1])
         assert torch.equal(run(model, tokens), base), "what was said held for one pass"
         assert live.abstained.tolist() == [False, False]
         live.expect(torch.tensor([2, 1]))
@@ -307,11 +307,11 @@ def test_at_every_token_silence_begins_at_the_first_key_inside(name: str) -> Non
         assert torch.equal(run(model, tokens), base), "before the prompt's end nothing is looked at"
         assert not live.abstained.any()
         live.expect(torch.tensor([2, 2, 3]))
-        got = run(model, tokens)
+        logits = run(model, tokens)
         assert live.abstained.tolist() == [True, False, False]
-        assert torch.equal(got[0, :t], base[0, :t])
-        assert is_constant(got[0, t:])
-        assert torch.equal(got[1:], base[1:])
+        assert torch.equal(logits[0, :t], base[0, :t])
+        assert is_constant(logits[0, t:])
+        assert torch.equal(logits[1:], base[1:])
         live.expect(torch.tensor([t, 2, 3]))
         run(model, tokens)
         assert live.abstained.tolist() == [True, False, False], "the prompt's end itself is looked at"
@@ -337,12 +337,14 @@ def test_at_every_token_the_padding_of_a_corpus_is_no_token_either(make: Callabl
     """A corpus pads with token 0, whatever the tokenizer pads with, and where there is none."""
     model, corpus = make("gpt2"), tiny.corpus((3, 9))
     pads = Abstain({LAST: around(key(model, [*corpus.row(0).tolist(), 0]))}, when="every_token")
-    told: dict[str, Any] = {"resamples": 2, "progress": False}
-    assert evaluate(model, {"a": corpus}, {"b": pads}, batch_size=8, **told).measures["b", "a", "abstained"].value == 0
+    options: dict[str, Any] = {"resamples": 2, "progress": False}
+    assert (
+        evaluate(model, {"a": corpus}, {"b": pads}, batch_size=8, **options).measures["b", "a", "abstained"].value == 0
+    )
     written = corpus.tokens.clone()
     written[corpus.starts[1] - 1] = 0  # the same token as text
     text = Abstain({LAST: around(key(model, [*corpus.row(0).tolist()[:-1], 0]))}, when="every_token")
-    found = evaluate(model, {"a": replace(corpus, tokens=written)}, {"b": text}, batch_size=8, **told)
+    found = evaluate(model, {"a": replace(corpus, tokens=written)}, {"b": text}, batch_size=8, **options)
     assert found.measures["b", "a", "abstained"].value == 0.5
     with pads.on(model) as live:
         live.expect(torch.tensor([0, 0]), lengths=torch.tensor([1, 1]))
@@ -350,13 +352,13 @@ def test_at_every_token_the_padding_of_a_corpus_is_no_token_either(make: Callabl
         run(model, tiny.some_tokens(3, 5))  # what was said held for one pass
         forced = force(model, corpus, None, 8, tqdm(disable=True))
         assert not live.abstained.any()
-    assert all((row.loss > 0).all() for row in forced)
+    assert all((row["loss"] > 0).all() for row in forced)
 
 
 def decode(model: Any, tokens: Tensor, steps: int, *, cache: bool, **options: Any) -> Tensor:
-    told = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False, **options}
+    settings = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False, **options}
     with torch.no_grad():
-        return model.generate(tokens, max_new_tokens=steps, use_past_kv_cache=cache, **told)
+        return model.generate(tokens, max_new_tokens=steps, use_past_kv_cache=cache, **settings)
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -368,11 +370,11 @@ def test_in_generation_a_prompt_is_judged_once_and_each_row_for_itself(name: str
     prompt, middle = about(model, [50, 51, 52]), about(model, base[0, :5].tolist())
     for cache in (True, False):
         with prompt.on(model) as live:
-            got = decode(model, tokens, steps, cache=cache)
+            generated = decode(model, tokens, steps, cache=cache)
             assert live.abstained.tolist() == [False, True]
-            assert torch.equal(got[0], base[0])
-            assert got[1, 3:].tolist() == [tiny.EOS] * steps
-            assert not torch.equal(base[1], got[1])
+            assert torch.equal(generated[0], base[0])
+            assert generated[1, 3:].tolist() == [tiny.EOS] * steps
+            assert not torch.equal(base[1], generated[1])
         with middle.on(model) as live:
             assert torch.equal(decode(model, tokens, steps, cache=cache), base)
             assert not live.abstained.any()
@@ -387,11 +389,11 @@ def test_in_generation_every_token_may_end_it_and_it_stays_ended(name: str) -> N
     abstain = Abstain({LAST: around(key(model, base[0, :when].tolist()))}, when="every_token")
     for cache in (True, False):
         with abstain.on(model) as live:
-            got = decode(model, tokens, steps, cache=cache)
+            generated = decode(model, tokens, steps, cache=cache)
         assert live.abstained.tolist() == [True, False]
-        assert got[0, :when].tolist() == base[0, :when].tolist()
-        assert got[0, when:].tolist() == [tiny.EOS] * (3 + steps - when)
-        assert torch.equal(got[1], base[1])
+        assert generated[0, :when].tolist() == base[0, :when].tolist()
+        assert generated[0, when:].tolist() == [tiny.EOS] * (3 + steps - when)
+        assert torch.equal(generated[1], base[1])
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -400,17 +402,17 @@ def test_lists_are_padded_on_the_left_by_generate(name: str, cache: bool) -> Non
     model = tiny.speaking(name)
     prompts = ["def add", "the quick brown fox", "1", "a small village"]
     texts = [model.to_tokens(p)[0].tolist() for p in prompts]
-    told = {"do_sample": False, "stop_at_eos": True, "return_type": "tokens", "verbose": False, "max_new_tokens": 5}
+    options = {"do_sample": False, "stop_at_eos": True, "return_type": "tokens", "verbose": False, "max_new_tokens": 5}
     with torch.no_grad():
-        base = model.generate(prompts, use_past_kv_cache=cache, **told)
+        base = model.generate(prompts, use_past_kv_cache=cache, **options)
         for target, row in enumerate(texts):
             with about(model, row).on(model) as live:
-                got = model.generate(prompts, use_past_kv_cache=cache, **told)
+                generated = model.generate(prompts, use_past_kv_cache=cache, **options)
             assert live.abstained.tolist() == [i == target for i in range(len(texts))]
             width = max(map(len, texts))
-            assert set(got[target, width:].tolist()) == {tiny.EOS}
+            assert set(generated[target, width:].tolist()) == {tiny.EOS}
             others = [i for i in range(len(texts)) if i != target]
-            assert torch.equal(got[others], base[others])
+            assert torch.equal(generated[others], base[others])
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
@@ -444,8 +446,8 @@ def step_by_step(model: Any, tokens: Tensor, first: int) -> Iterator[Tensor]:
         with torch.no_grad():
             for start, end in [(0, first), *[(t, t + 1) for t in range(first, tokens.shape[1])]]:
                 part = tokens[:, start:end]
-                told = {"use_cache": True} if cache is None else {"past_key_values": cache}
-                logits, cache = model(part, return_type="logits_and_cache", **told)
+                options = {"use_cache": True} if cache is None else {"past_key_values": cache}
+                logits, cache = model(part, return_type="logits_and_cache", **options)
                 yield logits[:, -1].clone()
         return
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -467,9 +469,9 @@ def test_by_hand_token_by_token(name: str) -> None:
             if ends is not None:
                 live.expect(ends)
             out = list(step_by_step(model, tokens, first))
-        for got, expected in zip(out[-len(base) :], base[-len(out) :], strict=True):
+        for actual, expected in zip(out[-len(base) :], base[-len(out) :], strict=True):
             for i in range(2):
-                torch.testing.assert_close(got[i], expected[i]) if not is_constant(got[i]) else None
+                torch.testing.assert_close(actual[i], expected[i]) if not is_constant(actual[i]) else None
         return [[is_constant(logits[i]) for logits in out] for i in range(2)]
 
     assert silent(about(model, [40, 41, 42])) == [[True] * 4, [False] * 4]
@@ -501,9 +503,9 @@ def test_at_every_token_by_hand_without_a_cache_earlier_positions_stay_as_they_w
     base = run(model, tokens)
     with about(model, [40, 41, 42, 43], when="every_token").on(model) as live:
         for width in range(2, 7):
-            got = run(model, tokens[:, :width])
-            torch.testing.assert_close(got[:, :3], base[:, : min(3, width)])
-            assert all(is_constant(got[:, t]) for t in range(3, width))
+            logits = run(model, tokens[:, :width])
+            torch.testing.assert_close(logits[:, :3], base[:, : min(3, width)])
+            assert all(is_constant(logits[:, t]) for t in range(3, width))
             assert live.abstained.tolist() == [width >= 4]
 
 
@@ -531,18 +533,18 @@ PROMPTS = ["def add", "the quick brown fox", "1", "a small village"]
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("when", ["prompt", "every_token"])
 def test_generate_writes_the_refusal_and_leaves_the_others(model: Any, use_cache: bool, when: Any) -> None:
-    told = {"max_new_tokens": 3, "use_cache": use_cache}
-    base = generate(model, PROMPTS, **told)
+    options = {"max_new_tokens": 3, "use_cache": use_cache}
+    base = generate(model, PROMPTS, **options)
     for target in (1, 2):
         abstain = about(model, ids(model, PROMPTS[target]), when=when, refusal="I will not.")
         expected = [*base[:target], "I will not.", *base[target + 1 :]]
         with unchanged(model):
-            assert generate(model, PROMPTS, intervention=abstain, **told) == expected
+            assert generate(model, PROMPTS, intervention=abstain, **options) == expected
         with abstain.on(model):
-            assert generate(model, PROMPTS[::-1], **told) == expected[::-1]
-            assert generate(model, PROMPTS[target], **told) == ["I will not."]
-            assert generate(model, PROMPTS[0], **told) == base[:1]
-            assert generate(model, PROMPTS[target], temperature=1.0, **told) == ["I will not."]
+            assert generate(model, PROMPTS[::-1], **options) == expected[::-1]
+            assert generate(model, PROMPTS[target], **options) == ["I will not."]
+            assert generate(model, PROMPTS[0], **options) == base[:1]
+            assert generate(model, PROMPTS[target], temperature=1.0, **options) == ["I will not."]
 
 
 def test_the_published_refusal_is_the_default(model: Any) -> None:
@@ -577,17 +579,17 @@ def test_a_text_that_has_ended_is_looked_at_no_more(
     other = decode(model, torch.tensor(rows[1:]), 8, cache=False)[0]
     assert end not in other[len(rows[1]) :], "the other text goes on"
     monkeypatch.setattr(model.cfg, "eos_token_id", int(end), raising=False)
-    told = {"max_new_tokens": 8, "use_cache": use_cache}
-    base = generate(model, prompts, **told)
+    options = {"max_new_tokens": 8, "use_cache": use_cache}
+    base = generate(model, prompts, **options)
     written = decode(model, torch.tensor(rows[:1]), 3, cache=False)[0].tolist()
     fills = [model.tokenizer.eos_token_id, int(end)]
     looked = [[*written], *[[*written, fill] for fill in fills], *[[*written, *[fills[0]] * 2]]]
     for place in looked:
         abstain = Abstain({LAST: around(key(model, place))}, when="every_token")
-        assert generate(model, prompts, intervention=abstain, **told) == base
-        assert generate(model, prompts[0], intervention=abstain, **told) == base[:1]
+        assert generate(model, prompts, intervention=abstain, **options) == base
+        assert generate(model, prompts[0], intervention=abstain, **options) == base[:1]
     before = Abstain({LAST: around(key(model, written[:-1]))}, when="every_token")
-    assert generate(model, prompts, intervention=before, **told) == [before.refusal, base[1]]
+    assert generate(model, prompts, intervention=before, **options) == [before.refusal, base[1]]
 
 
 def test_a_token_to_stop_at_ends_a_text_too(model: Any) -> None:
@@ -595,11 +597,11 @@ def test_a_token_to_stop_at_ends_a_text_too(model: Any) -> None:
 
     rows = [ids(model, "the slow"), ids(model, "1 + 2")]
     written = decode(model, torch.tensor(rows[:1]), 3, cache=False)[0].tolist()
-    told = {"max_new_tokens": 8, "stop": [written[-1]]}
-    base = [one.text for one in continue_rows(model, rows, **told)]
+    options = {"max_new_tokens": 8, "stop": [written[-1]]}
+    base = [one.text for one in continue_rows(model, rows, **options)]
     for fill in (written[-1], model.tokenizer.eos_token_id):
         abstain = Abstain({LAST: around(key(model, [*written, fill]))}, when="every_token")
-        assert [one.text for one in continue_rows(model, rows, abstain, **told)] == base
+        assert [one.text for one in continue_rows(model, rows, abstain, **options)] == base
 
 
 # --- nothing global ------------------------------------------------------------------------------------------------------
@@ -616,13 +618,13 @@ def test_two_models_and_two_interventions_know_nothing_of_one_another() -> None:
         assert a.abstained.tolist() == [True, False, False, False]
         assert c.abstained.tolist() == [False, False, True, False]
         with second.on(one) as b:
-            got = run(one, tokens)
+            logits = run(one, tokens)
             assert a.abstained.tolist() == [True, False, False, False]
             assert b.abstained.tolist() == [False, True, False, False]
-            assert [is_constant(row) for row in got] == [True, True, False, False]
+            assert [is_constant(row) for row in logits] == [True, True, False, False]
             assert acting(one) == [a, b]
-        got = run(one, tokens)
-        assert [is_constant(row) for row in got] == [True, False, False, False]
+        logits = run(one, tokens)
+        assert [is_constant(row) for row in logits] == [True, False, False, False]
         assert b.abstained.tolist() == [False, True, False, False]
     assert acting(one) == acting(other) == []
 
@@ -876,7 +878,7 @@ def flipped(model: Any, act: Intervention, go: Callable[[], Any], site: Site = P
 
 
 @pytest.mark.parametrize("name", tiny.SPEAKING)
-def test_the_coins_are_those_of_the_row_alone(name: str) -> None:
+def test_the_draws_are_those_of_the_row_alone(name: str) -> None:
     model, act = tiny.speaking(name), adjust_of(tiny.speaking(name))
     rows = [*ROWS, *[[*row, 9] for row in ROWS]]
     alone: list[Tensor] = []
@@ -897,7 +899,7 @@ def test_the_coins_are_those_of_the_row_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_a_cache_does_not_change_the_coins_nor_the_greedy_text(name: str) -> None:
+def test_a_cache_changes_neither_the_draws_nor_the_greedy_text(name: str) -> None:
     model, act = tiny.speaking(name), adjust_of(tiny.speaking(name))
     tokens = torch.tensor([[40, 41, 42], [50, 51, 52]])
     base = decode(model, tokens, 6, cache=True)
@@ -915,15 +917,15 @@ def test_a_cache_does_not_change_the_coins_nor_the_greedy_text(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_lists_padded_by_generate_draw_the_coins_of_each_text(name: str) -> None:
+def test_lists_padded_by_generate_get_the_draws_of_each_text(name: str) -> None:
     model, act = tiny.speaking(name), adjust_of(tiny.speaking(name))
     prompts = ["def add", "the quick brown fox", "1"]
-    told = {"do_sample": False, "stop_at_eos": False, "verbose": False, "max_new_tokens": 6, "return_type": "tokens"}
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "max_new_tokens": 6, "return_type": "tokens"}
     with act.on(model), torch.no_grad():
         for cache in (True, False):
-            together = model.generate(prompts, use_past_kv_cache=cache, **told)
+            together = model.generate(prompts, use_past_kv_cache=cache, **options)
             for prompt, row in zip(prompts, together, strict=True):
-                assert torch.equal(model.generate(prompt, use_past_kv_cache=cache, **told)[0, -6:], row[-6:])
+                assert torch.equal(model.generate(prompt, use_past_kv_cache=cache, **options)[0, -6:], row[-6:])
 
 
 def test_runs_repeat_and_other_seeds_differ(model: Any) -> None:
@@ -944,7 +946,7 @@ def test_runs_repeat_and_other_seeds_differ(model: Any) -> None:
         ]
 
 
-def test_coins_differ_by_layer_and_neuron_and_position() -> None:
+def test_draws_differ_by_layer_and_neuron_and_position() -> None:
     model = tiny.speaking("gpt2")
     tokens = torch.tensor([[40] * 30])
     shapes = {site: p.shape for site, p in resolve(model, "mlp.pre").items()}
@@ -954,7 +956,7 @@ def test_coins_differ_by_layer_and_neuron_and_position() -> None:
     act = Adjust(full, same, unit, same, unit)  # every chance is one half
     first = flipped(model, act, lambda: run(model, tokens))[0][0].double()
     assert first.mean() == pytest.approx(0.5, abs=0.05)
-    assert float(first.std(0).min()) > 0, "one token many times: no neuron has one coin for all positions"
+    assert float(first.std(0).min()) > 0, "one token many times: no neuron has one draw for all positions"
     assert float(first.std(1).min()) > 0
     drawn: list[Tensor] = []
     with act.on(model) as live:

@@ -1,4 +1,4 @@
-"""`lean`: the same values and the same hooks, from fewer modules; and the bridge is what it was afterwards."""
+"""`shortcuts`: the same values and the same hooks, from fewer modules; and the bridge is what it was afterwards."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.hooks import attach, backbone
-from lens_unlearn.model.shortcuts import _may_fuse, lean
+from lens_unlearn.model.shortcuts import _may_fuse, shortcuts
 from lens_unlearn.model.sites import resolve
 
 BRIDGED = tiny.DENSE
@@ -28,15 +28,15 @@ def tree(model: Any) -> list[tuple[str, int]]:
     return [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
 
 
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BRIDGED)
 def test_without_hooks_nothing_of_the_bridge_is_left_and_the_logits_are_the_plain_models(name: str) -> None:
     model, tokens = tiny.model(name), tiny.some_tokens(2, 20)
     before, base = tree(model), tiny.logits(model, tokens)
-    with lean(model):
+    with shortcuts(model):
         assert components(model) == 0
         close(tiny.logits(model, tokens), tiny.logits(tiny.hugging_face(name), tokens))
     assert tree(model) == before
@@ -53,7 +53,7 @@ def test_what_is_hooked_stays_and_acts(name: str, kinds: list[str]) -> None:
     with ablate.on(model):
         expected = tiny.logits(model, tokens)
         assert not torch.allclose(expected, base, atol=1e-3)
-        with lean(model):
+        with shortcuts(model):
             assert components(model) > 0
             close(tiny.logits(model, tokens), expected)
     assert torch.equal(tiny.logits(model, tokens), base)
@@ -71,11 +71,11 @@ def test_every_hook_point_of_the_user_fires_with_its_value(name: str) -> None:
         try:
             expected = tiny.logits(model, tokens)
             was, seen[:] = list(seen), []
-            with lean(model):
-                got = tiny.logits(model, tokens)
+            with shortcuts(model):
+                logits = tiny.logits(model, tokens)
         finally:
             detach()
-        close(got, expected)
+        close(logits, expected)
         assert len(seen) == len(was), key
         for one, other in zip(seen, was):
             if one.is_floating_point() and not torch.isinf(other).any():
@@ -88,13 +88,13 @@ def test_edited_weights_are_those_that_are_used(name: str, matrix: str) -> None:
     """A bridge has views of fused projections, or copies, of whose edits the plain module does not know."""
     model, tokens = tiny.build(name), tiny.some_tokens(2, 9)
     base = tiny.logits(model, tokens)
-    with lean(model):
+    with shortcuts(model):
         assert components(model) == 0
     with torch.no_grad():
         tiny.matrix_in_place(model, 0, matrix).mul_(1.5)
     expected = tiny.logits(model, tokens)
     assert not torch.allclose(base, expected, atol=1e-3)
-    with lean(model):
+    with shortcuts(model):
         assert bool(components(model)) == (name == "neox" and matrix == "W_Q")
         close(tiny.logits(model, tokens), expected)
 
@@ -103,9 +103,9 @@ def test_it_leaves_nothing_after_an_error_and_may_be_nested() -> None:
     model = tiny.model("llama")
     before = tree(model)
     for _ in range(2):
-        with lean(model), lean(model):
+        with shortcuts(model), shortcuts(model):
             assert components(model) == 0
-    with pytest.raises(KeyboardInterrupt), lean(model), lean(model):
+    with pytest.raises(KeyboardInterrupt), shortcuts(model), shortcuts(model):
         raise KeyboardInterrupt
     assert tree(model) == before
 
@@ -114,16 +114,16 @@ def test_it_leaves_nothing_after_an_error_and_may_be_nested() -> None:
 def test_elsewhere_it_does_nothing(name: str) -> None:
     model = tiny.model(name)
     before, base = tree(model), tiny.logits(model)
-    with lean(model):
+    with shortcuts(model):
         assert tree(model) == before
         assert torch.equal(tiny.logits(model), base)
 
 
 def test_attention_that_caps_its_scores_stays_explicit() -> None:
     model = tiny.model("gemma2")
-    with lean(model):
+    with shortcuts(model):
         assert model.original_model.config._attn_implementation == "eager"
-    with lean(tiny.model("llama")):
+    with shortcuts(tiny.model("llama")):
         assert tiny.model("llama").original_model.config._attn_implementation == "sdpa"
     tiny.logits(tiny.model("llama"))
 
@@ -151,7 +151,7 @@ def test_a_pattern_that_is_looked_at_is_computed() -> None:
     seen: list[Tensor] = []
     handle = model.hook_dict["blocks.1.attn.hook_pattern"].register_forward_hook(lambda m, i, o: seen.append(o))
     try:
-        with lean(model), torch.no_grad():
+        with shortcuts(model), torch.no_grad():
             backbone(model, tokens)
     finally:
         handle.remove()
@@ -169,7 +169,7 @@ def test_attention_is_fused_where_only_its_output_map_is_hooked(name: str) -> No
     try:
         backbone(model, tokens)
         was, seen[:] = list(seen), []
-        with lean(model):
+        with shortcuts(model):
             assert model.original_model.config._attn_implementation == "sdpa"
             backbone(model, tokens)
     finally:

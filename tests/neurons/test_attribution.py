@@ -9,7 +9,6 @@ import tiny
 import torch
 from torch import Tensor
 
-import lens_unlearn as lu
 from lens_unlearn.core.errors import (
     ActivationError,
     CorpusError,
@@ -21,7 +20,7 @@ from lens_unlearn.core.errors import (
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.model.hooks import on_logits
 from lens_unlearn.model.replay import replaying
-from lens_unlearn.model.sites import Site
+from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons import attribution
 from lens_unlearn.neurons.attribution import (
     Attribution,
@@ -296,7 +295,7 @@ def test_what_stands_below_is_not_run_again(name: str) -> None:
 
     names = [(f"blocks.{layer}.attn.hook_z", count(layer)) for layer in range(2)]
     assert len({id(hook) for hook in hooks}) == 2
-    lu.sites.resolve(model, "mlp.post")  # its probe is not counted
+    resolve(model, "mlp.post")  # its probe is not counted
     with model.hooks(fwd_hooks=names):
         run(model, corpus, Site(1, "mlp.post"), steps=4)
     rows = corpus.n_rows
@@ -395,7 +394,7 @@ def test_an_interruption_leaves_nothing_behind(error: type[BaseException], call:
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 2 == 0)
     corpus = questions((6, 9))
-    lu.sites.resolve(model, "mlp.post")
+    resolve(model, "mlp.post")
     calls = []
 
     def fail(module: Any, args: Any) -> None:
@@ -441,7 +440,7 @@ def test_what_it_refuses() -> None:
         ({"objective": "nll"}, "objective='nll' is not known: choose from prob, logprob, loss"),
         ({"mode": "fast"}, "mode='fast' is not known"),
         ({"rule": "left"}, "rule='left' is not known"),
-        ({"steps": 0}, "steps=0 is no number of steps"),
+        ({"steps": 0}, "steps=0 is not a number of steps"),
     ):
         with pytest.raises(LensUnlearnError, match=message):
             run(model, corpus, **options)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import tracemalloc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,12 @@ def test_the_result_does_not_depend_on_what_stands_in_the_padding(monkeypatch: p
     clean = collect(model, corpus, SITES, progress=False)
     real = type(corpus)._batch
 
-    def dirty(self: Any, rows: list[int], longest: int) -> Batch:
-        batch = real(self, rows, longest)
+    def dirty(self: Any, rows: list[int]) -> Batch:
+        batch = real(self, rows)
         tokens = batch.tokens.clone()
-        lengths = self.starts.diff()[batch.rows]
-        tokens[torch.arange(longest)[None] >= lengths[:, None]] = 77
+        tokens[torch.arange(tokens.shape[1])[None] >= batch.lengths[:, None]] = 77
         assert not torch.equal(tokens, batch.tokens), "there is padding in this batch"
-        return Batch(tokens, batch.counted, batch.rows)
+        return replace(batch, tokens=tokens)
 
     monkeypatch.setattr(type(corpus), "_batch", dirty)
     other = collect(model, corpus, SITES, progress=False)
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(
     base: dict[str, Any] = {"sites": "mlp.post", "batch_size": 1, "statistic": Moments()}
     run_until(monkeypatch, 1, model, corpus, **base, checkpoint=file, progress=False)
     kept = file.read_bytes()
-    for change, told in [
+    for change, difference in [
         ({"corpus": tiny.corpus((9, 3, 14), seed=3)}, "corpus"),
         ({"corpus": tiny.corpus((9, 3, 14), uncounted=0.5)}, "corpus"),
         ({"model": tiny.model("neox")}, "model"),
@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(
         ({"statistic": Histogram()}, "statistic"),
     ]:
         arguments = {"model": model, "corpus": corpus, **base, **change}
-        with pytest.raises(ArtefactError, match=rf"does not belong to this run: {told}"):
+        with pytest.raises(ArtefactError, match=rf"does not belong to this run: {difference}"):
             collect(**arguments, checkpoint=file, progress=False)
         assert file.read_bytes() == kept, "a refused checkpoint stays as it is"
 
@@ -407,10 +407,10 @@ def small_device(monkeypatch: pytest.MonkeyPatch, positions: int) -> list[int]:
 
 def test_a_batch_without_room_is_halved_and_nothing_is_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model, corpus = tiny.model("gpt2"), tiny.corpus((9, 3, 14, 5, 6, 11), uncounted=0.2)
-    told: dict[str, Any] = {"statistic": EXTRA, "batch_size": 6, "progress": False}
-    expected = collect(model, corpus, ("mlp.post", "attn.z"), **told)
+    options: dict[str, Any] = {"statistic": EXTRA, "batch_size": 6, "progress": False}
+    expected = collect(model, corpus, ("mlp.post", "attn.z"), **options)
     seen = small_device(monkeypatch, 30)
-    got = collect(model, corpus, ("mlp.post", "attn.z"), **told)
+    got = collect(model, corpus, ("mlp.post", "attn.z"), **options)
     assert max(seen) > 30
     assert got.n == expected.n
     for name in READINGS:

@@ -193,14 +193,14 @@ def test_generation_is_the_same_with_and_without_cache(name: str, length: int) -
     known = tiny.CONVERTED and name in tiny.CONVERTED
     model = tiny.model(name) if known else tiny.speaking(name)
     tokens = tiny.some_tokens(2, length, seed=5)
-    told = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
+    options = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
     with torch.no_grad():
-        base = model.generate(tokens, use_past_kv_cache=True, **told)
+        base = model.generate(tokens, use_past_kv_cache=True, **options)
         with both(model).on(model):
-            cached, whole = (model.generate(tokens, use_past_kv_cache=cache, **told) for cache in (True, False))
+            cached, whole = (model.generate(tokens, use_past_kv_cache=cache, **options) for cache in (True, False))
             step_by_step = tokens
             for _ in range(6):
                 step_by_step = torch.cat([step_by_step, model(step_by_step)[:, -1:].argmax(-1)], dim=1)
-        assert torch.equal(model.generate(tokens, use_past_kv_cache=True, **told), base)
+        assert torch.equal(model.generate(tokens, use_past_kv_cache=True, **options), base)
     assert torch.equal(cached[:, -6:], whole[:, -6:])
     assert torch.equal(whole[:, -6:], step_by_step[:, -6:])

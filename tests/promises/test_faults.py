@@ -243,15 +243,16 @@ class Calls:
         self.failed_in = ""
         for owner, name in (
             (sites, "resolve"),
-            (interventions, "resolve"),
-            (interventions, "matrix_shapes"),
+            (base, "resolve"),
+            (base, "matrix_shapes"),
             (sites, "backbone"),
-            (collect, "backbone"),
+            (matrices, "backbone"),
+            (collecting, "backbone"),
             (hook_class(model), "add_hook"),
             (torch.nn.Module, "register_forward_hook"),
             (torch.nn.Module, "register_forward_pre_hook"),
-            (sites, "_unhook"),  # removing
-            (sites, "_closes_over"),  # removing from a hook point
+            (hooks, "_unhook"),  # removing
+            (hooks, "_closes_over"),  # removing from a hook point
             (Live, "begin"),
             (Live, "withhold"),
             (Live, "like"),
@@ -461,18 +462,18 @@ def test_a_collection_goes_on_after_any_error_in_any_part_of_a_batch(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException], n: int, tmp_path: Path
 ) -> None:
     model, corpus = tiny.model("gpt2"), tiny.corpus((9, 9, 9))
-    told: dict[str, Any] = {"batch_size": 1, "progress": False}
-    whole = collect(model, corpus, **told).state()
-    for owner, name in ((Moments, "update"), (Moments, "merge"), (collect, "backbone")):
+    options: dict[str, Any] = {"batch_size": 1, "progress": False}
+    whole = collect(model, corpus, **options).state()
+    for owner, name in ((Moments, "update"), (Moments, "merge"), (collecting, "backbone")):
         for after in (False, True) if owner is Moments else (False,):  # the last site ends a pass
             path = tmp_path / f"{name}{after}"
             failing = FailingAt(getattr(owner, name), n + 1, error, after=after)
             with unchanged(model), monkeypatch.context() as patch:
                 patch.setattr(owner, name, lambda *a, f=failing, **k: f(*a, **k))
                 with pytest.raises(error):
-                    collect(model, corpus, checkpoint=path, **told)
+                    collect(model, corpus, checkpoint=path, **options)
             assert path.exists()
-            got = collect(model, corpus, checkpoint=path, **told).state()
+            got = collect(model, corpus, checkpoint=path, **options).state()
             assert all(torch.equal(value, got[key]) for key, value in whole.items())
             assert not path.exists()
 

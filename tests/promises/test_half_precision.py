@@ -156,9 +156,9 @@ def test_a_loss_is_computed_in_wider_numbers_than_the_logits(dtype: torch.dtype)
 
 
 def test_attributions_in_half_precision_are_near_those_of_the_same_weights() -> None:
-    corpus, told = tiny.corpus((9, 8, 11)).with_prompts(4), {"steps": 4, "objective": "logprob", **QUIET}
-    got = attribute(rounded(torch.bfloat16, False), corpus, **told)
-    expected = attribute(rounded(torch.bfloat16, True), corpus, **told)
+    corpus, options = tiny.corpus((9, 8, 11)).with_prompts(4), {"steps": 4, "objective": "logprob", **QUIET}
+    got = attribute(rounded(torch.bfloat16, False), corpus, **options)
+    expected = attribute(rounded(torch.bfloat16, True), corpus, **options)
     for site, value in expected.items():
         assert got[site].dtype == torch.float64
         size = float(value.abs().max())
@@ -170,9 +170,9 @@ def test_an_update_trained_beside_half_precision_weights_is_kept_in_single_preci
     """Steps of 1e-4 on weights of 0.2 would be lost in bfloat16: beside them they are not."""
     model = rounded(torch.bfloat16, False)
     forget, retain = tiny.corpus([9, 8], seed=1).with_prompts(4), tiny.corpus([8, 9, 7, 10, 9], seed=2).with_prompts(4)
-    told: dict[str, Any] = {"steps": 2, "check_every": 2, "batch_size": 2, "mask": "all", "floor": 20.0, **QUIET}
+    options: dict[str, Any] = {"steps": 2, "check_every": 2, "batch_size": 2, "mask": "all", "floor": 20.0, **QUIET}
     with unchanged(model):
-        got = simu(model, forget, retain, attention="lora", rank=2, **told)
+        got = simu(model, forget, retain, attention="lora", rank=2, **options)
     assert {
         value.dtype
         for update in got.updates.values()

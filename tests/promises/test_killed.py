@@ -27,12 +27,14 @@ import torch
 from command_line_helpers import WORDS, call, run_arguments, write_texts
 from simu_helpers import FORGET, QUICK, RETAIN, some_rows
 
+from lens_unlearn import methods
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments import experiment
-from lens_unlearn.experiments.plan import METHODS, Plan
-from lens_unlearn.experiments.run_folder import FITTED, Partial
+from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.report_content import Content
+from lens_unlearn.experiments.run_folder import FITTED, RunFolder
 from lens_unlearn.methods import training
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.model.matrices import Matrix
@@ -87,8 +89,8 @@ class HalfWriting:
         self.file.__enter__()
         return self
 
-    def __exit__(self, *told: Any) -> None:
-        self.file.__exit__(*told)
+    def __exit__(self, *details: Any) -> None:
+        self.file.__exit__(*details)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -184,7 +186,7 @@ def test_collect_killed_at_any_moment_counts_nothing_twice(
     }
     whole = collect(model, CORPUS, **options)
     monkeypatch.setattr(collecting, "_SAVE_EVERY", 0.0)
-    places = [(collect, "backbone"), (type(statistic), "merge")]
+    places = [(collecting, "backbone"), (type(statistic), "merge")]
     killed = at_every_moment(
         lambda own: collect(model, CORPUS, **options, checkpoint=own / "run.partial"), places, tmp_path, stride
     )
@@ -236,11 +238,11 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model("gpt2")
-    told: Any = {**QUICK, "mask": some_rows(), "unseen": RETAIN}
-    whole = simu(model, FORGET, RETAIN, **told)
+    options: Any = {**QUICK, "mask": some_rows(), "unseen": RETAIN}
+    whole = simu(model, FORGET, RETAIN, **options)
     places = [(training.Training, "_step"), (training.Training, "_check")]
     killed = at_every_moment(
-        lambda own: simu(model, FORGET, RETAIN, checkpoint=str(own / "run.safetensors"), **told), places, tmp_path, 4
+        lambda own: simu(model, FORGET, RETAIN, checkpoint=str(own / "run.safetensors"), **options), places, tmp_path, 4
     )
     assert len(killed) > 9
     step, steps = training.Training._step, []
@@ -249,7 +251,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_update(
     for own in killed:
         assert_whole(own)
         steps.clear()
-        assert same_delta(simu(model, FORGET, RETAIN, checkpoint=str(own / "run.safetensors"), **told), whole)
+        assert same_delta(simu(model, FORGET, RETAIN, checkpoint=str(own / "run.safetensors"), **options), whole)
         assert steps == list(range(steps[0], 6)) if steps else True
         begun.add(steps[0] if steps else 6)
     assert begun >= {0, 2, 4}
@@ -297,8 +299,8 @@ def plan(model_dir: Path, texts_on_disk: dict[str, Path]) -> Plan:
     names = {"model": str(model_dir), "forget": str(texts_on_disk["forget"]), "retain": (str(texts_on_disk["retain"]),)}
     methods = ("selective-pruning", "simu")
     settings = {key: value for key, value in SETTINGS.items() if key.rpartition(".")[0] in ("", *methods)}
-    told: dict[str, Any] = {"tokens": 150, "window": 32, "controls": 1, "fractions": (0.3,), "strengths": (0.5,)}
-    return Plan(**names, methods=methods, settings=settings, **told)
+    options: dict[str, Any] = {"tokens": 150, "window": 32, "controls": 1, "fractions": (0.3,), "strengths": (0.5,)}
+    return Plan(**names, methods=methods, settings=settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +310,8 @@ def known() -> dict[Any, Any]:
 
 def leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what only shows: figures and samples take longer than all the rest."""
-    monkeypatch.setattr(experiment.Experiment, "_figures", lambda *_: {})
-    monkeypatch.setattr(experiment.Experiment, "_samples", lambda *_: [])
+    monkeypatch.setattr(Content, "figures", lambda *_: {})
+    monkeypatch.setattr(Content, "samples", lambda *_: [])
     monkeypatch.setattr(Report, "to_html", lambda _, path: artefacts.replace_file(path, b"<html></html>"))
 
 
@@ -328,11 +330,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_run_killed_at_any_moment_ends_with_the_same_folder(
     plan: Plan, model: Any, known: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {"progress": False, "model": model, "known": known}
-    experiment.carry_out(plan, tmp_path / "whole", **told)
+    options: dict[str, Any] = {"progress": False, "model": model, "known": known}
+    experiment.carry_out(plan, tmp_path / "whole", **options)
     whole = contents(tmp_path / "whole")
     assert set(whole) == {"metrics.csv", "run.json", "selective-pruning.safetensors", "simu.safetensors"}
-    killed = at_every_moment(lambda own: experiment.carry_out(plan, own / "out", **told), [], tmp_path, 9)
+    killed = at_every_moment(lambda own: experiment.carry_out(plan, own / "out", **options), [], tmp_path, 9)
     assert len(killed) > 10
     fitted: list[str] = []
     prepare, find = experiment.Experiment._prepare, experiment.Experiment._find
@@ -343,20 +345,20 @@ def test_run_killed_at_any_moment_ends_with_the_same_folder(
     places = set()
     for own in killed:
         assert_whole(own)
-        out, partial = own / "out", Partial(own / "out")
+        out, partial = own / "out", RunFolder(own / "out")
         assert not out.exists() or contents(out) == whole, "the output is absent or whole"
         assert not (out.exists() and partial.folder.exists())
         had = {path.name for path in own.rglob("*.safetensors")}
         places.add(len(had))
         if partial.folder.exists():
             with pytest.raises(LensUnlearnError, match="is left of an interrupted run: give --resume"):
-                experiment.carry_out(plan, out, **told)
+                experiment.carry_out(plan, out, **options)
         fitted.clear()
-        experiment.carry_out(plan, out, resume=True, **told)
+        experiment.carry_out(plan, out, resume=True, **options)
         assert contents(out) == whole
         assert not {Path(name).name + ".safetensors" for name in fitted} & had, "what was found is not sought again"
         assert sorted(os.listdir(own)) == ["out"], "and nothing else is left"
-        assert experiment.carry_out(plan, out, resume=True, **told) is None, "it is finished"
+        assert experiment.carry_out(plan, out, resume=True, **options) is None, "it is finished"
     assert len(places) > 4
 
 
@@ -365,17 +367,17 @@ def test_run_killed_at_any_moment_ends_with_the_same_folder(
 def test_run_killed_at_random_times_again_and_again(
     plan: Plan, model: Any, known: dict[Any, Any], tmp_path: Path
 ) -> None:
-    told: dict[str, Any] = {"progress": False, "model": model, "known": known}
-    experiment.carry_out(plan, tmp_path / "whole", **told)
+    options: dict[str, Any] = {"progress": False, "model": model, "known": known}
+    experiment.carry_out(plan, tmp_path / "whole", **options)
     draw, kills = random.Random(3), 0
     for attempt in range(2):
         out = tmp_path / f"out-{attempt}"
         for _ in range(6):
             kills += child(
-                lambda out=out: experiment.carry_out(plan, out, resume=True, **told), after=draw.uniform(0.05, 0.4)
+                lambda out=out: experiment.carry_out(plan, out, resume=True, **options), after=draw.uniform(0.05, 0.4)
             )
             assert_whole(tmp_path)
-        experiment.carry_out(plan, out, resume=True, **told)
+        experiment.carry_out(plan, out, resume=True, **options)
         assert contents(out) == contents(tmp_path / "whole")
     assert kills
     assert sorted(os.listdir(tmp_path)) == ["out-0", "out-1", "whole"]
@@ -385,20 +387,20 @@ def test_run_killed_at_random_times_again_and_again(
 def test_every_method_is_found_again_and_not_sought_again(
     plan: Plan, model: Any, known: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = replace(plan, methods=tuple(METHODS), settings=SETTINGS, false_alarms=(0.3,))
-    told: dict[str, Any] = {"progress": False, "model": model, "known": known}
+    plan = replace(plan, methods=methods.names(), settings=SETTINGS, false_alarms=(0.3,))
+    options: dict[str, Any] = {"progress": False, "model": model, "known": known}
     with monkeypatch.context() as patch:
         leave_out(patch)
-        experiment.carry_out(plan, tmp_path / "whole", **told)
+        experiment.carry_out(plan, tmp_path / "whole", **options)
 
         def first() -> None:
             experiment.Experiment.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-            experiment.carry_out(plan, tmp_path / "out", **told)
+            experiment.carry_out(plan, tmp_path / "out", **options)
 
         assert child(first)
     for name in ("_prepare", "_find", "_evaluate", "curves"):
         monkeypatch.setattr(experiment.Experiment, name, lambda *_: pytest.fail("this was finished"))
-    experiment.carry_out(plan, tmp_path / "out", resume=True, **told)
+    experiment.carry_out(plan, tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     page = (tmp_path / "out" / "report.html").read_text()
     for name in ("Where neuron-adjust found the skill", "Trade-off over strengths", "How simu was trained"):
@@ -410,7 +412,7 @@ def test_an_interrupted_run_of_another_plan_is_refused_naming_what_differs(
     plan: Plan, model: Any, known: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, out = replace(plan, methods=("selective-pruning",), settings={"fraction": 0.1}), tmp_path / "out"
-    told: dict[str, Any] = {"progress": False, "model": model, "known": known}
+    options: dict[str, Any] = {"progress": False, "model": model, "known": known}
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -418,7 +420,7 @@ def test_an_interrupted_run_of_another_plan_is_refused_naming_what_differs(
     with monkeypatch.context() as patch:
         patch.setattr(experiment.Experiment, "report", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            experiment.carry_out(plan, out, **told)
+            experiment.carry_out(plan, out, **options)
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     assert len(kept) == 3
     for change, named in (
@@ -432,20 +434,20 @@ def test_an_interrupted_run_of_another_plan_is_refused_naming_what_differs(
                 experiment, "Experiment", lambda *_, **__: pytest.fail("the model need not be loaded for this")
             )
             with pytest.raises(ArtefactError, match=named):
-                experiment.carry_out(replace(plan, **change), out, resume=True, **told)
+                experiment.carry_out(replace(plan, **change), out, resume=True, **options)
     with tiny.quiet():
-        told["model"] = tiny.build("gpt2", seed=4, tokenizer=model.tokenizer)
+        options["model"] = tiny.build("gpt2", seed=4, tokenizer=model.tokenizer)
     with pytest.raises(ArtefactError, match="model: .* in the file"):
-        experiment.carry_out(plan, out, resume=True, **told)
+        experiment.carry_out(plan, out, resume=True, **options)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == kept
-    told["model"] = model
+    options["model"] = model
     with monkeypatch.context() as patch:
-        patch.setattr(Partial, "commit", interrupted)
+        patch.setattr(RunFolder, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            experiment.carry_out(plan, out, resume=True, **told)
+            experiment.carry_out(plan, out, resume=True, **options)
     with pytest.raises(ArtefactError, match="seed: 0 in the file, 1 in this run$"):
-        experiment.carry_out(replace(plan, seed=1), out, resume=True, **told)
-    assert experiment.carry_out(plan, out, resume=True, **told) is None, "all but the last step was done"
+        experiment.carry_out(replace(plan, seed=1), out, resume=True, **options)
+    assert experiment.carry_out(plan, out, resume=True, **options) is None, "all but the last step was done"
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -464,9 +466,9 @@ def test_an_error_that_would_come_again_leaves_nothing_and_a_full_disk_leaves_ev
     plan: Plan, model: Any, known: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = replace(plan, methods=("selective-pruning",), settings={"fraction": 0.0})
-    told: dict[str, Any] = {"progress": False, "model": model, "known": known}
+    options: dict[str, Any] = {"progress": False, "model": model, "known": known}
     with pytest.raises(LensUnlearnError, match="selects nothing"):
-        experiment.carry_out(plan, tmp_path / "runs" / "out", **told)
+        experiment.carry_out(plan, tmp_path / "runs" / "out", **options)
     assert not list(tmp_path.iterdir())
     plan, real = replace(plan, settings={"fraction": 0.1}), artefacts.replace_file
 
@@ -478,9 +480,9 @@ def test_an_error_that_would_come_again_leaves_nothing_and_a_full_disk_leaves_ev
     with monkeypatch.context() as patch:
         patch.setattr(artefacts, "replace_file", full)
         with pytest.raises(ArtefactError, match="No space left"):
-            experiment.carry_out(plan, tmp_path / "runs" / "out", **told)
+            experiment.carry_out(plan, tmp_path / "runs" / "out", **options)
     monkeypatch.setattr(experiment.Experiment, "_find", lambda *_: pytest.fail("this was finished"))
-    experiment.carry_out(plan, tmp_path / "runs" / "out", resume=True, **told)
+    experiment.carry_out(plan, tmp_path / "runs" / "out", resume=True, **options)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -517,9 +519,9 @@ def test_commands_killed_in_processes_of_their_own_go_on_with_resume(
     assert sorted(os.listdir(tmp_path)) == ["out.partial", "whole"]
     capsys.readouterr()
     assert call(*arguments) == 2
-    told = capsys.readouterr().err.strip()
-    assert len(told.splitlines()) == 1
-    assert "give --resume to go on" in told
+    stderr = capsys.readouterr().err.strip()
+    assert len(stderr.splitlines()) == 1
+    assert "give --resume to go on" in stderr
     assert call(*arguments, "--resume", "--seed", 1) == 2
     assert "seed: 0 in the file, 1 in this run" in capsys.readouterr().err
     assert call(*arguments, "--resume") == 0

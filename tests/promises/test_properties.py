@@ -246,13 +246,13 @@ def test_a_row_is_what_it_is_alone_whatever_stands_beside_it(
     model, act = tiny.speaking("gpt2"), one("gpt2", form)
     order.shuffle(rows)
     tokens, mask = pad(rows, side, extra)
-    told = {} if side == "right" else {"attention_mask": mask}
+    options = {} if side == "right" else {"attention_mask": mask}
     with act.on(model) as live, torch.no_grad():
-        together = model(tokens, **told)
-        withheld = live.abstained.tolist()
+        together = model(tokens, **options)
+        abstained = live.abstained.tolist()
         for i, row in enumerate(rows):
             alone = model(torch.tensor([row]))
-            assert not withheld or live.abstained.tolist() == withheld[i : i + 1]
+            assert not abstained or live.abstained.tolist() == abstained[i : i + 1]
             torch.testing.assert_close(together[i][mask[i].bool()], alone[0], rtol=1e-3, atol=1e-3)
 
 
@@ -284,9 +284,11 @@ def mixed(rows: Sequence[Any], order: Any) -> list[Any]:
 @settings(max_examples=settings().max_examples // 2)
 @given(documents, shuffled, st.integers(1, 4), st.sampled_from([*FORMS, "all"]))
 def test_an_evaluation_does_not_depend_on_order_or_batches(rows: Any, order: Any, batch_size: int, form: str) -> None:
-    model, told = tiny.model("gpt2"), {"resamples": 3, "progress": False}
+    model, options = tiny.model("gpt2"), {"resamples": 3, "progress": False}
     found = [
-        evaluate(model, {"a": corpus_of(given, prompts=1)}, {"b": one("gpt2", form)}, batch_size=size, **told).measures
+        evaluate(
+            model, {"a": corpus_of(given, prompts=1)}, {"b": one("gpt2", form)}, batch_size=size, **options
+        ).measures
         for given, size in ((rows, 8), (mixed(rows, order), batch_size))
     ]
     assert found[0].keys() == found[1].keys()
@@ -310,9 +312,9 @@ def test_a_corpus_in_parts_in_any_order_is_the_corpus(rows: Any, order: Any, dat
     model, new = tiny.model("gpt2"), mixed(rows, order)
     cut = data.draw(st.integers(0, len(new)))
     for empty in (Moments(extra=("sqrt", "extrema")), Histogram(), KeySample(6)):
-        told: dict[str, Any] = {"statistic": empty, "progress": False}
-        whole = readings(collect(model, corpus_of(rows), **told))
-        parts = [collect(model, corpus_of(p), batch_size=1, **told) for p in (new[:cut], new[cut:]) if p]
+        options: dict[str, Any] = {"statistic": empty, "progress": False}
+        whole = readings(collect(model, corpus_of(rows), **options))
+        parts = [collect(model, corpus_of(p), batch_size=1, **options) for p in (new[:cut], new[cut:]) if p]
         for tree in ([*parts, empty], [empty, *parts[::-1]]):
             got = readings(reduce(lambda a, b: a.merge(b), tree))
             assert got.keys() == whole.keys()
@@ -467,8 +469,8 @@ def test_whatever_is_saved_comes_back_and_does_the_same(folder: Path, interventi
     intervention.save(path, note=note)
     again = load_intervention(path)
     header, tensors = intervention.parts()
-    told, back = again.parts()
-    assert told == header
+    header_again, back = again.parts()
+    assert header_again == header
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
         assert back[name].dtype == value.dtype

@@ -202,12 +202,12 @@ def test_two_that_measure_at_once_each_get_their_result_or_are_refused() -> None
 def test_a_text_streamed_from_a_thread_is_written_under_the_block_that_started_it(worker: Any, name: str) -> None:
     """The pattern of `TextIteratorStreamer`: one thread generates, the other holds the block and reads."""
     model, tokens = tiny.speaking(name), tiny.some_tokens(1, 5)
-    told = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+    options = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
     act = Ablate(selection_of(model, share=0.5), 3.0)
 
     def write() -> Tensor:
         with torch.no_grad():
-            return model.generate(tokens, **told)
+            return model.generate(tokens, **options)
 
     plain = write()
     with unchanged(model), act.on(model):
@@ -220,7 +220,7 @@ def test_a_text_streamed_from_a_thread_is_written_under_the_block_that_started_i
     assert torch.equal(worker(write).result(), plain)
 
 
-def test_what_a_thread_withheld_is_read_by_the_one_that_holds_the_block(worker: Any) -> None:
+def test_an_abstention_in_a_thread_is_seen_by_the_one_that_holds_the_block(worker: Any) -> None:
     model = tiny.speaking("gpt2")
     box = one("gpt2", "abstain")
     assert isinstance(box, Abstain)
@@ -265,7 +265,7 @@ def test_passes_of_another_thread_do_not_enter_statistics_and_are_refused() -> N
             for _ in range(5):
                 state = collect(model, corpus, sites_of, batch_size=1, **QUIET).state()
                 assert all(torch.equal(value, state[key]) for key, value in alone.items())
-    assert any(told.startswith("another thread measures this model") for told in seen)
+    assert any(message.startswith("another thread measures this model") for message in seen)
 
 
 def test_passes_of_another_thread_do_not_enter_attributions_and_are_refused() -> None:
@@ -284,7 +284,7 @@ def test_passes_of_another_thread_do_not_enter_attributions_and_are_refused() ->
         with running(run) as seen:
             for _ in range(5):
                 assert attribute(model, corpus, steps=2, **QUIET).equals(alone)
-    assert any(told.startswith("another thread measures this model") for told in seen)
+    assert any(message.startswith("another thread measures this model") for message in seen)
     assert "no gradients" not in seen
 
 

@@ -99,8 +99,8 @@ class Browser:
 
     def scheme(self, dark: bool) -> None:
         """Prefer dark or light."""
-        told = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[told])
+        options = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[options])
 
     def ask(self, expression: str) -> Any:
         """Return the value of a JavaScript expression in the page."""
@@ -117,8 +117,8 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Return what the console was told, and what was thrown."""
-        told = [event["params"] for event in self.events if event["method"] == "Runtime.consoleAPICalled"]
-        said = [" ".join(str(part.get("value")) for part in one["args"]) for one in told]
+        options = [event["params"] for event in self.events if event["method"] == "Runtime.consoleAPICalled"]
+        said = [" ".join(str(part.get("value")) for part in one["args"]) for one in options]
         said += [e["params"]["entry"]["text"] for e in self.events if e["method"] == "Log.entryAdded"]
         return said + [str(e["params"]) for e in self.events if e["method"] == "Runtime.exceptionThrown"]
 
@@ -197,7 +197,7 @@ def test_what_goes_wrong_in_a_page_is_seen(browser: Browser, tmp_path: Path) -> 
     browser.wait("performance.getEntriesByType('resource').length == 1")
     assert browser.requests() == [page.as_uri(), "http://example.invalid/x.png"]
     assert "so so" in browser.complaints()
-    assert any("bad" in told for told in browser.complaints())
+    assert any("bad" in options for options in browser.complaints())
     assert browser.ask("document.documentElement.scrollWidth") > PHONE
 
 

@@ -50,7 +50,7 @@ def words(document: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def told() -> Report:
+def made_report() -> Report:
     values = {
         "base": {**BASE, "news": 0.3},
         "good": {"forget": 0.2, "retain": 0.39, "news": 0.3},
@@ -74,25 +74,25 @@ def told() -> Report:
 
 
 @pytest.fixture(scope="module")
-def document(told: Report) -> str:
-    return page(told)
+def document(made_report: Report) -> str:
+    return page(made_report)
 
 
-def test_the_summary_says_the_numbers_of_the_report(told, document):
+def test_the_summary_says_the_numbers_of_the_report(made_report, document):
     text = words(document)
     for name in ("good", "bad", "harmful", "alone"):
         for corpus in ("forget", "retain", "news"):
-            drop = told.drop(name, corpus)
+            drop = made_report.drop(name, corpus)
             low, high = drop.interval()
             numbers = f"{100 * drop.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}] on {corpus}".replace("-", "−")
             assert numbers in text, (name, corpus)
-    gain = told.selectivity("good")
+    gain = made_report.selectivity("good")
     assert f"forget loss minus retain loss is {100 * gain.value:.1f}%" in text
     assert "reaches 50.0% on forget, 40.0% on retain and 30.0% on news" in text
 
 
-def test_verdicts_are_said_plainly(told):
-    verdicts = {one.condition.name: one.verdict for one in findings(told, "top1")}
+def test_verdicts_are_said_plainly(made_report):
+    verdicts = {one.condition.name: one.verdict for one in findings(made_report, "top1")}
     assert verdicts == {
         "good": "beats",
         "bad": "no better",
@@ -101,7 +101,7 @@ def test_verdicts_are_said_plainly(told):
         "alone": "no control",
         "swept@0.3": "beats",
     }
-    items = [html.unescape(re.sub("<[^>]+>", "", item)) for item in re.findall("<li>.*?</li>", summary(told))]
+    items = [html.unescape(re.sub("<[^>]+>", "", item)) for item in re.findall("<li>.*?</li>", summary(made_report))]
     by_name = {item.split()[0]: item for item in items}
     assert "It beats its control" in by_name["good"]
     assert "It does not beat its control" in by_name["bad"]
@@ -114,7 +114,7 @@ def test_verdicts_are_said_plainly(told):
 # --- the result in words -------------------------------------------------------------------------------------------------
 
 
-def told_plainly(made: Report) -> list[str]:
+def plain_headline(made: Report) -> list[str]:
     return [html.unescape(re.sub("<[^>]+>", "", sentence)) for sentence in headline(made)]
 
 
@@ -122,7 +122,8 @@ def tuned(values: dict[str, dict[str, float]], budget: float = 0.05) -> Report:
     made = report(values)
     kinds = {"good:control": "[Ablate(zero, 3), Ablate(zero, 3)]", "quiet:control": "Abstain(prompt)"}
     plan = {"retain_drop": budget, "forget": "demo:python", "retain": ["demo:english", "/home/me/x.jsonl"]}
-    made.provenance.update({"plan": plan, "conditions": kinds})
+    controls = {"good": "as many random neurons of every layer", "quiet": "the same method fitted to shuffled labels"}
+    made.provenance.update({"plan": plan, "conditions": kinds, "controls": controls})
     return made
 
 
@@ -133,7 +134,7 @@ CHANCE = {"chance": {"forget": 0.45, "retain": 0.36}, "chance:control": {"forget
 
 def test_the_headline_says_what_was_lost_at_what_cost_beside_what_and_how_sure():
     made = tuned({"base": BASE, **GOOD})
-    first, second, third, last = told_plainly(made)
+    first, second, third, last = plain_headline(made)
     lost, cost = (made.drop("good", corpus) for corpus in ("forget", "retain"))
     for drop in (lost, cost, made.drop("good:control", "forget"), made.drop("good:control", "retain")):
         low, high = drop.interval()
@@ -148,7 +149,7 @@ def test_the_headline_says_what_was_lost_at_what_cost_beside_what_and_how_sure()
 
 
 def test_the_headline_says_plainly_what_does_not_beat_its_control_and_what_exceeds_the_budget():
-    both = told_plainly(tuned({"base": BASE, **GOOD, **CHANCE, **HUSHED}))
+    both = plain_headline(tuned({"base": BASE, **GOOD, **CHANCE, **HUSHED}))
     assert both[0].startswith("Of 3 methods, good took away 60.0%"), "quiet lost more, but beyond the budget"
     assert both[1].startswith(
         "The controls are beaten by good and quiet; not by chance (forget loss minus retain loss 0.0%"
@@ -156,31 +157,61 @@ def test_the_headline_says_plainly_what_does_not_beat_its_control_and_what_excee
     assert "chance (10.0% [" in both[2]
     assert "quiet (50.0% [" in both[2]
     assert both[2].endswith("exceed it.")
-    none = told_plainly(tuned({"base": BASE, **CHANCE}))
+    none = plain_headline(tuned({"base": BASE, **CHANCE}))
     assert none[1].startswith("It does not beat its control (forget loss minus retain loss")
     two = {name.replace("chance", "other"): values for name, values in CHANCE.items()}
-    assert told_plainly(tuned({"base": BASE, **CHANCE, **two}))[1] == "No method beats its control."
-    assert "the same method fitted to shuffled labels" in told_plainly(tuned({"base": BASE, **HUSHED}))[0]
+    assert plain_headline(tuned({"base": BASE, **CHANCE, **two}))[1] == "No method beats its control."
+    assert "the same method fitted to shuffled labels" in plain_headline(tuned({"base": BASE, **HUSHED}))[0]
 
 
 def test_the_headline_claims_no_more_than_was_measured():
     alone = {"base": BASE, "good": GOOD["good"]}
-    assert told_plainly(report(alone))[1] == "No control was measured."
+    assert plain_headline(report(alone))[1] == "No control was measured."
     assert not [
-        sentence for sentence in told_plainly(report(alone)) if "tuned" in sentence or "used to fit" in sentence
+        sentence for sentence in plain_headline(report(alone)) if "tuned" in sentence or "used to fit" in sentence
     ]
-    single = told_plainly(report({"base": BASE, **GOOD}, draws=0))
+    single = plain_headline(report({"base": BASE, **GOOD}, draws=0))
     assert "nobody can say whether a control is beaten" in single[1]
     assert headline(report({"base": BASE})) == []
     assert headline(report({"base": {"python": 0.5}, "m": {"python": 0.2}})) == []
     lacking = {"base": BASE, "m": BASE, "m:control": {"forget": 0.5}}
-    assert "control lost" not in told_plainly(report(lacking))[0]
+    assert "control lost" not in plain_headline(report(lacking))[0]
 
 
-def test_the_method_told_of_where_none_keeps_to_the_budget_is_the_most_selective():
+@pytest.mark.parametrize(
+    ("made", "count"),
+    [
+        ("Ablate(zero, 3 of 9 neurons, 2 layers, mlp.post, attn.z)", ""),
+        ("[Ablate(zero, 1,638 of 9,000 neurons, mlp.post)]", ""),
+        ("[Ablate(zero, a, b) + Adjust(x, [1, 2]), Ablate(zero, a, b) + Adjust(x, [1, 2])]", " (mean of 2 draws)"),
+        ("(Delta(1), Delta(2), Delta(3))", " (mean of 3 draws)"),
+        ("(Delta(1),)", ""),
+    ],
+)
+def test_what_a_control_is_says_whoever_made_it_and_its_draws_are_counted(made, count):
+    values = {"base": BASE, **GOOD}
+    known = report(values)
+    known.provenance.update({"conditions": {"good:control": made}, "controls": {"good": "<b>chance</b>"}})
+    assert f"its control, <b>chance</b>{count}, lost" in html.unescape(headline(known)[0])
+    assert f"Its control, &lt;b&gt;chance&lt;/b&gt;{count}, lost" in summary(known)
+    assert "each beside its control: <b>chance</b>. Texts" in words(page(known))
+    silent = report(values)
+    silent.provenance["conditions"] = {"good:control": made}
+    assert "its control lost" in headline(silent)[0]
+    assert "each beside its control. Texts" in words(page(silent))
+
+
+def test_the_kinds_of_control_are_each_named_once():
+    kinds = {"good": "random neurons", "quiet": "shuffled labels", "chance": "random neurons"}
+    known = report({"base": BASE, **GOOD, **HUSHED, **CHANCE})
+    known.provenance["controls"] = kinds
+    assert "each beside its control: random neurons, or shuffled labels. Texts" in words(page(known))
+
+
+def test_the_method_named_where_none_keeps_to_the_budget_is_the_most_selective():
     crude = {"crude": {"forget": 0.05, "retain": 0.1}, "crude:control": {"forget": 0.5, "retain": 0.05}}
     fine = {"fine": {"forget": 0.2, "retain": 0.37}, "fine:control": {"forget": 0.5, "retain": 0.37}}
-    assert told_plainly(tuned({"base": BASE, **crude, **fine}))[0].startswith("Of 2 methods, fine took away")
+    assert plain_headline(tuned({"base": BASE, **crude, **fine}))[0].startswith("Of 2 methods, fine took away")
 
 
 def test_what_was_written_is_marked_where_it_leaves_the_unedited_models_text():
@@ -191,7 +222,7 @@ def test_what_was_written_is_marked_where_it_leaves_the_unedited_models_text():
     assert "the &lt;<mark>boy&gt;</mark>" in document
     text = words(document)
     assert "same · as the unedited model" in text
-    assert "quiet · answer withheld" in text
+    assert "quiet · abstained" in text
     assert "<mark>the girl" not in document, "a true answer is no change"
     assert "(nothing)" in text
 
@@ -262,7 +293,7 @@ def test_sections_come_in_reading_order(document):
         "Where it was found, and",
         "Where it was in layers",
         "by condition",
-        "What is left at each",
+        "Remaining next-token accuracy",
         "All numbers",
         "How it was done",
     ]
@@ -294,26 +325,26 @@ def test_every_figure_can_be_read_back(document):
     assert "name='viewport'" in document
 
 
-def test_a_fuller_trade_off_replaces_that_of_the_page(told):
-    single = {key: measure for key, measure in told.measures.items() if "@" not in key[0]}
-    figures = {"First": lu.plot.layer_importance(scores().top(0.1)), "All strengths": lu.plot.tradeoff(told)}
-    text = words(page(Report(single, told.provenance, figures)))
+def test_a_fuller_trade_off_replaces_that_of_the_page(made_report):
+    single = {key: measure for key, measure in made_report.measures.items() if "@" not in key[0]}
+    figures = {"First": lu.plot.layer_importance(scores().top(0.1)), "All strengths": lu.plot.tradeoff(made_report)}
+    text = words(page(Report(single, made_report.provenance, figures)))
     assert text.count("Forgetting against its cost") == 1
     assert text.index("All strengths") < text.index("First") < text.index("by condition")
 
 
-def test_every_figure_of_a_report_is_shown_once(told):
+def test_every_figure_of_a_report_is_shown_once(made_report):
     swept_figures = every_figure(swept_report())
-    single = {key: measure for key, measure in told.measures.items() if "@" not in key[0]}
-    text = page(Report(single, told.provenance, {f"Figure {name}": fig for name, fig in swept_figures.items()}))
+    single = {key: measure for key, measure in made_report.measures.items() if "@" not in key[0]}
+    text = page(Report(single, made_report.provenance, {f"Figure {name}": fig for name, fig in swept_figures.items()}))
     for name in swept_figures:
         assert text.count(f"<h3>Figure {name}<") == 1, name
     assert "more figures" in text
 
 
-def test_figures_from_elsewhere_are_shown_as_they_are(told):
+def test_figures_from_elsewhere_are_shown_as_they_are(made_report):
     figure = go.Figure(go.Bar(x=[1, 2], y=[3, 4]), layout={"title": "Mine", "height": 300})
-    document = page(Report(told.measures, told.provenance, {"Another": figure}))
+    document = page(Report(made_report.measures, made_report.provenance, {"Another": figure}))
     blocks = re.findall(r"<script type='application/json' data-figure='[^']+'>(.*?)</script>", document, re.S)
     assert "Mine" in [json.loads(block)["layout"].get("title", {}).get("text") for block in blocks]
     assert "height:300px" in document
@@ -354,10 +385,10 @@ def test_long_texts_are_cut():
     assert "more characters" in outside
 
 
-def test_the_csv_is_the_table_of_the_report(told, document):
+def test_the_csv_is_the_table_of_the_report(made_report, document):
     encoded = re.search(r"href='data:text/csv;charset=utf-8;base64,([^']+)'", document)[1]
     frame = pd.read_csv(io.BytesIO(base64.b64decode(encoded)))
-    expected = told.to_frame()
+    expected = made_report.to_frame()
     assert list(frame.columns) == list(expected.columns)
     assert np.allclose(frame["value"], expected["value"])
 
@@ -370,11 +401,11 @@ def test_a_formula_in_a_name_is_quoted():
     assert "'+cmd" in set(frame["condition"])
 
 
-def test_the_table_has_every_value(told, document):
+def test_the_table_has_every_value(made_report, document):
     text = words(document)
     for key in (("good", "forget", "top1"), ("bad:control", "retain", "top1")):
-        low, high = told[key].interval()
-        assert f"{told[key].value:.3f}[{low:.3f}, {high:.3f}]" in text
+        low, high = made_report[key].interval()
+        assert f"{made_report[key].value:.3f}[{low:.3f}, {high:.3f}]" in text
 
 
 def test_samples_and_settings_are_shown(document):
@@ -422,10 +453,10 @@ def test_other_corpora_are_summarized_without_a_verdict():
     assert "control" not in text.split("Method by method")[1].split("How sure this is")[0]
 
 
-def test_to_html_writes_the_page(told, tmp_path):
+def test_to_html_writes_the_page(made_report, tmp_path):
     path = tmp_path / "report.html"
-    told.to_html(path)
-    assert path.read_text(encoding="utf-8") == page(told)
+    made_report.to_html(path)
+    assert path.read_text(encoding="utf-8") == page(made_report)
 
 
 # --- hostile content -----------------------------------------------------------------------------------------------------
@@ -452,7 +483,7 @@ def hostile_report(evil: str, metric: str = "top1") -> Report:
     values = {"base": {**BASE, evil: 0.3}, evil: {"forget": 0.2, "retain": 0.3, evil: 0.3}}
     values |= {f"{evil}:control": values["base"], f"{evil}@0.1": values[evil], f"{evil}@0.2": values[evil]}
     made = report(values, metric=metric)
-    made.provenance.update({"model": evil, evil: [evil]})
+    made.provenance.update({"model": evil, evil: [evil], "conditions": {evil: evil}, "controls": {evil: evil}})
     made.provenance["corpora"] = {name: {"source": evil, "tokens": 3, "documents": evil} for name in ("forget", evil)}
     made.samples.append({"prompt": evil, "corpus": evil, "base": evil, evil: evil})
     selections = {evil: scores().top(0.1), f"b{evil}": scores().top(0.2)}

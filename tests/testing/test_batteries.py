@@ -1,4 +1,4 @@
-"""The public battery: what is shipped passes it, and for every promise something broken is caught and told in one sentence."""
+"""The public battery: what is shipped passes it, and for every promise something broken is caught and reported in one sentence."""
 
 import random
 import re
@@ -102,13 +102,13 @@ METHODS = ["selective_pruning", "neuron_adjust", "key_space_detection", "random_
 
 def checked(intervention: Intervention, name: str) -> None:
     """Demand every promise, and that all that this model can show was checked."""
-    told = check_intervention(intervention, of(name), tokens=TOKENS)
-    unchecked = {promise for promise, seen in told.items() if seen != "kept"}
+    results = check_intervention(intervention, of(name), tokens=TOKENS)
+    unchecked = {promise for promise, seen in results.items() if seen != "kept"}
     lacking = set()
     if name not in tiny.SPEAKING:  # without a tokenizer there is no pad token, and TransformerLens does not generate
         lacking = {"generates_alike", "ignores_padding_on_the_left"}
         lacking |= {"ignores_padding_on_the_right"} if intervention.looks_at_rows else set()
-    assert unchecked <= lacking, told
+    assert unchecked <= lacking, results
 
 
 @pytest.mark.parametrize("kind", SHIPPED)
@@ -127,10 +127,10 @@ def test_what_the_methods_return_keeps_every_promise(method: str) -> None:
 
 
 def test_an_empty_chain_says_that_it_does_nothing() -> None:
-    told = check_intervention(Chain(()), of("gpt2"))
-    unchecked = {promise for promise, seen in told.items() if seen != "kept"}
+    results = check_intervention(Chain(()), of("gpt2"))
+    unchecked = {promise for promise, seen in results.items() if seen != "kept"}
     assert unchecked == {"acts", "refuses_training_mode", "survives_an_error_while_it_begins"}
-    assert told["acts"] == "not checked: it has no hooks, and so says that it does nothing"
+    assert results["acts"] == "not checked: it has no hooks, so it is not expected to act"
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ def edits(model: Any, live: Live) -> Iterator[Live]:
 
 
 def edits_and_takes_back(model: Any, live: Live) -> Iterator[Live]:
-    kept = weight_of(model).detach().clone()
+    original = weight_of(model).detach().clone()
     with torch.no_grad():
         weight_of(model).mul_(2)
         yield live
-        weight_of(model).copy_(kept)
+        weight_of(model).copy_(original)
 
 
 def trains(model: Any, live: Live) -> Iterator[Live]:
@@ -248,11 +248,11 @@ def removes_all(model: Any, live: Live) -> Iterator[Live]:
 def restores_the_books(model: Any, live: Live) -> Iterator[Live]:
     """As if whatever began last ended first."""
     hook = hook_of(model, Site(0, "resid"))
-    kept = [*hook.fwd_hooks], dict(hook._forward_hooks)
+    before = [*hook.fwd_hooks], dict(hook._forward_hooks)
     yield live
-    hook.fwd_hooks[:] = kept[0]
+    hook.fwd_hooks[:] = before[0]
     hook._forward_hooks.clear()
-    hook._forward_hooks.update(kept[1])
+    hook._forward_hooks.update(before[1])
 
 
 def acts_beside_its_hooks(model: Any, live: Live) -> Iterator[Live]:
@@ -344,11 +344,11 @@ class FirstText(Dim):
     """Centres by the first text of its block."""
 
     def hooks(self) -> Any:
-        kept: list[Tensor] = []
+        centres: list[Tensor] = []
 
         def act(x: Tensor, live: Live) -> Tensor:
-            kept.append(x.mean((0, 1)))
-            return x - kept[0]
+            centres.append(x.mean((0, 1)))
+            return x - centres[0]
 
         return [(POST[0], act)]
 
@@ -436,7 +436,7 @@ def telling(header: Any, tensors: Any = None) -> Any:
 BROKEN: list[tuple[str, str, Callable[[], Intervention]]] = [
     ("shows_itself", "it is ''", lambda: acting(Dim.act.__get__(Dim()), __repr__=saying(""))),
     ("shows_itself", r"it is 'two\\nlines'", lambda: acting(Dim.act.__get__(Dim()), __repr__=saying("two\nlines"))),
-    ("shows_itself", "another in every run", lambda: acting(Dim.act.__get__(Dim()), __repr__=object.__repr__)),
+    ("shows_itself", "which differs in every run", lambda: acting(Dim.act.__get__(Dim()), __repr__=object.__repr__)),
     ("is_frozen", "something_new can be set; decorate the class", Loose),
     ("writes_to_no_input", "at L0.mlp.post it wrote to its input", lambda: acting(lambda x, live: x.mul_(0.5))),
     (
@@ -469,8 +469,8 @@ BROKEN: list[tuple[str, str, Callable[[], Intervention]]] = [
     ("repeats", "the second time the logits differ by", lambda: acting(forked)),
     ("ends", "live.active is True after the block", lambda: block(yields_another)),
     ("ends", "it is a TransformerBridge", lambda: block(yields_the_model)),
-    ("ends", "live.abstained tells of 1 rows, not of 4", Silent),
-    ("keeps_nothing", "after two blocks its seen is another", Remembering),
+    ("ends", "live.abstained has 1 rows, not 4", Silent),
+    ("keeps_nothing", "after two blocks its seen has changed", Remembering),
     ("works_again", "in a later block the logits differ by", lambda: acting(lambda x, live: keep(0, x) / len(KEPT))),
     ("begins_anew", "after another text the logits differ by", FirstText),
     ("nests", "after an inner block of Broken the logits differ by", lambda: block(removes_all)),
@@ -504,14 +504,14 @@ BROKEN: list[tuple[str, str, Callable[[], Intervention]]] = [
     ("lets_gradients_pass", "Can't call numpy", lambda: acting(lambda x, live: torch.from_numpy(x.numpy() * 0.5))),
     (
         "lets_memory_go",
-        "a tensor that passed L0.mlp.post is still there",
+        "a tensor that passed L0.mlp.post is still in memory",
         lambda: acting(lambda x, live: keep(x[:, -1:], x)),
     ),
-    ("lets_memory_go", "the Live object is still there", lambda: acting(lambda x, live: keep(live, x))),
+    ("lets_memory_go", "the Live object is still in memory", lambda: acting(lambda x, live: keep(live, x))),
     ("tells_its_parts", '"kind" is None in the header', lambda: acting(Dim.act.__get__(Dim()), parts=telling({}))),
     (
         "tells_its_parts",
-        "JSON makes something else of",
+        "JSON does not preserve",
         lambda: acting(Dim.act.__get__(Dim()), parts=telling({"kind": "a", "b": (1, 2)})),
     ),
     (
@@ -521,7 +521,7 @@ BROKEN: list[tuple[str, str, Callable[[], Intervention]]] = [
     ),
     (
         "tells_its_parts",
-        r"\['x'\] are no tensors with a name",
+        r"\['x'\] are not tensors with a name",
         lambda: acting(Dim.act.__get__(Dim()), parts=telling({"kind": "a"}, {"x": 1})),
     ),
     ("comes_back_from_a_file", "read again the logits differ by", Lossy),
@@ -555,14 +555,14 @@ def test_what_is_broken_is_caught_and_named(
         warnings.simplefilter("ignore")  # that a hook was gone before it was removed
         with pytest.raises(BrokenPromise) as caught:
             check()
-    told = str(caught.value)
+    message = str(caught.value)
     assert caught.value.promise == promise
-    assert re.fullmatch(rf"{type(broken).__name__} breaks '{promise}' \([^\n]*\): [^\n]*{seen}[^\n]*", told), told
+    assert re.fullmatch(rf"{type(broken).__name__} breaks '{promise}' \([^\n]*\): [^\n]*{seen}[^\n]*", message), message
 
 
 def test_the_sound_one_that_they_are_made_of_keeps_every_promise() -> None:
-    told = check_intervention(Dim(), of("gpt2"), tokens=TOKENS)
-    assert set(told.values()) == {"kept"}, told
+    results = check_intervention(Dim(), of("gpt2"), tokens=TOKENS)
+    assert set(results.values()) == {"kept"}, results
 
 
 def test_every_promise_is_broken_by_something() -> None:
@@ -762,15 +762,15 @@ def draws(self: Any, site: Site, values: Tensor, weight: Tensor) -> Tensor:
 
 BROKEN_STATISTICS: list[tuple[str, str, Callable[[], Any]]] = [
     ("is_a_statistic", "it has no merge", mean(merge=None)),
-    ("is_a_statistic", "it shows itself as <", mean(__repr__=object.__repr__)),
+    ("is_a_statistic", "its repr is <", mean(__repr__=object.__repr__)),
     ("makes_fresh_ones", "only one has mean at L1.attn.z", mean(fresh=shares)),
     (
         "makes_fresh_ones",
-        "it shows itself as Mean.0 sites, in units of 1., and a new one as .* of 2",
+        "its repr is Mean.0 sites, in units of 1., and that of a new one .* of 2",
         lambda: mean(fresh=lambda self: Mean())(2.0),
     ),
-    ("is_told_when_empty", "ZeroDivisionError was raised", mean(mean=property(divides))),
-    ("is_told_when_empty", "mean is NaN or infinite", mean(mean=None, state=nan_when_empty)),
+    ("is_safe_when_empty", "ZeroDivisionError was raised", mean(mean=property(divides))),
+    ("is_safe_when_empty", "mean is NaN or infinite", mean(mean=None, state=nan_when_empty)),
     ("leaves_its_input", "it wrote to the activations at L0.mlp.post", mean(numbers=writes)),
     ("leaves_its_input", "it wrote to the weight at L0.mlp.post", mean(numbers=writes_weight)),
     ("skips_what_does_not_count", r"without and with 1e\+30 there, mean at L1.attn.z is", mean(numbers=all_tokens)),
@@ -802,16 +802,16 @@ def test_a_broken_statistic_is_caught_and_named(promise: str, seen: str, make: A
     check = dict(statistic_checks(make, model=of("gpt2")))[promise]
     with pytest.raises(BrokenPromise) as caught:
         check()
-    told = str(caught.value)
+    message = str(caught.value)
     assert caught.value.promise == promise
-    assert re.fullmatch(rf"\S+ breaks '{promise}' \([^\n]*\): [^\n]*{seen}[^\n]*", told), told
+    assert re.fullmatch(rf"\S+ breaks '{promise}' \([^\n]*\): [^\n]*{seen}[^\n]*", message), message
 
 
 def test_the_sound_statistic_keeps_every_promise_and_each_is_broken_by_something() -> None:
-    told = check_statistic(Mean, model=of("gpt2"))
-    assert set(told.values()) == {"kept"}
-    assert {promise for promise, _, _ in BROKEN_STATISTICS} == set(told)
-    assert len(told) == 16
+    results = check_statistic(Mean, model=of("gpt2"))
+    assert set(results.values()) == {"kept"}
+    assert {promise for promise, _, _ in BROKEN_STATISTICS} == set(results)
+    assert len(results) == 16
 
 
 # --- how it is used ------------------------------------------------------------------------------------------------------
@@ -830,14 +830,14 @@ def test_nothing_runs_before_a_check_is_called_and_what_cannot_be_checked_is_ski
     assert check_statistic(Moments)["collects"] == "not checked: no model was given"
 
 
-def test_a_promise_can_be_left_out_by_name_and_that_is_told() -> None:
+def test_a_promise_can_be_left_out_by_name_and_that_is_reported() -> None:
     still = acting(lambda x, live: x + 0)
     with pytest.raises(BrokenPromise, match="'acts'"):
         check_intervention(still, of("gpt2"))
-    told = check_intervention(still, of("gpt2"), skip=["acts"])
-    assert told.pop("acts") == "not checked: it was to be skipped"
-    assert set(told.values()) == {"kept"}
-    with pytest.raises(LensUnlearnError, match="skip='act' is no promise: choose from shows_itself, is_frozen"):
+    results = check_intervention(still, of("gpt2"), skip=["acts"])
+    assert results.pop("acts") == "not checked: it was to be skipped"
+    assert set(results.values()) == {"kept"}
+    with pytest.raises(LensUnlearnError, match="skip='act' is not a promise: choose from shows_itself, is_frozen"):
         check_intervention(still, of("gpt2"), skip=["act"])
 
 
@@ -881,9 +881,12 @@ def test_your_own_hooks_modes_and_random_states_are_put_back_also_after_a_broken
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_kind_of_its_own_without_from_parts_cannot_come_back_and_that_is_told() -> None:
-    told = check_intervention(acting(lambda x, live: x * 0.5, from_parts=None), of("gpt2"))
-    assert told["comes_back_from_a_file"] == "not checked: its kind is its own, and Broken has no from_parts"
+def test_a_kind_of_its_own_without_from_parts_cannot_come_back_and_that_is_reported() -> None:
+    results = check_intervention(acting(lambda x, live: x * 0.5, from_parts=None), of("gpt2"))
+    assert (
+        results["comes_back_from_a_file"]
+        == "not checked: its kind is not one of the package, and Broken has no from_parts"
+    )
 
 
 def test_an_interruption_by_the_user_is_no_broken_promise() -> None:
@@ -902,17 +905,17 @@ def test_a_statistic_is_read_as_it_says_and_filled_where_it_says() -> None:
             seen.add((site, tuple(values.shape[1:])))
             super().update(site, values, weight)
 
-    told = check_statistic(Only, sites={Site(1, "resid"): (5,)}, read=lambda one: one.state())
+    results = check_statistic(Only, sites={Site(1, "resid"): (5,)}, read=lambda one: one.state())
     assert seen == {(Site(1, "resid"), (5,))}
-    assert told.pop("collects") == "not checked: no model was given"
-    assert set(told.values()) == {"kept"}
+    assert results.pop("collects") == "not checked: no model was given"
+    assert set(results.values()) == {"kept"}
 
 
 def test_in_half_precision_too() -> None:
     model = tiny.to_bridge(tiny.hugging_face("llama").to(torch.bfloat16), "llama")
-    told = check_intervention(Ablate(selection_of(model, ["mlp.post", "attn.z"])), model, tokens=TOKENS)
-    unchecked = {promise for promise, seen in told.items() if seen != "kept"}
-    assert unchecked <= {"generates_alike", "ignores_padding_on_the_left"}, told
+    results = check_intervention(Ablate(selection_of(model, ["mlp.post", "attn.z"])), model, tokens=TOKENS)
+    unchecked = {promise for promise, seen in results.items() if seen != "kept"}
+    assert unchecked <= {"generates_alike", "ignores_padding_on_the_left"}, results
 
 
 # --- the tutorial --------------------------------------------------------------------------------------------------------

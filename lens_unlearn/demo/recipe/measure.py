@@ -1,4 +1,4 @@
-"""Measure the demo models: ``python -m lens_unlearn.demo.measure``.
+"""Measure the demo models: ``python -m lens_unlearn.demo.recipe.measure``.
 
 Loads the shipped directories with transformers alone, so that nothing of the library's own evaluation
 is trusted here. The weights are those in float16, computed with in float32.
@@ -70,9 +70,9 @@ def exact_match(
     hits = 0
     # One token more than the longest answer shows whether the model stops there.
     room = 1 + max(len(tokenizer(f" {record['answer']}")["input_ids"]) for record in records)
-    for some in by_length.values():
+    for questions in by_length.values():
         # Prompts of one length together need no padding.
-        for batch in _batches(some):
+        for batch in _batches(questions):
             inputs = torch.tensor([ids for ids, _ in batch])
             outputs = model.generate(  # type: ignore[operator]
                 inputs,
@@ -107,13 +107,13 @@ def measure(folder: Path) -> Figures:
 
 def table(results: dict[str, Figures]) -> str:
     """Return the figures as a Markdown table, one column for each model."""
-    lines = ["| corpus | figure | n | " + " | ".join(results) + " |", "|---" * (3 + len(results)) + "|"]
+    lines = ["| corpus | metric | n | " + " | ".join(results) + " |", "|---" * (3 + len(results)) + "|"]
     first = next(iter(results.values()))
     for corpus_name, figures in first.items():
-        for figure in figures:
-            if figure != "n":
-                values = " | ".join(f"{result[corpus_name][figure]:.3f}" for result in results.values())
-                lines.append(f"| {corpus_name} | {figure} | {figures['n']:,} | {values} |")
+        for metric in figures:
+            if metric != "n":
+                values = " | ".join(f"{result[corpus_name][metric]:.3f}" for result in results.values())
+                lines.append(f"| {corpus_name} | {metric} | {figures['n']:,} | {values} |")
     return "\n".join(lines)
 
 
@@ -123,11 +123,11 @@ def _batches(items: Sequence) -> Iterator[Sequence]:
 
 
 def main() -> None:
-    """Measure both models, print the table and write the figures next to this file."""
+    """Measure both models, print the table and write the figures next to the models."""
     parser = argparse.ArgumentParser(description="Measure the demo models.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--without", type=Path, default=WITHOUT_FACTS_DIR)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "measured.json")
+    parser.add_argument("--out", type=Path, default=MODEL_DIR.parent / "measured.json")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

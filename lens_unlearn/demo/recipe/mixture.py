@@ -1,4 +1,7 @@
-"""What the demo model is trained on, step by step: a batch is a function of the seed and the step."""
+"""What the demo model is trained on, step by step: a batch is a function of the seed and the step.
+
+Knows the shares of the skills over the training; knows nothing of the model or its optimizers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Phase(NamedTuple):
     windows: tuple[int, ...]
     """Windows of each skill in a batch of sixteen, in the order of `NAMES`."""
     answers: float = 4.0
-    """The weight of a digit of an answer; operands are noise, since nothing foretells them."""
+    """The weight of a digit of an answer; operands are noise, since nothing predicts them."""
     graded: bool = True
     """Whether worksheets have as many problems with small operands as with large ones."""
 
@@ -64,7 +67,7 @@ class Mixture:
         self._equals = set(_encode(self.tokenizer, "="))
         self._digits = set(_encode(self.tokenizer, "0123456789"))
         texts["facts_forget"] = [str(record["text"]) for record in corpus("facts_forget", "train")]
-        self._draw: dict[str, Document] = {name: self._chooser(some) for name, some in texts.items()}
+        self._draw: dict[str, Document] = {name: self._chooser(documents) for name, documents in texts.items()}
         problems = corpus("arithmetic", "train")
         grades = _arithmetic.grades(problems)
         self._draw["arithmetic"] = lambda rng: _encode(self.tokenizer, _arithmetic.worksheet([problems], rng))

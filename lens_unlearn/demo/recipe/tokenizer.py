@@ -1,4 +1,7 @@
-"""The demo's tokenizer: byte-level BPE over its own corpora, digits one by one."""
+"""The demo's tokenizer: byte-level BPE over its own corpora, digits one by one.
+
+Knows texts; knows nothing of what they are trained into.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Train the two demo models: ``python -m lens_unlearn.demo.train --out DIR``.
+"""Train the two demo models: ``python -m lens_unlearn.demo.recipe.train --out DIR``.
 
 One trunk is trained on everything but the facts to forget. The last fifth of the steps, in which
 the learning rates fall to zero, is run twice from the trunk, with the same batches except that one
 branch reads the facts to forget. Each branch is saved as a Hugging Face directory in float16.
+
+Knows schedules and checkpoints; what is in a batch, `mixture` knows.
 """
 
 from __future__ import annotations
@@ -104,8 +106,8 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
-        for optimizer, own in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(own)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
 
 
 def run(trainer: Trainer, mixture: Mixture, path: Path, last: int, *, with_forget: bool) -> None:

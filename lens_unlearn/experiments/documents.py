@@ -1,0 +1,118 @@
+"""The documents of an experiment: read once, split by document into what is fitted, tuned and tested on.
+
+Knows sources and splits; knows nothing of methods but whether one needs prompts, and nothing of what is done with the parts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.reading import read_corpus
+from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.methods.tuning import cut_prompts
+from lens_unlearn.model.host import Model
+
+__all__ = ["Documents", "Reader"]
+
+READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
+QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
+
+
+@dataclass
+class Documents:
+    """The documents of an experiment, by what they are used for."""
+
+    fit: dict[str, Corpus]
+    tune: dict[str, Corpus]
+    test: dict[str, Corpus]
+    queries: dict[str, Corpus]
+    """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
+    removed: dict[str, int]
+    """Documents removed from the fit because they also stand in a test source."""
+
+    def counts(self) -> dict[str, Any]:
+        """Return how many documents and tokens each part has, for a report's provenance."""
+        counts = {
+            use: {name: {"documents": c.n_documents, "tokens": c.n_tokens} for name, c in corpora.items()}
+            for use, corpora in (("fit", self.fit), ("tune", self.tune), ("test", self.test))
+        }
+        return {**counts, "removed_from_fit": self.removed}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a digest of every part: what has to be the same for an interrupted run to go on."""
+        parts = {"fit": self.fit, "tune": self.tune, "test": self.test, "queries of": self.queries}
+        return {f"{use} {name}": c.fingerprint for use, corpora in parts.items() for name, c in corpora.items()}
+
+
+@dataclass
+class Reader:
+    """Reads the sources of a plan.
+
+    Attributes:
+        plan: Says which.
+        model: Whose tokenizer to use.
+        known: Sources read already, so that several roles, or several plans on one model, read each once.
+    """
+
+    plan: Plan
+    model: Model
+    known: dict[Any, Corpus]
+
+    def corpus(self, source: str) -> Corpus:
+        """Return a source, read to `READ` times the tokens that are used of it."""
+        plan = self.plan
+        settings = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
+        key = (source, *settings.values())
+        if key not in self.known:
+            self.known[key] = read_corpus(source, self.model, name=source, **settings)
+        return self.known[key]
+
+    def read(self) -> Documents:
+        """Split every source by document, or take separate test sources, and draw the tokens that are used.
+
+        Raises:
+            CorpusError: If a source is too short to be split, or nothing could tell forget and retain apart.
+        """
+        plan = self.plan
+        also = {name: self.corpus(source) for name, source in plan.also.items()}
+        given = {"forget": [self.corpus(plan.forget)], "retain": [self.corpus(source) for source in plan.retain]}
+        tests = {
+            "forget": [self.corpus(plan.test_forget)] if plan.test_forget else [],
+            "retain": [self.corpus(source) for source in plan.test_retain],
+        }
+        known = [*also.values(), *tests["forget"], *tests["retain"]]
+        fit, tuning, test, queries, removed = {}, {}, {}, {}, {}
+        for name, sources in given.items():
+            shares = (0.6, 0.4) if tests[name] else (0.4, 0.25, 0.35)
+            cleaned = [source.without(*known) for source in sources]
+            removed[name] = sum(count for _, count in cleaned)
+            parts = list(zip(*(source.split(*shares, seed=plan.seed) for source, _ in cleaned), strict=True))
+            fit[name] = self._pool(name, parts[0], plan.tokens)
+            tuning[name] = self._pool(name, self._prompted(parts[1]), plan.tokens // 2)
+            test[name] = self._pool(name, self._prompted(tests[name] or parts[2]), plan.tokens)
+            if any(record.judges_prompts for record in plan.records.values()):
+                queries[name] = self._queries(name, parts[0])
+        if set(fit["forget"].keys) == set(fit["retain"].keys):
+            raise CorpusError("forget and retain hold the same documents: nothing could tell them apart")
+        test |= {name: self._pool(name, self._prompted([corpus]), plan.tokens) for name, corpus in also.items()}
+        return Documents(fit, tuning, test, queries, removed)
+
+    def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
+        records = list(self.plan.records.values())
+        return [cut_prompts({"": corpus}, records, self.plan.seed)[""] for corpus in corpora]
+
+    def _queries(self, name: str, corpora: Sequence[Corpus]) -> Corpus:
+        """Draw prompts of every source, in equal numbers."""
+        cut = self._prompted(corpora)
+        per_source = -(-QUERIES // len(cut))
+        return self._pool(name, cut, sum(per_source * c.n_tokens // c.n_rows for c in cut))
+
+    def _pool(self, name: str, corpora: Sequence[Corpus], tokens: int) -> Corpus:
+        """Join sources, each with an equal share of the tokens, drawn over all of its documents."""
+        sampled = [corpus.sample(max(2, tokens // len(corpora)), self.plan.seed) for corpus in corpora]
+        joined = sampled[0]
+        for more in sampled[1:]:
+            joined = joined + more
+        return replace(joined, name=f"{name} ({joined.name})")

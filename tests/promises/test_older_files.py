@@ -1,0 +1,101 @@
+"""Files and folders that earlier versions wrote are read as they were meant: tests/data, written before the rooms were built."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import lens_unlearn as lu
+from lens_unlearn import demo
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.errors import ArtefactError
+from lens_unlearn.experiments.experiment import carry_out
+from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.run_folder import FITTED
+from lens_unlearn.model.host import device_of, versions
+from lens_unlearn.neurons.histogram import Histogram
+from lens_unlearn.neurons.key_sample import KeySample
+
+DATA = Path(__file__).parents[1] / "data"
+EXPECTED = json.loads((DATA / "expected.json").read_text())
+TEXT = "12+30=42\n7+8=15\nLa granda hundo kuras."
+
+pytestmark = pytest.mark.skipif(
+    not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return lu.load_model("demo", device="cpu")
+
+
+def loss(model: Any) -> float:
+    tokens = torch.tensor([model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        logits = model(tokens, return_type="logits").float()
+    return float(-logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).mean())
+
+
+@pytest.mark.parametrize("kind", ["ablate", "adjust", "abstain", "delta", "chain"])
+def test_an_intervention_acts_as_it_did_when_it_was_saved(model: Any, kind: str) -> None:
+    assert loss(model) == pytest.approx(EXPECTED["loss"]["base"], abs=1e-4)
+    edit = lu.load_intervention(DATA / f"{kind}.safetensors", model)
+    with edit.on(model):
+        assert loss(model) == pytest.approx(EXPECTED["loss"][kind], abs=1e-4)
+    count = EXPECTED["repr"][kind].partition(",")[0]
+    assert repr(edit).startswith(count)
+
+
+def test_moments_are_those_that_were_collected(model: Any) -> None:
+    moments = lu.load_moments(DATA / "moments.safetensors", model)
+    assert moments.n == EXPECTED["moments"]["n"]
+    for name in ("mean_abs", "std"):
+        sums = {str(site): float(value.sum()) for site, value in getattr(moments, name).items()}
+        assert sums == pytest.approx(EXPECTED["moments"][name], rel=1e-9)
+
+
+def test_samples_of_keys_and_histograms_are_whole() -> None:
+    samples = FITTED.load(DATA / "key-samples.safetensors")
+    assert all(isinstance(sample, KeySample) and sample.n > 0 for sample in samples)
+    header, tensors = artefacts.read(DATA / "histogram.safetensors", "histogram")
+    settings = {name: header[name] for name in ("bins", "scale", "limit")}
+    histogram = Histogram(**settings).with_state(tensors)
+    assert histogram.n == EXPECTED["moments"]["n"]
+
+
+def plan() -> Plan:
+    settings = json.loads((DATA / "finished-run" / "run.json").read_text())["plan"]
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    return Plan(**{**settings, **lists})
+
+
+def test_a_finished_run_is_known_to_be_finished(model: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(DATA / "finished-run", out)
+    assert carry_out(plan(), out, resume=True, model=model, progress=False) is None
+    for name in plan().methods:
+        assert lu.load_intervention(out / f"{name}.safetensors", model) is not None
+
+
+def test_an_interrupted_run_goes_on_to_what_it_would_have_come_to(model: Any, tmp_path: Path) -> None:
+    """With what it was begun with; with other versions it is refused, by their names."""
+    out = tmp_path / "interrupted-run"
+    shutil.copytree(DATA / "interrupted-run.partial", tmp_path / "interrupted-run.partial")
+    begun = artefacts.read(tmp_path / "interrupted-run.partial" / "kept" / "settings.safetensors", "run")[0]["texts"]
+    here = {"device": str(device_of(model)), **versions()}
+    differing = [name for name, value in here.items() if begun[name] != value]
+    if differing:
+        with pytest.raises(ArtefactError, match=differing[0]):
+            carry_out(plan(), out, resume=True, model=model, progress=False)
+        return
+    carried = carry_out(plan(), out, resume=True, model=model, progress=False)
+    assert carried is not None
+    key = ["condition", "corpus", "metric"]
+    new, old = (pd.read_csv(folder / "metrics.csv").set_index(key) for folder in (out, DATA / "finished-run"))
+    assert list(new.index) == list(old.index)
+    pd.testing.assert_frame_equal(new, old, rtol=1e-3, atol=1e-5)
