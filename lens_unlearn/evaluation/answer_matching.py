@@ -31,6 +31,7 @@ _NUMBER = re.compile(
 )
 _MARK = "####"  # of GSM8K: the result stands behind it
 _FENCE = re.compile(r"```\w*[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+_BEGIN, _DONE = re.compile(r"^\s*\[BEGIN\][^\S\n]*\n?"), re.compile(r"\s*^[^\S\n]*\[DONE\]", re.MULTILINE)
 
 
 def normalize(text: str) -> str:
@@ -160,9 +161,18 @@ def _scorer() -> Any:
 
 
 def program(text: str) -> str:
-    """Return the code in an answer: what the first fence (three backticks) holds, or else all of it."""
+    r"""Return the code in an answer: what the first fence (three backticks) holds, or else all of it.
+
+    MBPP's own prompts put a program between [BEGIN] and [DONE], which are no Python: they are left out.
+
+    >>> program("[BEGIN]\ndef f(x):\n    return x\n[DONE]\n[BEGIN]")
+    'def f(x):\n    return x'
+    """
     fenced = _FENCE.search(text)
-    return fenced[1] if fenced else text
+    if fenced:
+        return fenced[1]
+    begun = _BEGIN.sub("", text, count=1)
+    return _DONE.split(begun, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)

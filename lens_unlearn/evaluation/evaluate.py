@@ -2,7 +2,7 @@
 
 Every (condition, batch) goes through the model once, whatever is measured: all metrics of tokens read the same logits, and so do
 those of memorization, which only run what stands in no corpus. Knows the families of scores and the table of metrics; knows no
-metric by name but `kl`, which needs the unedited model beside.
+metric by name but `kl`, which needs the unedited model beside, and `abstained`, which it lacks where nothing can abstain.
 """
 
 import os
@@ -27,7 +27,7 @@ from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, in_order, needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
-from lens_unlearn.evaluation.teacher_forcing import Forced, outcomes, predict, split_rows
+from lens_unlearn.evaluation.teacher_forcing import Forced, outcomes, predict
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
@@ -314,8 +314,8 @@ class _Piece:
     """[tokens] Which row of the batch each predicted token is of."""
     rare: np.ndarray
     """[tokens] 1 where the target is not one of the corpus' most frequent ones."""
-    tables: dict[str, list[tuple[np.ndarray, np.ndarray, list[Forced]]]]
-    """By condition, for each of its interventions: [tokens, token metrics], which rows abstained, and the rows' tokens."""
+    tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]
+    """By condition, for each of its interventions: [tokens, token metrics], which rows abstained, and [tokens, `KEPT`]."""
 
 
 def _run(
@@ -328,7 +328,7 @@ def _run(
     rare = (~common[batch.tokens[:, 1:][where]]).numpy().astype(np.float64)
     with torch.no_grad():
         reference = predict(model, batch) if BASE in runs else None
-        tables: dict[str, list[tuple[np.ndarray, np.ndarray, list[Forced]]]] = {name: [] for name in runs}
+        tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}
         for name, run in runs.items():
             for intervention in run:
                 if intervention is None and reference is not None:
@@ -339,8 +339,7 @@ def _run(
                 table = outcomes(predicted, quantities, None if reference is None else reference.logits)
                 tokens = dict(zip(quantities, table.T, strict=True)) | {"rare": rare}
                 columns = [metric.of(tokens) for metric in of_tokens if metric.of is not None]
-                rows = list(split_rows(predicted, table, quantities))
-                tables[name].append((np.stack(columns, axis=1), predicted.abstained.numpy(), rows))
+                tables[name].append((np.stack(columns, axis=1), predicted.abstained.numpy(), table[:, : len(KEPT)]))
     return _Piece(batch, where.nonzero()[:, 0].numpy(), rare, tables)
 
 
@@ -353,19 +352,17 @@ def _add(scored: _Scored, piece: _Piece, corpus: Corpus, kept_rows: set[int]) ->
     over = [ones if metric.over is None else metric.over({"rare": piece.rare}) for metric in of_tokens]
     np.add.at(scored.counts[:, : len(of_tokens)], of_token, np.stack(over, axis=1))
     np.add.at(scored.counts[:, len(of_tokens) :], documents, 1)
+    true_answers = [(place, row) for place, row in enumerate(piece.batch.rows.tolist()) if row in kept_rows]
     for name, parts in piece.tables.items():
-        for number, (table, silent, rows) in enumerate(parts):
+        for number, (table, silent, quantities) in enumerate(parts):
             into = scored.values[name][number]
             np.add.at(into[:, : len(of_tokens)], of_token, table)
             for column, metric in enumerate(scored.metrics[len(of_tokens) :], start=len(of_tokens)):
                 if metric.of is not None:
                     np.add.at(into[:, column], documents, metric.of({"abstained": silent.astype(np.float64)}))
-            true_answers = {
-                row: part for row, part in zip(piece.batch.rows.tolist(), rows, strict=True) if row in kept_rows
-            }
-            scored.rows[name][number] |= {
-                row: {quantity: part[quantity].copy() for quantity in KEPT} for row, part in true_answers.items()
-            }
+            for place, row in true_answers:
+                own = quantities[piece.row == place]
+                scored.rows[name][number][row] = dict(zip(KEPT, own.T, strict=True))
 
 
 def _common_targets(corpus: Corpus, vocabulary: int) -> Bool[Tensor, "vocabulary"]:

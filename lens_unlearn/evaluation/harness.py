@@ -40,6 +40,9 @@ except ImportError as error:
 
 __all__ = ["HarnessModel", "run_tasks"]
 
+FEWSHOT_SEED = 1234
+"""The harness' own default: the few-shot examples are those of its command line, and the same for every condition."""
+
 Task = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -242,6 +245,10 @@ def _ones(of_task: Mapping[str, list[np.ndarray]]) -> np.ndarray:
 def _run(reader: HarnessModel, manager: Any, tasks: Sequence[Task], limit: int | None) -> Mapping[str, Any]:
     with _one_sentence(tasks):
         loaded = manager.load([_spec(task) for task in tasks])
+        for task in loaded["tasks"].values():
+            # As the harness does before its own runs. Without it the examples in a prompt come from the system's entropy: each
+            # condition would get others, and differences between conditions would mean nothing.
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
         found = _evaluate(reader, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     assert found is not None  # None is for the other processes of the harness' own sharing, which is not used
     return found

@@ -10,6 +10,7 @@ import pytest
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.evaluation import code_tests
+from lens_unlearn.evaluation.answer_matching import program
 from lens_unlearn.evaluation.code_tests import check_runner, passes_tests
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="code runs with limits on POSIX systems only")
@@ -20,6 +21,15 @@ TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
 
 def passes(code: str, tests: list[str] = TESTS, setup: str = "", seconds: float = 20.0) -> bool:
     return passes_tests(code, tests, setup, allow_code_execution=True, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "answer", ["[BEGIN]\n{}\n[DONE]", "[BEGIN]\n{}", "{}\n[DONE]\nand more", "  [BEGIN] \n{}\n", "{}"]
+)
+def test_a_right_program_between_marks_passes_and_a_wrong_one_does_not(answer: str) -> None:
+    for body, right in (("return a + b", True), ("return a - b", False)):
+        text = program(answer.format(f"def add(a, b):\n    {body}"))
+        assert passes_tests(text, ["assert add(2, 3) == 5"], allow_code_execution=True) == right
 
 
 def test_the_runner_works_here() -> None:

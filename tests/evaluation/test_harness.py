@@ -17,6 +17,7 @@ from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
+from lens_unlearn.interventions.base import Chain
 from lens_unlearn.neurons.maps import NeuronMap
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -155,6 +156,17 @@ def test_a_task_gives_the_mean_of_its_documents(demo: Any, sums: dict[str, Any])
         scores = asked["sums_choice"].scores
         (table,) = scores.values[condition]
         assert table[:, [row.name for row in scores.metrics].index("acc")].tolist() == [float(r) for r in right]
+
+
+def test_few_shot_examples_are_the_same_for_every_condition_and_in_every_run(demo: Any, sums: dict[str, Any]) -> None:
+    """An intervention that changes nothing gives what the unedited model gives, question by question, whenever it is run."""
+    few = {**sums["sums_choice"], "task": "sums_few", "num_fewshot": 2, "fewshot_split": "test"}
+    runs = {"base": [None], "empty": [Chain()], "again": [Chain()]}
+    first, second = (run_tasks(demo, [few], runs, progress=False)[0]["sums_few"] for _ in range(2))
+    tables = [asked.scores.values[name][0] for asked in (first, second) for name in runs]
+    assert all(np.array_equal(table, tables[0]) for table in tables)
+    alone = run_tasks(demo, [sums["sums_choice"]], {"base": [None]}, progress=False)[0]["sums_choice"]
+    assert not np.array_equal(tables[0], alone.scores.values["base"][0]), "examples in the prompt make a difference"
 
 
 def one_of(model: Any) -> Ablate:

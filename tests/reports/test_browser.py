@@ -19,7 +19,7 @@ import pytest
 import tiny
 from command_line_helpers import WORDS
 
-from lens_unlearn.experiments import experiment
+from lens_unlearn.experiments import report_content
 from lens_unlearn.experiments.experiment import carry_out
 from lens_unlearn.experiments.plan import Plan
 
@@ -160,7 +160,7 @@ def report(model_dir: Path, loaded: Any, tmp_path_factory: pytest.TempPathFactor
         settings={"fraction": 0.1, "false_alarms": 0.2}, fractions=(0.2, 0.4), false_alarms=(0.1,),
     )  # fmt: skip
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "WRITTEN", 3)
+        patch.setattr(report_content, "WRITTEN", 3)
         warnings.simplefilter("ignore", RuntimeWarning)  # too few texts for figures of the key space
         done = carry_out(plan, folder / "out", progress=False, model=loaded)
     assert done is not None
