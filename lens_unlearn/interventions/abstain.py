@@ -169,9 +169,9 @@ class Abstain(Intervention):
         rates = "".join(
             f", {name} {share:.0%} [{low:.0%}, {high:.0%}] of {n:,} held-out queries"
             for name, (share, low, high, n) in (
-                (name.replace("_", " "), self.rates[name])
-                for name in ("detection", "false_alarms")
-                if name in self.rates
+                (words, self.rates[key])
+                for key, words in (("detection", "detection"), ("false_alarms", "false positives"))
+                if key in self.rates
             )
         )
         return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{rates})"

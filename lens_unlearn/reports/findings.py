@@ -1,4 +1,4 @@
-"""The findings of a report: what each method took away, what it cost, and whether it beats its control.
+"""The findings of a report: what each method removed, what it cost, and whether it beats its control.
 
 Knows how a report's numbers become statements, and what its provenance says of a control; `templates/findings.html` knows how
 they are written. Knows nothing of how a method or its control is made.

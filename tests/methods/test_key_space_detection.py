@@ -229,7 +229,7 @@ def test_choosing_among_layers_that_say_nothing_promises_nothing() -> None:
     forget, retain = planted([0.0] * LAYERS, n=300, m=300)
     act = detect(forget, retain)
     low, high = act.rates["detection"][1:3]
-    assert low < 0.1, "the interval says that it may be no better than the false alarms"
+    assert low < 0.1, "the interval says that it may be no better than the false positive rate"
     assert high < 0.3
 
 

@@ -150,7 +150,7 @@ def test_the_headline_says_what_was_lost_at_what_cost_beside_what_and_how_sure()
 
 def test_the_headline_says_plainly_what_does_not_beat_its_control_and_what_exceeds_the_budget():
     both = plain_headline(tuned({"base": BASE, **GOOD, **CHANCE, **HUSHED}))
-    assert both[0].startswith("Of 3 methods, good took away 60.0%"), "quiet lost more, but beyond the budget"
+    assert both[0].startswith("Of 3 methods, good removed 60.0%"), "quiet lost more, but beyond the budget"
     assert both[1].startswith(
         "The controls are beaten by good and quiet; not by chance (forget loss minus retain loss 0.0%"
     )
@@ -211,7 +211,7 @@ def test_the_kinds_of_control_are_each_named_once():
 def test_the_method_named_where_none_keeps_to_the_budget_is_the_most_selective():
     crude = {"crude": {"forget": 0.05, "retain": 0.1}, "crude:control": {"forget": 0.5, "retain": 0.05}}
     fine = {"fine": {"forget": 0.2, "retain": 0.37}, "fine:control": {"forget": 0.5, "retain": 0.37}}
-    assert plain_headline(tuned({"base": BASE, **crude, **fine}))[0].startswith("Of 2 methods, fine took away")
+    assert plain_headline(tuned({"base": BASE, **crude, **fine}))[0].startswith("Of 2 methods, fine removed")
 
 
 def test_what_was_written_is_marked_where_it_leaves_the_unedited_models_text():
