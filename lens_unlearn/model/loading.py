@@ -127,8 +127,9 @@ def _quiet() -> Any:
 def fingerprint(model: Model) -> dict[str, Any]:
     """Describe a model so that saved files can distinguish it from other models, and from itself in another state.
 
-    The digest of the weights samples 64 values of each parameter; parameter names do not enter, so it is the same in every
-    version of TransformerLens. Compatibility mode and dtype are part of the fingerprint, because they change the activations.
+    The digest of the weights samples 64 values of each parameter; parameter names do not enter. The bridges of TransformerLens
+    3.9 and 4 hold other parameters of the same model, so a file that one of them wrote is refused under the other. Compatibility
+    mode and dtype are part of the fingerprint, because they change the activations.
     """
     require_model(model)
     cfg = model.cfg

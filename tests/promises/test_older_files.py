@@ -16,13 +16,20 @@ from lens_unlearn.core.errors import ArtefactError
 from lens_unlearn.experiments.experiment import carry_out
 from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.experiments.run_folder import FITTED
-from lens_unlearn.model.host import device_of, versions
+from lens_unlearn.model.host import device_of, host_version, versions
 from lens_unlearn.neurons.histogram import Histogram
 from lens_unlearn.neurons.key_sample import KeySample
 
 DATA = Path(__file__).parents[1] / "data"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 TEXT = "12+30=42\n7+8=15\nLa granda hundo kuras."
+
+BEGUN = artefacts.read(DATA / "interrupted-run.partial" / "kept" / "settings.safetensors", "run")[0]["texts"]
+"""What the interrupted run was begun with."""
+same_host = pytest.mark.skipif(
+    host_version().partition(".")[0] != BEGUN["transformer_lens"].partition(".")[0],
+    reason="the files were written on another TransformerLens, whose bridge holds other parameters of the same model",
+)
 
 pytestmark = pytest.mark.skipif(
     not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout"
@@ -41,6 +48,7 @@ def loss(model: Any) -> float:
     return float(-logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).mean())
 
 
+@same_host
 @pytest.mark.parametrize("kind", ["ablate", "adjust", "abstain", "delta", "chain"])
 def test_an_intervention_acts_as_it_did_when_it_was_saved(model: Any, kind: str) -> None:
     assert loss(model) == pytest.approx(EXPECTED["loss"]["base"], abs=1e-4)
@@ -51,6 +59,7 @@ def test_an_intervention_acts_as_it_did_when_it_was_saved(model: Any, kind: str)
     assert repr(edit).startswith(count)
 
 
+@same_host
 def test_moments_are_those_that_were_collected(model: Any) -> None:
     moments = lu.load_moments(DATA / "moments.safetensors", model)
     assert moments.n == EXPECTED["moments"]["n"]
@@ -74,6 +83,7 @@ def plan() -> Plan:
     return Plan(**{**settings, **lists})
 
 
+@same_host
 def test_a_finished_run_is_known_to_be_finished(model: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(DATA / "finished-run", out)
@@ -86,9 +96,8 @@ def test_an_interrupted_run_goes_on_to_what_it_would_have_come_to(model: Any, tm
     """With what it was begun with; with other versions it is refused, by their names."""
     out = tmp_path / "interrupted-run"
     shutil.copytree(DATA / "interrupted-run.partial", tmp_path / "interrupted-run.partial")
-    begun = artefacts.read(tmp_path / "interrupted-run.partial" / "kept" / "settings.safetensors", "run")[0]["texts"]
     here = {"device": str(device_of(model)), **versions()}
-    differing = [name for name, value in here.items() if begun[name] != value]
+    differing = [name for name, value in here.items() if BEGUN[name] != value]
     if differing:
         with pytest.raises(ArtefactError, match=differing[0]):
             carry_out(plan(), out, resume=True, model=model, progress=False)
