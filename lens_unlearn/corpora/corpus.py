@@ -138,6 +138,13 @@ class Corpus:
     """Documents left out while reading, by reason."""
     answers: tuple[Answer | None, ...] = ()
     """For each document its answer, or None if it was not read as a prompt with an answer; empty if none was."""
+    groups: tuple[str, ...] = ()
+    """For each document a digest of its group, such as its author; empty where every document stands for itself."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """For each document the key of what splits keep whole and intervals resample: its group, or the document itself."""
+        return self.groups or self.keys
 
     @property
     def n_tokens(self) -> int:
@@ -171,6 +178,8 @@ class Corpus:
         ]
         if comparisons:
             digest.update(repr(comparisons).encode())
+        if self.groups:
+            digest.update(repr(self.groups).encode())
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Int[Tensor, "pos"]:
@@ -354,6 +363,9 @@ class Corpus:
             answers=tuple(answer for answer, yes in zip(self.answers, documents.tolist(), strict=True) if yes)
             if self.answers
             else (),
+            groups=tuple(group for group, yes in zip(self.groups, documents.tolist(), strict=True) if yes)
+            if self.groups
+            else (),
         )
 
     def first(self, tokens: int) -> "Corpus":
@@ -380,6 +392,7 @@ class Corpus:
             document=torch.cat([self.document, other.document + self.n_documents]),
             keys=self.keys + other.keys,
             answers=self._answers() + other._answers() if self.answers or other.answers else (),
+            groups=self.units + other.units if self.groups or other.groups else (),
             window=max(self.window, other.window),
             skipped={r: self.skipped.get(r, 0) + other.skipped.get(r, 0) for r in {**self.skipped, **other.skipped}},
         )
