@@ -8,13 +8,13 @@ the same way; the anamnesis index is the ratio of the steps to within 10 % of th
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from record import Table, begin
+
 import lens_unlearn as lu
 from lens_unlearn import demo
-from lens_unlearn.evaluation.report import provenance_of
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 SIMU: dict[str, Any] = {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4, "steps": 60}
@@ -27,8 +27,7 @@ def read(model: Any, source: str, tokens: int | None = None) -> lu.Corpus:
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = parser.parse_args(given)
-    start = time.time()
+    args, record = begin(parser, given)
     model, unaware = lu.load_model("demo"), lu.load_model(str(demo.WITHOUT_FACTS_DIR))
     persons, others = read(model, "facts_forget:train"), read(model, "facts_retain:dev")
     quiet: dict[str, Any] = {"progress": False}
@@ -40,15 +39,16 @@ def main(given: Sequence[str] | None = None) -> None:
         "neuron-adjust, 10 %": lambda s: lu.neuron_adjust(model, persons, others, fraction=0.1, seed=s, **quiet),
         "key-space-detection": lambda s: lu.key_space_detection(model, persons, others, region="auto", seed=s, **quiet),
     }
-    print(f"demo, lr 1e-4, {persons.n_documents} questions; {provenance_of({})['versions']}\n")
-    print("| method | seed | threat | " + " | ".join(map(str, STEPS)) + " | neighbours, 0 | 64 | index |")
-    print("| --- | --- | --- |" + " --- |" * (len(STEPS) + 3))
+    record.about(model, questions=persons.n_documents)
+    print(f"demo, lr 1e-4, {persons.n_documents} questions")
+    columns = ["method", "seed", "threat", *map(str, STEPS)]
+    table = record.table("relearning", [*columns, "neighbours, 0", "neighbours, 64", "index"])
     for seed in args.seeds:
         settings: dict[str, Any] = {"steps": STEPS, "seed": seed, **quiet}
         base = read(unaware, "facts_forget:train")
         measured = {"forget": base, "neighbours": read(unaware, "facts_retain:test", 2000)}
         never = lu.relearn(unaware, base, measured=measured, **settings)
-        show("never saw", seed, "", never, "")
+        show(table, "never saw", seed, "", never, "")
         measured = {"forget": persons, "neighbours": read(model, "facts_retain:test", 2000)}
         for name, fit in methods.items():
             edit = fit(seed)
@@ -57,17 +57,17 @@ def main(given: Sequence[str] | None = None) -> None:
                     run = lu.relearn(model, persons, edit, measured=measured, attached=attached, **settings)
                 except lu.LensUnlearnError as error:
                     if attached:
-                        print(f"| {name} | {seed} | attached | {error} |", flush=True)
+                        print(f"{name}, attached: {error}", flush=True)
                     continue
                 index = lu.anamnesis_index(run, never, 1.0)
-                show(name, seed, "attached" if attached else "baked", run, f"{index:.2f}")
-    print(f"\n{time.time() - start:.0f} s")
+                show(table, name, seed, "attached" if attached else "baked", run, f"{index:.2f}")
+    record.end()
 
 
-def show(name: str, seed: int, threat: str, run: Any, index: str) -> None:
+def show(table: Table, name: str, seed: int, threat: str, run: Any, index: str) -> None:
     forget, near = run.curves["forget"], run.curves["neighbours"]
     cells = [f"{share:.3f}" for _, share in forget] + [f"{near[0][1]:.3f}", f"{near[-1][1]:.3f}", index]
-    print(f"| {name} | {seed} | {threat} | " + " | ".join(cells) + " |", flush=True)
+    table.row([name, seed, threat, *cells])
 
 
 if __name__ == "__main__":
