@@ -11,27 +11,22 @@ side is all other skills, in equal parts. Nothing is chosen on the test texts.
 import argparse
 import functools
 import re
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from record import Record, begin, percent
 
 import lens_unlearn as lu
 from lens_unlearn.core.intervals import auc
 from lens_unlearn.corpora.sources import open_source
-from lens_unlearn.evaluation.report import provenance_of
 from lens_unlearn.methods.tuning import sweep
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import query_keys
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+CONTROLS = 3
 QUERIES, ASKED = 400, 200  # prompts of each skill to fit on, and to test on
-
-
-def percent(measure: Any) -> str:
-    low, high = measure.interval()
-    return f"{measure.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def pooled(corpora: Iterable[lu.Corpus]) -> lu.Corpus:
@@ -83,11 +78,10 @@ def rows(corpus: lu.Corpus, count: int, seed: int) -> lu.Corpus:
     return corpus.sample(max(2, count * corpus.n_tokens // corpus.n_rows), seed)
 
 
-def adjust(args: argparse.Namespace, model: Any) -> None:
+def adjust(args: argparse.Namespace, model: Any, record: Record) -> None:
     """Print the frontier over fractions, beside Selective Pruning's and the controls of equal size."""
     fit, test = read(args, model, "texts")
-    print("| forget | seed | method | " + " | ".join(f"{f:.0%}" for f in args.fractions) + " |")
-    print("| --- | --- | --- |" + " --- |" * len(args.fractions))
+    table = record.table("adjust", ["forgotten", "seed", "method", "lost", *(f"{f:.0%}" for f in args.fractions)])
     for skill in args.forget or fit:
         others = [other for other in fit if other != skill]
         for seed in args.seeds:
@@ -104,24 +98,19 @@ def adjust(args: argparse.Namespace, model: Any) -> None:
             ):
                 report = sweep(
                     method, model, forget, retain, texts, fractions=args.fractions, options=options,
-                    control_seeds=range(seed, seed + 3), progress=False,
+                    control_seeds=range(seed, seed + CONTROLS), progress=False,
                 )  # fmt: skip
                 family = method.__name__.replace("_", "-")
                 for label, condition in ((name, family), (f"{name}: control", f"{family}:control")):
-                    cells = [
-                        " / ".join(
-                            percent(report.drop(f"{condition}@{f:g}", corpus)) for corpus in ("forget", "retain")
-                        )
-                        for f in args.fractions
-                    ]
-                    print(f"| {skill} | {seed} | {label} | " + " | ".join(cells) + " |", flush=True)
+                    for corpus in ("forget", "retain"):
+                        lost = [percent(report.drop(f"{condition}@{f:g}", corpus)) for f in args.fractions]
+                        table.row([skill, seed, label, corpus, *lost])
 
 
-def detect(args: argparse.Namespace, model: Any) -> None:
+def detect(args: argparse.Namespace, model: Any, record: Record) -> None:
     """Print AUC, the shares abstained from and lost, as published and with everything chosen automatically."""
-    heads = ["forget", "prompts", "seed", "AUC, box, last layer", "method", "abstained", "lost"]
-    heads += ["most abstained of another", "most lost of another", "chosen"]
-    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    heads = ["forgotten", "prompts", "seed", "AUC, box, last layer", "method", "abstained", "lost"]
+    table = record.table("detect", [*heads, "most abstained of another", "most lost of another", "chosen"])
     last = Site(int(model.cfg.n_layers) - 1, "mlp.post")
     for prompts in args.prompts:
         fit, test = read(args, model, prompts)
@@ -154,12 +143,13 @@ def detect(args: argparse.Namespace, model: Any) -> None:
                     most = max(others, key=lambda o: report.drop(name, o).value)
                     shape = next(iter(edit.regions.values())).shape
                     layers = ",".join(str(s.layer) for s in edit.regions)
-                    print(
-                        f"| {skill} | {prompts} | {seed} | {area:.3f} | {name} | {percent(report[name, skill, 'abstained'])} | "
-                        f"{percent(report.drop(name, skill))} | {worst} {percent(report[name, worst, 'abstained'])} | "
-                        f"{most} {percent(report.drop(name, most))} | {shape}, {edit.vote} of layers {layers} |",
-                        flush=True,
-                    )
+                    others_lost = [
+                        f"{worst} {percent(report[name, worst, 'abstained'])}",
+                        f"{most} {percent(report.drop(name, most))}",
+                    ]
+                    own = [percent(report[name, skill, "abstained"]), percent(report.drop(name, skill))]
+                    chosen = f"{shape}, {edit.vote} of layers {layers}"
+                    table.row([skill, prompts, seed, f"{area:.3f}", name, *own, *others_lost, chosen])
 
 
 def skill(text: str) -> tuple[str, tuple[str, str]]:
@@ -180,14 +170,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--read", type=int, default=200_000)
     parser.add_argument("--window", type=int, default=160)
     parser.add_argument("--template")
-    args = parser.parse_args(given)
+    args, record = begin(parser, given)
     args.skills = dict(args.skills)
     args.template = args.template and args.template.replace("\\n", "\n")
     model = lu.load_model(args.model)
-    start = time.time()
-    print(f"{args.model}, {args.tokens:,} tokens a side, window {args.window}; {provenance_of({})['versions']}\n")
-    {"adjust": adjust, "detect": detect}[args.what](args, model)
-    print(f"\n{time.time() - start:.0f} s")
+    record.about(model, queries=QUERIES, asked=ASKED, controls=CONTROLS)
+    print(f"{args.model}, {args.tokens:,} tokens a side, window {args.window}")
+    {"adjust": adjust, "detect": detect}[args.what](args, model, record)
+    record.end()
 
 
 if __name__ == "__main__":

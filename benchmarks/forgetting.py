@@ -16,8 +16,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from record import begin
+from scipy.stats import ks_2samp
+
 import lens_unlearn as lu
-from lens_unlearn.evaluation.report import provenance_of
 from lens_unlearn.evaluation.teacher_forcing import accuracy
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
@@ -45,6 +48,12 @@ def read(source: str, model: Any, args: argparse.Namespace, tokens: int | None =
     return corpus.only(range(begin, min(end, corpus.n_documents)))
 
 
+def detectable(count: int) -> float:
+    """Return the smallest distance that the test calls a difference, of so many questions on each side."""
+    ranks = np.arange(count)
+    return next(k / count for k in range(1, count + 1) if ks_2samp(ranks, ranks + k - 0.5).pvalue < 0.05)
+
+
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -61,21 +70,21 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--template")
     parser.add_argument("--completeness", action="store_true", help="print how complete the attribution is")
     parser.add_argument("--retrained", help="a model that never saw what is to be forgotten, for forget quality")
-    args = parser.parse_args(given)
+    args, record = begin(parser, given)
     args.template = args.template and args.template.replace("\\n", "\n")
     model = lu.load_model(args.model)
-    start = time.time()
     facts = {name: read(getattr(args, name), model, args) for name in ("forget", "retain", "neighbours", "unseen")}
     aim, facts["unseen"] = facts["unseen"].split(0.5, 0.5, seed=0)
     skills = {name: read(source, model, args, args.tokens) for name, source in (s.split("=", 1) for s in args.skill)}
     corpora = facts | skills
     base = {name: accuracy(model, corpus, 8)[0] for name, corpus in corpora.items()}
-    print(f"{args.model}; {provenance_of({})['versions']}")
+    record.about(model)
     for rule in ("right", "midpoint") if args.completeness else ():
         attribution = lu.attribute(model, facts["forget"], rule=rule, progress=False)
         ratios = [layer.ratio for layer in attribution.completeness.values()]
         print(f"{rule} sum of 5 steps, complete to {[round(ratio, 3) for ratio in ratios]} by layer")
-    print({name: f"{c.n_documents:,} documents, {c.n_tokens:,} tokens" for name, c in corpora.items()}, "\n")
+    texts = ([name, c.n_documents, c.n_tokens] for name, c in corpora.items())
+    record.table("texts", ["corpus", "documents", "tokens"], texts)
     never = None
     if args.retrained:
         other = lu.load_model(args.retrained)
@@ -83,14 +92,17 @@ def main(given: Sequence[str] | None = None) -> None:
         never = lu.evaluate(other, asked, {}, memorization=1000, progress=False)
         unedited = lu.evaluate(model, {"forget": facts["forget"]}, {}, memorization=1000, progress=False)
         share = never["base", "forget", "exact_memorization"].value
-        print(f"The model that never saw it recalls {share:.3f}; forget quality of the unedited one: "
-              f"p = {lu.forget_quality(unedited, never, condition='base').p:.2g}\n")  # fmt: skip
+        quality = lu.forget_quality(unedited, never, condition="base")
+        count = asked["forget"].n_documents
+        record.table(
+            "retrained",
+            ["forget", "forget quality of the unedited", "questions", "smallest D with p < .05"],
+            [[f"{share:.3f}", f"p = {quality.p:.2g}", count, f"{detectable(count):.3f}"]],
+        )
     heads = [*facts, *(f"{name} lost" for name in skills), "forget quality", "trained", "step", "clipped", "s"]
-    print("| condition | seed | " + " | ".join(heads) + " |\n|" + " --- |" * (len(heads) + 2))
-    print(
-        "| unedited | | " + " | ".join(f"{base[n]:.3f}" for n in facts) + " |" + " |" * (len(heads) - len(facts)),
-        flush=True,
-    )
+    table = record.table("forgetting", ["condition", "seed", *heads])
+    unchanged = [f"{base[name]:.3f}" for name in facts]
+    table.row(["unedited", "", *unchanged, *[""] * (len(heads) - len(unchanged))])
     critical = lu.critical(lu.attribute(model, facts["forget"], progress=False))
     trajectories = []
     for name in args.conditions:
@@ -114,7 +126,7 @@ def main(given: Sequence[str] | None = None) -> None:
             seconds = time.time() - began
             with delta.on(model):
                 now = {key: accuracy(model, corpus, 8)[0] for key, corpus in corpora.items()}
-            record = delta.record
+            trained = delta.record
             cells = [f"{now[key]:.3f}" for key in facts] + [f"{1 - now[key] / base[key]:.1%}" for key in skills]
             if never is not None:
                 edited = lu.evaluate(
@@ -123,18 +135,21 @@ def main(given: Sequence[str] | None = None) -> None:
                 cells.append(f"p = {lu.forget_quality(edited, never, condition='simu').p:.2g}")
             else:
                 cells.append("")
-            clipped = record["losses"][-1].get("clipped")
+            clipped = trained["losses"][-1].get("clipped")
             cells += [
-                f"{record['trained']:,}",
-                f"{record['chosen']}",
+                f"{trained['trained']:,}",
+                f"{trained['chosen']}",
                 f"{clipped:.0%}" if clipped else "",
                 f"{seconds:.0f}",
             ]
-            print(f"| {name} | {seed} | " + " | ".join(cells) + " |", flush=True)
-            checks = " ".join(f"{c['step']}: {c['forget']:.2f}/{c['retain']:.2f}" for c in record["checks"])
-            trajectories.append(f"- {name}, seed {seed}: {checks}")
-    print("\nOn the way (step: forget/retain held out of the loss):\n\n" + "\n".join(trajectories))
-    print(f"\n{time.time() - start:.0f} s")
+            table.row([name, seed, *cells])
+            steps = {check["step"]: check for check in trained["checks"]}
+            for part in ("forget", "retain"):
+                path = {step: f"{check[part]:.2f}" for step, check in steps.items()}
+                trajectories.append([name, seed, part, *path.values()])
+    # During training; the retained facts are those held out of the loss.
+    record.table("steps", ["condition", "seed", "facts", *map(str, steps)], trajectories)
+    record.end()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ the lowest and the highest.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 
 import torch
+from record import Record, begin
 
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
@@ -25,9 +25,7 @@ from lens_unlearn.keyspace.key_space import KeySpace, key_space
 from lens_unlearn.model.loading import load_model
 from lens_unlearn.model.sites import Site
 
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+Rows = tuple[list[str], list[list[str]]]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -56,28 +54,33 @@ def shadows(spaces: Sequence[KeySpace], site: Site, skill: str) -> list[float]:
     return [shadow / keys for shadow, keys in widths]
 
 
-def aucs(spaces: Sequence[KeySpace]) -> str:
+def layers(space: KeySpace) -> list[str]:
+    one_kind = len({site.kind for site in space.sites}) == 1
+    return [f"L{site.layer}" if one_kind else str(site) for site in space.sites]
+
+
+def aucs(spaces: Sequence[KeySpace]) -> Rows:
     first = spaces[0]
     rows = [
         [skill, distance, *(spread(measured(spaces, s, f"auc_{distance}", skill, first.others)) for s in first.sites)]
         for skill in first.skills
         for distance in first.distances
     ]
-    return table(["skill", "distance", *map(str, first.sites)], rows)
+    return ["skill", "distance", *layers(first)], rows
 
 
-def pairs(spaces: Sequence[KeySpace]) -> str:
+def pairs(spaces: Sequence[KeySpace]) -> Rows:
     first = spaces[0]
     rows = [
-        [f"{skill} against {other}", *(spread(measured(spaces, s, "auc_box", skill, other)) for s in first.sites)]
+        [skill, other, *(spread(measured(spaces, s, "auc_box", skill, other)) for s in first.sites)]
         for skill in first.skills
         for other in first.skills
         if other != skill
     ]
-    return table(["box", *map(str, first.sites)], rows)
+    return ["box", "against", *layers(first)], rows
 
 
-def boxes(spaces: Sequence[KeySpace], site: Site) -> str:
+def boxes(spaces: Sequence[KeySpace], site: Site) -> Rows:
     first, rows = spaces[0], []
     for skill in first.skills:
         pooled = {name: measured(spaces, site, name, skill, first.others) for name in ("area_between", "best_scale")}
@@ -97,28 +100,31 @@ def boxes(spaces: Sequence[KeySpace], site: Site) -> str:
             ]
         )
     names = ["k", "own inside k", "others inside k", "best scale", "area between", "log volume", "at the floor"]
-    return table(["box of", *names, "nearest centre", "width of shadow"], rows)
+    return ["skill", *names, "nearest centre", "width of shadow"], rows
 
 
-def clusters(spaces: Sequence[KeySpace]) -> str:
+def clusters(spaces: Sequence[KeySpace]) -> Rows:
     names = ("adjusted_rand", "silhouette", "silhouette_skills")
-    rows = [[str(s), *(spread(measured(spaces, s, name)) for name in names)] for s in spaces[0].sites]
-    return table(["site", "adjusted Rand index", "silhouette of clusters", "silhouette of skills"], rows)
+    rows = [
+        [layer, *(spread(measured(spaces, site, name)) for name in names)]
+        for layer, site in zip(layers(spaces[0]), spaces[0].sites, strict=True)
+    ]
+    return ["site", "adjusted Rand index", "silhouette of clusters", "silhouette of skills"], rows
 
 
-def show(title: str, model: object, corpora: dict[str, Corpus], args: argparse.Namespace) -> None:
-    started = time.monotonic()
+def show(endings: str, model: object, corpora: dict[str, Corpus], args: argparse.Namespace, record: Record) -> None:
     spaces = [
         key_space(model, corpora, args.sites, capacity=args.capacity, seed=seed, progress=False) for seed in args.seeds
     ]
-    seconds = (time.monotonic() - started) / len(spaces)
-    print(f"\n## {title}\n\n{'; '.join(space.queries for space in spaces)} ({seconds:.0f} s each)\n")
-    print(f"AUC against all other skills\n\n{aucs(spaces)}\n")
-    print(f"AUC of the box, by pair\n\n{pairs(spaces)}\n")
-    print(f"Boxes at {spaces[0].sites[-1]}\n\n{boxes(spaces, spaces[0].sites[-1])}\n\nClusters\n\n{clusters(spaces)}")
+    print(f"\n## {endings}")
+    queries = [[s, *(x.provenance[n] for n in ("fitted", "held_out"))] for s, x in zip(args.seeds, spaces, strict=True)]
+    record.table(f"{endings}_queries", ["seed", "fitted", "held out"], queries)
+    tables = {"auc": aucs(spaces), "pairs": pairs(spaces), "boxes": boxes(spaces, spaces[0].sites[-1])}
+    for name, (columns, rows) in (tables | {"clusters": clusters(spaces)}).items():
+        record.table(f"{endings}_{name}", columns, rows)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpus", action="append", required=True, help="NAME=SOURCE, two or more")
@@ -128,17 +134,19 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=400)
     parser.add_argument("--sites", default="mlp.post")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    args = parser.parse_args()
-    model, given = load_model(args.model), {}
+    args, record = begin(parser, given)
+    model, corpora = load_model(args.model), {}
+    record.about(model)
     template = args.template and args.template.replace("\\n", "\n")
     for entry in args.corpus:
         name, _, source = entry.partition("=")
-        given[name] = read_corpus(source, model, tokens=args.tokens, window=args.window, template=template, name=name)
-    natural = [name for name, corpus in given.items() if corpus.has_prompts]
-    cut = {name: corpus.with_prompts() if corpus.has_prompts else corpus for name, corpus in given.items()}
-    show("Cut at random places", model, cut, args)
+        corpora[name] = read_corpus(source, model, tokens=args.tokens, window=args.window, template=template, name=name)
+    natural = [name for name, corpus in corpora.items() if corpus.has_prompts]
+    cut = {name: corpus.with_prompts() if corpus.has_prompts else corpus for name, corpus in corpora.items()}
+    show("cut", model, cut, args, record)
     if natural:
-        show(f"Natural endings of {', '.join(natural)}", model, given, args)
+        show("natural", model, corpora, args, record)
+    record.end()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ holds one value, with its interval in brackets.
 
 import argparse
 import json
+import math
 import platform
 import re
 import shlex
@@ -50,7 +51,7 @@ def begin(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -
 def percent(measure: Any) -> str:
     """Print a measure and its interval as percentages, where it has one."""
     low, high = measure.interval()
-    return f"{measure.value:.1%}" + ("" if low is None or low != low else f" [{low:.1%}, {high:.1%}]")
+    return f"{measure.value:.1%}" + ("" if math.isnan(low) else f" [{low:.1%}, {high:.1%}]")
 
 
 def line(cells: Iterable[object]) -> str:
@@ -129,8 +130,3 @@ class Record:
         self.save.parent.mkdir(parents=True, exist_ok=True)
         self.save.write_text(text + "\n", encoding="utf-8")
         print(f"stored in {self.save}")
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a stored output."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))

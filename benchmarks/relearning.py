@@ -39,7 +39,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "neuron-adjust, 10 %": lambda s: lu.neuron_adjust(model, persons, others, fraction=0.1, seed=s, **quiet),
         "key-space-detection": lambda s: lu.key_space_detection(model, persons, others, region="auto", seed=s, **quiet),
     }
-    record.about(model, questions=persons.n_documents)
+    record.about(model, questions=persons.n_documents, fraction=0.1, recovered=0.9)
     print(f"demo, lr 1e-4, {persons.n_documents} questions")
     columns = ["method", "seed", "threat", *map(str, STEPS)]
     table = record.table("relearning", [*columns, "neighbours, 0", "neighbours, 64", "index"])

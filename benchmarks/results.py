@@ -1,4 +1,4 @@
-r"""Forget each skill of a model in turn within a retain budget, and print the table of docs/results.md.
+r"""Forget each skill of a model in turn within a retain budget: the tables of docs/results.md.
 
     python benchmarks/results.py --model ../shared/models/skillmix --fit ../shared/data/skillmix_fit \
         --test ../shared/data/skillmix_heldout --skills code math prose --budgets 0.05 0.10
@@ -8,22 +8,19 @@ equal parts. Fit and tuning documents are split from --fit, the figures are of t
 """
 
 import argparse
-import time
-from pathlib import Path
+import json
+from collections.abc import Sequence
 
-import torch
+from record import begin, percent
 
 from lens_unlearn.evaluation.evaluate import evaluate
-from lens_unlearn.evaluation.report import Measure, Report, provenance_of, separability
+from lens_unlearn.evaluation.report import Report, separability
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import SWEEP, Plan
 from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.model.loading import load_model
 
-
-def percent(measure: Measure) -> str:
-    low, high = measure.interval()
-    return f"{measure.value:.1%} [{low:.1%}, {high:.1%}]"
+CONTROLS = 5
 
 
 def forget_one(
@@ -38,6 +35,7 @@ def forget_one(
         test_forget=f"{args.test}/{skill}.jsonl",
         test_retain=tuple(f"{args.test}/{other}.jsonl" for other in others),
         methods=(args.method,),
+        settings={key: json.loads(value) for key, value in (entry.split("=", 1) for entry in args.set)},
         tokens=args.tokens,
         window=args.window,
         retain_drop=budget,
@@ -46,7 +44,7 @@ def forget_one(
     experiment = Experiment(plan, model, progress=False)
     experiment.fit()
     edit = experiment.edits[args.method]
-    controls = controls_for(model, edit, range(seed, seed + 5))
+    controls = controls_for(model, edit, range(seed, seed + CONTROLS))
     conditions = {args.method: edit, "control": controls}
     report = evaluate(model, experiment.documents.test, conditions, seed=seed, progress=False)
     row = [
@@ -69,31 +67,33 @@ def curve(experiment: Experiment, method: str) -> tuple[Report, list[str]]:
     return report, [f"{method}@{fraction:g}" for fraction in SWEEP]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--fit", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--fit", required=True)
+    parser.add_argument("--test", required=True)
     parser.add_argument("--skills", nargs="+", required=True)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.05, 0.10])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--method", default="selective-pruning")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the method, as JSON")
     parser.add_argument("--tokens", type=int, default=16_000)
     parser.add_argument("--window", type=int, default=160)
-    args = parser.parse_args()
-    started = time.time()
+    parser.add_argument("--no-sweep", action="store_true", help="no second table, of fixed fractions")
+    args, record = begin(parser, given)
     model = load_model(args.model)
-    rows, sweeps = [], []
+    record.about(model, controls=CONTROLS, sweep=SWEEP)
+    rows, sweeps, texts = [], [], {}
     for skill in args.skills:
         for seed in args.seeds:
             for budget in args.budgets:
                 row, experiment = forget_one(model, args, skill, budget, seed)
                 rows.append(row)
                 print("done:", *row, flush=True)
+        corpus = experiment.documents.test["forget"]
+        texts[skill] = [skill, corpus.n_documents, corpus.n_tokens]
+        if args.no_sweep:
+            continue
         report, path = curve(experiment, args.method)
         part = separability(report, conditions=path)
         control = [name.replace("@", ":control@") for name in path]
@@ -102,23 +102,13 @@ def main() -> None:
         sweeps.append(
             [skill, gap, part.at.partition("@")[2], f"{part.area:.2f}", f"{chance.gap:.1%}", f"{chance.area:.2f}"]
         )
-    versions = provenance_of({})["versions"]
-    print(f"\n{args.method}; {args.tokens:,} tokens per corpus, rows of at most {args.window}; {versions}")
-    print(f"{torch.get_num_threads()} threads, {time.time() - started:.0f} s\n")
-    head = [
-        "forgotten",
-        "budget",
-        "seed",
-        "fraction",
-        "forget lost",
-        "retain lost",
-        "control: forget lost",
-        "control: retain lost",
-    ]
-    print(table([*head, "control: selectivity"], rows))
-    print()
-    head = ["forgotten", "largest (forget - retain) lost", "at fraction", "area", "control: largest", "control: area"]
-    print(table(head, sweeps))
+    record.table("texts", ["skill", "documents", "tokens"], texts.values())
+    head = ["forgotten", "budget", "seed", "fraction", "forget lost", "retain lost", "control: forget lost"]
+    record.table("budgets", [*head, "control: retain lost", "control: selectivity"], rows)
+    if sweeps:
+        head = ["forgotten", "largest (forget - retain) lost", "fraction", "area", "control: largest", "control: area"]
+        record.table("fractions", head, sweeps)
+    record.end()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Every benchmark still runs, on shapes that show nothing but that; and what they share measures what it says."""
 
+import argparse
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -87,3 +89,44 @@ def test_the_ratio_is_the_median_over_rounds(load: Callable[[str], ModuleType]) 
     timing = load("timing")
     times = {"slow": [2.0, 30.0, 4.0, 6.0, 8.0], "plain": [1.0, 10.0, 1.0, 1.0, 1.0]}
     assert timing.ratio(times, "slow", "plain") == (4.0, 3.0, 6.0)
+
+
+def test_what_is_printed_is_stored_with_its_command(
+    load: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record_module, path = load("record"), tmp_path / "outputs" / "one.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/some.py"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--skill")
+    typed = ["--skill", "a b", "--save", str(path)]
+    args, record = record_module.begin(parser, typed)
+    assert args.tokens == 8000
+    record.about(queries=400)
+    table = record.table("losses", ["skill", "lost"], [["code", '71.5% ["x"]']])
+    table.row(["math", 3])
+    with pytest.raises(ValueError, match="a row of 1 cells"):
+        table.row(["math"])
+    with pytest.raises(ValueError, match="has a table 'losses' already"):
+        record.table("losses", ["skill"])
+    assert not path.exists()
+    record.end()
+    lines = ["| skill | lost |", "| --- | --- |", '| code | 71.5% ["x"] |', "| math | 3 |"]
+    assert "\n".join(lines) in capsys.readouterr().out
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["argv"] == ["python", "benchmarks/some.py", *typed]
+    assert shlex.split(stored["command"]) == stored["argv"]
+    assert stored["settings"] == {"tokens": 8000, "skill": "a b", "queries": 400}
+    assert {"python", "torch", "transformer_lens", "lens_unlearn"} <= set(stored["versions"])
+    rows = [["code", '71.5% ["x"]'], ["math", "3"]]
+    assert stored["tables"] == {"losses": {"columns": ["skill", "lost"], "rows": rows}}
+    assert '    ["math", "3"]\n' in path.read_text(encoding="utf-8")  # a row is a line
+
+
+def test_a_measure_without_an_interval_is_printed_without(load: Callable[[str], ModuleType]) -> None:
+    percent = load("record").percent
+    for low, high, printed in ((0.1, 0.3, "21.4% [10.0%, 30.0%]"), (float("nan"), float("nan"), "21.4%")):
+        assert percent(SimpleNamespace(value=0.2142, interval=lambda a=low, b=high: (a, b))) == printed
