@@ -44,7 +44,7 @@ def forget_one(
     experiment = Experiment(plan, model, progress=False)
     experiment.fit()
     edit = experiment.edits[args.method]
-    controls = controls_for(model, edit, range(seed, seed + CONTROLS))
+    controls = controls_for(model, edit, range(seed, seed + CONTROLS), *experiment.fitted[args.method])
     conditions = {args.method: edit, "control": controls}
     report = evaluate(model, experiment.documents.test, conditions, seed=seed, progress=False)
     row = [

@@ -72,7 +72,7 @@ class Content:
             places = self._selected(edit)
             if places is not None:
                 selected[name] = places
-                control = next(iter(controls_for(self.model, edit, [self.plan.seed])), None)
+                control = next(iter(controls_for(self.model, edit, [self.plan.seed], *self.fitted[name])), None)
                 places = None if isinstance(control, Delta) or control is None else self._selected(control)
                 controls |= {} if places is None else {f"{name}:control": places}
         if len(selected) > 1:

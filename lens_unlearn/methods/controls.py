@@ -1,14 +1,19 @@
 """The controls that every result is set beside: what random changes of the same size do.
 
+A control is fair if it differs from the method in nothing but what the texts determined: random neurons are drawn from those
+that the method could have chosen, and a random update has the rank and the singular values of the trained one.
+
 Knows the kinds of intervention, and for each of them what the same at random is; knows nothing of the method that found it.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
@@ -18,9 +23,11 @@ from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
+from lens_unlearn.methods.ov_basis import rotate
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
@@ -31,7 +38,7 @@ Controls = Callable[..., list[Intervention]]
 """Takes ``(model, intervention, seeds, *, fitted, refit)``: what the method was fitted to, and how to fit it to something else."""
 
 RANDOM_NEURONS = "as many random neurons of every layer"
-RANDOM_UPDATES = "random updates of the same norm"
+RANDOM_UPDATES = "random updates of the same singular values"
 SHUFFLED_LABELS = "the same method fitted to shuffled labels"
 """What reports call the controls below."""
 
@@ -44,104 +51,204 @@ def random_pruning(
     fraction: float = 0.02,
     site: str = "mlp.post",
     like: Ablate | None = None,
+    among: NeuronMap | None = None,
     seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
 ) -> Ablate:
-    """Ablate neurons chosen at random, without looking at any text.
+    """Ablate neurons chosen at random, of those that a method could have chosen.
+
+    Methods that rank neurons by their activations never choose one that is dead (constant on the forget and on the retain corpus)
+    while others remain, and to ablate one changes next to nothing: a control that draws dead neurons is too weak.
 
     Args:
         model: Where to choose.
-        forget: Not used; methods share one signature.
-        retain: Not used.
+        forget: Texts or moments that the method was fitted to: neurons that are dead on both sides are not drawn. Of an ablation
+            in a basis, moments in that basis. Where moments lack a site, any of its neurons may be drawn.
+        retain: Likewise. Without either, any neuron may be drawn.
         fraction: Share of each layer's neurons, where `like` is not given.
         site: Kind of site, where `like` is not given.
         like: Choose as many neurons per layer as this ablation has, and put the same values in their place. Where it
             takes whole heads, whole heads are chosen.
+        among: A selection to draw from, in place of what is alive on `forget` or `retain`.
         seed: The same seed gives the same selection, whatever else was drawn before.
+        batch_size: Full-length rows per forward, where `forget` and `retain` are texts.
+        progress: Whether to show bars there.
 
     Returns:
         An `Ablate` with the same per-layer counts.
 
     Raises:
-        SelectionError: If nothing would be selected.
+        SelectionError: If nothing would be selected, or a layer has fewer neurons to draw from than are to be drawn.
     """
     if like is None:
         share = check_fraction(fraction)
-        counts = {s: torch.zeros(point.shape) for s, point in resolve(model, site).items()}
-        selection = NeuronMap(
-            {s: _draw(s, tuple(v.shape), round(share * v.numel()), 1, seed) for s, v in counts.items()}
-        )
-        if selection.count() == 0:
-            raise SelectionError(
-                f"fraction={fraction} selects nothing in layers of {selection.numel():,} neurons: raise it"
-            )
-        return Ablate(selection)
-    drawn: dict[Site, Tensor] = {}
-    for at, chosen in like.selection.items():
-        whole = chosen.ndim == 2 and bool((chosen.all(-1) == chosen.any(-1)).all())
-        block = chosen.shape[-1] if whole else 1
-        drawn[at] = _draw(at, tuple(chosen.shape), int(chosen.sum()) // block, block, seed)
-    return Ablate(NeuronMap(drawn), like.value, like.basis)
+        pattern = {s: torch.zeros(point.shape, dtype=torch.bool) for s, point in resolve(model, site).items()}
+        counts = {s: (round(share * v.numel()), 1) for s, v in pattern.items()}
+        if not any(count for count, _ in counts.values()):
+            neurons = sum(v.numel() for v in pattern.values())
+            raise SelectionError(f"fraction={fraction} selects nothing in layers of {neurons:,} neurons: raise it")
+    else:
+        pattern = dict(like.selection.items())
+        counts = {s: _counted(chosen) for s, chosen in pattern.items()}
+    if among is None:
+        options = {"batch_size": batch_size, "progress": progress}
+        among = _alive(model, (forget, retain), pattern, None if like is None else like.basis, **options)
+    elif not among.is_selection:
+        raise SelectionError("among is no selection: give a boolean map, as in moments.std > 0")
+    drawn = NeuronMap({s: _draw(s, shape, *counts[s], among, seed) for s, shape in pattern.items()})
+    return Ablate(drawn) if like is None else Ablate(drawn, like.value, like.basis)
 
 
 def random_delta(like: Delta, *, seed: int = 0) -> Delta:
-    """Change the same rows and columns of the same matrices, by normal numbers of the same norm.
+    """Change the same rows and columns of the same matrices by an update of the same singular values, in random directions.
+
+    Of an update D = U S V^T of rank r, the control is Q_1 S Q_2^T, with Q_1 and Q_2 uniformly distributed (Haar) matrices of r
+    orthonormal columns: as strong as D in every norm that rotations do not change (Frobenius, spectral, nuclear), and of its rank.
 
     Args:
-        like: What it is the control of. Of a product of two thin matrices, the product's norm is kept.
+        like: What it is the control of. The control of a product of two thin matrices is one too.
         seed: The same seed gives the same update.
 
     Returns:
-        A `Delta` of the same strength; in each matrix its norm is that of `like`.
+        A `Delta` of the same strength.
     """
     return Delta({m: _drawn_like(m, update, seed) for m, update in like.updates.items()}, like.strength)
 
 
 def _drawn_like(matrix: Matrix, update: Update, seed: int) -> Update:
-    digest = hashlib.sha256(f"random_delta {seed} {matrix}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    change = (update.value if update.right is None else update.value @ update.right).detach()
-    noise = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change.device)
-    noise = (noise * (change.double().norm() / noise.norm().clamp_min(1e-30))).to(change.dtype)
-    return Update(noise, update.rows, update.columns)
+    value, right = update.value.detach(), update.right
+    generator = _generator("random_delta", seed, matrix)
+    orthonormal = partial(_orthonormal, generator=generator, device=value.device)
+    if right is None:
+        sizes = torch.linalg.svdvals(value.double())
+        rank = len(sizes)
+        change = orthonormal(value.shape[0], rank) * sizes @ orthonormal(value.shape[1], rank).T
+        return Update(change.to(value.dtype), update.rows, update.columns)
+    left_core = torch.linalg.qr(value.double()).R
+    right_core = torch.linalg.qr(right.detach().double().T).R
+    sizes = torch.linalg.svdvals(left_core @ right_core.T)
+    scale, rank = sizes.sqrt(), len(sizes)
+    return Update(
+        (orthonormal(value.shape[0], rank) * scale).to(value.dtype),
+        right=(orthonormal(right.shape[1], rank) * scale).T.contiguous().to(right.dtype),
+    )
 
 
-def _draw(site: Site, shape: tuple[int, ...], count: int, block: int, seed: int) -> Tensor:
-    """Choose `count` runs of `block` neurons; each site has its own stream."""
-    digest = hashlib.sha256(f"random_pruning {seed} {site}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    blocks = torch.Size(shape).numel() // block
-    flat = torch.zeros(blocks, dtype=torch.bool)
-    flat[torch.randperm(blocks, generator=generator)[:count]] = True
-    return flat.repeat_interleave(block).reshape(shape)
+def _orthonormal(
+    rows: int, columns: int, generator: torch.Generator, device: torch.device
+) -> Float[Tensor, "rows columns"]:
+    """Draw a matrix of orthonormal columns, uniformly: the Q of normal numbers, with R's diagonal made positive."""
+    normal = torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)
+    q, r = torch.linalg.qr(normal)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
 
-def _random_adjust(model: Model, intervention: Adjust, seed: int) -> Intervention:
+def _generator(purpose: str, seed: int, place: object) -> torch.Generator:
+    """Return a stream of random numbers of its own for each place."""
+    digest = hashlib.sha256(f"{purpose} {seed} {place}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _counted(chosen: Bool[Tensor, "*neurons"]) -> tuple[int, int]:
+    """Return how many units are selected at a site, and how many neurons a unit has: a head's, where whole heads are selected."""
+    whole = chosen.ndim == 2 and bool((chosen.all(-1) == chosen.any(-1)).all())
+    block = chosen.shape[-1] if whole else 1
+    return int(chosen.sum()) // block, block
+
+
+def _alive(
+    model: Model,
+    parts: Sequence[Any],
+    pattern: Mapping[Site, Tensor],
+    basis: NeuronMap | None,
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> NeuronMap:
+    """Mark the neurons, or directions in a basis, that are alive on one text at least; all of a site of which nothing is known."""
+    kinds = tuple(dict.fromkeys(site.kind for site in pattern))
+    turn = None if basis is None else {site: partial(rotate, basis=basis[site]) for site in basis}
+    known = []
+    for part in parts:
+        if isinstance(part, Corpus):
+            part = collect(model, part, kinds, transform=turn, batch_size=batch_size, progress=progress)
+        if isinstance(part, Moments):
+            known.append(part.mean.live)
+    flags = {site: [live[site] for live in known if site in live] for site in pattern}
+    return NeuronMap(
+        {
+            site: torch.stack(flags[site]).any(0) if flags[site] else torch.ones_like(chosen, dtype=torch.bool)
+            for site, chosen in pattern.items()
+        }
+    )
+
+
+def _draw(site: Site, like: Tensor, count: int, block: int, among: NeuronMap, seed: int) -> Bool[Tensor, "*neurons"]:
+    """Choose `count` runs of `block` neurons in which there is a candidate; each site has its own stream."""
+    flat = torch.zeros(like.numel() // block, dtype=torch.bool)
+    if count:
+        candidates = among[site]
+        if candidates.shape != like.shape:
+            shapes = f"{tuple(candidates.shape)} and {tuple(like.shape)}"
+            raise SelectionError(f"{site}: candidates and neurons have shapes {shapes}: are they of the same model?")
+        where = candidates.reshape(-1, block).any(-1).nonzero()[:, 0]
+        if len(where) < count:
+            raise SelectionError(
+                f"{site}: {count:,} {'heads' if block > 1 else 'neurons'} are to be drawn, and {len(where):,} of {len(flat):,} "
+                "are candidates (alive on forget or retain, or in among): draw fewer, or give other texts"
+            )
+        flat[where[torch.randperm(len(where), generator=_generator("random_pruning", seed, site))[:count]]] = True
+    return flat.repeat_interleave(block).reshape(like.shape)
+
+
+def _random_adjust(model: Model, intervention: Adjust, seed: int, among: NeuronMap | None) -> Intervention:
     """Adjust random neurons, by their own means and standard deviations."""
-    drawn = random_pruning(model, like=Ablate(intervention.selection), seed=seed)
+    drawn = random_pruning(model, like=Ablate(intervention.selection), among=among, seed=seed)
     return replace(intervention, selection=drawn.selection, floored=0)
 
 
-AT_RANDOM: dict[type[Intervention], Callable[[Model, Any, int], Intervention]] = {
-    Ablate: lambda model, intervention, seed: random_pruning(model, like=intervention, seed=seed),
+AT_RANDOM: dict[type[Intervention], Callable[[Model, Any, int, NeuronMap | None], Intervention]] = {
+    Ablate: lambda model, intervention, seed, among: random_pruning(model, like=intervention, among=among, seed=seed),
     Adjust: _random_adjust,
-    Delta: lambda model, intervention, seed: random_delta(intervention, seed=seed),
+    Delta: lambda model, intervention, seed, among: random_delta(intervention, seed=seed),
 }
 """For each kind of intervention that selects something, the same of as much at random."""
 
 
-def controls_for(model: Model, intervention: Intervention, seeds: Sequence[int] = range(5)) -> list[Intervention]:
+def controls_for(
+    model: Model, intervention: Intervention, seeds: Sequence[int] = range(5), forget: Any = None, retain: Any = None
+) -> list[Intervention]:
     """Return random selections of equal per-layer counts, one per seed; none for what selects nothing.
 
     Of an `Adjust`, random neurons are adjusted by their own means and standard deviations; of a `Delta`, the controls are
-    random updates of the same norm.
+    random updates of the same singular values.
+
+    Args:
+        model: The model.
+        intervention: What is to be controlled.
+        seeds: One for each control.
+        forget: What the method was fitted to. Corpora and moments say which neurons it could have chosen: those that are alive on
+            either side, and, where there were too few of them, those that it has chosen. Anything else says nothing.
+        retain: Likewise.
     """
     draw = AT_RANDOM.get(type(intervention))
-    return [draw(model, intervention, seed) for seed in seeds] if draw else []
+    if draw is None:
+        return []
+    among = None
+    if isinstance(intervention, Ablate | Adjust):
+        selection = intervention.selection
+        among = (
+            _alive(model, (forget, retain), dict(selection.items()), getattr(intervention, "basis", None)) | selection
+        )
+    return [draw(model, intervention, seed, among) for seed in seeds]
 
 
-def random_controls(model: Model, intervention: Intervention, seeds: Sequence[int], **_: Any) -> list[Intervention]:
-    """Draw the controls of a record from `controls_for`, whatever the method was fitted to."""
-    return controls_for(model, intervention, seeds)
+def random_controls(
+    model: Model, intervention: Intervention, seeds: Sequence[int], *, fitted: tuple[Any, Any], **_: Any
+) -> list[Intervention]:
+    """Draw the controls of a record from `controls_for`, of what was alive on what the method was fitted to."""
+    return controls_for(model, intervention, seeds, *fitted)
 
 
 def shuffled_controls(

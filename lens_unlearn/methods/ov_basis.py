@@ -14,7 +14,7 @@ from lens_unlearn.model.loading import load_model
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons.maps import NeuronMap
 
-__all__ = ["ov_basis", "value_offset"]
+__all__ = ["ov_basis", "rotate", "value_offset"]
 
 
 def ov_basis(model: Model) -> NeuronMap:
@@ -28,6 +28,13 @@ def ov_basis(model: Model) -> NeuronMap:
         One matrix per head at every `attn.z` site, ``[heads, d_head, d_head]``, float64.
     """
     return NeuronMap({Site(layer, "attn.z"): _head_bases(model, layer) for layer in range(int(model.cfg.n_layers))})
+
+
+def rotate(
+    z: Float[Tensor, "batch pos heads d_head"], basis: Float[Tensor, "heads d_head d_head"]
+) -> Float[Tensor, "batch pos heads d_head"]:
+    """Return pre-out values in a basis per head: z T."""
+    return torch.einsum("bphi,hij->bphj", z, basis.to(z))
 
 
 def _head_bases(model: Model, layer: int) -> Float[Tensor, "heads d_head d_head"]:

@@ -22,7 +22,7 @@ from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.methods.method import Fitted, Method
-from lens_unlearn.methods.ov_basis import ov_basis, value_offset
+from lens_unlearn.methods.ov_basis import ov_basis, rotate, value_offset
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
@@ -220,7 +220,7 @@ class _Frame:
 
 
 def _rotate(z: Tensor, basis: Tensor | None) -> Tensor:
-    return z if basis is None else torch.einsum("bphi,hij->bphj", z, basis.to(z))
+    return z if basis is None else rotate(z, basis)
 
 
 def _select(
