@@ -21,10 +21,12 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, uniform
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.near_duplicates import Words, join_near_duplicates, words
 from lens_unlearn.model.host import Model
 
 __all__ = ["Answer", "Batch", "Corpus", "vocabulary_digest"]
@@ -111,6 +113,8 @@ class Answer:
     """A paraphrase of the prompt."""
     head: str = field(default="", compare=False, repr=False)
     """The prompt in the template: all text before the answer."""
+    prompt: str = field(default="", compare=False, repr=False)
+    """The prompt as it was read, without the template."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,9 +298,10 @@ class Corpus:
             [self.tokens[span] for span in spans], [self.counted[span] for span in spans], rows, bos=self.prepend_bos
         )
 
-    def places(self, batch: Batch) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
-        """Return for every position of a batch a key of its document, and a number that is unique in that document."""
-        keys = torch.tensor([key_of(self.keys[d]) for d in self.document[batch.rows].tolist()])
+    def places(self, batch: Batch, *, by_unit: bool = False) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
+        """Return for every position of a batch a key of its document, or unit, and a number that is unique in it."""
+        names = self.units if by_unit else self.keys
+        keys = torch.tensor([key_of(names[d]) for d in self.document[batch.rows].tolist()])
         row = torch.tensor([self._row_key(row) for row in batch.rows.tolist()])
         place = row[:, None] + torch.arange(batch.tokens.shape[1])
         return keys[:, None].expand_as(place).reshape(-1), place.reshape(-1)
@@ -400,33 +405,46 @@ class Corpus:
     def _answers(self) -> tuple[Answer | None, ...]:
         return self.answers or (None,) * self.n_documents
 
-    def split(self, *shares: float, seed: int = 0) -> "list[Corpus]":
-        """Split by document into parts with about the given shares of the counted tokens.
+    def split(self, *shares: float, seed: int = 0, near_duplicates: bool | None = None) -> "list[Corpus]":
+        """Split into parts with about the given shares of the counted tokens.
 
-        Equal documents are in the same part. The split depends only on the documents and the seed.
+        Groups stay whole, and equal documents and near-duplicates are in the same part: the same question with another answer, or
+        texts of which the runs of three words (of a question) or tokens (of a text) have a Jaccard similarity of at least 0.8.
+        The split depends only on the documents and the seed.
+
+        Args:
+            shares: Of the parts; they need not sum to 1.
+            seed: Of the draw.
+            near_duplicates: Whether near-duplicates are kept together. Default: questions with answers are, plain texts are not.
 
         Raises:
-            CorpusError: If there are fewer distinct documents than parts.
+            CorpusError: If there are fewer distinct documents, or groups, than parts.
         """
         size = torch.zeros(self.n_documents, dtype=torch.long)
         lengths = torch.tensor([int(part.sum()) for part in torch.split(self.counted, self.starts.diff().tolist())])
         size.index_add_(0, self.document, lengths)
-        distinct = sorted(set(self.keys))
+        [tied] = _tied([self], near_duplicates)
+        distinct = sorted(set(tied))
         if len(distinct) < len(shares):
+            alike = " (near-identical questions are one)" if any(self.answers) and near_duplicates is not False else ""
             raise CorpusError(
-                f"{self.name} has {len(distinct)} distinct documents, too few to split into {len(shares)} parts: "
-                "give a longer source, or separate test sources"
+                f"{self.name} has {len(distinct)} distinct {'groups' if self.groups else 'documents'}{alike}, too few to "
+                f"split into {len(shares)} parts: give a longer source, or separate test sources"
             )
         random.Random(f"split {seed}").shuffle(distinct)
-        by_key = Counter[str]()
-        for key, tokens in zip(self.keys, size.tolist(), strict=True):
-            by_key[key] += tokens
-        parts = _deal(distinct, by_key, shares)
-        where = {key: part for part, keys in enumerate(parts) for key in keys}
-        return [self.only(i for i, key in enumerate(self.keys) if where[key] == part) for part in range(len(shares))]
+        by_unit = Counter[str]()
+        for unit, tokens in zip(tied, size.tolist(), strict=True):
+            by_unit[unit] += tokens
+        parts = _deal(distinct, by_unit, shares)
+        where = {unit: part for part, units in enumerate(parts) for unit in units}
+        return [self.only(i for i, unit in enumerate(tied) if where[unit] == part) for part in range(len(shares))]
 
-    def without(self, *others: "Corpus") -> "tuple[Corpus, int]":
-        """Remove the documents that other corpora contain too.
+    def without(self, *others: "Corpus", near_duplicates: bool | None = None) -> "tuple[Corpus, int]":
+        """Remove what other corpora contain too: documents, their near-duplicates, and the groups that stand in both.
+
+        Args:
+            others: Corpora such as the test texts.
+            near_duplicates: Whether near-duplicates count as the same, as in `split`.
 
         Returns:
             The remaining corpus, and the number of documents removed.
@@ -434,22 +452,52 @@ class Corpus:
         Raises:
             CorpusError: If no document remains.
         """
-        known = {key for other in others for key in other.keys}
-        rest = [i for i, key in enumerate(self.keys) if key not in known]
+        tied, *known = _tied([self, *others], near_duplicates)
+        elsewhere = set().union(*known)
+        rest = [i for i, unit in enumerate(tied) if unit not in elsewhere]
         if not rest:
             raise CorpusError(
-                f"every document of {self.name} is also in {' or '.join(o.name for o in others)}: give other texts"
+                f"every {'group' if self.groups else 'document'} of {self.name} is also in "
+                f"{' or '.join(o.name for o in others)}: give other texts"
             )
         return (self, 0) if len(rest) == self.n_documents else (self.only(rest), self.n_documents - len(rest))
 
     def __repr__(self) -> str:
         skipped = f", skipped {sum(self.skipped.values()):,}" if self.skipped else ""
         bos = "with BOS" if self.prepend_bos else "no BOS"
-        return f"Corpus({self.name!r}, {self.n_tokens:,} tokens in {self.n_documents:,} documents, {bos}{skipped})"
+        groups = f" of {len(set(self.groups)):,} groups" if self.groups else ""
+        return (
+            f"Corpus({self.name!r}, {self.n_tokens:,} tokens in {self.n_documents:,} documents{groups}, {bos}{skipped})"
+        )
+
+
+def _tied(corpora: Sequence[Corpus], near_duplicates: bool | None) -> list[list[str]]:
+    """Return for each document of some corpora the unit that it must stay in: the least key of what is tied to it."""
+    together = DisjointSet()
+    texts: dict[Words, None] = {}
+    for corpus in corpora:
+        spans = torch.split(corpus.tokens, corpus.starts.diff().tolist()) if near_duplicates else ()
+        rows: list[list[int]] = [[] for _ in corpus.keys]
+        for span, document in zip(spans, corpus.document.tolist()):
+            rows[document] += span.tolist()
+        for unit, key, answer, row in zip(corpus.units, corpus.keys, corpus._answers(), rows, strict=True):
+            together.add(unit)
+            together.add(key)
+            together.merge(unit, key)
+            text = words(answer.prompt) if answer and answer.prompt and near_duplicates is not False else tuple(row)
+            if text:
+                together.add(text)
+                together.merge(unit, text)
+                texts[text] = None
+    join_near_duplicates(texts, together)
+    least: dict[Any, str] = {}
+    for unit in (unit for corpus in corpora for unit in corpus.units):
+        least[together[unit]] = min(unit, least.get(together[unit], unit))
+    return [[least[together[unit]] for unit in corpus.units] for corpus in corpora]
 
 
 def _deal(keys: list[str], size: Counter[str], shares: Sequence[float]) -> list[list[str]]:
-    """Assign shuffled documents one by one to the part that is furthest below its share; no part stays empty."""
+    """Assign shuffled units one by one to the part that is furthest below its share; no part stays empty."""
     sum_of_shares, parts = sum(shares), [list[str]() for _ in shares]
     filled = [0.0] * len(shares)
     total = max(1, sum(size.values()))

@@ -3,9 +3,11 @@
 A source is a file (``texts.jsonl``, ``data.parquet:body``, ``book.txt``), ``hf:name/config:split:field``, ``demo:NAME``
 (or ``demo:NAME:SPLIT:FIELD``; the default split is "dev", which the model was not trained on and which is not the test), a
 `datasets` object, or any iterable of strings or rows. Question-answer sources name both fields, ``file.jsonl:question>answer``;
-then only the answer's tokens are counted, and the question is the prompt. Of rows that have the fields of MBPP, "test_list" and
-"test_setup_code" become the answer's unit tests; of those that have the fields of TOFU, "perturbed_answer", "paraphrased_answer"
-and "paraphrased_question" become what the answer is compared with.
+then only the answer's tokens are counted, and the question is the prompt. Documents that belong together, such as those on one
+author, are named by a field, ``file.jsonl:question>answer@author``, or as runs of so many rows, ``file.jsonl:question>answer@20``:
+splits keep such groups whole, and intervals resample them. Of rows that have the fields of MBPP, "test_list" and "test_setup_code"
+become the answer's unit tests; of those that have the fields of TOFU, "perturbed_answer", "paraphrased_answer" and
+"paraphrased_question" become what the answer is compared with.
 
 Knows tokenizers, templates and windows; knows nothing of file formats (that is `sources`) or of what is measured at the tokens.
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
-from lens_unlearn.corpora.sources import Pair, Source, open_source
+from lens_unlearn.corpora.sources import Pair, Row, Source, open_source
 from lens_unlearn.model.host import Model
 
 __all__ = ["read_corpus", "tokenize"]
@@ -37,6 +39,7 @@ def read_corpus(
     *,
     tokens: int | None = None,
     field: str | None = None,
+    group: str | int | None = None,
     template: str | None = None,
     window: int | None = None,
     prepend_bos: bool | None = None,
@@ -47,9 +50,15 @@ def read_corpus(
 
     Args:
         source: A file, ``hf:NAME/CONFIG:SPLIT:FIELD``, ``demo:NAME``, a `datasets` object, or an iterable of strings or rows.
+            ``FIELD@GROUP`` names the field of the groups as well (see `group`). Paths and fields that hold ":" or "@" themselves
+            are read as they are; where a field with "@" in its name could also be two fields, that is refused.
         model: The model whose tokenizer and context length to use.
         tokens: Stop after exactly this many counted tokens; None reads everything.
         field: The field that holds the text (default "text"), or "question>answer"; it can also be part of the source.
+        group: The field that names each document's group, such as its author: splits keep a group whole, and intervals resample
+            groups. Equal values are one group, also in two sources. Or a number: so many rows one after another are a group,
+            counted in the order of the source with the rows that are skipped (TOFU has 20 questions an author). By default every
+            document stands for itself.
         template: How prompt and answer are joined; default "{prompt} {answer}", and for the demo's own questions as the demo
             model was trained. ``{tests}`` stands for the unit tests, if rows have any: without
             them, MBPP does not say how the function is to be called.
@@ -60,8 +69,8 @@ def read_corpus(
         name: The name in reports; default the source.
 
     Raises:
-        CorpusError: If the source, the file or the field does not exist, or holds no text of at least two tokens; if the template,
-            the window or the tokenizer cannot be used.
+        CorpusError: If the source, the file or the field does not exist, or holds no text of at least two tokens; if a row names no
+            group where the others do; if the template, the window or the tokenizer cannot be used.
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
@@ -76,17 +85,19 @@ def read_corpus(
         raise CorpusError(f"window={longest} does not fit this model: from {bos + 2} to {model.cfg.n_ctx} tokens")
     if tokens is not None and tokens < 2:
         raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
-    opened = open_source(source, field)
+    opened = open_source(source, field, group)
     builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
     encoder = _Encoder(tokenizer, template or opened.template, count or ("answer" if opened.is_pairs else "all"))
-    for ids, counts, key, answer in encoder.encode(opened.texts, builder.skipped):
-        if not builder.add(ids, counts, key, answer):
+    for document in encoder.encode(opened.rows, builder.skipped):
+        if not builder.add(*document):
             break
     return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer))
 
 
-_Document = tuple[list[int], list[bool], str, Answer | None]
-"""Token ids, the mask of those that are counted, a digest of the text, and the answer."""
+_Document = tuple[list[int], list[bool], str, Answer | None, str | None]
+"""Token ids, the mask of those that are counted, a digest of the text, the answer, and a digest of the group."""
+_Text = tuple[str, int, Answer | None]
+"""A text, the character at which its counted part begins, and the answer."""
 
 
 class _Encoder:
@@ -101,43 +112,50 @@ class _Encoder:
         before = re.split(r"\{(?:prompt|tests)\}", template)[0].strip().splitlines()
         marker = before[-1].strip() if before else ""
         self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone can also begin a line of an answer
+        self.first_in: dict[int, str] = {}  # the digest of the first text of each run of rows, by the run's number
 
-    def encode(self, texts: Iterable[str | Pair | None], skipped: Counter[str]) -> Iterator[_Document]:
-        chunk: list[tuple[str, int, Answer | None]] = []
-        for text in texts:
-            joined = self._join(text)
-            if joined is None:
+    def encode(self, rows: Iterable[Row], skipped: Counter[str]) -> Iterator[_Document]:
+        chunk: list[tuple[_Text, str | int | None]] = []
+        for text, group in rows:
+            if text is None:
                 skipped["empty or not text"] += 1
                 continue
-            chunk.append(joined)
+            chunk.append((self._join(text), group))
             if len(chunk) == _CHUNK:
                 yield from self._tokenize(chunk)
                 chunk = []
         if chunk:
             yield from self._tokenize(chunk)
 
-    def _join(self, text: Any) -> tuple[str, int, Answer | None] | None:
-        """Return the text in its template, the character at which its counted part begins, and the answer if there is one."""
-        if isinstance(text, str) and text.strip():
+    def _join(self, text: str | Pair) -> _Text:
+        """Put a prompt and its answer into the template."""
+        if isinstance(text, str):
             return text, 0, None
-        if isinstance(text, Pair) and all(isinstance(part, str) and part.strip() for part in text[:2]):
-            fields = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
-            head = self.template[: self.template.rindex("{answer}")]
-            head = re.sub(r"\{(?:prompt|tests)\}", lambda match: fields[match[0]], head)
-            if self.count == "all":
-                return head + text.answer, 0, None
-            comparisons = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
-            return (
-                head + text.answer,
-                len(head),
-                Answer(text.answer, text.tests, text.setup, self.marker, *comparisons, head),
-            )
-        return None
+        fields = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
+        head = self.template[: self.template.rindex("{answer}")]
+        head = re.sub(r"\{(?:prompt|tests)\}", lambda match: fields[match[0]], head)
+        if self.count == "all":
+            return head + text.answer, 0, None
+        comparisons = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
+        answer = Answer(text.answer, text.tests, text.setup, self.marker, *comparisons, head, text.prompt)
+        return head + text.answer, len(head), answer
 
-    def _tokenize(self, chunk: list[tuple[str, int, Answer | None]]) -> Iterator[_Document]:
-        tokenized = tokenize(self.tokenizer, [text for text, _, _ in chunk], [begin for _, begin, _ in chunk])
-        for (text, _, answer), (ids, counted) in zip(chunk, tokenized, strict=True):
-            yield ids, counted, hashlib.sha256(text.strip().encode()).hexdigest()[:16], answer
+    def _tokenize(self, chunk: list[tuple[_Text, str | int | None]]) -> Iterator[_Document]:
+        tokenized = tokenize(self.tokenizer, [text for (text, *_), _ in chunk], [begin for (_, begin, _), _ in chunk])
+        for ((text, _, answer), group), (ids, counted) in zip(chunk, tokenized, strict=True):
+            key = _digest(text.strip())
+            yield ids, counted, key, answer, None if group is None else self._group(group, key)
+
+    def _group(self, group: str | int, key: str) -> str:
+        """Return a digest of a group: of its name, or of the text with which a run begins.
+
+        Not of the run's number, which means nothing in another file: by its text, an author is the same group there.
+        """
+        return _digest(f"group {group}" if isinstance(group, str) else f"run of {self.first_in.setdefault(group, key)}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tuple[list[int], list[bool]]]:
@@ -170,10 +188,13 @@ class _Builder:
         self.document: list[int] = []
         self.keys: list[str] = []
         self.answers: list[Answer | None] = []
+        self.groups: list[str] = []
         self.skipped: Counter[str] = Counter()
         self.total = 0
 
-    def add(self, ids: list[int], counted: list[bool], key: str, answer: Answer | None = None) -> bool:
+    def add(
+        self, ids: list[int], counted: list[bool], key: str, answer: Answer | None = None, group: str | None = None
+    ) -> bool:
         """Add a document; return whether the budget has room for more."""
         if len(ids) + (self.bos is not None) < 2 or not any(counted):
             self.skipped["shorter than two tokens"] += 1
@@ -192,6 +213,7 @@ class _Builder:
                     self._row(ids[start : start + body], counted[start : start + body])
         self.keys.append(key)
         self.answers.append(None if all(counted) else answer)  # without a prompt, nothing is answered
+        self.groups += [] if group is None else [group]
         return self.total < self.budget
 
     def _row(self, ids: list[int], counted: list[bool]) -> None:
@@ -223,4 +245,5 @@ class _Builder:
             vocabulary=vocabulary,
             skipped=dict(self.skipped),
             answers=tuple(self.answers) if any(self.answers) else (),
+            groups=tuple(self.groups),
         )

@@ -224,11 +224,11 @@ class _Watch:
         part = self.part = total.fresh()
         self.weight = batch.counted.reshape(-1).float()
         self.waiting = len(self.points)
-        # Some statistics name or draw tokens: they are given which document and place each is, by keys that depend on the
-        # texts alone, and so are the same in every batch, process and order.
+        # Some statistics name or draw tokens: they are given which document (or group, where those are named and the statistic
+        # asks for them) and place each is, by keys that depend on the texts alone, and so are the same in every batch and order.
         locate = getattr(part, "locate", None)
         if locate is not None:
-            locate(*corpus.places(batch))
+            locate(*corpus.places(batch, by_unit=getattr(part, "by_unit", False)))
         with suppress(_Enough):
             backbone(model, batch.tokens)
         return part

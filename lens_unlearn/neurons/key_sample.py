@@ -1,4 +1,4 @@
-"""`KeySample`: a uniform random sample of keys (activations at counted tokens), with the document that each is of.
+"""`KeySample`: a uniform random sample of keys (activations at counted tokens), with the document or group that each is of.
 
 Knows activations, and documents and places as numbers; knows nothing of models, corpora, or the regions fitted to keys.
 """
@@ -19,7 +19,7 @@ __all__ = ["KeySample"]
 
 
 class KeySample:
-    """A uniform sample of keys (activations at counted tokens), with the document each is of.
+    """A uniform sample of keys (activations at counted tokens), with the document each is of, or the group where those are named.
 
     Every counted token has a random priority that depends on its document, its place and the seed alone; those with the
     lowest priorities are kept. So the sample is the same whatever the batches, their order and the parts that are merged,
@@ -33,6 +33,9 @@ class KeySample:
     # Why not reservoir sampling: a reservoir draws from a random stream in the order in which tokens come, so its sample would
     # depend on batches and on how the corpus is cut over processes, and two reservoirs cannot be merged exactly. The k lowest
     # of independent random priorities are a uniform sample too, and the k lowest of a union are among those of its parts.
+
+    by_unit = True
+    """That `collect` calls `locate` with groups in the place of documents, where the corpus names them."""
 
     def __init__(self, capacity: int = 2000, *, seed: int = 0) -> None:
         if capacity < 1:
@@ -137,10 +140,10 @@ class KeySample:
         return self._keys[site]
 
     def split(self, *shares: float, seed: int = 0) -> "list[KeySample]":
-        """Split by document into parts of about the given shares of the documents.
+        """Split by document, or by group where those are named, into parts of about the given shares of them.
 
         Raises:
-            EmptyStatisticError: If there are fewer documents than parts.
+            EmptyStatisticError: If there are fewer documents, or groups, than parts.
         """
         documents = torch.cat([torch.zeros(0, dtype=torch.int64), *(ids[1] for ids in self._ids.values())]).unique()
         if len(documents) < len(shares):
@@ -154,7 +157,7 @@ class KeySample:
         return [self._only(shuffled[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def shuffled(self, other: "KeySample", seed: int = 0) -> "tuple[KeySample, KeySample]":
-        """Deal the documents of both samples at random into two of the same numbers of documents: a control."""
+        """Deal the documents, or groups, of both samples at random into two of the same numbers of them: a control."""
         documents = [next(iter(part._ids.values()))[1].unique() for part in (self, other)]
         dealt = torch.cat(documents).unique()
         dealt = dealt[mix(dealt + key_of("shuffled", seed)).argsort()]
@@ -173,7 +176,7 @@ class KeySample:
         return new
 
     def documents(self, site: Site) -> Int[Tensor, "keys"]:
-        """Return a key of each key's document: equal for keys of one document."""
+        """Return for each key a number of its document, or of its group where those are named: equal where they are the same."""
         self[site]  # raises where nothing was collected
         return self._ids[site][1]
 
