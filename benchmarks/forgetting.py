@@ -6,12 +6,14 @@ r"""SIMU and its baselines, on facts that a model has memorized: the tables of d
         --neighbours '../shared/data/tofu/retain90.jsonl:question>answer@200:280' \
         --unseen '../shared/data/tofu/holdout10.jsonl:question>answer' --skill code=... --seeds 0 1 2
 
-SOURCE@BEGIN:END takes some of its documents. Half of the unseen facts sets the floor and the aim of forgetting, the other half
+SOURCE@BEGIN:END takes some of its documents; that is this script's own, and comes after the groups of a source, as in
+forget10.jsonl:question>answer@20@0:100. Half of the unseen facts sets the floor and the aim of forgetting, the other half
 is reported. Neighbours are memorized too, and not in the retain loss. Values are accuracies: shares of answer tokens (of all
 tokens, for skills) that are the most probable ones.
 """
 
 import argparse
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -40,11 +42,13 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 
 
 def read(source: str, model: Any, args: argparse.Namespace, tokens: int | None = None) -> lu.Corpus:
-    source, _, part = source.partition("@")
+    """Read a source, or with ``@BEGIN:END`` after it some of its documents."""
+    cut = re.fullmatch(r"(.*)@(\d+):(\d+)", source)
+    source = cut[1] if cut else source
     corpus = lu.read_corpus(source, model, template=args.template, tokens=tokens, window=args.window)
-    if not part:
+    if not cut:
         return corpus
-    begin, end = map(int, part.split(":"))
+    begin, end = int(cut[2]), int(cut[3])
     return corpus.only(range(begin, min(end, corpus.n_documents)))
 
 

@@ -26,7 +26,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SRC = "a file (jsonl, json, csv, parquet, txt; FILE:FIELD), hf:NAME/CONFIG:SPLIT:FIELD, or demo:NAME"
+SRC = (
+    "a file (jsonl, json, csv, parquet, txt; FILE:FIELD), hf:NAME/CONFIG:SPLIT:FIELD, or demo:NAME; with @FIELD or @ROWS after it, "
+    "the groups that stay together, such as authors"
+)
 Model = Annotated[str, typer.Option(help="'demo', a Hugging Face directory, or a hub name.")]
 Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]

@@ -387,6 +387,7 @@ def _settings(
                 "source": corpus.name,
                 "tokens": corpus.n_tokens,
                 "documents": corpus.n_documents,
+                "units": len(set(corpus.units)),
                 "bos": corpus.prepend_bos,
                 "window": corpus.window,
                 "fingerprint": corpus.fingerprint,
