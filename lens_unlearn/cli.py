@@ -101,6 +101,13 @@ def run(
     test_retain: Annotated[
         list[str], typer.Option(metavar="SRC", help="Separate test texts of a skill to retain.")
     ] = [],  # noqa: B006
+    facts: Annotated[
+        bool,
+        typer.Option(
+            "--facts",
+            help="Forget memorized facts: fit, tune and test on all of the --forget source, and split only what is retained.",
+        ),
+    ] = False,
     template: Template = None,
     tokens: Tokens = 20_000,
     window: Window = None,
@@ -157,6 +164,7 @@ def run(
         sweep=sweep,
         answers=answers,
         memorization=memorization,
+        facts=facts,
     )
     with _interruptible(out):
         done = carry_out(plan, out, resume=resume, overwrite=overwrite, progress=not quiet)
@@ -187,6 +195,12 @@ def compare(
         list[str], typer.Option(metavar="NAME=SRC", help="Separate test texts of a skill; for all skills, or for none.")
     ] = [],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
+    facts: Annotated[
+        bool,
+        typer.Option(
+            "--facts", help="The skills are memorized facts: fit, tune and test on all of the one that is unlearned."
+        ),
+    ] = False,
     template: Template = None,
     tokens: Tokens = 20_000,
     window: Window = None,
@@ -228,6 +242,7 @@ def compare(
         batch_size=batch_size,
         dtype=dtype,
         device_map=device_map,
+        facts=facts,
     )
     settings: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
     with _interruptible(out):

@@ -109,7 +109,7 @@ def _lost(part: Report, condition: str, metrics: Sequence[str]) -> dict[str, str
 class _GivenTexts(Reader):
     """Takes corpora that are read and split already, by name."""
 
-    def corpus(self, source: str) -> Corpus:
+    def corpus(self, source: str, *, whole: bool = False) -> Corpus:
         """Return a corpus by its name."""
         return self.known[source]
 
@@ -141,6 +141,7 @@ class SkillRun(Experiment):
             "forgotten": self.plan.forget,
             "retain_drop": self.plan.retain_drop,
             "plan": settings_of(self.plan),
+            "protocol": self.plan.protocol,
             "chosen": self.chosen,
             "controls": self.control_words(),
             "documents": self.documents.counts(),
@@ -174,6 +175,7 @@ def compare(
     methods: Sequence[str] | None = None,
     *,
     test: Mapping[str, Corpus] | None = None,
+    facts: bool = False,
     retain_drop: float = 0.05,
     tokens: int = 20_000,
     settings: Mapping[str, Any] | None = None,
@@ -194,6 +196,8 @@ def compare(
         methods: By the names that the command line uses, such as "selective-pruning". Default: all but "simu", which
             unlearns answers, by training.
         test: Separate test texts of each skill. Default: 35 % of each skill's documents, split off.
+        facts: Whether the skills are lists of memorized facts: the forgotten one is fitted, tuned and tested on whole, and the
+            others are split, or tested on `test`.
         retain_drop: The budget: the largest share of top-1 accuracy that the retain corpus may lose, in [0, 1].
         tokens: Tokens of each side to fit on, and to test on; half as many to tune on.
         settings: Options of the methods, as in ``{"importance": "rms", "neuron-adjust.site": "mlp.post"}``.
@@ -214,9 +218,9 @@ def compare(
     chosen = compared() if methods is None else tuple(methods)
     plans = plans_for(
         list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, tokens=tokens,
-        settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size,
+        settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size, facts=facts,
     )  # fmt: skip
-    runs = _skill_runs(plans, model, _texts(skills, test, seed), progress=progress)
+    runs = _skill_runs(plans, model, _texts(skills, test, seed, facts=facts), progress=progress)
     return _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
 
 
@@ -236,12 +240,13 @@ def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, P
         raise LensUnlearnError(f"retain_drop={budget} is no share of the accuracy: give a number from 0 to 1")
     if controls < 1 or settings.get("tokens", 2) < 2:
         raise LensUnlearnError("give at least one seed for the controls, and two tokens of each side")
-    plans = {}
+    plans, facts = {}, settings.get("facts", False)
     for skill in skills:
         others = [name for name in skills if name != skill]
         plans[skill] = Plan(
-            model=model, forget=skill, retain=tuple(others), also={name: _test(name) for name in others},
-            test_forget=_test(skill), test_retain=tuple(map(_test, others)), sweep=False, **settings,
+            model=model, forget=skill, retain=tuple(map(_rest, others) if facts else others),
+            also={name: _test(name) for name in others}, test_forget=None if facts else _test(skill),
+            test_retain=tuple(map(_test, others)), sweep=False, **settings,
         )  # fmt: skip
     return plans
 
@@ -251,8 +256,15 @@ def _test(skill: str) -> str:
     return f"{skill}:test"
 
 
-def _texts(skills: Mapping[str, Corpus], test: Mapping[str, Corpus] | None, seed: int) -> dict[str, Corpus]:
-    """Return what to fit and tune on, by skill, and what to test on."""
+def _rest(skill: str) -> str:
+    """Name the texts of a skill that are fitted and tuned on, where the skill itself is known as a whole."""
+    return f"{skill}:rest"
+
+
+def _texts(
+    skills: Mapping[str, Corpus], test: Mapping[str, Corpus] | None, seed: int, *, facts: bool = False
+) -> dict[str, Corpus]:
+    """Return what to fit and tune on, by skill, and what to test on; of facts also each skill as a whole."""
     if test is not None and set(test) != set(skills):
         raise LensUnlearnError(
             f"test texts are of {_list(test)}, and skills are {_list(skills)}: give each skill's, or none"
@@ -262,8 +274,10 @@ def _texts(skills: Mapping[str, Corpus], test: Mapping[str, Corpus] | None, seed
             raise CorpusError(f"every document of {one} also stands in {other}: nothing could tell these skills apart")
     texts: dict[str, Corpus] = {}
     for name, corpus in skills.items():
-        texts[name], texts[_test(name)] = corpus.split(*SHARES, seed=seed) if test is None else (corpus, test[name])
-    return texts
+        texts[_rest(name) if facts else name], texts[_test(name)] = (
+            corpus.split(*SHARES, seed=seed) if test is None else (corpus, test[name])
+        )
+    return texts | dict(skills) if facts else texts
 
 
 def _list(names: Mapping[str, Any]) -> str:
@@ -293,6 +307,7 @@ def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Compar
         "skills": list(parts),
         "methods": list(one.plan.methods),
         "retain_drop": one.plan.retain_drop,
+        "protocol": one.plan.protocol,
         "controls": one.control_words(),
         "corpora": {},
         "chosen": {skill: part.provenance["chosen"] for skill, part in parts.items()},
@@ -365,12 +380,14 @@ def carry_out_comparison(
         return None
     plan = next(iter(plans.values()))
     model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
-    reading = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
+    tokens = None if plan.facts else READ * plan.tokens
+    reading = {"tokens": tokens, "template": plan.template, "window": plan.window}
     skills, tests = (
         {name: read_corpus(source, model, name=source, **reading) for name, source in (given or {}).items()}
         for given in (sources, test)
     )
-    runs = _skill_runs(plans, model, _texts(skills, tests or None, plan.seed), progress=progress)
+    texts = _texts(skills, tests or None, plan.seed, facts=plan.facts)
+    runs = _skill_runs(plans, model, texts, progress=progress)
     inputs = {f"{skill}: {key}": value for skill, run in runs.items() for key, value in run.inputs().items()}
     with folder.open(settings, inputs) if distributed.is_first() else nullcontext():
         for skill, run in runs.items():

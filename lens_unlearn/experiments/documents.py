@@ -1,5 +1,6 @@
 """The documents of an experiment: read once, split by document into what is fitted, tuned and tested on.
 
+Memorized facts are not split: what forgetting some of them does to others is no measure of whether these are forgotten.
 Knows sources and splits; knows nothing of methods but whether one needs prompts, and nothing of what is done with the parts.
 """
 
@@ -30,7 +31,7 @@ class Documents:
     queries: dict[str, Corpus]
     """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
     removed: dict[str, int]
-    """Documents removed from the fit because they also stand in a test source."""
+    """Documents removed from the fit because they also stand in a test source, and from retain those that are facts to forget."""
 
     def counts(self) -> dict[str, Any]:
         """Return how many documents and tokens each part has, for a report's provenance."""
@@ -60,10 +61,11 @@ class Reader:
     model: Model
     known: dict[Any, Corpus]
 
-    def corpus(self, source: str) -> Corpus:
-        """Return a source, read to `READ` times the tokens that are used of it."""
+    def corpus(self, source: str, *, whole: bool = False) -> Corpus:
+        """Return a source, read to `READ` times the tokens that are used of it, or to its end."""
         plan = self.plan
-        settings = {"tokens": READ * plan.tokens, "template": plan.template, "window": plan.window}
+        tokens = None if whole else READ * plan.tokens
+        settings = {"tokens": tokens, "template": plan.template, "window": plan.window}
         key = (source, *settings.values())
         if key not in self.known:
             self.known[key] = read_corpus(source, self.model, name=source, **settings)
@@ -72,32 +74,52 @@ class Reader:
     def read(self) -> Documents:
         """Split every source by document, or take separate test sources, and draw the tokens that are used.
 
+        Facts to forget are taken whole for every use, and removed from what is retained.
+
         Raises:
             CorpusError: If a source is too short to be split, or nothing could tell forget and retain apart.
         """
         plan = self.plan
         also = {name: self.corpus(source) for name, source in plan.also.items()}
-        given = {"forget": [self.corpus(plan.forget)], "retain": [self.corpus(source) for source in plan.retain]}
+        forget = self.corpus(plan.forget, whole=plan.facts)
+        given = {"forget": [forget], "retain": [self.corpus(source) for source in plan.retain]}
         tests = {
             "forget": [self.corpus(plan.test_forget)] if plan.test_forget else [],
             "retain": [self.corpus(source) for source in plan.test_retain],
         }
         known = [*also.values(), *tests["forget"], *tests["retain"]]
         fit, tuning, test, queries, removed = {}, {}, {}, {}, {}
+        if plan.facts:
+            known.append(forget)
+            tests["retain"] = [source.without(forget)[0] for source in tests["retain"]]
+        judging = any(record.judges_prompts for record in plan.records.values())
         for name, sources in given.items():
-            shares = (0.6, 0.4) if tests[name] else (0.4, 0.25, 0.35)
+            if plan.facts and name == "forget":
+                removed[name] = 0
+                fit[name] = self._pool(name, sources)
+                tuning[name] = test[name] = self._pool(name, self._prompted(sources))
+                queries |= {name: test[name]} if judging else {}
+                continue
+            shares = self._shares(tested=not tests[name])
             cleaned = [source.without(*known) for source in sources]
             removed[name] = sum(count for _, count in cleaned)
-            parts = list(zip(*(source.split(*shares, seed=plan.seed) for source, _ in cleaned), strict=True))
-            fit[name] = self._pool(name, parts[0], plan.tokens)
-            tuning[name] = self._pool(name, self._prompted(parts[1]), plan.tokens // 2)
-            test[name] = self._pool(name, self._prompted(tests[name] or parts[2]), plan.tokens)
-            if any(record.judges_prompts for record in plan.records.values()):
-                queries[name] = self._queries(name, parts[0])
+            split = zip(*(source.split(*shares.values(), seed=plan.seed) for source, _ in cleaned), strict=True)
+            parts = dict(zip(shares, split, strict=True))
+            fit[name] = self._pool(name, parts["fit"], plan.tokens)
+            if "tune" in parts:
+                tuning[name] = self._pool(name, self._prompted(parts["tune"]), plan.tokens // 2)
+            test[name] = self._pool(name, self._prompted(tests[name] or parts["test"]), plan.tokens)
+            queries |= {name: self._queries(name, parts["fit"])} if judging else {}
         if set(fit["forget"].keys) == set(fit["retain"].keys):
             raise CorpusError("forget and retain hold the same documents: nothing could tell them apart")
         test |= {name: self._pool(name, self._prompted([corpus]), plan.tokens) for name, corpus in also.items()}
         return Documents(fit, tuning, test, queries, removed)
+
+    def _shares(self, *, tested: bool) -> dict[str, float]:
+        """Return the shares of a source by use; facts' neighbours are few, so of these no part lies idle without a budget."""
+        if self.plan.facts and self.plan.retain_drop is None:
+            return {"fit": 2 / 3, "test": 1 / 3} if tested else {"fit": 1.0}
+        return {"fit": 0.4, "tune": 0.25, "test": 0.35} if tested else {"fit": 0.6, "tune": 0.4}
 
     def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         records = list(self.plan.records.values())
@@ -109,10 +131,11 @@ class Reader:
         per_source = -(-QUERIES // len(cut))
         return self._pool(name, cut, sum(per_source * c.n_tokens // c.n_rows for c in cut))
 
-    def _pool(self, name: str, corpora: Sequence[Corpus], tokens: int) -> Corpus:
-        """Join sources, each with an equal share of the tokens, drawn over all of its documents."""
-        sampled = [corpus.sample(max(2, tokens // len(corpora)), self.plan.seed) for corpus in corpora]
-        joined = sampled[0]
-        for more in sampled[1:]:
+    def _pool(self, name: str, corpora: Sequence[Corpus], tokens: int | None = None) -> Corpus:
+        """Join sources: each whole, or with an equal share of the tokens, drawn over all of its documents."""
+        if tokens is not None:
+            corpora = [corpus.sample(max(2, tokens // len(corpora)), self.plan.seed) for corpus in corpora]
+        joined = corpora[0]
+        for more in corpora[1:]:
             joined = joined + more
         return replace(joined, name=f"{name} ({joined.name})")

@@ -1,14 +1,14 @@
 """`Experiment`: one plan carried out on one model, and `carry_out`, which writes what it found into one folder.
 
-Fit, tune and test on separate documents, every method beside its control. Knows plans, documents, methods by their records, and
-folders; knows no method by name, and leaves what the page shows to `report_content`.
+Fit, tune and test on the documents that are for it, every method beside its control. Knows plans, documents, methods by their
+records, and folders; knows no method by name, and leaves what the page shows to `report_content`.
 """
 
 import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ class Experiment:
         report = self._kept("kept/evaluation.safetensors", REPORT, self._evaluate)
         provenance = {
             **report.provenance,
-            "plan": asdict(self.plan),
+            "plan": settings_of(self.plan),
+            "protocol": self.plan.protocol,
             "chosen": self.chosen,
             "controls": self.control_words(),
             "documents": self.documents.counts(),

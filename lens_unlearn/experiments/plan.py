@@ -17,6 +17,11 @@ __all__ = ["Plan", "command_of", "option_names", "settings_of"]
 SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+SKILL = "No document is used for two of fitting, tuning and testing."
+FACTS = (
+    "Forgetting is tested on the very facts that every method was fitted and tuned to: that is the protocol of memorized facts, "
+    "and says nothing about other facts. What is retained is tested on documents that no method was fitted or tuned on."
+)
 _NOT_SET = ("progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
 """Options of methods that a run decides itself, so that `--set` cannot give them."""
 
@@ -56,6 +61,8 @@ class Plan:
     """Of the model's weights."""
     device_map: str | None = None
     """How a model that does not fit one device is spread: "auto", "balanced", ..."""
+    facts: bool = False
+    """Whether forget is a list of memorized facts: fitted, tuned and tested on whole, while retain is split."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -72,7 +79,11 @@ class Plan:
             raise LensUnlearnError(
                 f"forget and retain are the same text ({self.forget}): nothing could tell them apart"
             )
-        if bool(self.test_forget) != bool(self.test_retain):
+        if self.facts and self.test_forget:
+            raise LensUnlearnError(
+                "--facts tests on the facts of --forget themselves: leave out --test-forget, or measure it as --also NAME=SRC"
+            )
+        if not self.facts and bool(self.test_forget) != bool(self.test_retain):
             raise LensUnlearnError("test sources come in pairs: give both --test-forget and --test-retain, or neither")
 
     def _check_setting(self, key: str) -> None:
@@ -83,6 +94,11 @@ class Plan:
         if not any(option in names for names in known.values()):
             choices = ", ".join(sorted({name for names in known.values() for name in names}))
             raise LensUnlearnError(f"--set {key}: no method of this run has such an option: choose from {choices}")
+
+    @property
+    def protocol(self) -> str:
+        """What is fitted, tuned and tested on which texts, in a sentence or two, as `run.json` and the page say it."""
+        return FACTS if self.facts else SKILL
 
     @property
     def records(self) -> dict[str, Method]:
@@ -137,7 +153,8 @@ def command_of(plan: Plan) -> str:
         value = getattr(plan, name)
         if value != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
-    return shlex.join([*words, *([] if plan.sweep else ["--no-sweep"]), "--out", "again"])
+    flags = [*(["--facts"] if plan.facts else []), *([] if plan.sweep else ["--no-sweep"])]
+    return shlex.join([*words, *flags, "--out", "again"])
 
 
 def _as_text(value: Any) -> str:
@@ -154,4 +171,7 @@ def option_names(method: str) -> list[str]:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return a plan as `run.json` keeps it."""
-    return json.loads(json.dumps(asdict(plan), default=str))
+    kept = asdict(plan)
+    if not plan.facts:  # this option came later: without it the plan is that of an earlier run, which can go on
+        del kept["facts"]
+    return json.loads(json.dumps(kept, default=str))

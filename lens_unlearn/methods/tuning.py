@@ -108,6 +108,7 @@ def tune(
     *,
     retain_drop: float = 0.05,
     held_out: tuple[Corpus, Corpus] | None = None,
+    facts: bool = False,
     metric: str = "top1",
     options: Mapping[str, Any] | None = None,
     evaluations: int = 10,
@@ -128,6 +129,7 @@ def tune(
         retain: Texts of what is to be retained; likewise.
         retain_drop: Budget: the largest share of the retain metric that may be lost, in [0, 1].
         held_out: Tuning texts (forget, retain), if they should not be split off: default, 40 % of the documents.
+        facts: Whether `forget` is a list of memorized facts, which is fitted and tuned on whole, while `retain` is split.
         metric: A metric that falls as a skill is lost: "top1", "top10" or "top1_rare".
         options: Further options of the method.
         evaluations: How many fractions to try at most.
@@ -147,8 +149,13 @@ def tune(
             raise LensUnlearnError(
                 "moments and keys hold no texts to tune on: pass corpora, or held_out=(forget, retain)"
             )
-        forget, tune_forget = forget.split(0.6, 0.4, seed=seed)
+        if facts:
+            tune_forget, (retain, _) = forget, retain.without(forget)
+        else:
+            forget, tune_forget = forget.split(0.6, 0.4, seed=seed)
         retain, tune_retain = retain.split(0.6, 0.4, seed=seed)
+    elif facts:
+        raise LensUnlearnError("facts are tuned on whole: give facts=True or held_out=(forget, retain), not both")
     else:
         tune_forget, tune_retain = held_out
     corpora = cut_prompts({"forget": tune_forget, "retain": tune_retain}, [record], seed)

@@ -56,6 +56,7 @@ def comparison_page(report: Report) -> str:
             budget=_budget(report),
             kinds=list(dict.fromkeys(known)),
             metric=METRIC,
+            protocol=report.provenance.get("protocol", ""),
             overall=overall(report),
             figures=[drawing(number, "", figure) for number, figure in enumerate(report.figures.values())],
             summary=comparison_summary(report),

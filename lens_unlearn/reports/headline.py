@@ -86,4 +86,6 @@ def _sure(report: Report) -> str:
         for corpus, entry in entries.items()
         if isinstance(entry, dict) and isinstance(entry.get("documents"), int)
     }
-    return macro(TEMPLATE, "sure", documents, "plan" in report.provenance) if len(documents) == 2 else ""
+    plan = report.provenance.get("plan")
+    facts = isinstance(plan, dict) and bool(plan.get("facts"))
+    return macro(TEMPLATE, "sure", documents, "plan" in report.provenance, facts) if len(documents) == 2 else ""

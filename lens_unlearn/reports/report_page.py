@@ -118,7 +118,8 @@ def _lead(report: Report) -> str:
     swept = families([c for c in parsed if c.strength is not None and not c.control])
     methods = [*single, *(f"{name(method)} over a range of strengths" for method in swept)]
     kinds = list(dict.fromkeys(controls_of(report).values())) if any(c.control for c in parsed) else None
-    return render("lead.html", methods=methods, kinds=kinds, texts=texts)
+    protocol = report.provenance.get("protocol", "")
+    return render("lead.html", methods=methods, kinds=kinds, texts=texts, protocol=protocol)
 
 
 def _details(corpus: str, entry: Any) -> list[str]:
