@@ -1,16 +1,48 @@
-"""Confidence intervals and their ingredients: resampling of units, the area under a ROC curve, Wilson's interval of a share.
+"""Confidence intervals and their ingredients: weights of units, Student's widening, the area under a ROC curve, Wilson's interval.
 
-Knows numbers; knows nothing of what was measured. Everything here that is random is a function of a generator or a seed.
+Knows numbers and keys of units; knows nothing of what was measured. Everything here that is random is a function of a seed.
 """
+
+# Why the weights are exponential, and drawn from a unit's key:
+#
+# - One document may stand in several corpora, runs and conditions (the test texts of one skill are among the retain texts of the
+#   others). A weight that depends on (seed, key, draw) alone is the same wherever the document stands, so differences, means over
+#   runs and sums over corpora are resampled jointly, while documents of different corpora are drawn independently.
+# - Weights of an exponential distribution are the Bayesian bootstrap (Rubin, "The Bayesian bootstrap", 1981). Unlike counts, they
+#   are never all 0, so the ratio of two weighted sums is defined in every draw, also for few units.
+#
+# Percentiles of a bootstrap of few units are too narrow, by about the ratio of a normal to a Student quantile and by
+# sqrt((n - 1) / n) (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 4.3). Units weigh as many tokens as
+# they have, so n is Kish's effective number, (sum m)^2 / sum m^2.
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["LEVEL", "auc", "below", "interval", "pair_sums", "resamples", "wilson"]
+from lens_unlearn.core.counter_rng import key_of, mix, uniform
+
+__all__ = [
+    "FEWEST",
+    "LEVEL",
+    "after_choice",
+    "auc",
+    "below",
+    "interval",
+    "pair_sums",
+    "upper",
+    "weights_of",
+    "widening",
+    "wilson",
+]
 
 LEVEL = 0.95
+FEWEST = 10
+"""The fewest units of which an interval is given: of fewer, no method keeps its word."""
+_BEYOND = 0.005  # the share of the error rate that the simultaneous interval of `after_choice` takes
 _BLOCK = 1024  # rows of a table of pairs that are held at a time
 
 
@@ -22,9 +54,99 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resamples(units: int, draws: int, generator: np.random.Generator) -> Float[np.ndarray, "draws units"]:
-    """Return how often each unit occurs in each resample: as many draws as units, with replacement."""
-    return generator.multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
+def upper(draws: np.ndarray, confidence: float) -> float:
+    """Return the bound below which a share of bootstrap draws lies; NaN where there are none."""
+    if draws.size == 0 or np.isnan(draws).any():
+        return float("nan")
+    return float(np.quantile(draws, confidence))
+
+
+def weights_of(units: Sequence[str], draws: int, seed: int) -> Float[np.ndarray, "draws units"]:
+    """Return the weight of each unit in each draw: exponential of mean 1, and a function of seed, draw and the unit's key alone."""
+    keys = torch.tensor([key_of("bootstrap", seed, unit) for unit in units], dtype=torch.int64)
+    table = uniform(mix(keys)[None] + torch.arange(draws)[:, None])
+    return -np.log1p(-table.double().numpy())
+
+
+def widening(sizes: Float[np.ndarray, "units"]) -> float:
+    """Return the factor by which draws are moved away from their value, for the number of units is small.
+
+    With n = (sum m)^2 / sum m^2 the effective number of units and t Student's quantile of n - 1 degrees of freedom:
+    t / z sqrt((n + 1) / (n - 1)), since the exponential weights' own variance is too small by (n - 1) / (n + 1).
+    """
+    from scipy.stats import norm, t
+
+    total = float(sizes.sum())
+    if total <= 0:
+        return 1.0
+    freedom = max(total**2 / float((sizes**2).sum()) - 1, 1.0)
+    tail = (1 + LEVEL) / 2
+    return float(t.ppf(tail, freedom) / norm.ppf(tail)) * ((freedom + 2) / freedom) ** 0.5
+
+
+def after_choice(
+    chosen: int,
+    by: Float[np.ndarray, "options"],
+    by_draws: Float[np.ndarray, "options draws"],
+    values: Float[np.ndarray, "options"],
+    draws: Float[np.ndarray, "options draws"],
+) -> tuple[float, float, float]:
+    """Return estimate and 95 % interval of what was measured at an option that was chosen for having the largest value.
+
+    The largest of several noisy values is too large on average, and its own interval misses the truth too often. Under normal
+    errors with the covariance of the draws, the value y at the chosen option is normal around the truth, truncated to where this
+    option wins, given the part of the other values that is independent of y. The estimate is median-unbiased, the interval is the
+    hybrid one of Andrews, Kitagawa and McCloskey ("Inference on Winners", Quarterly Journal of Economics 139, 2024): conditional
+    on the choice, and never outside a simultaneous interval of level 99.5 %.
+
+    Args:
+        chosen: The option with the largest value of `by`.
+        by: What was chosen by.
+        by_draws: Its bootstrap draws, paired with `draws`.
+        values: What is measured, which may be the same.
+        draws: Its bootstrap draws.
+    """
+    y = float(values[chosen])
+    if len(by) == 1 or not np.isfinite(by_draws).all() or not np.isfinite(draws).all() or draws.shape[1] < 2:
+        return (y, *interval(draws[chosen]))
+    errors, by_errors = (d - d.mean(1, keepdims=True) for d in (draws, by_draws))
+    sigma = float(errors[chosen].std())
+    if sigma == 0:
+        return (y, *interval(draws[chosen]))
+    scales = np.where((scale := errors.std(1, keepdims=True)) > 0, scale, np.inf)
+    reach = float(np.quantile(np.abs(errors / scales).max(0), 1 - _BEYOND)) * sigma
+    # How far the lead over each other option moves per unit of y, and so up to which y this option still leads.
+    lead, slope = by[chosen] - by, (by_errors[chosen] - by_errors) @ errors[chosen] / errors.shape[1] / sigma**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bounds = y - lead / slope
+    low = float(max(bounds[slope > 0], default=-np.inf))
+    high = float(min(bounds[slope < 0], default=np.inf))
+    level = (LEVEL - _BEYOND) / (1 - _BEYOND)
+    ends = (_truth_at(share, y, sigma, low, high, reach) for share in (0.5, (1 + level) / 2, (1 - level) / 2))
+    estimate, below_it, above_it = ends
+    return estimate, below_it, above_it
+
+
+def _truth_at(share: float, y: float, sigma: float, low: float, high: float, reach: float) -> float:
+    """Return the truth under which a truncated normal variable is at most y with a given probability."""
+    start, end = y - reach, y + reach
+    for _ in range(60):  # the probability falls as the truth rises
+        truth = (start + end) / 2
+        least, most = (max(low, truth - reach) - truth) / sigma, (min(high, truth + reach) - truth) / sigma
+        place = (y - truth) / sigma
+        sign = -1.0 if least > 0 else 1.0  # both tails alike: far out on the right, differences would be 0
+        whole = abs(_normal(sign * most) - _normal(sign * least))
+        part = abs(_normal(sign * place) - _normal(sign * least))
+        if whole > 0 and part / whole > share:
+            start = truth
+        else:
+            end = truth
+    return (start + end) / 2
+
+
+def _normal(z: float) -> float:
+    """Return the probability that a normal variable is at most z."""
+    return math.erfc(-z / math.sqrt(2)) / 2
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -60,7 +182,7 @@ def auc(
     Args:
         inside: Scores of what is to be detected, which should be low.
         outside: Scores of the rest.
-        of_inside: How often each of the first is in each resample; None for no resamples.
+        of_inside: The weight of each of the first in each resample; None for no resamples.
         of_outside: Likewise for the others.
     """
     draws = 0 if of_inside is None else len(of_inside)
@@ -73,5 +195,6 @@ def auc(
         total += float(table.sum())
         if of_inside is not None and of_outside is not None:
             drawn += pair_sums(table, of_inside[:, start : start + _BLOCK], of_outside)
-    pairs = len(inside) * len(outside)
-    return total / pairs, drawn / pairs
+    if of_inside is not None and of_outside is not None:
+        drawn = drawn / (of_inside.sum(1) * of_outside.sum(1))
+    return total / (len(inside) * len(outside)), drawn

@@ -1,46 +1,71 @@
-"""From scores of documents or questions to measures: values, and bootstrap draws that all conditions share.
+"""From scores of documents or questions to measures: values, and bootstrap draws that all conditions, corpora and runs share.
 
 Knows units that are resampled and what each adds to a mean; knows nothing of where scores come from.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
-from lens_unlearn.core.intervals import resamples as resamples_of
+from lens_unlearn.core.counter_rng import key_of, mix, uniform
+from lens_unlearn.core.intervals import weights_of, widening
 from lens_unlearn.evaluation.metric import Metric
-from lens_unlearn.evaluation.report import Measure
+from lens_unlearn.evaluation.report import BASE, Measure
 
-__all__ = ["Scores", "estimates", "transformed"]
+__all__ = ["WEIGHTS", "Scores", "estimates", "over_replicates", "transformed"]
+
+WEIGHTS = "exponential, from the key of each unit"
+"""How units are resampled, for a report's provenance."""
+_BLOCK = 4096  # units whose weights are held at a time
 
 
 @dataclass
 class Scores:
-    """What the units of one corpus add to the means of some metrics, under every condition.
+    """What the documents or questions of one corpus add to the means of some metrics, under every condition.
 
     Attributes:
         metrics: The metrics, in order.
-        values: By condition, for each of its interventions: sums of each metric over a unit.
-        counts: How much each unit counts in each metric: tokens, rows or answers.
+        values: By condition, for each of its interventions: sums of each metric over a document or question.
+        counts: How much each document or question counts in each metric: tokens, rows or answers.
+        units: For each document or question the key of its unit, which is resampled whole. Empty: each is a unit of its own.
     """
 
     metrics: Sequence[Metric]
-    values: dict[str, list[Float[np.ndarray, "units metrics"]]]
-    counts: Float[np.ndarray, "units metrics"]
+    values: dict[str, list[Float[np.ndarray, "documents metrics"]]]
+    counts: Float[np.ndarray, "documents metrics"]
+    units: Sequence[str] = ()
+
+    def by_unit(self) -> "Scores":
+        """Return what whole units add."""
+        if not self.units:
+            return Scores(self.metrics, self.values, self.counts, tuple(map(str, range(len(self.counts)))))
+        keys = list(dict.fromkeys(self.units))
+        place = {key: number for number, key in enumerate(keys)}
+        of = np.array([place[key] for key in self.units], dtype=np.int64)
+
+        def together(table: np.ndarray) -> np.ndarray:
+            sums = np.zeros((len(keys), table.shape[1]))
+            np.add.at(sums, of, table)
+            return sums
+
+        values = {name: [together(part) for part in parts] for name, parts in self.values.items()}
+        return Scores(self.metrics, values, together(self.counts), keys)
 
 
 def estimates(
     scores: Scores, resamples: int, seed: int, derived: Sequence[Metric] = ()
 ) -> Iterator[tuple[str, str, Measure]]:
-    """Turn sums per unit into values and bootstrap draws; all conditions share the resampled units.
+    """Turn sums per document or question into values and bootstrap draws; all conditions share the resampled units.
 
-    A metric is the ratio of two sums over units, so each draw is the ratio of two resampled sums. Of a condition with several
-    interventions every draw takes one of them at random, so that its interval holds their spread too.
+    A metric is the ratio of two sums over units, so each draw is the ratio of two weighted sums, moved away from the value by
+    `widening`. Of a condition with several interventions, the value is the mean over them, and so is each draw, plus what the
+    choice of interventions adds; see `over_replicates`.
 
     Args:
-        scores: What units add.
+        scores: What documents or questions add.
         resamples: How many draws.
         seed: Of the draws.
         derived: Metrics that transform the means of others among these.
@@ -48,28 +73,99 @@ def estimates(
     Yields:
         Condition, metric and measure.
     """
-    seen = scores.counts[:, 0] > 0
-    random = np.random.default_rng(seed)
-    units = int(seen.sum())
-    draws = resamples if units > 1 else 0  # a single unit says nothing of others
-    weights = resamples_of(units, draws, random)
-    counts = scores.counts[seen]
-    for condition, parts in scores.values.items():
-        pick = random.integers(len(parts), size=draws) if len(parts) > 1 else np.zeros(draws, dtype=np.int64)
-        for column, metric in enumerate(scores.metrics):
-            over = counts[:, column]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                value = float(np.mean([float(part[seen, column].sum() / over.sum()) for part in parts]))
-                drawn = np.stack([(weights @ part[seen, column]) / (weights @ over) for part in parts])
-            measure = Measure(value, drawn[pick, np.arange(draws)], int(over.sum()))
+    whole = scores.by_unit()
+    parts = [(condition, part) for condition, own in whole.values.items() for part in own]
+    resampled = _resampled([whole.counts, *(part for _, part in parts)], whole.units, resamples, seed)
+    for column, metric in enumerate(whole.metrics):
+        counts = whole.counts[:, column]
+        units, total, factor = int((counts > 0).sum()), counts.sum(), widening(counts)
+        sums: dict[str, list[tuple[float, np.ndarray]]] = {condition: [] for condition in whole.values}
+        for (condition, part), drawn in zip(parts, resampled[1:], strict=True):
+            value = _ratio(part[:, column].sum(), total)
+            draws = value + factor * (_ratio(drawn[:, column], resampled[0][:, column]) - value)
+            if metric.is_fraction and value in (0.0, 1.0) and (condition != BASE or metric.higher_is_better):
+                draws = abs(value - _unseen(units, resamples, seed))
+            sums[condition].append((float(value), draws))
+        for condition, own in sums.items():
+            measure = over_replicates(own, int(total), units, seed)
+            if metric.unit:  # of a task's own metric nobody knows the range
+                measure = replace(measure, draws=np.clip(measure.draws, *metric.range))
             yield condition, metric.name, measure
             for other in derived:
                 if other.derived_from == metric.name:
                     yield condition, other.name, transformed(measure, other)
 
 
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(top) / bottom
+
+
+def _resampled(
+    tables: Sequence[Float[np.ndarray, "units metrics"]], units: Sequence[str], draws: int, seed: int
+) -> list[Float[np.ndarray, "draws metrics"]]:
+    """Return the weighted sums over units of several tables."""
+    sums = [np.zeros((draws, table.shape[1])) for table in tables]
+    for start in range(0, len(units), _BLOCK):
+        weights = weights_of(units[start : start + _BLOCK], draws, seed)
+        for table, into in zip(tables, sums, strict=True):
+            # Column by column: a product of matrices may round a column in another way when it has other neighbours, and equal
+            # conditions are to have equal draws, whatever they are evaluated beside.
+            for column, values in enumerate(table[start : start + _BLOCK].T):
+                into[:, column] += weights @ np.ascontiguousarray(values)
+    return sums
+
+
+def _unseen(units: int, draws: int, seed: int) -> Float[np.ndarray, "draws"]:
+    """Draw shares of which n units showed nothing: from Beta(1/2, n + 1/2), Jeffreys' posterior of 0 of n.
+
+    A bootstrap of units that are all alike would draw the same share again and again: an interval of no width.
+    """
+    from scipy.stats import beta
+
+    return beta.ppf(_uniforms("unseen", 1, draws, seed)[:, 0], 0.5, units + 0.5)
+
+
+def _uniforms(use: str, columns: int, draws: int, seed: int) -> Float[np.ndarray, "draws columns"]:
+    """Return uniform numbers in (0, 1) that depend on their use, the seed and their place alone."""
+    keys = torch.tensor([key_of(use, seed, column) for column in range(columns)], dtype=torch.int64)
+    return uniform(mix(keys)[None] + torch.arange(draws)[:, None]).double().numpy() + 2.0**-25
+
+
+def over_replicates(own: Sequence[tuple[float, np.ndarray]], n: int, units: int, seed: int) -> Measure:
+    """Return the mean over several interventions, such as random controls with different seeds.
+
+    With m_s the value of intervention s out of S, each draw is the mean of the interventions' draws plus sum_s c_s m_s. The c are
+    random contrasts: their sum is 0, and sum_s c_s m_s is distributed as t_(S-1) sd(m) / sqrt(S), Student's error of a mean. Every
+    corpus, metric and condition has the same contrasts in the same draw, so where two corpora move together from seed to seed,
+    their difference does not move.
+
+    Args:
+        own: Of each intervention the value, and its draws.
+        n: Tokens, rows or answers behind it.
+        units: Resampled units behind it.
+        seed: Of the contrasts.
+    """
+    from scipy.stats import chi2, norm
+
+    values, draws = np.array([value for value, _ in own]), np.stack([drawn for _, drawn in own])
+    count, spread = len(own), None
+    if count > 1:
+        uniforms = _uniforms("replicates", count + 1, draws.shape[1], seed)
+        normal = norm.ppf(uniforms[:, 1:])
+        freedom = count - 1
+        student = np.sqrt(freedom / chi2.ppf(uniforms[:, :1], freedom))
+        contrasts = student * (normal - normal.mean(1, keepdims=True)) / np.sqrt(count * freedom)
+        spread = contrasts @ (values - values.mean())
+    drawn = draws.mean(0) if spread is None else draws.mean(0) + spread
+    return Measure(float(values.mean()), drawn, n, units, count, spread)
+
+
 def transformed(measure: Measure, metric: Metric) -> Measure:
     """Return a derived metric's measure: the transform of a mean, and of its draws."""
-    assert metric.of is not None
+    of = metric.of
+    assert of is not None
     with np.errstate(over="ignore"):
-        return Measure(float(metric.of(measure.value)), np.asarray(metric.of(measure.draws)), measure.n)
+        draws = np.asarray(of(measure.draws))
+        spread = None if measure.spread is None else draws - np.asarray(of(measure.draws - measure.spread))
+        return replace(measure, value=float(of(measure.value)), draws=draws, spread=spread)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.evaluation.metrics import metric as metric_of
-from lens_unlearn.evaluation.report import BASE, Report
+from lens_unlearn.evaluation.report import BASE, Report, ends
 
 __all__ = ["BASE", "Condition", "Estimate", "conditions_of", "require_falling"]
 
@@ -50,11 +50,14 @@ class Estimate:
     value: float
     low: float
     high: float
+    units: int = 0
+    """Resampled units behind it; 0 where that is not known."""
 
     @classmethod
     def of(cls, measure: Any) -> "Estimate":
         """Read a report's measure."""
-        return cls(float(measure.value), *(float(end) for end in measure.interval()))
+        low, high = measure.interval()
+        return cls(float(measure.value), low, high, measure.units)
 
     @property
     def arms(self) -> tuple[float, float]:
@@ -66,9 +69,12 @@ class Estimate:
         """Write it as ``63.2% [60.1, 66.0]``."""
         if math.isnan(self.value):
             return "not defined"
-        if math.isnan(self.low):
-            return f"{tenths(self.value)}% [no interval]"
-        return f"{tenths(self.value)}% [{tenths(self.low)}, {tenths(self.high)}]"
+        known = f"{tenths(self.low)}, {tenths(self.high)}" if math.isfinite(self.low) else self.ends("")
+        return f"{tenths(self.value)}% [{known}]"
+
+    def ends(self, form: str) -> str:
+        """Write both ends in a number format, or why there are none."""
+        return ends(self.low, self.high, self.units, form)
 
 
 def tenths(share: float) -> str:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from lens_unlearn.core import distributed
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Batch, Corpus
-from lens_unlearn.evaluation.bootstrap import Scores, estimates
+from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
 from lens_unlearn.evaluation.memorization import Memorization, single_values
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, in_order, needing
@@ -100,10 +100,10 @@ def evaluate(
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
         corpora: By the name under which the report gives them.
         conditions: By name: an intervention, None for the unedited model, or several interventions (such as random
-            controls with different seeds), which are averaged and whose spread enters the interval. The unedited
+            controls with different seeds), which are averaged and whose spread enters the interval of that mean. The unedited
             model is always measured, as "base".
         batch_size: Full-length rows per forward.
-        resamples: Bootstrap resamples over documents.
+        resamples: Bootstrap resamples over documents, or over the groups that a corpus was read with.
         seed: Of the bootstrap and of the choice of questions.
         base: An earlier report on the same corpora, with the same resamples and seed, from which the unedited model's
             measures are taken instead of running it again beside every condition. `kl` needs both side by side, so it is
@@ -158,11 +158,11 @@ def evaluate(
             scored = _score(model, corpus, runs, batch_size, bar, kept_rows.get(name, set()))
             halved |= {name: scored.halved} if scored.halved else {}
             forced[name] = scored.rows
-            keep(name, scored.scores(with_kl=base is None))
+            keep(name, scored.scores(corpus.units, with_kl=base is None))
             silent = [key for key in measures if key[1:] == (name, "abstained")]
             if silent and not acting(model):  # a base measured beside nothing that abstains lacks it
                 other = measures[silent[0]]
-                none = Measure(0.0, np.zeros_like(other.draws), other.n)
+                none = Measure(0.0, np.zeros_like(other.draws), other.n, other.units)
                 measures.setdefault((BASE, name, "abstained"), none)
     samples: list[dict[str, Any]] = []
     values = {} if base is None else {key: one for key, one in base.values.items() if key in measures}
@@ -221,7 +221,8 @@ def _taken(
     for name, corpus in corpora.items():
         if earlier.get(name, {}).get("fingerprint") != corpus.fingerprint:
             raise LensUnlearnError(f"the report given as base is not of the corpus {name!r} as it is here")
-    if base.provenance.get("bootstrap") != {"resamples": resamples, "seed": seed}:
+    known = (base.provenance.get("bootstrap"), base.provenance.get("weights"))
+    if known != ({"resamples": resamples, "seed": seed}, WEIGHTS):
         raise LensUnlearnError("the report given as base has other resamples or another seed: give the same")
     return {
         key: measure
@@ -266,11 +267,11 @@ class _Scored:
         values = {name: [np.zeros(shape) for _ in run] for name, run in runs.items()}
         return cls(metrics, np.zeros(shape), values, {name: [{} for _ in run] for name, run in runs.items()})
 
-    def scores(self, *, with_kl: bool) -> Scores:
-        """Return what was summed up; without `kl` where the unedited model was not run beside."""
+    def scores(self, units: Sequence[str], *, with_kl: bool) -> Scores:
+        """Return what was summed up, of documents of these units; without `kl` where the unedited model was not run beside."""
         columns = [column for column, metric in enumerate(self.metrics) if with_kl or metric.name != "kl"]
         values = {name: [part[:, columns] for part in parts] for name, parts in self.values.items()}
-        return Scores([self.metrics[column] for column in columns], values, self.counts[:, columns])
+        return Scores([self.metrics[column] for column in columns], values, self.counts[:, columns], units)
 
     def gather(self) -> None:
         """Add up what every process has scored of its batches."""
@@ -397,4 +398,5 @@ def _settings(
         },
         "conditions": {name: repr(condition) for name, condition in conditions.items()},
         "bootstrap": {"resamples": resamples, "seed": seed},
+        "weights": WEIGHTS,
     }

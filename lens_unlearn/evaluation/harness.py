@@ -22,6 +22,7 @@ from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Batch
 from lens_unlearn.evaluation.bootstrap import Scores
 from lens_unlearn.evaluation.generation import continue_rows
+from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.question_answering import SAMPLES, Asked, line_breaks
 from lens_unlearn.evaluation.teacher_forcing import outcomes, predict, split_rows
@@ -231,15 +232,16 @@ def run_tasks(
             scores.setdefault(name, {}).setdefault(condition, []).append(table)
             _sample(samples.setdefault(name, []), name, condition, task)
     asked = {
-        name: Asked(Scores([metric_of(column) for column in columns[name]], of_task, _ones(of_task)), samples[name])
+        name: Asked(_scores(name, [metric_of(column) for column in columns[name]], of_task), samples[name])
         for name, of_task in scores.items()
         if columns[name]
     }
     return asked, left_out
 
 
-def _ones(of_task: Mapping[str, list[np.ndarray]]) -> np.ndarray:
-    return np.ones_like(next(iter(of_task.values()))[0])
+def _scores(name: str, metrics: Sequence[Metric], of_task: dict[str, list[np.ndarray]]) -> Scores:
+    ones = np.ones_like(next(iter(of_task.values()))[0])
+    return Scores(metrics, of_task, ones, [f"{name} {document}" for document in range(len(ones))])
 
 
 def _run(reader: HarnessModel, manager: Any, tasks: Sequence[Task], limit: int | None) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
-from lens_unlearn.core.intervals import auc
-from lens_unlearn.core.intervals import resamples as resamples_of
+from lens_unlearn.core.intervals import auc, weights_of, widening
 from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.evaluation.bootstrap import WEIGHTS, over_replicates, transformed
 from lens_unlearn.evaluation.evaluate import Condition, replicates
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, needing
@@ -99,8 +99,10 @@ def membership(
             for corpus, own in zip(sides, sizes, strict=True):
                 forced = [force(model, corpus, one, batch_size, bar, quantities) for one in run]
                 scores[condition].append([_scores(_documents(rows, corpus, own, k), attacks) for rows in forced])
+    units = [_units(corpus) for corpus in sides]
     measures = {
-        (condition, name, metric): one for condition, metric, one in _measures(scores, retrained, resamples, seed)
+        (condition, name, metric): one
+        for condition, metric, one in _measures(scores, units, retrained, resamples, seed)
     }
     n = [len(next(iter(side[0].values()))) for side in next(iter(scores.values()))]
     settings: dict[str, Any] = {
@@ -111,7 +113,7 @@ def membership(
             "nonmembers": {"source": nonmembers.name, "documents": n[1], "fingerprint": nonmembers.fingerprint},
             "k": k,
             "retrained": retrained,
-            "bootstrap": {"resamples": resamples, "seed": seed},
+            "bootstrap": {"resamples": resamples, "seed": seed, "weights": WEIGHTS},
         },
     }
     return Report(measures, provenance_of(settings))
@@ -183,27 +185,31 @@ def _scores(documents: list[Document], attacks: Sequence[Metric]) -> dict[str, n
     return {attack.name: np.array([attack.of(one) for one in documents]) for attack in attacks if attack.of}
 
 
+def _units(corpus: Corpus) -> list[str]:
+    """Return the unit of each document in which anything is predicted."""
+    seen = torch.zeros(corpus.n_documents, dtype=torch.bool)
+    for batch in corpus.batches():
+        seen[corpus.document[batch.rows[batch.counted[:, 1:].any(1)]]] = True
+    return [unit for unit, yes in zip(corpus.units, seen.tolist(), strict=True) if yes]
+
+
 def _measures(
-    scores: Mapping[str, list[Scores]], retrained: float, resamples: int, seed: int
+    scores: Mapping[str, list[Scores]], units: Sequence[Sequence[str]], retrained: float, resamples: int, seed: int
 ) -> Iterator[tuple[str, str, Measure]]:
-    """Turn scores into areas and their bootstrap draws; all conditions share the resampled documents."""
-    first = [side[0] for side in next(iter(scores.values()))]
-    sizes = [len(next(iter(side.values()))) for side in first]
-    random = np.random.default_rng(seed)
-    draws = resamples if min(sizes) > 1 else 0
-    weights = [torch.from_numpy(resamples_of(n, draws, random)) for n in sizes]
+    """Turn scores into areas and their bootstrap draws; all conditions share the resampled units."""
+    weights = [torch.from_numpy(weights_of(side, resamples, seed)) for side in units]
+    sizes = [np.unique(np.array(side), return_counts=True)[1] for side in units]
+    fewest, factor = min(map(len, sizes)), max(widening(side.astype(float)) for side in sizes)
     derived = [row for row in METRICS if row.needs == "membership" and row.derived_from]
     for condition, (inside, outside) in scores.items():
-        pick = random.integers(len(inside), size=draws) if len(inside) > 1 else np.zeros(draws, dtype=np.int64)
-        found: dict[str, Measure] = {}
-        for attack in first[0]:
-            pairs = zip(inside, outside, strict=True)
-            areas = [auc(*(torch.from_numpy(side[attack]) for side in pair), *weights) for pair in pairs]
-            value = float(np.mean([area for area, _ in areas]))
-            drawn = np.stack([own.numpy() for _, own in areas])[pick, np.arange(draws)]
-            found[attack] = Measure(value, drawn, sum(sizes))
-            yield condition, attack, found[attack]
-        for row in derived:
-            source = found[row.derived_from]
-            leaks = np.array([privacy_leak(area, retrained) for area in source.draws])
-            yield condition, row.name, Measure(privacy_leak(source.value, retrained), leaks, source.n)
+        for attack in inside[0]:
+            own: list[tuple[float, np.ndarray]] = []
+            for pair in zip(inside, outside, strict=True):
+                area, drawn = auc(*(torch.from_numpy(side[attack]) for side in pair), *weights)
+                own.append((area, area + factor * (drawn.numpy() - area)))
+            measure = over_replicates(own, sum(map(len, units)), fewest, seed)
+            yield condition, attack, measure
+            for row in derived:
+                if row.derived_from == attack:
+                    leak = replace(row, of=np.vectorize(lambda area: privacy_leak(area, retrained), otypes=[float]))
+                    yield condition, row.name, transformed(measure, leak)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
@@ -111,6 +112,8 @@ class _Questions:
     complete: list[bool]
     left_out: int
     """Questions whose wrong answers do not all fit the window, and so do not count."""
+    units: list[str]
+    """For each question the key of what is resampled whole."""
 
 
 @dataclass
@@ -196,7 +199,7 @@ class Memorization:
             ]
             for condition, parts in questions.items()
         }
-        return Scores(metrics, values, counts)
+        return Scores(metrics, values, counts, known.units)
 
     def settings(self) -> dict[str, Any]:
         """Say what was done, for a report's provenance."""
@@ -262,6 +265,6 @@ def _questions(model: Model, corpus: Corpus, rows: Sequence[int]) -> _Questions:
     needed_rows = sorted({answer for answers in wanted for answer in answers})
     number_of = {answer: number for number, answer in enumerate(needed_rows)}
     others = joined.only(needed_rows) if needed_rows else None  # one row is one document here
-    return _Questions(
-        truths, own, others, [[number_of[answer] for answer in answers] for answers in wanted], complete, left_out
-    )
+    units = [corpus.units[document] for document in corpus.document[torch.tensor(rows)].tolist()]
+    places = [[number_of[answer] for answer in answers] for answers in wanted]
+    return _Questions(truths, own, others, places, complete, left_out, units)

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
@@ -160,7 +161,8 @@ class QuestionAnswering:
                     sample.setdefault(condition, one.text if one.abstained else text)
         blank = [Answered("", truth) for truth in truths]
         counts = np.array([[1.0 if m.over is None else float(m.over(one)) for m in metrics] for one in blank])
-        return Asked(Scores(metrics, values, counts), samples)
+        units = [corpus.units[document] for document in corpus.document[torch.tensor(rows)].tolist()]
+        return Asked(Scores(metrics, values, counts, units), samples)
 
     def _applying(self, model: Model, corpus: Corpus, rows: list[int], runs: Runs) -> list[Metric]:
         """Return what is measured on a corpus, in order."""

@@ -2,19 +2,20 @@
 
 import html
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.core.intervals import interval
+from lens_unlearn.core.intervals import FEWEST, after_choice, interval
 from lens_unlearn.model.host import versions
 
-__all__ = ["Measure", "Report", "Separability", "separability"]
+__all__ = ["Measure", "Report", "Separability", "chosen_among", "ends", "mean_of", "separability"]
 
 COLUMNS = ["condition", "corpus", "metric", "value", "low", "high", "n"]
 BASE = "base"
@@ -29,17 +30,83 @@ class Measure:
 
     value: float
     draws: np.ndarray
-    """Bootstrap draws of the value, over documents; the same resamples for every condition, so differences are paired."""
+    """Bootstrap draws of the value, over units; the same resamples for every condition and corpus, so differences are paired."""
     n: int
     """Tokens (or answers) behind it."""
+    units: int = 0
+    """Units that were resampled: documents, questions, or the groups they were read with; 0 where that is not known."""
+    replicates: int = 1
+    """Interventions that it is the mean over, such as random controls with different seeds."""
+    spread: np.ndarray | None = None
+    """What the choice of these interventions adds to each draw; None for nothing."""
+
+    @property
+    def few(self) -> bool:
+        """Whether it rests on too few units for an interval."""
+        return 0 < self.units < FEWEST
 
     def interval(self) -> tuple[float, float]:
-        """Return the bootstrap 95 % interval."""
-        return interval(self.draws)
+        """Return the bootstrap 95 % interval; NaN where there are too few units."""
+        return interval(self.draws[:0] if self.few else self.draws)
+
+    def ends(self, form: str) -> str:
+        """Write both ends of the interval in a number format, or why there is none."""
+        return ends(*self.interval(), self.units, form)
+
+    def minus(self, other: "Measure") -> "Measure":
+        """Return the difference to another measure, paired draw by draw; without draws if either has none."""
+        paired = self.draws.size == other.draws.size
+        known = [one.units for one in (self, other) if one.units]
+        with np.errstate(invalid="ignore"):  # shares of nothing are infinite
+            draws = self.draws - other.draws if paired else np.empty(0)
+        return Measure(
+            self.value - other.value,
+            draws,
+            min(self.n, other.n),
+            min(known, default=0),
+            max(self.replicates, other.replicates),
+            _minus(self.spread, other.spread) if paired else None,
+        )
+
+    def beside_another(self) -> "Measure":
+        """Return draws for one more intervention of the same kind in place of the mean over those that there are.
+
+        The mean over S interventions errs by sd / sqrt(S), one more intervention is sqrt(1 + 1 / S) sd away from it.
+        """
+        if self.spread is None:
+            return self
+        more = (math.sqrt(self.replicates + 1) - 1) * self.spread
+        return replace(self, draws=self.draws + more, spread=self.spread + more)
 
     def __repr__(self) -> str:
-        low, high = self.interval()
-        return f"Measure({self.value:.3f} [{low:.3f}, {high:.3f}], n={self.n:,})"
+        return f"Measure({self.value:.3f} [{self.ends('.3f')}], n={self.n:,})"
+
+
+def _minus(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    if one is None or other is None:
+        return one if other is None else -other
+    return one - other
+
+
+def mean_of(measures: Sequence[Measure]) -> Measure:
+    """Return the mean of several measures, paired draw by draw; without draws if any has none."""
+    paired = len({one.draws.size for one in measures}) == 1
+    spreads = [one.spread for one in measures if one.spread is not None]
+    return Measure(
+        float(np.mean([one.value for one in measures])),
+        np.mean([one.draws for one in measures], axis=0) if paired else np.empty(0),
+        sum(one.n for one in measures),
+        min((one.units for one in measures if one.units), default=0),
+        max(one.replicates for one in measures),
+        np.sum(spreads, axis=0) / len(measures) if spreads and paired else None,
+    )
+
+
+def ends(low: float, high: float, units: int, form: str) -> str:
+    """Write both ends of an interval in a number format, or why there is none."""
+    if 0 < units < FEWEST:
+        return f"too few documents for an interval ({units})"
+    return "no interval" if math.isnan(low) else f"{low:{form}}, {high:{form}}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,19 +165,17 @@ class Report:
         """
         edited, base = self[condition, corpus, metric], self[BASE, corpus, metric]
         if base.value == 0:
-            return Measure(float("nan"), np.full(1, np.nan), edited.n)
+            return replace(edited, value=float("nan"), draws=np.full(1, np.nan), spread=None)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = 1 - edited.draws / base.draws
-        return Measure(1 - edited.value / base.value, draws, edited.n)
+            spread = None if edited.spread is None else -edited.spread / base.draws
+        return replace(edited, value=1 - edited.value / base.value, draws=draws, spread=spread)
 
     def selectivity(
         self, condition: str, forget: str = "forget", retain: str = "retain", metric: str = "top1"
     ) -> Measure:
         """Return the drop on the forget corpus minus the drop on the retain corpus, as fractions of the base."""
-        lost, cost = self.drop(condition, forget, metric), self.drop(condition, retain, metric)
-        both = lost.draws.size == cost.draws.size  # a corpus of a single document has no draws
-        draws = lost.draws - cost.draws if both else np.empty(0)
-        return Measure(lost.value - cost.value, draws, min(lost.n, cost.n))
+        return self.drop(condition, forget, metric).minus(self.drop(condition, retain, metric))
 
     def to_frame(self) -> pd.DataFrame:
         """Give one row per condition, corpus and metric; the difference to the base is paired over documents."""
@@ -122,10 +187,11 @@ class Report:
             row = [condition, corpus, metric, measure.value, low, high, measure.n]
             base = self.measures.get((BASE, corpus, metric))
             if base is None or condition == BASE:
-                rows.append([*row, float("nan"), float("nan"), float("nan")])
+                rows.append([*row, float("nan"), float("nan"), float("nan"), measure.units])
             else:
-                rows.append([*row, measure.value - base.value, *interval(measure.draws - base.draws)])
-        extra = ["difference", "difference_low", "difference_high"]
+                difference = measure.minus(base)
+                rows.append([*row, difference.value, *difference.interval(), measure.units])
+        extra = ["difference", "difference_low", "difference_high", "units"]
         return pd.DataFrame(rows, columns=pd.Index([*COLUMNS, *extra]))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -158,8 +224,7 @@ class Report:
         rows: dict[str, dict[str, str]] = {}
         for (condition, corpus, metric), measure in self.measures.items():
             if metric in metrics:
-                low, high = measure.interval()
-                rows.setdefault(condition, {})[f"{corpus} {metric}"] = f"{measure.value:.3f} [{low:.3f}, {high:.3f}]"
+                rows.setdefault(condition, {})[f"{corpus} {metric}"] = f"{measure.value:.3f} [{measure.ends('.3f')}]"
         return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
     def __add__(self, other: "Report") -> "Report":
@@ -209,16 +274,18 @@ class Separability:
     """How far a sweep parts two skills."""
 
     gap: float
-    """The largest (forget drop - retain drop) along the sweep, as fractions of the base."""
+    """(forget drop - retain drop) where it is largest along the sweep, as fractions of the base; corrected for the choice."""
     at: str
     """The condition where it is reached."""
     gap_low: float
     gap_high: float
     area: float
     """Area under retain against forget performance, over that of a straight line: 1 no separation, 2 perfect."""
+    units: int = 0
+    """Documents, or groups, on the smaller side; 0 where that is not known."""
 
     def __repr__(self) -> str:
-        gap = f"{self.gap:.1%} [{self.gap_low:.1%}, {self.gap_high:.1%}]"
+        gap = f"{self.gap:.1%} [{ends(self.gap_low, self.gap_high, self.units, '.1%')}]"
         return f"Separability(forget lost less retain lost: {gap} at {self.at}; area {self.area:.2f})"
 
 
@@ -234,6 +301,10 @@ def separability(
 
     With points (x_i, y_i) = (forget, retain) performance, i = 0 the base, and the origin appended:
     area = integral of y dx by the trapezoid rule, over x_0 y_0 / 2.
+
+    The largest of several noisy gaps is too large on average: estimate and interval of the gap are conditional on the choice, see
+    `lens_unlearn.core.intervals.after_choice`. With fewer than ten documents on a side there is no interval, and the gap is as
+    measured.
 
     Differs from the released Selective Pruning code, whose axes follow the alphabetical order of the corpora's names.
 
@@ -255,9 +326,21 @@ def separability(
     points = [(report[name, forget, metric].value, report[name, retain, metric].value) for name in [BASE, *path]]
     x, y = (np.array(column + (0.0,)) for column in zip(*points, strict=True))
     area = float(np.sum((x[:-1] - x[1:]) * (y[:-1] + y[1:]) / 2))
-    low, high = gaps[best].interval()
+    gap, low, high = chosen_among(best, gaps, gaps)
     triangle = 0.5 * float(x[0] * y[0])
-    return Separability(gaps[best].value, best, low, high, area / triangle if triangle else float("nan"))
+    return Separability(gap, best, low, high, area / triangle if triangle else float("nan"), gaps[best].units)
+
+
+def chosen_among(best: str, by: Mapping[str, Measure], measured: Mapping[str, Measure]) -> tuple[float, float, float]:
+    """Return estimate and interval of what was measured at the condition with the largest value of `by`; see `after_choice`."""
+    names = list(by)
+    sizes = {one.draws.size for one in (*by.values(), *measured.values())}
+    if any(one.few for one in measured.values()) or len(sizes) > 1:
+        return (measured[best].value, *measured[best].interval())
+    values, draws = zip(
+        *((np.array([m[n].value for n in names]), np.stack([m[n].draws for n in names])) for m in (by, measured))
+    )
+    return after_choice(names.index(best), values[0], draws[0], values[1], draws[1])
 
 
 def provenance_of(settings: Mapping[str, Any]) -> dict[str, Any]:

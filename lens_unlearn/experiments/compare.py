@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lens_unlearn import figures, methods
 from lens_unlearn.core import distributed
 from lens_unlearn.core.artefacts import replace_file
 from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
-from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
+from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
 from lens_unlearn.experiments.documents import READ, Reader
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import Plan, settings_of
@@ -100,9 +98,8 @@ def _lost(part: Report, condition: str, metrics: Sequence[str]) -> dict[str, str
         for corpus in part.corpora:
             if (condition, corpus, metric) in part.measures:
                 drop = part.drop(condition, corpus, metric)
-                low, high = drop.interval()
                 name = {"forget": "forgotten skill", "retain": "all others"}.get(corpus, corpus)
-                cells[f"{name} {metric}"] = f"{drop.value:.1%} [{low:.1%}, {high:.1%}]"
+                cells[f"{name} {metric}"] = f"{drop.value:.1%} [{drop.ends('.1%')}]"
     return cells
 
 
@@ -322,7 +319,8 @@ def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Compar
 def _means(parts: Sequence[Report]) -> dict[tuple[str, str, str], Measure]:
     """Average the measures of the forgotten and the retained texts over the skills.
 
-    Where a skill's run has no such condition, as no control of a method that changed nothing, the unedited model stands for it.
+    A document that stands in several skills' runs has the same weight in all of them, so their draws are paired. Where a skill's
+    run has no such condition, as no control of a method that changed nothing, the unedited model stands for it.
     """
     keys = dict.fromkeys(key for part in parts for key in part.measures if key[1] in ("forget", "retain"))
     means: dict[tuple[str, str, str], Measure] = {}
@@ -330,18 +328,9 @@ def _means(parts: Sequence[Report]) -> dict[tuple[str, str, str], Measure]:
         found = [p.measures.get((condition, corpus, metric), p.measures.get((BASE, corpus, metric))) for p in parts]
         known = [one for one in found if one is not None]
         if metric != "perplexity" and len(known) == len(parts):
-            value, count = float(np.mean([one.value for one in known])), sum(one.n for one in known)
-            means[condition, corpus, metric] = Measure(value, _mean_draws([one.draws for one in known]), count)
+            means[condition, corpus, metric] = mean_of(known)
     order = {BASE: 0} | {condition: 1 for condition, _, _ in means if condition != BASE}
     return dict(sorted(means.items(), key=lambda item: order[item[0][0]]))
-
-
-def _mean_draws(draws: Sequence[np.ndarray]) -> np.ndarray:
-    """Average bootstrap draws over skills; each skill's are shuffled by themselves, since skills vary independently."""
-    if any(not one.size for one in draws):
-        return np.empty(0)
-    shuffled = [one[np.random.default_rng(skill).permutation(one.size)] for skill, one in enumerate(draws)]
-    return np.mean(shuffled, axis=0)
 
 
 def carry_out_comparison(

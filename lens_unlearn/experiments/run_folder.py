@@ -255,9 +255,14 @@ def _statistic(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], start: s
 def _save_report(path: Path, report: Report) -> None:
     """Write the measures, samples and provenance of a report without figures or parts."""
     tensors = {f"draws/{i}": torch.from_numpy(one.draws) for i, one in enumerate(report.measures.values())}
+    tensors |= {
+        f"spread/{i}": torch.from_numpy(one.spread)
+        for i, one in enumerate(report.measures.values())
+        if one.spread is not None
+    }
     tensors |= {f"values/{i}": torch.from_numpy(one) for i, one in enumerate(report.values.values())}
     content = {
-        "measures": [[*key, one.value, one.n] for key, one in report.measures.items()],
+        "measures": [[*key, one.value, one.n, one.units, one.replicates] for key, one in report.measures.items()],
         "values": [list(key) for key in report.values],
         "provenance": report.provenance,
         "samples": report.samples,
@@ -270,18 +275,28 @@ def _load_report(path: Path) -> Report:
     with artefacts.usable(path, "report that can be read"):
         content = artefacts.parse(header["report"])
         measures = {
-            _key(key): Measure(_number(value), tensors[f"draws/{i}"].numpy(), int(_number(n)))
-            for i, (*key, value, n) in enumerate(content["measures"])
+            _key(entry[:3]): _measure(entry[3:], tensors[f"draws/{i}"], tensors.get(f"spread/{i}"))
+            for i, entry in enumerate(content["measures"])
         }
         values = {_key(key): tensors[f"values/{i}"].numpy() for i, key in enumerate(content["values"])}
         flat = all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in tensors.values())
         named = {f"draws/{i}" for i in range(len(measures))} | {f"values/{i}" for i in range(len(values))}
+        named |= {f"spread/{i}" for i, one in enumerate(measures.values()) if one.spread is not None}
         if not flat or len(content["measures"]) > len(measures) or set(tensors) != named:
             raise ValueError("its numbers are not those of its measures")
         samples = [{str(key): str(text) for key, text in sample.items()} for sample in content["samples"]]
         found = Report(measures, dict(content["provenance"]), samples=samples, values=values)
         found.to_frame()
     return found
+
+
+def _measure(numbers: Sequence[Any], draws: Tensor, spread: Tensor | None) -> Measure:
+    """Read a measure; files of earlier versions say nothing of units and replicates."""
+    value, n, units, replicates = map(_number, [*numbers, *(0, 1)[len(numbers) - 2 :]])
+    if spread is not None and spread.shape != draws.shape:
+        raise ValueError("its spread is not that of its draws")
+    over = None if spread is None else spread.numpy()
+    return Measure(value, draws.numpy(), int(n), int(units), int(replicates), over)
 
 
 def _key(parts: Sequence[Any]) -> tuple[str, str, str]:

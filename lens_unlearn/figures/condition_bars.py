@@ -131,7 +131,7 @@ def _bars(
             "width": 3,
         },
         hovertext=[
-            f"<b>{theme.plain(name)}</b> on {theme.plain(corpus)}<br>{e.value:.4g} [{e.low:.4g}, {e.high:.4g}]"
+            f"<b>{theme.plain(name)}</b> on {theme.plain(corpus)}<br>{e.value:.4g} [{e.ends('.4g')}]"
             f"<br>over {sizes[name]:,} tokens or answers"
             for _, name, e in rows
         ],

@@ -4,10 +4,8 @@ Knows which part of a comparison's report forgets which skill; runs no compariso
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -119,8 +117,7 @@ def _change(part: Report, forgotten: str, condition: str, measured: str, metric:
         return Estimate(math.nan, math.nan, math.nan)
     if metric_of(metric).higher_is_better:
         return Estimate.of(part.drop(condition, corpus, metric))
-    value, draws = (0.0, np.zeros(1)) if base is None else (base.value, base.draws)
-    return Estimate.of(replace(edited, value=edited.value - value, draws=edited.draws - draws))
+    return Estimate.of(edited if base is None else edited.minus(base))
 
 
 def _panel(
@@ -153,7 +150,7 @@ def _panel(
 
 
 def _hover(cell: Estimate, condition: str, forgotten: str, measured: str, metric: str) -> str:
-    rising = f"{metric} {cell.value:+.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+    rising = f"{metric} {cell.value:+.3f} [{cell.ends('.3f')}]"
     change = rising if not metric_of(metric).higher_is_better else f"{words(metric)}: {cell.percent()} lost"
     method = theme.plain(condition.removesuffix(SUFFIX)) + (", random control" if condition.endswith(SUFFIX) else "")
     return f"<b>{theme.plain(forgotten)} forgotten by {method}</b><br>measured on {theme.plain(measured)}<br>{change}"

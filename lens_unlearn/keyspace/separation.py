@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_unlearn.core.intervals import below, pair_sums, resamples
+from lens_unlearn.core.intervals import below, pair_sums, weights_of
 from lens_unlearn.keyspace.regions import Region
 
 __all__ = [
@@ -85,12 +84,12 @@ class Mahalanobis:
 
 
 def document_weights(documents: Int[Tensor, "queries"], seed: int) -> Float[Tensor, "draws queries"]:
-    """Return how often every query is in each resample of the documents; in the first row, each is there once."""
+    """Return the weight of every query in each resample of the documents; in the first row, each is there once."""
     distinct, document_of = documents.unique(return_inverse=True)
-    counts = torch.from_numpy(resamples(len(distinct), DRAWS, np.random.default_rng(seed % 2**63)))
+    weights = torch.from_numpy(weights_of([str(document) for document in distinct.tolist()], DRAWS, seed))
     if len(distinct) < 2:
-        counts.fill_(math.nan)  # one document says nothing of others
-    return torch.cat([torch.ones(1, len(document_of), dtype=torch.float64), counts[:, document_of]])
+        weights.fill_(math.nan)  # one document says nothing of others
+    return torch.cat([torch.ones(1, len(document_of), dtype=torch.float64), weights[:, document_of]])
 
 
 def against(

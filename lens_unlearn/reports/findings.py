@@ -6,12 +6,12 @@ they are written. Knows nothing of how a method or its control is made.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 from lens_unlearn.evaluation.conditions import BASE, Condition, Estimate, conditions_of, families, has
 from lens_unlearn.evaluation.metrics import metric as metric_of
-from lens_unlearn.evaluation.report import Report
+from lens_unlearn.evaluation.report import Measure, Report, chosen_among
 from lens_unlearn.reports.templating import name, render
 
 __all__ = ["Finding", "budget_of", "control_kind", "controls_of", "exceeds", "findings", "headline_metric", "summary"]
@@ -29,8 +29,10 @@ class Finding:
     selectivity: Estimate | None
     """Forget drop minus retain drop; None if the report has no corpora of these names."""
     control: "Finding | None" = None
+    lead: Estimate | None = None
+    """How much more selective it is than a random control; None without one."""
     best_of: int = 1
-    """Out of how many strengths of a sweep this one was picked, for its selectivity."""
+    """Out of how many strengths of a sweep this one was chosen, for its selectivity; its numbers are corrected for that."""
 
     @property
     def main(self) -> list[str]:
@@ -47,14 +49,13 @@ class Finding:
         """One of "beats", "no better", "worse", "no control", "no interval", and "" without forget and retain."""
         if self.selectivity is None:
             return ""
-        if self.control is None or self.control.selectivity is None:
+        if self.lead is None:
             return "no control"
-        mine, chance = self.selectivity, self.control.selectivity
-        if not all(math.isfinite(end) for end in (mine.low, mine.high, chance.low, chance.high)):
+        if not (math.isfinite(self.lead.low) and math.isfinite(self.lead.high)):
             return "no interval"
-        if mine.low > chance.high:
+        if self.lead.low > 0:
             return "beats"
-        return "worse" if mine.high < chance.low else "no better"
+        return "worse" if self.lead.high < 0 else "no better"
 
 
 def headline_metric(report: Report) -> str | None:
@@ -76,8 +77,7 @@ def findings(report: Report, metric: str) -> list[Finding]:
         found += [_finding(report, c, metric) for c in own if c.strength is None]
         steps = [_finding(report, c, metric) for c in own if c.strength is not None]
         if steps:
-            best = max(steps, key=_rank)
-            found.append(Finding(best.condition, best.drops, best.selectivity, best.control, len(steps)))
+            found.append(_best(report, steps, metric))
     return [one for one in found if one.drops]
 
 
@@ -93,13 +93,44 @@ def _finding(report: Report, condition: Condition, metric: str) -> Finding:
         for corpus in report.corpora
         if has(report, name, corpus, metric)
     }
-    selectivity = None
+    selectivity = lead = control = None
     if FORGET in drops and RETAIN in drops:
         selectivity = Estimate.of(report.selectivity(name, FORGET, RETAIN, metric))
-    control = None
     if not condition.control and condition.counterpart in report.conditions:
         control = _finding(report, Condition.parse(condition.counterpart), metric)
-    return Finding(condition, drops, selectivity, control)
+        if selectivity and control.selectivity:
+            lead = Estimate.of(_lead(report, condition, metric))
+    return Finding(condition, drops, selectivity, control, lead)
+
+
+def _lead(report: Report, condition: Condition, metric: str) -> Measure:
+    """Return how much more selective a condition is than one more random control of the kind that was measured."""
+    own, chance = (report.selectivity(name, FORGET, RETAIN, metric) for name in (condition.name, condition.counterpart))
+    return own.minus(chance).beside_another()
+
+
+def _best(report: Report, steps: list[Finding], metric: str) -> Finding:
+    """Return the most selective strength of a sweep, with what its numbers are given that it was chosen among several."""
+    best = max(steps, key=_rank)
+    rivals = {one.condition.name: one for one in steps if one.selectivity and not math.isnan(one.selectivity.value)}
+    if len(rivals) < 2:
+        return replace(best, best_of=len(steps))
+    by = {name: report.selectivity(name, FORGET, RETAIN, metric) for name in rivals}
+    chosen = best.condition.name
+
+    def corrected(measured: Mapping[str, Measure]) -> Estimate:
+        return Estimate(*chosen_among(chosen, by, measured), measured[chosen].units)
+
+    drops = {
+        corpus: corrected({name: report.drop(name, corpus, metric) for name in rivals})
+        if all(corpus in one.drops for one in rivals.values())
+        else estimate
+        for corpus, estimate in best.drops.items()
+    }
+    lead = best.lead
+    if all(one.lead for one in rivals.values()):
+        lead = corrected({name: _lead(report, one.condition, metric) for name, one in rivals.items()})
+    return replace(best, drops=drops, selectivity=corrected(by), lead=lead, best_of=len(steps))
 
 
 def budget_of(report: Report) -> float | None:

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, kstest, t
 from sklearn.metrics import roc_auc_score
 
 from lens_unlearn.core import intervals
-from lens_unlearn.core.intervals import auc, interval, resamples, wilson
+from lens_unlearn.core.intervals import after_choice, auc, interval, upper, weights_of, widening, wilson
 
 
 def area(a: np.ndarray, b: np.ndarray, *weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -20,12 +20,14 @@ def area(a: np.ndarray, b: np.ndarray, *weights: np.ndarray) -> tuple[float, np.
 def test_areas_and_their_draws_by_hand() -> None:
     draw = np.random.default_rng(0)
     a, b = draw.integers(0, 6, 9) / 2, draw.integers(1, 7, 7) / 2
-    counts = [resamples(len(x), 20, draw) for x in (a, b)]
-    value, drawn = area(a, b, *counts)
+    counts = [draw.integers(0, 3, (20, len(x))) for x in (a, b)]
+    for some in counts:
+        some[:, 0] += 1  # none is empty
+    value, drawn = area(a, b, *(some.astype(float) for some in counts))
     assert value == pytest.approx(roc_auc_score([0] * 9 + [1] * 7, [*a, *b]))
     for i in range(20):
-        x, y = np.repeat(a, counts[0][i].astype(int)), np.repeat(b, counts[1][i].astype(int))
-        assert drawn[i] == pytest.approx(roc_auc_score([0] * 9 + [1] * 7, [*x, *y]))
+        x, y = np.repeat(a, counts[0][i]), np.repeat(b, counts[1][i])
+        assert drawn[i] == pytest.approx(roc_auc_score([0] * len(x) + [1] * len(y), [*x, *y]))
     assert area(np.zeros(3), np.ones(2))[0] == 1
     assert area(np.ones(2), np.zeros(3))[0] == 0
     assert math.isnan(area(np.array([math.nan]), b)[0])
@@ -49,13 +51,61 @@ def test_wilson_is_scipys_and_stays_between_0_and_1(hits: int, n: int) -> None:
     assert 0 <= wilson(hits, n)[0] <= hits / n <= wilson(hits, n)[1] <= 1
 
 
-def test_a_resample_has_as_many_units_and_depends_on_its_generator_alone() -> None:
-    drawn = resamples(11, 300, np.random.default_rng(5))
-    assert drawn.shape == (300, 11)
-    assert (drawn.sum(1) == 11).all()
-    np.testing.assert_array_equal(drawn, resamples(11, 300, np.random.default_rng(5)))
-    assert drawn.mean() == 1
-    assert drawn.var() == pytest.approx(1 - 1 / 11, rel=0.1), "of a binomial of 11 draws"
+def test_weights_are_exponential_and_depend_on_seed_and_key_alone() -> None:
+    drawn = weights_of([f"document {i}" for i in range(300)], 100, 5)
+    assert drawn.shape == (100, 300)
+    assert kstest(drawn.ravel(), "expon").pvalue > 1e-3
+    assert abs(np.corrcoef(drawn.T) - np.eye(300)).max() < 0.55, "units are drawn independently"
+    assert abs(np.corrcoef(drawn) - np.eye(100)).max() < 0.35, "and so are draws"
+    np.testing.assert_array_equal(
+        weights_of(["document 7", "other", "document 7"], 100, 5)[:, [0, 2]], drawn[:, [7, 7]]
+    )
+    assert not np.array_equal(weights_of(["document 7"], 100, 6)[:, 0], drawn[:, 7])
+    np.testing.assert_array_equal(weights_of(["document 7"], 40, 5)[:, 0], drawn[:40, 7])
+
+
+def test_few_units_widen_by_students_quantile() -> None:
+    assert widening(np.ones(10)) == pytest.approx(t.ppf(0.975, 9) / 1.959964 * (11 / 9) ** 0.5)
+    assert widening(np.ones(10_000)) == pytest.approx(1, abs=1e-3)
+    assert widening(np.array([5.0, 5.0, 0.0])) == widening(np.ones(2)), "what counts nothing is no unit"
+    assert widening(np.array([1.0] * 9 + [100.0])) > 2 * widening(np.ones(10)), (
+        "one long document is hardly more than one unit"
+    )
+    assert widening(np.zeros(3)) == 1
+
+
+def test_an_upper_bound_is_a_quantile() -> None:
+    assert upper(np.arange(1001.0), 0.9) == pytest.approx(900)
+    assert math.isnan(upper(np.empty(0), 0.9))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("truth", [np.zeros(8), np.linspace(0, 2, 8)], ids=["nothing", "slope"])
+def test_what_was_chosen_among_several_is_covered_and_not_flattered(correlation: float, truth: np.ndarray) -> None:
+    random = np.random.default_rng(3)
+    root = np.linalg.cholesky(np.array([[correlation ** abs(i - j) for j in range(8)] for i in range(8)]))
+    hits, errors, plain = 0, [], []
+    for _ in range(250):
+        values = truth + root @ random.standard_normal(8)
+        draws = values[:, None] + root @ random.standard_normal((8, 400))
+        best = int(values.argmax())
+        estimate, low, high = after_choice(best, values, draws, values, draws)
+        hits += low <= truth[best] <= high
+        errors.append(estimate - truth[best])
+        plain.append(values[best] - truth[best])
+    assert 0.92 <= hits / 250 <= 0.98
+    assert abs(np.median(errors)) < 0.3 * abs(np.median(plain)) + 0.1
+
+
+def test_a_clear_winner_keeps_its_own_interval() -> None:
+    draws = np.random.default_rng(0).standard_normal((3, 4000)) + np.array([[0.0], [50.0], [1.0]])
+    estimate, low, high = after_choice(1, draws.mean(1), draws, draws.mean(1), draws)
+    assert estimate == pytest.approx(50, abs=0.05)
+    assert (low, high) == pytest.approx(interval(draws[1]), abs=0.15)
+    alone = after_choice(0, draws[:1].mean(1), draws[:1], draws[:1].mean(1), draws[:1])
+    assert alone[1:] == interval(draws[0])
+    still = np.zeros((2, 100))
+    assert after_choice(0, still[:, 0], still, still[:, 0], still) == (0, 0, 0), "nothing varies"
 
 
 def test_an_interval_is_the_central_95_percent_and_nan_where_nothing_was_drawn() -> None:

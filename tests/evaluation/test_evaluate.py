@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from hypothesis import strategies as st
 from interventions_helpers import POST, selection_of, under
 from positions_helpers import LAST, around, everywhere
 from positions_helpers import key as key_of
+from scipy.stats import beta, t
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, ModelError, SelectionError
+from lens_unlearn.core.intervals import weights_of, widening
 from lens_unlearn.evaluation import evaluate as evaluating
 from lens_unlearn.evaluation.bootstrap import Scores, estimates
 from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.metrics import metric as metric_of
-from lens_unlearn.evaluation.report import Measure, Report, separability
+from lens_unlearn.evaluation.report import BASE, Measure, Report, separability
 from lens_unlearn.evaluation.teacher_forcing import Outcome
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
@@ -71,8 +74,6 @@ def brute(corpus: Any, run: Any, base: Any) -> dict[str, float]:
 
 def likely(name: str, rows: int = 12, seed: int = 0) -> Any:
     """A corpus that the model predicts now and then: some next tokens are the model's own choice."""
-    from dataclasses import replace
-
     corpus = tiny.corpus([int(n) for n in np.random.default_rng(seed).integers(2, 30, rows)], seed=seed, uncounted=0.15)
     tokens, plain = corpus.tokens.clone(), tiny.hugging_face(name)
     for row in range(corpus.n_rows):
@@ -357,23 +358,79 @@ def test_the_bootstrap_is_seeded_and_touches_no_global_state() -> None:
     assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
 
 
-def test_a_draw_is_the_ratio_of_resampled_sums() -> None:
-    sums = simulated(3)
-    part = sums.values["base"][0]
-    draws = next(m.draws for _, name, m in estimates(sums, 500, 0) if name == "loss")
-    possible = {
-        round(float(sum(part[list(pick), 0]) / sum(sums.counts[list(pick), 0])), 9)
-        for pick in [(a, b, c) for a in range(3) for b in range(3) for c in range(3)]
-    }
-    assert {round(float(x), 9) for x in draws} == possible
+def test_a_draw_is_the_ratio_of_weighted_sums() -> None:
+    sums = simulated(12)
+    part, counts = sums.values["base"][0][:, 0], sums.counts[:, 0]
+    measure = next(m for _, name, m in estimates(sums, 50, 3) if name == "loss")
+    weights = weights_of([str(i) for i in range(12)], 50, 3)
+    for draw, weight in zip(measure.draws, weights, strict=True):
+        ratio = sum(w * x for w, x in zip(weight, part, strict=True)) / sum(
+            w * n for w, n in zip(weight, counts, strict=True)
+        )
+        assert draw == pytest.approx(measure.value + widening(counts) * (ratio - measure.value))
+    assert measure.units == 12
+
+
+def test_groups_are_resampled_whole_and_alike_in_every_corpus() -> None:
+    """Two corpora that share a unit are drawn jointly; of equally many others the weights are independent."""
+    sums = simulated(40)
+    groups = [f"author {i // 4}" for i in range(40)]
+    one = next(iter(estimates(replace(sums, units=groups), 400, 0)))[2]
+    by_hand = Scores(
+        sums.metrics, {"base": [sums.values["base"][0].reshape(10, 4).sum(1)[:, None]]},
+        sums.counts.reshape(10, 4).sum(1)[:, None], [f"author {i}" for i in range(10)],
+    )  # fmt: skip
+    together = next(iter(estimates(by_hand, 400, 0)))[2]
+    assert (one.units, together.units) == (10, 10)
+    np.testing.assert_allclose(one.draws, together.draws)
+    other = next(iter(estimates(replace(sums, units=[f"other {i}" for i in range(40)]), 400, 0)))[2]
+    assert abs(np.corrcoef(one.draws, other.draws)[0, 1]) < 0.2
+
+
+def replicates_of(values: np.ndarray, units: int = 200) -> Scores:
+    """Several interventions of which every document scores the same."""
+    counts = np.ones((units, 1))
+    return Scores([metric_of("loss")], {"control": [np.full((units, 1), float(v)) for v in values]}, counts)
+
+
+def test_of_several_seeds_the_interval_is_students_of_their_mean() -> None:
+    values = np.array([1.0, 1.5, 2.5, 1.2, 1.9])
+    measure = next(iter(estimates(replicates_of(values), 20_000, 1)))[2]
+    assert measure.value == pytest.approx(values.mean())
+    expected = t.interval(0.95, 4, values.mean(), values.std(ddof=1) / 5**0.5)
+    assert measure.interval() == pytest.approx(expected, abs=0.05)
+    one_more = measure.beside_another()
+    expected = t.interval(0.95, 4, values.mean(), values.std(ddof=1) * (1 + 1 / 5) ** 0.5)
+    assert one_more.interval() == pytest.approx(expected, abs=0.1)
+
+
+def test_seeds_are_drawn_once_for_all_corpora() -> None:
+    """A control whose selectivity is exactly 0 at every seed has an interval of no width."""
+    measures = {}
+    for corpus in ("forget", "retain"):
+        base = Scores([metric_of("top1")], {BASE: [np.full((30, 1), 0.8)]}, np.ones((30, 1)))
+        control = replace(base, values={**base.values, "c": [np.full((30, 1), v) for v in (0.1, 0.4, 0.7)]})
+        control = replace(control, units=[f"{corpus} {i}" for i in range(30)])
+        measures |= {(c, corpus, m): one for c, m, one in estimates(control, 500, 0)}
+    report = Report(measures)
+    assert report.drop("c", "forget").interval()[1] - report.drop("c", "forget").interval()[0] > 0.5
+    assert report.selectivity("c").interval() == pytest.approx((0, 0), abs=1e-9)
+
+
+def test_what_nobody_showed_is_still_uncertain() -> None:
+    """0 of 40 right: not [0, 0] but Jeffreys' interval."""
+    none = Scores([metric_of("exact_match")], {"cut": [np.zeros((40, 1))]}, np.ones((40, 1)))
+    low, high = next(iter(estimates(none, 4000, 0)))[2].interval()
+    assert low < 0.001
+    assert high == pytest.approx(beta.ppf(0.975, 0.5, 40.5), rel=0.1)
+    every = replace(none, values={"cut": [np.ones((40, 1))]})
+    assert next(iter(estimates(every, 4000, 0)))[2].interval() == pytest.approx((1 - high, 1 - low))
 
 
 def test_documents_are_resampled_whole() -> None:
     """One document in many rows has no interval; the same rows as many documents have one."""
-    from dataclasses import replace
-
-    model, corpus = tiny.model("gpt2"), tiny.corpus((9, 5, 12, 7))
-    single = replace(corpus, document=torch.zeros(4, dtype=torch.long), keys=("one",))
+    model, corpus = tiny.model("gpt2"), tiny.corpus((9, 5, 12, 7, 6, 8, 4, 5, 9, 6))
+    single = replace(corpus, document=torch.zeros(10, dtype=torch.long), keys=("one",))
     many, one = (evaluate(model, {"c": c}, {}, **QUIET)["base", "c", "loss"] for c in (corpus, single))
     assert many.value == pytest.approx(one.value, rel=1e-9)
     assert not math.isnan(many.interval()[0])
@@ -385,7 +442,7 @@ def test_documents_are_resampled_whole() -> None:
 
 def small_report() -> Report:
     model = tiny.model("gpt2")
-    corpora = {"forget": tiny.corpus((9, 5, 12), seed=1), "retain": tiny.corpus((4, 20), seed=2)}
+    corpora = {"forget": tiny.corpus((9, 5, 12) * 4, seed=1), "retain": tiny.corpus((4, 20) * 5, seed=2)}
     return evaluate(model, corpora, {"cut": Ablate(selection_of(model))}, **QUIET)
 
 
@@ -403,6 +460,7 @@ def test_the_frame_is_tidy_and_differences_are_paired() -> None:
         "difference",
         "difference_low",
         "difference_high",
+        "units",
     ]
     assert list(frame.columns) == columns
     assert len(frame) == 2 * 2 * 6
@@ -454,7 +512,8 @@ def test_a_corpus_of_one_document_has_no_interval_and_breaks_nothing() -> None:
         assert all(math.isnan(x) for x in measure.interval())
     report.to_frame()
     separability(report, metric="top10")
-    assert "nan" in repr(report)
+    assert "[too few documents for an interval (1)]" in repr(report)
+    assert "nan" not in repr(report)
 
 
 def test_reports_of_the_same_texts_join_and_others_do_not() -> None:
@@ -524,14 +583,17 @@ def test_reports_show_themselves_and_their_provenance() -> None:
     assert repr(report).startswith("Report(2 conditions, 2 corpora)")
     assert "<table" in report._repr_html_()
     assert report.provenance["bootstrap"] == {"resamples": 50, "seed": 0}
-    assert report.provenance["corpora"]["forget"]["tokens"] == 26
+    assert report.provenance["corpora"]["forget"]["tokens"] == 4 * 26
     assert report.provenance["conditions"]["cut"].startswith("Ablate(zero")
     assert {"torch", "transformer_lens", "lens_unlearn"} <= set(report.provenance["versions"])
 
 
 def test_a_measure_shows_its_value_and_interval_and_not_its_draws() -> None:
     assert repr(Measure(0.25, np.linspace(0, 1, 1001), 6000)) == "Measure(0.250 [0.025, 0.975], n=6,000)"
-    assert repr(Measure(0.25, np.empty(0), 10)) == "Measure(0.250 [nan, nan], n=10)"
+    assert repr(Measure(0.25, np.empty(0), 10)) == "Measure(0.250 [no interval], n=10)"
+    few = Measure(0.25, np.linspace(0, 1, 11), 10, units=9)
+    assert repr(few) == "Measure(0.250 [too few documents for an interval (9)], n=10)"
+    assert few.interval()[0] != few.interval()[0]
 
 
 # --- separability --------------------------------------------------------------------------------------------------------------
