@@ -152,9 +152,13 @@ def run(names: Sequence[str], blocks: Mapping[str, str]) -> None:
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
+    failed = []
     for name in names or blocks:
         print(f"\n=== {name}\n{blocks[name]}", flush=True)
-        subprocess.run(["bash", "-ec", blocks[name]], cwd=ROOT, env=env, check=True)
+        if subprocess.run(["bash", "-ec", blocks[name]], cwd=ROOT, env=env, check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"\nfailed, and what they stored before is unchanged: {', '.join(failed)}")
 
 
 # --- tables and numbers --------------------------------------------------------------------------------------------------
@@ -335,6 +339,12 @@ def versions(root: Path = ROOT) -> set[str]:
     return {number for line in lines for number in re.findall(r"\d+\.\d+", line)}
 
 
+def took(output: Output | None) -> str:
+    """Say how long a command took."""
+    seconds = output.stored.get("cpu_seconds") if output else None
+    return f"{seconds / 60:.1f} minutes of CPU" if seconds else "not measured yet"
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="only list the commands")
@@ -343,11 +353,10 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(given)
     blocks = {name: block for text in pages().values() for name, block in commands(text).items()}
+    stored = outputs()
     if args.list:
-        stored = outputs()
         for name, block in blocks.items():
-            took = f"{stored[name].stored['cpu_seconds'] / 60:.0f} minutes" if name in stored else "not run yet"
-            print(f"{name}: {took}\n{block}")
+            print(f"{name}: {took(stored.get(name))}\n{block}")
         return 0
     if args.run is not None:
         run(args.run, blocks)

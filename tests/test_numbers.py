@@ -212,8 +212,16 @@ def test_the_commands_of_a_page_are_found_with_their_output() -> None:
     ]
 
 
-def test_stored_outputs_hold_no_path_of_a_machine() -> None:
-    for path in sorted((ROOT / "benchmarks" / "outputs").glob("*.json")):
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r'"(?:[^"]*[ =])?/(?!/)', text), f"{path.name} holds an absolute path"
-        assert {"command", "argv", "settings", "versions", "seconds", "tables"} <= set(json.loads(text)), path.name
+def test_outputs_that_a_page_names_are_whole_and_hold_no_path_of_a_machine() -> None:
+    for name in sorted({name for text in PAGES.values() for name in make.commands(text)}):
+        text = (ROOT / "benchmarks" / "outputs" / f"{name}.json").read_text(encoding="utf-8")
+        assert not re.search(r'"(?:[^"]*[ =])?/(?!/)', text), f"{name} holds an absolute path"
+        assert {"command", "argv", "settings", "versions", "seconds", "tables"} <= set(json.loads(text)), name
+
+
+def test_commands_are_run_again_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = {"a": "echo threads $OMP_NUM_THREADS >&2; exit 3\n", "b": "true\n", "c": "false\n"}
+    make.run(["a", "b"], blocks)
+    assert capsys.readouterr().out.endswith("failed, and what they stored before is unchanged: a\n")
+    with pytest.raises(SystemExit, match="no page stores an output d: choose from a, b, c"):
+        make.run(["d"], blocks)
