@@ -85,7 +85,7 @@ def forget_quality(
     beyond = [name for name, (quality, _) in points.items() if _p(quality) < LOWEST]
     notes = [
         subtitle,
-        "up and to the right is better; above the dotted line, indistinguishable from a model that never saw the facts",
+        "up and to the right is better; above the dotted line, the test sees no difference from a model that never saw the facts",
     ]
     notes.append(f"p below {LOWEST:g} is drawn there: {', '.join(map(str, beyond))}" if beyond else "")
     return theme.finish(
