@@ -16,7 +16,7 @@ from command_line_helpers import WORDS, call, run_arguments, write_texts
 
 import lens_unlearn as lu
 from lens_unlearn.core import artefacts
-from lens_unlearn.experiments import experiment
+from lens_unlearn.experiments import compare, experiment
 from lens_unlearn.experiments.plan import Plan
 
 
@@ -158,6 +158,48 @@ def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dic
         assert not used[0] & used[2]
         assert not used[1] & used[2]
     assert parts.removed == {"forget": 5, "retain": 0}
+
+
+def test_groups_stay_whole_on_the_command_line(
+    model_dir: Path, texts: dict[str, Path], model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command that reads texts, up to the settings and the page; what is wrong is one sentence."""
+    for name, path in texts.items():
+        rows = [
+            json.loads(line) | {"author": f"{name} {n // 3}"} for n, line in enumerate(path.read_text().splitlines())
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {name: f"{path}:text@author" for name, path in texts.items()}
+    plan = Plan(str(model_dir), sources["forget"], (f"{texts['retain']}:text@3",), tokens=4000, window=32)
+    documents = experiment.Experiment(plan, model, progress=False).documents
+    for name in ("forget", "retain"):
+        units = [set(part[name].units) for part in (documents.fit, documents.tune, documents.test)]
+        assert sum(map(len, units)) == len(set.union(*units)) == 10
+
+    out = tmp_path / "run"
+    arguments = run_arguments(model_dir, texts, out)
+    arguments[arguments.index("--forget") + 1], arguments[arguments.index("--retain") + 1] = plan.forget, plan.retain[0]
+    assert call(*arguments, "--method", "selective-pruning", "--set", "fraction=0.1") == 0
+    saved = json.loads((out / "run.json").read_text())
+    assert (saved["plan"]["forget"], saved["plan"]["retain"]) == (plan.forget, list(plan.retain))
+    assert "units" in saved["corpora"]["forget"]
+    assert f"{saved['corpora']['forget']['units']} groups" in (out / "report.html").read_text()
+
+    reading = ["--model", model_dir, "--window", 32, "--quiet"]
+    assert call("evaluate", *reading, "--corpus", f"c={sources['third']}", "--out", tmp_path / "evaluated") == 0
+    corpora = json.loads((tmp_path / "evaluated" / "run.json").read_text())["corpora"]
+    assert (corpora["c"]["documents"], corpora["c"]["units"]) == (30, 10)
+    assert call("collect", *reading, "--corpus", sources["third"], "--out", tmp_path / "third.safetensors") == 0
+    skills = {name: lu.read_corpus(sources[name], model, window=32) for name in ("forget", "third")}
+    compared = compare._texts(skills, None, 0)
+    for name in skills:
+        assert not set(compared[name].units) & set(compared[f"{name}:test"].units)
+
+    capsys.readouterr()
+    for wrong, said in ((":text@autor", "has no field 'autor' to group by"), ("@0", "0 rows make no group")):
+        assert call("collect", *reading, "--corpus", f"{texts['third']}{wrong}", "--out", tmp_path / "x.safetensors") == 2
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert said in line
 
 
 def test_tuning_a_model_that_gets_nothing_right_is_refused(

@@ -4,6 +4,7 @@ Knows which method is named and which belong into a sentence; `templates/headlin
 """
 
 import math
+from typing import Any
 
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.inspection.html import short
@@ -19,7 +20,7 @@ from lens_unlearn.reports.findings import (
 )
 from lens_unlearn.reports.templating import macro, name
 
-__all__ = ["headline"]
+__all__ = ["documents_of", "headline"]
 
 TEMPLATE = "headline.html"
 
@@ -81,11 +82,17 @@ def _sure(report: Report) -> str:
     """Say what the intervals are over, where the report knows."""
     known = report.provenance.get("corpora")
     entries = {corpus: known.get(corpus) for corpus in (FORGET, RETAIN)} if isinstance(known, dict) else {}
-    documents = {
-        corpus: f"{entry['documents']:,}"
-        for corpus, entry in entries.items()
-        if isinstance(entry, dict) and isinstance(entry.get("documents"), int)
-    }
+    documents = {corpus: documents_of(entry) for corpus, entry in entries.items()}
+    known_of_both = all(documents.get(corpus) for corpus in (FORGET, RETAIN))
     plan = report.provenance.get("plan")
     facts = isinstance(plan, dict) and bool(plan.get("facts"))
-    return macro(TEMPLATE, "sure", documents, "plan" in report.provenance, facts) if len(documents) == 2 else ""
+    return macro(TEMPLATE, "sure", documents, "plan" in report.provenance, facts) if known_of_both else ""
+
+
+def documents_of(entry: Any, noun: str = "") -> str:
+    """Say how many documents a corpus has, and in how many groups if those are fewer; "" where the report does not know."""
+    documents, units = (entry.get(key) if isinstance(entry, dict) else None for key in ("documents", "units"))
+    if not isinstance(documents, int):
+        return ""
+    grouped = isinstance(units, int) and units < documents
+    return f"{documents:,}{noun}" + (f" in {units:,} groups" if grouped else "")

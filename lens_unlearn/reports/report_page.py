@@ -21,7 +21,7 @@ from lens_unlearn.figures.tradeoff import tradeoff
 from lens_unlearn.inspection.html import Html, short
 from lens_unlearn.reports.figure_html import Drawing, drawing, origin
 from lens_unlearn.reports.findings import FORGET, RETAIN, controls_of, headline_metric, summary
-from lens_unlearn.reports.headline import headline
+from lens_unlearn.reports.headline import documents_of, headline
 from lens_unlearn.reports.numbers import numbers
 from lens_unlearn.reports.samples import written
 from lens_unlearn.reports.settings import settings
@@ -126,8 +126,8 @@ def _details(corpus: str, entry: Any) -> list[str]:
     """Say where a corpus is from and how large it is, where the report knows."""
     if not isinstance(entry, dict):
         return []
-    sizes = [f"{entry[key]:,} {key}" for key in ("documents", "tokens") if isinstance(entry.get(key), int)]
-    return [name(short(entry.get("source", corpus))), *sizes]
+    tokens = [f"{entry['tokens']:,} tokens"] if isinstance(entry.get("tokens"), int) else []
+    return [name(short(entry.get("source", corpus))), *filter(None, [documents_of(entry, " documents")]), *tokens]
 
 
 def _figures(report: Report) -> Iterator[tuple[str, Any]]:
