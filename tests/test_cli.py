@@ -197,7 +197,9 @@ def test_groups_stay_whole_on_the_command_line(
 
     capsys.readouterr()
     for wrong, said in ((":text@autor", "has no field 'autor' to group by"), ("@0", "0 rows make no group")):
-        assert call("collect", *reading, "--corpus", f"{texts['third']}{wrong}", "--out", tmp_path / "x.safetensors") == 2
+        assert (
+            call("collect", *reading, "--corpus", f"{texts['third']}{wrong}", "--out", tmp_path / "x.safetensors") == 2
+        )
         [line] = capsys.readouterr().err.strip().splitlines()
         assert said in line
 
