@@ -31,7 +31,7 @@ from lens_unlearn.evaluation.teacher_forcing import Forced, outcomes, predict
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
-from lens_unlearn.model.loading import fingerprint, model_name
+from lens_unlearn.model.loading import as_in_file, fingerprint, model_name
 
 __all__ = ["Condition", "evaluate", "replicates"]
 
@@ -215,7 +215,8 @@ def _taken(
     base: Report, model: Model, corpora: Mapping[str, Corpus], resamples: int, seed: int
 ) -> dict[tuple[str, str, str], Measure]:
     """Return the unedited model's measures of an earlier report, which must be of this model and these corpora."""
-    if base.provenance.get("fingerprint") != fingerprint(model):
+    theirs = base.provenance.get("fingerprint")
+    if theirs != as_in_file("the report given as base", theirs, fingerprint(model), model):
         raise LensUnlearnError("the report given as base is not of this model")
     earlier = base.provenance.get("corpora", {})
     for name, corpus in corpora.items():

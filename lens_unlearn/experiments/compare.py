@@ -378,7 +378,7 @@ def carry_out_comparison(
     texts = _texts(skills, tests or None, plan.seed, facts=plan.facts)
     runs = _skill_runs(plans, model, texts, progress=progress)
     inputs = {f"{skill}: {key}": value for skill, run in runs.items() for key, value in run.inputs().items()}
-    with folder.open(settings, inputs) if distributed.is_first() else nullcontext():
+    with folder.open(settings, inputs, model) if distributed.is_first() else nullcontext():
         for skill, run in runs.items():
             run.folder = _SkillFolder(folder, skill)
         report = _report(runs, {skill: run.part() for skill, run in _fitted(runs)})

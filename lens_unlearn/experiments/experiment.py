@@ -20,7 +20,7 @@ from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
-from lens_unlearn.experiments.run_folder import FITTED, REPORT, Form, RunFolder
+from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder, fitted_form
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.methods.method import Fitted, Method
@@ -73,9 +73,9 @@ class Experiment:
         """Find every method's intervention: tuned to the retain budget if there is one, else as the options say."""
         for name in self.records:
             self.fitted[name] = self._kept(
-                f"kept/{name}.fitted.safetensors", FITTED, lambda name=name: self._prepare(name)
+                f"kept/{name}.fitted.safetensors", fitted_form(self.model), lambda name=name: self._prepare(name)
             )
-            form = Form(self._save_edit, _load_edit)
+            form = Form(self._save_edit, self._load_edit)
             self.edits[name], self.chosen[name] = self._kept(
                 f"{name}.safetensors", form, lambda name=name: self._find(name)
             )
@@ -107,6 +107,9 @@ class Experiment:
     def _save_edit(self, path: Path, edit_and_choice: tuple[Intervention, dict[str, Any]]) -> None:
         edit, chosen = edit_and_choice
         edit.save(path, self.model, note=json.dumps(chosen, default=str))
+
+    def _load_edit(self, path: Path) -> tuple[Intervention, dict[str, Any]]:
+        return load_intervention(path, self.model), json.loads(artefacts.read(path)[0]["note"])
 
     def _fit_pair(self, record: Method) -> tuple[Corpus, Corpus]:
         part = self.documents.queries if record.judges_prompts else self.documents.fit
@@ -186,10 +189,6 @@ class Experiment:
         replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
 
 
-def _load_edit(path: Path) -> tuple[Intervention, dict[str, Any]]:
-    return load_intervention(path), json.loads(artefacts.read(path)[0]["note"])
-
-
 def carry_out(
     plan: Plan,
     out: str | os.PathLike[str],
@@ -227,7 +226,7 @@ def carry_out(
     if distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite)):
         return None
     experiment = Experiment(plan, model, progress=progress and distributed.is_first(), known=known)
-    with folder.open(settings, experiment.inputs()) if distributed.is_first() else nullcontext():
+    with folder.open(settings, experiment.inputs(), experiment.model) if distributed.is_first() else nullcontext():
         experiment.folder = folder
         experiment.fit()
         report = experiment.report()

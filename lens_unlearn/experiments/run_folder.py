@@ -21,10 +21,12 @@ from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ProcessErr
 from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.loading import as_in_file
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["FITTED", "REPORT", "Form", "RunFolder", "check_folder", "new_folder"]
+__all__ = ["REPORT", "Form", "RunFolder", "check_folder", "fitted_form", "new_folder"]
 
 T = TypeVar("T")
 
@@ -107,7 +109,7 @@ class RunFolder:
         return not any(path.is_file() and not path.name.startswith(".") for path in self.folder.rglob("*"))
 
     @contextmanager
-    def open(self, plan: Mapping[str, Any], texts: Mapping[str, Any]) -> Iterator[None]:
+    def open(self, plan: Mapping[str, Any], texts: Mapping[str, Any], model: Model) -> Iterator[None]:
         """Begin, or go on with what is there, for the length of a `with` block.
 
         A `LensUnlearnError` in the block deletes everything: the same settings would come to the same end. An `ArtefactError`,
@@ -116,6 +118,7 @@ class RunFolder:
         Args:
             plan: The settings.
             texts: What else has to be the same: digests of the texts and the model, and what runs them.
+            model: The model.
 
         Raises:
             ArtefactError: If what is there was made with something else; the message names what differs.
@@ -123,7 +126,8 @@ class RunFolder:
         made = [path for path in (self.kept, self.folder, *self.out.absolute().parents) if not path.exists()]
         if self.settings.exists():
             header, _ = artefacts.read(self.settings, "run")
-            artefacts.require_same(self.folder, header.get("texts"), texts, "this run")
+            ours = as_in_file(self.folder, header.get("texts"), texts, model)
+            artefacts.require_same(self.folder, header.get("texts"), ours, "this run")
         else:
             try:
                 self.kept.mkdir(parents=True, exist_ok=True)
@@ -220,10 +224,15 @@ STATISTICS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
 """The statistics that a folder keeps, and what they are made with. Others are collected again when a run goes on."""
 
 
-def _save_fitted(path: Path, fitted: tuple[Any, Any]) -> None:
+def fitted_form(model: Model | None = None) -> Form:
+    """Return how what a method was fitted to is written, and read again for the same model."""
+    return Form(lambda path, fitted: _save_fitted(path, fitted, model), lambda path: _load_fitted(path, model))
+
+
+def _save_fitted(path: Path, fitted: tuple[Any, Any], model: Model | None) -> None:
     """Write what a method was fitted to; corpora are there anyway."""
     if isinstance(fitted[0], Delta):
-        fitted[0].save(path)
+        fitted[0].save(path, model)
         return
     if not all(type(statistic).__name__ in STATISTICS for statistic in fitted):
         return
@@ -236,10 +245,10 @@ def _save_fitted(path: Path, fitted: tuple[Any, Any]) -> None:
     artefacts.write(path, "fitted", tensors, {"statistics": entries})
 
 
-def _load_fitted(path: Path) -> tuple[Any, Any]:
+def _load_fitted(path: Path, model: Model | None) -> tuple[Any, Any]:
     header, tensors = artefacts.read(path)
     if header["kind"] == "intervention":
-        return load_intervention(path), None
+        return load_intervention(path, model), None
     with artefacts.usable(path, "statistics that can be read"):
         one, other = (_statistic(entry, tensors, f"{number}/") for number, entry in enumerate(header["statistics"]))
         return one, other
@@ -312,5 +321,4 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-FITTED = Form(_save_fitted, _load_fitted)
 REPORT = Form(_save_report, _load_report)

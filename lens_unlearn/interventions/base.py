@@ -26,7 +26,7 @@ from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.model.hooks import Remover, attach, detach_all, logit_functions, on_forward, on_logits, one_thread
 from lens_unlearn.model.host import Model
-from lens_unlearn.model.loading import fingerprint
+from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
 from lens_unlearn.model.positions import Rows, ends_of_text, pad_of
 from lens_unlearn.model.sites import Point, Site, resolve
@@ -281,13 +281,11 @@ class Intervention(ABC):
 
         Args:
             path: The file.
-            model: If given, the file will refuse every other model.
+            model: The model it is for: the file will refuse every other one. Without it, any of the right shape is accepted.
             note: Free text for the header.
         """
         header, tensors = self.parts()
-        content: dict[str, Any] = {"intervention": header, "text": repr(self), "note": note}
-        if model is not None:
-            content["model"] = fingerprint(model)
+        content = {"intervention": header, "text": repr(self), "note": note, **model_entry(path, model)}
         artefacts.write(path, "intervention", tensors, content)
 
 

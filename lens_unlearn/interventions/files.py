@@ -18,7 +18,7 @@ from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.model.host import Model
-from lens_unlearn.model.loading import fingerprint
+from lens_unlearn.model.loading import require_model_of
 
 __all__ = ["CLASSES", "load_intervention"]
 
@@ -32,14 +32,12 @@ def load_intervention(path: str | os.PathLike[str], model: Model | None = None) 
 
     Args:
         path: The file.
-        model: The model to be used with; if the file knows its model, this has to be the same.
+        model: The model to be used with; if the file knows its model, this has to be the same. If not, a warning says so.
 
     Raises:
         ArtefactError: If the file is damaged, not ours, or made with another model; the message names what differs.
     """
     header, tensors = artefacts.read(path, "intervention")
-    if model is not None and "model" in header:
-        artefacts.require_same(path, header["model"], fingerprint(model), "this model")
     with artefacts.usable(path, "intervention that can be used"):
         intervention = _from_parts(header["intervention"], tensors)
         # What it would write now has to contain all that was read: nothing that another version wrote is silently dropped.
@@ -47,6 +45,7 @@ def load_intervention(path: str | os.PathLike[str], model: Model | None = None) 
         if not _within(header["intervention"], rewritten) or not set(tensors) <= set(names):
             raise ArtefactError("something in it has no meaning to this version: upgrade to read it")
         repr(intervention)
+    require_model_of(path, header, model)
     return intervention
 
 

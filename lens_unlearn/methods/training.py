@@ -29,7 +29,7 @@ from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.objectives import LOSSES, clip_norm, curvature_of, forget_term
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.host import Model
-from lens_unlearn.model.loading import fingerprint
+from lens_unlearn.model.loading import as_in_file, fingerprint
 
 __all__ = ["LEARNING_RATES", "Training", "TrainingSettings", "check_choices", "check_counts"]
 
@@ -342,7 +342,8 @@ class Training:
                 raise ArtefactError(f"{path} cannot be written: there is no such folder")
             return
         header, tensors = artefacts.read(path, "simu checkpoint")
-        artefacts.require_same(path, header.get("settings"), self._settings(), "this training")
+        ours = as_in_file(path, header.get("settings"), self._settings(), self.model)
+        artefacts.require_same(path, header.get("settings"), ours, "this training")
         with artefacts.usable(path, "checkpoint that can be used"):
             state = _checked_state(artefacts.parse(header["state"]))
         if state["step"] > self.settings.steps:

@@ -4,8 +4,10 @@ Knows Hugging Face directories, devices and parameters; knows nothing of hooks o
 """
 
 import contextlib
+import functools
 import hashlib
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_unlearn.core import artefacts
+from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
 from lens_unlearn.model.host import Model, boot, processing, require_model
 
-__all__ = ["fingerprint", "load_model", "model_name"]
+__all__ = ["as_in_file", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
@@ -127,9 +131,10 @@ def _quiet() -> Any:
 def fingerprint(model: Model) -> dict[str, Any]:
     """Describe a model so that saved files can distinguish it from other models, and from itself in another state.
 
-    The digest of the weights samples 64 values of each parameter; parameter names do not enter. The bridges of TransformerLens
-    3.9 and 4 hold other parameters of the same model, so a file that one of them wrote is refused under the other. Compatibility
-    mode and dtype are part of the fingerprint, because they change the activations.
+    The digest of the weights covers every bit of every weight, and where in the model it is. It is the same on every device, for
+    any number of threads, with weights offloaded or not, and under TransformerLens 3.9 and 4. Compatibility mode and dtype are
+    part of the fingerprint, because they change the activations. A `HookedTransformer` holds the weights in another form, so the
+    same model has another fingerprint as a bridge.
     """
     require_model(model)
     cfg = model.cfg
@@ -144,24 +149,179 @@ def fingerprint(model: Model) -> dict[str, Any]:
     }
 
 
+def model_entry(path: str | os.PathLike[str], model: Model | None) -> dict[str, Any]:
+    """Return what a file's header holds of its model; without one, nothing, and a warning says what follows."""
+    if model is not None:
+        return {"model": fingerprint(model)}
+    warnings.warn(f"{os.fspath(path)} will not know its model: {_ANY_MODEL}", stacklevel=3)
+    return {}
+
+
+def require_model_of(path: str | os.PathLike[str], header: Mapping[str, Any], model: Model | None) -> None:
+    """Refuse a file of another model, as its header has it from `model_entry`; warn of one that knows no model.
+
+    Raises:
+        ArtefactError: If both are known and differ; the message names what does.
+    """
+    if "model" not in header:
+        warnings.warn(f"{os.fspath(path)} does not know its model: {_ANY_MODEL}", stacklevel=3)
+    elif model is not None:
+        ours = as_in_file(path, header["model"], fingerprint(model), model)
+        artefacts.require_same(path, header["model"], ours, "this model")
+
+
+_ANY_MODEL = "any model of the right shape is accepted; save it together with the model, as in save(path, model)"
+
+
+def as_in_file(path: str | os.PathLike[str], theirs: Any, ours: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """Return a model's fingerprint in the form in which a file holds it, to be compared with that.
+
+    Files of earlier versions hold a digest of 64 values of each parameter. Where it is that of this model, it takes the place of
+    the one of every weight, and a warning says that it tells less.
+
+    Args:
+        path: The file, for the warning.
+        theirs: The fingerprint in the file, or settings with fingerprints among their values.
+        ours: The model's fingerprint, or settings with it in the same places.
+        model: The model.
+    """
+    if not isinstance(theirs, Mapping):
+        return dict(ours)
+    found = {k: as_in_file(path, theirs.get(k), v, model) if isinstance(v, Mapping) else v for k, v in ours.items()}
+    digest = theirs.get("weights")
+    if "weights" in ours and isinstance(digest, str) and len(digest) == SAMPLED:
+        sampled = _sampled_digests(model)
+        found["weights"] = digest if digest in sampled else sampled[0]
+        if digest in sampled:
+            warnings.warn(
+                f"{os.fspath(path)} is of an earlier version, which looked at 64 values of each parameter: it may be of another "
+                "model than this one, if that is almost the same; save it again to be sure from now on",
+                stacklevel=3,
+            )
+    return found
+
+
+# What the digest is of: every weight, with its place, which is its name without what the wrappers add to it. A tied weight has
+# several places, and is read once. A bias of zeros is left out: where a model has no bias of the unembedding, TransformerLens
+# gives it one, as a parameter (3.9) or as a buffer (4). Buffers count in a bridge alone; those of a `HookedTransformer` are tables
+# that follow from its configuration. What a bridge splits out of a fused weight counts beside it, be it a view (GPT-2) or a copy
+# (NeoX, and whatever is offloaded), since that is what the bridge computes with.
+#
+# A weight is read in blocks. The number of a block is the sum of (bits of a value, as an integer) x (a pseudo-random 64-bit
+# integer for its place in the block), modulo 2^64: integers are exact, so that order, threads and device do not matter. Two
+# blocks with different values have the same number with a probability of 2^-33 or less. That is against accidents, not against
+# whoever looks for two such blocks.
+#
+# A weight is not read again while its memory, shape, version and 64 of its values are the same. Every change in place through
+# PyTorch counts a version up, and replacing a tensor moves it. What goes round the count (`weight.data`, a NumPy view of the
+# memory, a kernel of one's own) is noticed if it changes one of the 64 values, as a step of training does; an edit of single
+# neurons in this way can go unseen in a model whose fingerprint was taken before. Offloaded weights are read every time.
+
+SAMPLED = 16
+"""Hexadecimal digits of a digest from earlier versions, of 64 values of each parameter; a digest of all has twice as many."""
+BLOCK = 2**16
+"""Values in a block."""
+
+_read: "weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], bytes]]" = weakref.WeakKeyDictionary()
+"""By model: what was read of each weight, by the state it was in."""
+
+
 def _digest(model: Model) -> str:
-    seen: dict[tuple[int, tuple[int, ...]], bytes] = {}
+    before, now = _read.get(model, {}), {}
+    entries: set[str] = set()
+    states: dict[int, tuple[Any, ...]] = {}
+    weights = list(_weights(model))  # held, so that no other one is given the same id: loading offloaded ones makes new tensors
+    for place, weight, module, name in weights:
+        if id(weight) not in states:  # each has several places in a bridge
+            states[id(weight)] = state = _state_of(weight)
+            if state not in now:
+                now[state] = before[state] if state in before else _read_bits(weight, module, name)
+        digest = now[states[id(weight)]]
+        if digest or name != "bias":
+            entries.add(f"{place} {weight.dtype} {tuple(weight.shape)} {digest.hex()}")
+    _read[model] = {state: digest for state, digest in now.items() if isinstance(state[-1], bytes)}
+    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()[: 2 * SAMPLED]
+
+
+def _weights(model: Model) -> Iterator[tuple[str, Tensor, Any, str]]:
+    """Yield the place of every weight, itself, its module, and its name there; a weight may have several places."""
+    bridged = hasattr(model, "original_model")
+    for path, module in (model.original_model if bridged else model).named_modules(remove_duplicate=False):
+        parts = [part for part in path.split(".") if part != "_original_component"]
+        kept = (
+            {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set} if bridged else {}
+        )
+        for name, weight in {**module._parameters, **kept}.items():
+            if weight is not None and not (weight.is_meta and not hasattr(module, "_hf_hook")):
+                yield ".".join([*parts, name]), weight, module, name
+
+
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    """Return what is the same as long as a weight's bits are; without a sample at its end if that cannot be told."""
+    if weight.is_meta or weight.is_inference():
+        return (id(weight),)
+    where = (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
+    return (*where, weight._version, _sample(weight))
+
+
+def _read_bits(weight: Tensor, module: Any, name: str) -> bytes:
+    """Return a digest of all bits of a weight; of an offloaded one after loading it. Empty if they are zeros."""
+    if not weight.is_meta:
+        return _digest_of_bits(weight)
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return _digest_of_bits(getattr(module, name))
+
+
+def _digest_of_bits(weight: Tensor) -> bytes:
+    flat = weight.detach().contiguous().reshape(-1)
+    flat = flat if flat.device.type in ("cpu", "cuda") else flat.cpu()
+    bits = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+    factors = _factors(bits.device)
+    at_once = torch.get_num_threads() if bits.device.type == "cpu" else 128
+    room = torch.empty(at_once, BLOCK, dtype=torch.int64, device=bits.device)
+    whole = len(bits) // BLOCK * BLOCK
+    sums = [
+        torch.mul(rows, factors, out=room[: len(rows)]).sum(1)
+        for rows in bits[:whole].view(-1, BLOCK).split(at_once)
+        if len(rows)
+    ]
+    sums.append((bits[whole:] * factors[: len(bits) - whole]).sum(0, keepdim=True))
+    numbers = torch.cat(sums).cpu().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(numbers).digest()[:16] if any(numbers) else b""
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    return (mix(torch.arange(BLOCK)) | 1).to(device)
+
+
+def _sampled_digests(model: Model) -> list[str]:
+    """Return the digests that earlier versions could have given this model, under this TransformerLens first."""
+    samples: dict[tuple[int, tuple[int, ...]], bytes] = {}
     offloaded = []
     for parameter in model.parameters():
         key = (parameter.data_ptr(), tuple(parameter.shape))
         if parameter.is_meta:
             offloaded.append(parameter)
-        elif key not in seen:
-            seen[key] = _sample(parameter)
+        elif key not in samples:
+            samples[key] = _sample(parameter)
     if offloaded:
-        known = set(seen.values())
+        known = set(samples.values())
         for number, (ndim, sample) in enumerate(_fetched(model, {id(parameter) for parameter in offloaded})):
             if (
                 ndim < 2 or sample not in known
             ):  # a matrix that occurs twice is shared (tied embeddings), and counts once
-                seen[-1, (number,)] = sample
+                samples[-1, (number,)] = sample
             known.add(sample)
-    return hashlib.sha256(b"".join(sorted(seen.values()))).hexdigest()[:16]
+    # Of the bias of the unembedding, TransformerLens makes a parameter (3.9), which was sampled, or a buffer (4).
+    ours, biases = list(samples.values()), set()
+    for _, weight, _, name in _weights(model):
+        if name == "bias" and tuple(weight.shape) == (int(model.cfg.d_vocab),) and not weight.is_meta:
+            biases.add(_sample(weight))
+    without = [sample for sample in ours if sample not in biases]
+    return [hashlib.sha256(b"".join(sorted(s))).hexdigest()[:SAMPLED] for s in (ours, without, [*without, *biases])]
 
 
 def _fetched(model: Model, wanted: set[int]) -> Iterator[tuple[int, bytes]]:

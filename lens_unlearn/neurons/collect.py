@@ -22,7 +22,7 @@ from lens_unlearn.core.errors import ArtefactError, ModelError
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model
-from lens_unlearn.model.loading import fingerprint, model_name
+from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.key_sample import KeySample
@@ -155,7 +155,7 @@ def gather(
     total: Any = (Moments() if statistic is None else statistic).fresh()
     checkpoint = None if checkpoint is None else own_checkpoint(checkpoint)
     settings = {} if checkpoint is None else _settings(model, corpus, points, total, batch_size, transform or {})
-    total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings)
+    total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings, model)
     hidden = not (progress and distributed.is_first())
     bar = tqdm(total=corpus.n_tokens, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
     saved, halved = time.monotonic(), 0
@@ -298,13 +298,14 @@ def _save(path: str | os.PathLike[str], total: Statistic, settings: dict[str, An
     artefacts.write(path, "collect checkpoint", total.state(), {"settings": settings, "batches": done})
 
 
-def _load(path: str | os.PathLike[str], total: Any, settings: dict[str, Any]) -> tuple[Any, int]:
+def _load(path: str | os.PathLike[str], total: Any, settings: dict[str, Any], model: Model) -> tuple[Any, int]:
     if not os.path.exists(path):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise ArtefactError(f"{path} cannot be written: there is no such folder, so make it first")
         return total, 0
     header, tensors = artefacts.read(path, "collect checkpoint")
-    artefacts.require_same(path, header.get("settings"), settings, "this run")
+    ours = as_in_file(path, header.get("settings"), settings, model)
+    artefacts.require_same(path, header.get("settings"), ours, "this run")
     with artefacts.usable(path, "checkpoint that can be used"):
         done = header["batches"]
         if type(done) is not int or done < 0:
@@ -318,11 +319,9 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, model: Model | 
     Args:
         path: The file.
         moments: What `collect` returned.
-        model: If given, its fingerprint is stored, so that the file can tell later which model it is of.
+        model: Their model: the file will refuse every other one. Without it, any of the right shape is accepted.
     """
-    header = {"extra": list(moments.extra), "provenance": moments.provenance}
-    if model is not None:
-        header["model"] = fingerprint(model)
+    header = {"extra": list(moments.extra), "provenance": moments.provenance, **model_entry(path, model)}
     artefacts.write(path, "moments", moments.state(), header)
 
 
@@ -333,12 +332,11 @@ def load_moments(path: str | os.PathLike[str], model: Model | None = None) -> Mo
         ArtefactError: If the file is not intact moments, or (where both are known) of another model.
     """
     header, tensors = artefacts.read(path, "moments")
-    if model is not None and "model" in header:
-        artefacts.require_same(path, header["model"], fingerprint(model), "this model")
     with artefacts.usable(path, "moments that can be read"):
         if not set(header) <= {"schema", "kind", "lens_unlearn", "extra", "provenance", "model"}:
             raise ValueError("something in it has no meaning to this version: upgrade to read it")
         moments = Moments(extra=header["extra"]).with_state(tensors)
         moments.provenance = dict(header.get("provenance", {}))
         repr(moments)
+    require_model_of(path, header, model)
     return moments

@@ -9,6 +9,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,10 @@ from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.ov_basis import ov_basis
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import collect, load_moments, save_moments
 from lens_unlearn.neurons.maps import NeuronMap
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* know its model:UserWarning")  # most files here are of none
 
 DTYPES = [
     torch.float64,
@@ -348,8 +352,6 @@ def test_a_deep_chain_is_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    from lens_unlearn.neurons.collect import collect, load_moments, save_moments
-
     save_moments(tmp_path / "m", collect(tiny.model("gpt2"), tiny.corpus((4,)), progress=False))
     with pytest.raises(ArtefactError, match="holds 'moments', not 'intervention'"):
         load_intervention(tmp_path / "m")
@@ -364,7 +366,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: tiny.build("gpt2", seed=9), r"weights: \w{16} in the file, \w{16} in this model$"),
+        (lambda: tiny.build("gpt2", seed=9), r"weights: \w{32} in the file, \w{32} in this model$"),
         (lambda: tiny.model("gpt2-compat"), "processing: bridge in the file, bridge, compatibility mode in this model"),
         (lambda: tiny.model("neox"), "weights"),
         (
@@ -1100,3 +1102,26 @@ def test_a_short_fuzz_run_finds_nothing() -> None:
     assert sum(counts.values()) >= 250
     assert refused > 150
     assert any(ended.endswith("read") for ended in counts)
+
+
+# --- a file that knows no model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_file_without_a_model_says_what_follows_when_it_is_written_and_when_it_is_read(tmp_path: Path) -> None:
+    model, edit = tiny.model("gpt2"), Ablate(random_selection({POST[0]: (64,)}))
+    moments = collect(model, tiny.corpus((4,)), progress=False)
+    follows = r": any model of the right shape is accepted; save it together with the model, as in save\(path, model\)$"
+    kinds = [(edit.save, load_intervention), (lambda path, *models: save_moments(path, moments, *models), load_moments)]
+    for save, load in kinds:
+        path = tmp_path / "it"
+        with pytest.warns(UserWarning, match=f"^{path} will not know its model{follows}"):
+            save(path)
+        for models in ((), (model,), (tiny.model("gpt2-compat"),)):
+            with pytest.warns(UserWarning, match=f"^{path} does not know its model{follows}"):
+                load(path, *models)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save(path, model)
+            load(path, model)
+            load(path)

@@ -154,8 +154,8 @@ def test_the_card_says_what_it_is_and_how_to_use_it(hub: Hub) -> None:
 def test_the_folder_of_a_run_is_pushed_with_what_was_measured(hub: Hub, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    one("gpt2", "zero").save(run / "selective-pruning.safetensors")
-    one("gpt2", "mean").save(run / "other.safetensors")
+    one("gpt2", "zero").save(run / "selective-pruning.safetensors", tiny.model("gpt2"))
+    one("gpt2", "mean").save(run / "other.safetensors", tiny.model("gpt2"))
     (run / "metrics.csv").write_text(
         "condition,corpus,metric,value,low,high,n\nbase,forget,top1,0.5,0.4,0.6,100\nbase,forget,kl,0,0,0,100\n"
     )
@@ -173,7 +173,7 @@ def test_the_folder_of_a_run_is_pushed_with_what_was_measured(hub: Hub, tmp_path
 
 
 def test_a_file_of_the_hub_is_trusted_no_more_than_another(hub: Hub) -> None:
-    lu.push_to_hub(one("gpt2", "zero"), "somebody/a", token="hf_x")
+    lu.push_to_hub(one("gpt2", "zero"), "somebody/a", model=tiny.model("gpt2"), token="hf_x")
     data = bytearray(hub.repos["somebody/a"]["intervention.safetensors"])
     data[-1] ^= 1
     hub.repos["somebody/a"]["intervention.safetensors"] = bytes(data)
@@ -199,7 +199,7 @@ def test_refusals_are_one_sentence_and_no_success(hub: Hub, tmp_path: Path) -> N
     assert hub.repos == {}
     hub.refuse = 403
     with pytest.raises(ArtefactError, match=r"^somebody/a cannot be written on the hub: [^\n]+$"):
-        lu.push_to_hub(edit, "somebody/a", token="hf_x")
+        lu.push_to_hub(edit, "somebody/a", model=model, token="hf_x")
     assert hub.repos == {}
 
 
@@ -210,7 +210,7 @@ def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_from_the_command_line(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one("gpt2", "zero").save(tmp_path / "zero.safetensors")
+    one("gpt2", "zero").save(tmp_path / "zero.safetensors", tiny.model("gpt2"))
     assert call("push", tmp_path / "zero.safetensors", "somebody/cli") == 0
     assert COMMIT in capsys.readouterr().out
     assert call("show", "hf:somebody/cli/zero.safetensors") == 0

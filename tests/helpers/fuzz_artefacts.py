@@ -173,7 +173,7 @@ def _intervention(name: str) -> Kind:
 
 def _checkpoint(make: Callable[[], Any]) -> Kind:
     def again(path: Path, new: Path) -> None:
-        total, done = collect._load(path, make().fresh(), SETTINGS)
+        total, done = collect._load(path, make().fresh(), SETTINGS, None)
         repr(total)
         collect._save(new, total, SETTINGS, done)
 
@@ -217,8 +217,8 @@ KINDS: dict[str, Kind] = {
     "collect-histogram": _checkpoint(histogram),
     "simu-sophia": _training("sophia"),
     "simu-adamw": _training("adamw"),
-    "fitted-moments": _kept(run_folder.FITTED, lambda: (moments(), moments())),
-    "fitted-keys": _kept(run_folder.FITTED, lambda: (keys(), keys())),
+    "fitted-moments": _kept(run_folder.fitted_form(), lambda: (moments(), moments())),
+    "fitted-keys": _kept(run_folder.fitted_form(), lambda: (keys(), keys())),
     "report": _kept(run_folder.REPORT, _report),
 }
 

@@ -426,7 +426,7 @@ def test_a_sound_file_with_false_content_is_refused(tensors: dict[str, Tensor], 
 
 def test_show_says_it_in_words(tmp_path: Path) -> None:
     delta = Delta({(0, "W_out"): update((64, 32), "rows"), (1, "W_Q"): update((32, 32), "rank")}, 0.5)
-    delta.save(tmp_path / "delta.safetensors")
+    delta.save(tmp_path / "delta.safetensors", exact("gpt2"))
     output = CliRunner().invoke(app, ["show", str(tmp_path / "delta.safetensors")]).output
     assert repr(delta) in output
     assert "L0.W_out: Update(5 rows)" in output

@@ -667,8 +667,8 @@ def test_every_kind_in_the_table_of_files_is_written_and_read_by_its_own_class(t
     for intervention in (*zoo(model).values(), Chain(tuple(zoo(model).values()))):
         header, _ = intervention.parts()
         assert header["kind"] == type(intervention).kind
-        intervention.save(tmp_path / "it.safetensors")
-        again = load_intervention(tmp_path / "it.safetensors")
+        intervention.save(tmp_path / "it.safetensors", model)
+        again = load_intervention(tmp_path / "it.safetensors", model)
         assert type(again) is type(intervention)
         assert again.describe() == intervention.describe()
         written[header["kind"]] = type(intervention)

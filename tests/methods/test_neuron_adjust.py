@@ -322,8 +322,8 @@ def test_what_is_saved_does_the_same_in_another_process_of_the_same_model_and_no
         with pytest.raises(ArtefactError, match="does not belong to this model"):
             load_intervention(path, other)
     fitted = neuron_adjust(model, tiny.corpus(seed=1), tiny.corpus(seed=2), fraction=0.2, progress=False)
-    fitted.save(path)
-    again = load_intervention(path)
+    fitted.save(path, model)
+    again = load_intervention(path, model)
     with fitted.on(model):
         expected = run(model, tokens)
     with again.on(model):

@@ -1,11 +1,13 @@
 """Models: loading says what is wrong, and a fingerprint tells apart what is different and nothing else."""
 
+import hashlib
 import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,7 +17,7 @@ from lens_unlearn.core.errors import ModelError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.model import loading
 from lens_unlearn.model.host import host_version
-from lens_unlearn.model.loading import fingerprint, load_model, model_name
+from lens_unlearn.model.loading import as_in_file, fingerprint, load_model, model_name
 from lens_unlearn.neurons.collect import collect
 
 FIELDS = ["layers", "width", "heads", "vocabulary", "dtype", "processing", "weights"]
@@ -229,3 +231,169 @@ def test_a_matrix_that_two_share_on_a_disk_counts_once(tmp_path: Path) -> None:
     with tiny.quiet():
         spread = load_model("demo", device_map=places, offload_folder=tmp_path)
     assert fingerprint(spread) == fingerprint(whole)
+
+
+# --- every value and its place --------------------------------------------------------------------------------------------------
+
+
+def weights_of(model: Any) -> str:
+    return fingerprint(model)["weights"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt2-compat", *tiny.HOOKED[:1]])
+def test_layers_in_another_order_are_another_model(name: str) -> None:
+    """With the same parameters, each of the same shape: the digest of earlier versions sorted them, and could not tell."""
+    model = tiny.build(name)
+    before = fingerprint(model)
+    sampled, logits = loading._sampled_digests(model), tiny.logits(model)
+    with torch.no_grad():
+        first, last = (dict(model.blocks[i].named_parameters()) for i in (0, 1))
+        views = ("q", "k", "v") if name == "gpt2" else ()  # of the fused matrix, which is among them
+        for key, value in first.items():
+            if set(views) & set(key.split(".")):
+                continue
+            here, there = value.clone(), last[key].clone()
+            value.copy_(there)
+            last[key].copy_(here)
+    assert not torch.allclose(tiny.logits(model), logits)
+    assert {key for key, value in fingerprint(model).items() if value != before[key]} == {"weights"}
+    assert loading._sampled_digests(model) == sampled
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox-compat", *tiny.HOOKED[1:2]])
+def test_one_changed_bit_of_any_weight_is_seen(name: str) -> None:
+    """Of 400 places drawn at random, the lowest or the sign bit; and each change undone is the model as it was."""
+    model = tiny.build(name)
+    before, draw = weights_of(model), np.random.default_rng(0)
+    held = [parameter for parameter in model.parameters()]
+    for number in range(400):
+        weight = held[draw.integers(len(held))].detach()
+        place = tuple(int(draw.integers(size)) for size in weight.shape)
+        bit = (1, -(2**31))[number % 2]
+        for changed in (True, False):
+            weight.view(torch.int32)[place] ^= bit
+            assert (weights_of(model) != before) is changed, (number, tuple(weight.shape), place)
+
+
+def test_a_zeroed_neuron_is_seen_in_every_layer() -> None:
+    model = tiny.build("gpt2")
+    seen = {weights_of(model)}
+    for layer in range(tiny.LAYERS):
+        for neuron in range(0, 64, 3):
+            with torch.no_grad():
+                model.blocks[layer].mlp.out.original_component.weight[neuron] = 0
+            seen.add(weights_of(model))
+    assert len(seen) == 1 + tiny.LAYERS * 22
+
+
+def number_of(values: np.ndarray) -> bytes:
+    """Digest values as `loading` says, in Python's own integers."""
+
+    def mixed(key: int) -> int:  # SplitMix64
+        x = (key * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    width = {1: "u1", 2: "<i2"}.get(values.dtype.itemsize, "<i4")
+    bits = [int(bit) for bit in np.ascontiguousarray(values).reshape(-1).view(width)]
+    factors = [mixed(i) | 1 for i in range(min(len(bits), loading.BLOCK))]
+    blocks = [bits[i : i + loading.BLOCK] for i in range(0, len(bits), loading.BLOCK)]
+    if not len(bits) % loading.BLOCK:
+        blocks.append([])
+    sums = [sum(bit * factor for bit, factor in zip(block, factors, strict=False)) % 2**64 for block in blocks]
+    return hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in sums)).digest()[:16]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool]
+)
+@pytest.mark.parametrize("size", [(3,), (5, 7), (300, 450), (256, 256), (2, 3, 4)])
+def test_the_number_of_a_weight_is_its_formula(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    values = (torch.randn(size, generator=torch.Generator().manual_seed(0)) * 50).abs().to(dtype)
+    plain = values.view(torch.int16).numpy() if dtype == torch.bfloat16 else values.numpy()
+    expected = number_of(plain)
+    assert loading._digest_of_bits(values) == expected
+    turned = values.movedim(0, -1).contiguous().movedim(-1, 0)  # the same values, in another order in memory
+    assert loading._digest_of_bits(turned) == expected
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert loading._digest_of_bits(values) == expected
+    finally:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        assert loading._digest_of_bits(values.cuda()) == expected
+
+
+def test_weights_are_read_again_when_they_have_changed_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    read: list[Any] = []
+    real = loading._digest_of_bits
+    monkeypatch.setattr(loading, "_digest_of_bits", lambda weight: read.append(weight) or real(weight))
+    before = weights_of(model)
+    first = len(read)
+    assert weights_of(model) == before
+    assert len(read) == first, "nothing is read twice"
+    weight = model.blocks[1].mlp.out.original_component.weight
+    changes = [
+        lambda: weight.add_(1),
+        lambda: weight.data.mul_(0.5),  # not counted by PyTorch, but it changes every value
+        lambda: setattr(weight, "data", weight.data.clone() + 1),
+        lambda: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, strict=False),
+    ]
+    seen = {before}
+    for change in changes:
+        with torch.no_grad():
+            change()
+        seen.add(weights_of(model))
+    assert len(seen) == 1 + len(changes)
+
+
+def test_a_tied_matrix_counts_once_and_untied_with_equal_values_is_the_same_model() -> None:
+    tied = tiny.hugging_face("gpt2")
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    untied = tiny.hugging_face("gpt2")
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
+    models = [tiny.to_bridge(plain, "gpt2") for plain in (tied, untied)]
+    assert weights_of(models[0]) == weights_of(models[1])
+    with torch.no_grad():
+        untied.lm_head.original_component.weight[3, 4] += 1
+    assert weights_of(models[0]) != weights_of(models[1])
+
+
+DIGESTS = {
+    "gpt2": "e3569566cb4d81d1614f291a19bb3411",
+    "neox": "57e7a87b3b24473b8fdb2a2e8e4885f0",
+    "opt": "19176d3e11bd6bde554de6f642a67c94",
+    "llama": "92c16262ffb99d9f96fc75c7c4d7f6b6",
+    "gemma3": "7434fa234275035d6b66629a84c68415",
+    "phi3": "29977c44b4ddb814479768aba53e32e3",
+    "demo": "0b5b86eb985ef914dab45bf08f5e6aa7",
+}
+"""The same under TransformerLens 3.9 and 4."""
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_both_versions_of_transformer_lens_give_one_digest(name: str) -> None:
+    model = load("demo") if name == "demo" else tiny.model(name)
+    assert weights_of(model) == DIGESTS[name]
+
+
+def test_digests_of_earlier_versions_are_recognized_under_either_transformer_lens() -> None:
+    model = load("demo")
+    for digest in ("7623c11f5ef5f844", "56801a927ec2f393"):  # written under 4.3 and under 3.9
+        ours = fingerprint(model)
+        theirs = {**ours, "weights": digest}
+        with pytest.warns(
+            UserWarning, match="file is of an earlier version, which looked at 64 values of each parameter"
+        ):
+            assert as_in_file("file", theirs, ours, model) == theirs
+        with pytest.warns(UserWarning, match="of an earlier version"):
+            settings = as_in_file("file", {"model": theirs, "a": 1}, {"model": ours, "a": 2}, model)
+        assert settings == {"model": theirs, "a": 2}
+    other = {**fingerprint(model), "weights": "0" * 16}
+    assert as_in_file("file", other, ours, model)["weights"] not in (ours["weights"], other["weights"])
+    for theirs in (None, {}, {"weights": 3}, [1]):
+        assert as_in_file("file", theirs, ours, model) == ours

@@ -368,7 +368,7 @@ def test_moments_are_saved_and_read_back_whole(tmp_path: Path) -> None:
 def test_moments_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
     moments = collect(tiny.model("gpt2"), tiny.corpus(), progress=False)
     moments._state[Site(0, "mlp.post")][0, 3] = bad
-    save_moments(tmp_path / "m.safetensors", moments)
+    save_moments(tmp_path / "m.safetensors", moments, tiny.model("gpt2"))
     with pytest.raises(ArtefactError, match="holds no moments that can be read"):
         load_moments(tmp_path / "m.safetensors")
 
@@ -379,7 +379,7 @@ def test_moments_of_another_shape_or_count_are_refused(tmp_path: Path) -> None:
     whole = moments._state[site]
     for broken, count in ((whole[:3], 48), (whole, 0), (whole, -5), (whole[0], 48)):
         moments._state[site], moments._count[site] = broken, count
-        save_moments(tmp_path / "m.safetensors", moments)
+        save_moments(tmp_path / "m.safetensors", moments, tiny.model("gpt2"))
         with pytest.raises(ArtefactError, match="holds no moments that can be read"):
             load_moments(tmp_path / "m.safetensors")
 

@@ -34,7 +34,7 @@ from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments import experiment
 from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.experiments.report_content import Content
-from lens_unlearn.experiments.run_folder import FITTED, RunFolder
+from lens_unlearn.experiments.run_folder import RunFolder, fitted_form
 from lens_unlearn.methods import training
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.model.matrices import Matrix
@@ -600,8 +600,8 @@ def test_what_methods_are_fitted_to_comes_back_bit_for_bit(tmp_path: Path) -> No
             collect(model, tiny.corpus(seed=seed), ("mlp.post", "attn.z"), statistic=statistic, progress=False)
             for seed in (1, 2)
         )
-        FITTED.save(tmp_path / f"{number}.safetensors", pair)
-        for one, again in zip(pair, FITTED.load(tmp_path / f"{number}.safetensors"), strict=True):
+        fitted_form().save(tmp_path / f"{number}.safetensors", pair)
+        for one, again in zip(pair, fitted_form().load(tmp_path / f"{number}.safetensors"), strict=True):
             assert again.provenance == one.provenance
             assert again.state().keys() == one.state().keys()
             assert all(torch.equal(value, again.state()[key]) for key, value in one.state().items())

@@ -15,8 +15,8 @@ from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError
 from lens_unlearn.experiments.experiment import carry_out
 from lens_unlearn.experiments.plan import Plan
-from lens_unlearn.experiments.run_folder import FITTED
-from lens_unlearn.model.host import device_of, host_version, versions
+from lens_unlearn.experiments.run_folder import fitted_form
+from lens_unlearn.model.host import device_of, versions
 from lens_unlearn.neurons.histogram import Histogram
 from lens_unlearn.neurons.key_sample import KeySample
 
@@ -26,10 +26,6 @@ TEXT = "12+30=42\n7+8=15\nLa granda hundo kuras."
 
 BEGUN = artefacts.read(DATA / "interrupted-run.partial" / "kept" / "settings.safetensors", "run")[0]["texts"]
 """What the interrupted run was begun with."""
-same_host = pytest.mark.skipif(
-    host_version().partition(".")[0] != BEGUN["transformer_lens"].partition(".")[0],
-    reason="the files were written on another TransformerLens, whose bridge holds other parameters of the same model",
-)
 
 pytestmark = pytest.mark.skipif(
     not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout"
@@ -41,6 +37,11 @@ def model() -> Any:
     return lu.load_model("demo", device="cpu")
 
 
+def of_an_earlier_version() -> Any:
+    """Expect the warning that a file's check of its model is weaker."""
+    return pytest.warns(UserWarning, match="is of an earlier version, which looked at 64 values of each parameter")
+
+
 def loss(model: Any) -> float:
     tokens = torch.tensor([model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
@@ -48,20 +49,30 @@ def loss(model: Any) -> float:
     return float(-logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).mean())
 
 
-@same_host
 @pytest.mark.parametrize("kind", ["ablate", "adjust", "abstain", "delta", "chain"])
 def test_an_intervention_acts_as_it_did_when_it_was_saved(model: Any, kind: str) -> None:
     assert loss(model) == pytest.approx(EXPECTED["loss"]["base"], abs=1e-4)
-    edit = lu.load_intervention(DATA / f"{kind}.safetensors", model)
+    with of_an_earlier_version():
+        edit = lu.load_intervention(DATA / f"{kind}.safetensors", model)
     with edit.on(model):
         assert loss(model) == pytest.approx(EXPECTED["loss"][kind], abs=1e-4)
     count = EXPECTED["repr"][kind].partition(",")[0]
     assert repr(edit).startswith(count)
 
 
-@same_host
+def test_an_older_file_saved_again_is_sure_of_its_model(model: Any, tmp_path: Path) -> None:
+    with of_an_earlier_version():
+        edit = lu.load_intervention(DATA / "ablate.safetensors", model)
+    edit.save(tmp_path / "again.safetensors", model)
+    lu.load_intervention(tmp_path / "again.safetensors", model)
+    other = lu.load_model(demo.WITHOUT_FACTS_DIR, device="cpu")
+    with pytest.raises(ArtefactError, match="weights: 7623c11f5ef5f844 in the file"):
+        lu.load_intervention(DATA / "ablate.safetensors", other)
+
+
 def test_moments_are_those_that_were_collected(model: Any) -> None:
-    moments = lu.load_moments(DATA / "moments.safetensors", model)
+    with of_an_earlier_version():
+        moments = lu.load_moments(DATA / "moments.safetensors", model)
     assert moments.n == EXPECTED["moments"]["n"]
     for name in ("mean_abs", "std"):
         sums = {str(site): float(value.sum()) for site, value in getattr(moments, name).items()}
@@ -69,7 +80,7 @@ def test_moments_are_those_that_were_collected(model: Any) -> None:
 
 
 def test_samples_of_keys_and_histograms_are_whole() -> None:
-    samples = FITTED.load(DATA / "key-samples.safetensors")
+    samples = fitted_form().load(DATA / "key-samples.safetensors")
     assert all(isinstance(sample, KeySample) and sample.n > 0 for sample in samples)
     header, tensors = artefacts.read(DATA / "histogram.safetensors", "histogram")
     settings = {name: header[name] for name in ("bins", "scale", "limit")}
@@ -83,13 +94,13 @@ def plan() -> Plan:
     return Plan(**{**settings, **lists})
 
 
-@same_host
 def test_a_finished_run_is_known_to_be_finished(model: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(DATA / "finished-run", out)
     assert carry_out(plan(), out, resume=True, model=model, progress=False) is None
     for name in plan().methods:
-        assert lu.load_intervention(out / f"{name}.safetensors", model) is not None
+        with of_an_earlier_version():
+            assert lu.load_intervention(out / f"{name}.safetensors", model) is not None
 
 
 def test_an_interrupted_run_goes_on_to_what_it_would_have_come_to(model: Any, tmp_path: Path) -> None:
@@ -99,10 +110,11 @@ def test_an_interrupted_run_goes_on_to_what_it_would_have_come_to(model: Any, tm
     here = {"device": str(device_of(model)), **versions()}
     differing = [name for name, value in here.items() if BEGUN[name] != value]
     if differing:
-        with pytest.raises(ArtefactError, match=differing[0]):
+        with of_an_earlier_version(), pytest.raises(ArtefactError, match=differing[0]):
             carry_out(plan(), out, resume=True, model=model, progress=False)
         return
-    carried = carry_out(plan(), out, resume=True, model=model, progress=False)
+    with of_an_earlier_version():
+        carried = carry_out(plan(), out, resume=True, model=model, progress=False)
     assert carried is not None
     key = ["condition", "corpus", "metric"]
     new, old = (pd.read_csv(folder / "metrics.csv").set_index(key) for folder in (out, DATA / "finished-run"))

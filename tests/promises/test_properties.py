@@ -38,6 +38,8 @@ from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.moments import Moments
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* know its model:UserWarning")  # most files here are of none
+
 TOKENS = tiny.some_tokens(6, 7)
 SHAPES: dict[Site, tuple[int, ...]] = {**dict.fromkeys(POST, (64,)), **dict.fromkeys(Z, (4, 8))}
 
