@@ -230,7 +230,9 @@ def _digest(model: Model) -> str:
     before, now = _read.get(model, {}), {}
     entries: set[str] = set()
     states: dict[int, tuple[Any, ...]] = {}
-    weights = list(_weights(model))  # held, so that no other one is given the same id: loading offloaded ones makes new tensors
+    weights = list(
+        _weights(model)
+    )  # held, so that no other one is given the same id: loading offloaded ones makes new tensors
     for place, weight, module, name in weights:
         if id(weight) not in states:  # each has several places in a bridge
             states[id(weight)] = state = _state_of(weight)
