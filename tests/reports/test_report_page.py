@@ -105,7 +105,7 @@ def test_verdicts_are_said_plainly(made_report):
     by_name = {item.split()[0]: item for item in items}
     assert "It beats its control" in by_name["good"]
     assert "It does not beat its control" in by_name["bad"]
-    assert "overlap" in by_name["bad"]
+    assert "its lead over one more such control is" in by_name["bad"]
     assert "It does not beat its control, it is worse" in by_name["harmful"]
     assert "No control was measured" in by_name["alone"]
     assert "most selective of 2 strengths" in by_name["swept"]
@@ -279,7 +279,20 @@ def test_no_command_is_given_that_would_do_something_else():
 def test_without_intervals_nothing_is_claimed():
     single = report({"base": BASE, "m": {"forget": 0.1, "retain": 0.4}, "m:control": BASE}, draws=0)
     assert [one.verdict for one in findings(single, "top1")] == ["no interval"]
-    assert "Without intervals" in words(page(single))
+    assert "No intervals, so nobody can say whether a control is beaten" in words(page(single))
+
+
+def test_of_few_documents_nothing_is_claimed():
+    """Every difference is plain to see, and five documents are too few for an interval all the same."""
+    many = report({"base": BASE, "m": {"forget": 0.1, "retain": 0.4}, "m:control": BASE})
+    assert [one.verdict for one in findings(many, "top1")] == ["beats"]
+    few = replace(many, measures={key: replace(one, units=5) for key, one in many.measures.items()})
+    assert [one.verdict for one in findings(few, "top1")] == ["no interval"]
+    text = words(page(few))
+    assert "Too few documents for an interval (5), so nobody can say whether a control is beaten" in text
+    assert "It beats its control" not in text
+    assert "beat their controls" not in text
+    assert "[nan" not in text
 
 
 def test_sections_come_in_reading_order(document):
