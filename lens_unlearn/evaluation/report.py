@@ -59,13 +59,14 @@ class Measure:
         known = [one.units for one in (self, other) if one.units]
         with np.errstate(invalid="ignore"):  # shares of nothing are infinite
             draws = self.draws - other.draws if paired else np.empty(0)
+            spread = _minus(self.spread, other.spread) if paired else None
         return Measure(
             self.value - other.value,
             draws,
             min(self.n, other.n),
             min(known, default=0),
             max(self.replicates, other.replicates),
-            _minus(self.spread, other.spread) if paired else None,
+            spread,
         )
 
     def beside_another(self) -> "Measure":
