@@ -53,6 +53,14 @@ Template = Annotated[
 ]
 
 
+Confidence = Annotated[
+    float,
+    typer.Option(
+        help="How sure it is to be that fresh documents of every retain source lose no more than --retain-drop."
+    ),
+]
+
+
 class MethodsCommand(TyperCommand):
     """A command whose help lists the methods; they are imported only when that help is asked for, since that is slow."""
 
@@ -114,9 +122,10 @@ def run(
     retain_drop: Annotated[
         float | None,
         typer.Option(
-            help="Tune the strength: forget as much as possible while retain loses at most this share of its accuracy."
+            help="Tune the strength: forget as much as possible while every retain source loses at most this share of its accuracy."
         ),
     ] = None,
+    confidence: Confidence = 0.9,
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
@@ -157,6 +166,7 @@ def run(
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
+        confidence=confidence,
         seed=seed,
         batch_size=batch_size,
         dtype=dtype,
@@ -210,6 +220,7 @@ def compare(
             help="The budget: forget as much as possible while the other skills lose at most this share of their accuracy."
         ),
     ] = 0.05,
+    confidence: Confidence = 0.9,
     seeds: Annotated[int, typer.Option(help="Random controls per method, each with its own seed.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
@@ -237,6 +248,7 @@ def compare(
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
+        confidence=confidence,
         controls=seeds,
         seed=seed,
         batch_size=batch_size,

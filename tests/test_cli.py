@@ -152,6 +152,8 @@ def test_run_keeps_fit_tune_and_test_documents_apart(model_dir: Path, texts: dic
         test_forget=str(test_file), test_retain=(str(texts["third"]),),
     )  # fmt: skip
     parts = experiment.Experiment(plan, model, progress=False).documents
+    assert list(parts.tune) == ["forget", "retain"]
+    assert len(set(parts.tune["retain"].units)) >= 10
     for name in ("forget", "retain"):
         used = [set(part[name].keys) for part in (parts.fit, parts.tune, parts.test)]
         assert not used[0] & used[1]

@@ -336,14 +336,18 @@ class Corpus:
             raise CorpusError(f"no document of {name or self.name} is left")
         return self._rows(wanted[self.document], name)
 
-    def sample(self, tokens: int, seed: int = 0) -> "Corpus":
-        """Return randomly drawn rows with at least so many counted tokens together, in their order here."""
+    def sample(self, tokens: int, seed: int = 0, *, units: int = 1) -> "Corpus":
+        """Return randomly drawn rows, in their order here: with so many counted tokens together, of so many `units`, or all."""
         if self.n_tokens <= tokens:
             return self
         shuffled = list(range(self.n_rows))
         random.Random(f"sample {seed}").shuffle(shuffled)
         per_row = self._counted_per_row()
         enough = int((per_row[shuffled].cumsum(0) < tokens).sum()) + 1
+        first: dict[str, int] = {}
+        for place, document in enumerate(self.document[shuffled].tolist()):
+            first.setdefault(self.units[document], place)
+        enough = max(enough, [*first.values()][: max(1, units)][-1] + 1)
         keep = torch.zeros(self.n_rows, dtype=torch.bool)
         keep[shuffled[:enough]] = True
         return self._rows(keep)

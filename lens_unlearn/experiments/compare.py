@@ -16,11 +16,12 @@ from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
-from lens_unlearn.experiments.documents import READ, Reader
+from lens_unlearn.experiments.documents import Reader, to_read
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import Plan, settings_of
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
 from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.methods.budget import CONFIDENCE
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import fingerprint, load_model, model_name
 from lens_unlearn.reports.comparison_page import comparison_page
@@ -137,6 +138,7 @@ class SkillRun(Experiment):
             **report.provenance,
             "forgotten": self.plan.forget,
             "retain_drop": self.plan.retain_drop,
+            "confidence": self.plan.confidence,
             "plan": settings_of(self.plan),
             "protocol": self.plan.protocol,
             "chosen": self.chosen,
@@ -174,6 +176,7 @@ def compare(
     test: Mapping[str, Corpus] | None = None,
     facts: bool = False,
     retain_drop: float = 0.05,
+    confidence: float = CONFIDENCE,
     tokens: int = 20_000,
     settings: Mapping[str, Any] | None = None,
     controls: int = 3,
@@ -184,7 +187,7 @@ def compare(
     """Forget each skill of a set in turn, by every method and its random control, within one budget.
 
     While one skill is forgotten, all others together, in equal parts, are the retain corpus. Each method is fitted on one part
-    of the documents, tuned on another as `tune` does, so that the retain corpus loses at most the budget, and
+    of the documents, tuned on another as `tune` does, so that every other skill loses at most the budget, and
     reported on a third. A method of which no strength stays within the budget takes nothing out, and the report says so.
 
     Args:
@@ -195,7 +198,8 @@ def compare(
         test: Separate test texts of each skill. Default: 35 % of each skill's documents, split off.
         facts: Whether the skills are lists of memorized facts: the forgotten one is fitted, tuned and tested on whole, and the
             others are split, or tested on `test`.
-        retain_drop: The budget: the largest share of top-1 accuracy that the retain corpus may lose, in [0, 1].
+        retain_drop: The budget: the largest share of top-1 accuracy that each other skill may lose, in [0, 1].
+        confidence: With which fresh documents of every other skill are to lose no more, as in `tune`.
         tokens: Tokens of each side to fit on, and to test on; half as many to tune on.
         settings: Options of the methods, as in ``{"importance": "rms", "neuron-adjust.site": "mlp.post"}``.
         controls: Random controls per method, each with a seed of its own.
@@ -214,7 +218,7 @@ def compare(
     """
     chosen = compared() if methods is None else tuple(methods)
     plans = plans_for(
-        list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, tokens=tokens,
+        list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, confidence=confidence, tokens=tokens,
         settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size, facts=facts,
     )  # fmt: skip
     runs = _skill_runs(plans, model, _texts(skills, test, seed, facts=facts), progress=progress)
@@ -304,6 +308,7 @@ def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Compar
         "skills": list(parts),
         "methods": list(one.plan.methods),
         "retain_drop": one.plan.retain_drop,
+        "confidence": one.plan.confidence,
         "protocol": one.plan.protocol,
         "controls": one.control_words(),
         "corpora": {},
@@ -369,7 +374,7 @@ def carry_out_comparison(
         return None
     plan = next(iter(plans.values()))
     model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
-    tokens = None if plan.facts else READ * plan.tokens
+    tokens = None if plan.facts else to_read(plan.tokens)
     reading = {"tokens": tokens, "template": plan.template, "window": plan.window}
     skills, tests = (
         {name: read_corpus(source, model, name=source, **reading) for name, source in (given or {}).items()}

@@ -13,7 +13,7 @@ from lens_unlearn.demo import WITHOUT_FACTS_DIR
 from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.evaluation.tofu import forget_quality
-from lens_unlearn.experiments.documents import READ
+from lens_unlearn.experiments.documents import to_read
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.experiments.run_folder import check_folder, new_folder
@@ -117,7 +117,7 @@ def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> t
     delta = simu(model, train["forget"], train["retain"], unseen=train["unseen"], **training)
     tests = {"forget": train["forget"], "retain": read_corpus("demo:facts_retain:test", model).sample(tokens, seed)}
     tests["never seen"] = read_corpus("demo:facts_holdout:test", model)
-    tests |= {s: read_corpus(f"demo:{s}:test", model, tokens=READ * tokens).sample(tokens, seed) for s in SKILLS[:-1]}
+    tests |= {s: read_corpus(f"demo:{s}:test", model, tokens=to_read(tokens)).sample(tokens, seed) for s in SKILLS[:-1]}
     conditions = {"simu": delta, "simu:control": controls_for(model, delta, [seed])}
     report = evaluate(model, tests, conditions, memorization=MOST, seed=seed, progress=progress)
     unaware = load_model(str(WITHOUT_FACTS_DIR))

@@ -15,10 +15,17 @@ from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.methods.tuning import cut_prompts
 from lens_unlearn.model.host import Model
 
-__all__ = ["Documents", "Reader"]
+__all__ = ["Documents", "Reader", "to_read"]
 
 READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
+FEWEST_READ = 50_000  # tokens, so that the parts of a source hold many documents even where few tokens are used
+TUNED_ON = 50  # documents or groups of each retain source at least: fewer do not bound a few percent, where whole ones are lost
 QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
+
+
+def to_read(tokens: int) -> int:
+    """Return how many tokens of a source are read where some are used."""
+    return max(READ * tokens, FEWEST_READ)
 
 
 @dataclass
@@ -27,11 +34,17 @@ class Documents:
 
     fit: dict[str, Corpus]
     tune: dict[str, Corpus]
+    """To forget, by that name, and to retain, by source, since the budget has to hold on each; by "retain" if there is one."""
     test: dict[str, Corpus]
     queries: dict[str, Corpus]
     """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
     removed: dict[str, int]
     """Documents removed from the fit because they also stand in a test source, and from retain those that are facts to forget."""
+
+    @property
+    def tuned_retain(self) -> dict[str, Corpus]:
+        """What is tuned on of the texts to retain, by source."""
+        return {name: corpus for name, corpus in self.tune.items() if name != "forget"}
 
     def counts(self) -> dict[str, Any]:
         """Return how many documents and tokens each part has, for a report's provenance."""
@@ -62,9 +75,9 @@ class Reader:
     known: dict[Any, Corpus]
 
     def corpus(self, source: str, *, whole: bool = False) -> Corpus:
-        """Return a source, read to `READ` times the tokens that are used of it, or to its end."""
+        """Return a source, read to `to_read` tokens, or to its end."""
         plan = self.plan
-        tokens = None if whole else READ * plan.tokens
+        tokens = None if whole else to_read(plan.tokens)
         settings = {"tokens": tokens, "template": plan.template, "window": plan.window}
         key = (source, *settings.values())
         if key not in self.known:
@@ -107,7 +120,7 @@ class Reader:
             parts = dict(zip(shares, split, strict=True))
             fit[name] = self._pool(name, parts["fit"], plan.tokens)
             if "tune" in parts:
-                tuning[name] = self._pool(name, self._prompted(parts["tune"]), plan.tokens // 2)
+                tuning |= self._tuning(name, self._prompted(parts["tune"]))
             test[name] = self._pool(name, self._prompted(tests[name] or parts["test"]), plan.tokens)
             queries |= {name: self._queries(name, parts["fit"])} if judging else {}
         if set(fit["forget"].keys) == set(fit["retain"].keys):
@@ -120,6 +133,15 @@ class Reader:
         if self.plan.facts and self.plan.retain_drop is None:
             return {"fit": 2 / 3, "test": 1 / 3} if tested else {"fit": 1.0}
         return {"fit": 0.4, "tune": 0.25, "test": 0.35} if tested else {"fit": 0.6, "tune": 0.4}
+
+    def _tuning(self, name: str, corpora: Sequence[Corpus]) -> dict[str, Corpus]:
+        """Draw what is tuned on: of each retain source by itself, and enough documents to bound what is lost."""
+        if name == "forget":
+            return {name: self._pool(name, corpora, self.plan.tokens // 2)}
+        names = self.plan.retain if len(corpora) > 1 else (name,)
+        tokens = max(2, self.plan.tokens // 2 // len(corpora))
+        sampled = (corpus.sample(tokens, self.plan.seed, units=TUNED_ON) for corpus in corpora)
+        return dict(zip(names, sampled, strict=True))
 
     def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         records = list(self.plan.records.values())

@@ -96,13 +96,12 @@ class Experiment:
             found = record.at(self.model, self.fitted[name], None, record.with_progress(options, self.progress))
             return found, {"options": options}
         options.pop(record.strength, None)
-        held_out = (self.documents.tune["forget"], self.documents.tune["retain"])
+        held_out = self.documents.tune["forget"], self.documents.tuned_retain
         tuned = tune(
-            record, self.model, *self.fitted[name], retain_drop=self.plan.retain_drop, held_out=held_out,
-            options=options, batch_size=self.plan.batch_size, progress=self.progress,
+            record, self.model, *self.fitted[name], retain_drop=self.plan.retain_drop, confidence=self.plan.confidence,
+            held_out=held_out, options=options, batch_size=self.plan.batch_size, progress=self.progress,
         )  # fmt: skip
-        cost = {"forget_drop": tuned.forget_drop, "retain_drop": tuned.retain_drop}
-        return tuned.intervention, {"options": options, record.strength: tuned.fraction, "tuning": cost}
+        return tuned.intervention, {"options": options, record.strength: tuned.fraction, "tuning": tuned.to_dict()}
 
     def _save_edit(self, path: Path, edit_and_choice: tuple[Intervention, dict[str, Any]]) -> None:
         edit, chosen = edit_and_choice

@@ -10,6 +10,7 @@ from typing import Any
 
 from lens_unlearn import methods
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.methods.budget import CONFIDENCE, check_confidence
 from lens_unlearn.methods.method import Method
 
 __all__ = ["Plan", "command_of", "option_names", "settings_of"]
@@ -42,6 +43,8 @@ class Plan:
     tokens: int = 20_000
     window: int | None = None
     retain_drop: float | None = None
+    confidence: float = CONFIDENCE
+    """With which fresh documents are to lose no more than `retain_drop`."""
     seed: int = 0
     batch_size: int = 8
     controls: int = 5
@@ -70,6 +73,7 @@ class Plan:
             raise LensUnlearnError(f"no method was named: choose from {', '.join(methods.names())}")
         for method in self.methods:
             methods.by_name(method)
+        check_confidence(self.confidence)
         for key in self.settings:
             self._check_setting(key)
         for name in self.also:
@@ -143,6 +147,7 @@ def command_of(plan: Plan) -> str:
         "tokens",
         "window",
         "retain_drop",
+        "confidence",
         "seed",
         "batch_size",
         "answers",

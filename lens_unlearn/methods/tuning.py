@@ -3,16 +3,27 @@
 Knows records of methods and how to evaluate; knows no method by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lens_unlearn.core.errors import BudgetError, LensUnlearnError, SelectionError
+from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.methods import record_of
+from lens_unlearn.methods.budget import (
+    CONFIDENCE,
+    FEWEST,
+    check_confidence,
+    fewest_at_once,
+    strengths_from,
+    upper_bound,
+    within,
+)
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model
 from lens_unlearn.neurons.maps import check_fraction
@@ -85,18 +96,50 @@ class Tuned:
     """What `tune` found."""
 
     intervention: Intervention
-    """Fitted on the fit part, at the chosen fraction."""
+    """At the chosen strength, fitted on the fit part; if it unlearns answers, refitted on all that is to be forgotten."""
     fraction: float
     """The share of neurons; of `key_space_detection`, the false positive rate that was allowed; of `simu`, the strength."""
     report: Report
-    """Every fraction that was tried, on the tuning part."""
+    """Every strength that was tried, on the tuning part."""
     forget_drop: float
-    retain_drop: float
+    """The share of the forget metric that was lost, on the tuning part."""
+    retain: dict[str, tuple[float, float]]
+    """By retain corpus: the share of its metric that was lost on the tuning part, and what as many fresh documents lose at most."""
+    confidence: float
+    """Of these bounds."""
+
+    @property
+    def worst(self) -> str:
+        """The retain corpus with the largest bound."""
+        return max(self.retain, key=lambda corpus: self.retain[corpus][1])
+
+    @property
+    def retain_drop(self) -> float:
+        """What the worst retain corpus lost on the tuning part."""
+        return self.retain[self.worst][0]
+
+    @property
+    def retain_bound(self) -> float:
+        """What as many fresh documents of any retain corpus lose at most, with the stated confidence."""
+        return self.retain[self.worst][1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found but the intervention and the report, as `run.json` keeps it."""
+        return {
+            "forget_drop": self.forget_drop,
+            "retain_drop": self.retain_drop,
+            "retain_bound": self.retain_bound,
+            "confidence": self.confidence,
+            "worst": self.worst,
+            "retain": {corpus: {"drop": drop, "bound": bound} for corpus, (drop, bound) in self.retain.items()},
+        }
 
     def __repr__(self) -> str:
+        of = "" if len(self.retain) == 1 else f" (of {self.worst}, the worst of {len(self.retain)})"
         return (
-            f"Tuned(fraction={self.fraction:g}: {self.forget_drop:.1%} of forget lost at {self.retain_drop:.1%} of retain, "
-            f"on tuning texts; {self.intervention!r})"
+            f"Tuned(fraction={self.fraction:g}: {self.forget_drop:.1%} of forget lost at {self.retain_drop:.1%} of retain{of} on "
+            f"tuning texts, at most {self.retain_bound:.1%} on fresh ones with {self.confidence:.0%} confidence; "
+            f"{self.intervention!r})"
         )
 
 
@@ -107,7 +150,8 @@ def tune(
     retain: Any,
     *,
     retain_drop: float = 0.05,
-    held_out: tuple[Corpus, Corpus] | None = None,
+    confidence: float = CONFIDENCE,
+    held_out: tuple[Corpus, Corpus | Mapping[str, Corpus]] | None = None,
     facts: bool = False,
     metric: str = "top1",
     options: Mapping[str, Any] | None = None,
@@ -116,96 +160,140 @@ def tune(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Tuned:
-    """Find the fraction that forgets most while the retain corpus loses at most a stated share of its accuracy.
+    """Find the strength that forgets most while fresh retain documents lose at most a stated share of their accuracy.
 
-    The method is fitted on one part of the documents and judged on another: fractions are doubled until the retain
-    drop passes twice the budget, then the bracket of the budget is halved. Of all fractions tried within the budget the
-    one with the largest forget drop is taken.
+    The method is fitted on one part of the documents and judged on another. Twenty strengths in equal ratios are tested from weak
+    to strong, by galloping and bisection: each by an upper bound, at a stated confidence, of what as many fresh documents lose, on
+    every retain corpus. Of those tried within the budget the one with the largest forget drop is taken. The bound is of the
+    bootstrap over documents, or groups; it speaks for documents like those that were tuned on, and for as many or more of them.
+    Why it holds although many strengths are tried is said in `lens_unlearn.methods.budget`.
+
+    A method that unlearns answers is fitted again at the chosen strength, on all that is to be forgotten and retained: facts that
+    were held out to tune would not be unlearned. Its bounds are those of the fit that was tuned.
 
     Args:
         method: Such as `selective_pruning`; also its name on the command line, or a `Method`.
         model: Where to apply it.
         forget: Texts of the skill to remove; or, with `held_out`, what the method takes in their place.
-        retain: Texts of what is to be retained; likewise.
+        retain: Texts of what is to be retained, as one corpus, or several by name: the method is fitted on all together, and has
+            to keep the budget on each. With `held_out`, likewise, or what the method takes.
         retain_drop: Budget: the largest share of the retain metric that may be lost, in [0, 1].
-        held_out: Tuning texts (forget, retain), if they should not be split off: default, 40 % of the documents.
+        confidence: Of the bound that has to be within the budget, from 0.5 to below 1.
+        held_out: Tuning texts (forget, retain), if they should not be split off: default, 40 % of the documents. Here too, retain
+            is a corpus, or several by name.
         facts: Whether `forget` is a list of memorized facts, which is fitted and tuned on whole, while `retain` is split.
         metric: A metric that falls as a skill is lost: "top1", "top10" or "top1_rare".
         options: Further options of the method.
-        evaluations: How many fractions to try at most.
+        evaluations: How many strengths to try at most; seven are always enough.
         seed: Of the split.
         batch_size: Full-length rows per forward.
         progress: Whether to show bars.
 
     Raises:
-        BudgetError: If even the smallest fraction breaks the budget.
+        BudgetError: If even the smallest strength may break the budget.
+        CorpusError: If a retain corpus has fewer than 10 documents, or groups, to tune on.
         LensUnlearnError: If there are no texts to tune on, or nothing to lose on them.
     """
-    budget = check_fraction(retain_drop, "retain_drop")
+    budget, confidence = check_fraction(retain_drop, "retain_drop"), check_confidence(confidence)
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)
+    whole_forget, whole_retain = forget, _together(retain)
     if held_out is None:
-        if not isinstance(forget, Corpus) or not isinstance(retain, Corpus):
+        if not isinstance(forget, Corpus) or not isinstance(whole_retain, Corpus):
             raise LensUnlearnError(
                 "moments and keys hold no texts to tune on: pass corpora, or held_out=(forget, retain)"
             )
+        named = _by_name(retain)
         if facts:
-            tune_forget, (retain, _) = forget, retain.without(forget)
+            tune_forget, named = forget, {name: corpus.without(forget)[0] for name, corpus in named.items()}
         else:
             forget, tune_forget = forget.split(0.6, 0.4, seed=seed)
-        retain, tune_retain = retain.split(0.6, 0.4, seed=seed)
+        parts = {name: corpus.split(0.6, 0.4, seed=seed) for name, corpus in named.items()}
+        retain = {name: fit for name, (fit, _) in parts.items()}
+        tune_retain = {name: tuning for name, (_, tuning) in parts.items()}
     elif facts:
         raise LensUnlearnError("facts are tuned on whole: give facts=True or held_out=(forget, retain), not both")
     else:
-        tune_forget, tune_retain = held_out
-    corpora = cut_prompts({"forget": tune_forget, "retain": tune_retain}, [record], seed)
-    fitted = record.fit(model, forget, retain, settings)
-    tried: dict[float, tuple[float, float]] = {}
+        tune_forget, tune_retain = held_out[0], _by_name(held_out[1])
+    corpora = cut_prompts({"forget": tune_forget, **tune_retain}, [record], seed)
+    units = {name: len(set(corpora[name].units)) for name in tune_retain}
+    _check_units(units, budget, confidence, at_once=record.judges_prompts)
+    fitted = record.fit(model, forget, _together(retain), settings)
     edits: dict[float, Intervention] = {}
-    measured = {"batch_size": batch_size, "resamples": 200, "progress": progress}
-    whole, nothing = evaluate(model, corpora, {}, **measured), None
+    forgotten: dict[float, float] = {}
+    retained: dict[float, dict[str, tuple[float, float]]] = {}
+    measured = {"batch_size": batch_size, "progress": progress}
+    report, nothing = evaluate(model, corpora, {}, **measured), None
     for corpus in corpora:
-        if whole[BASE, corpus, metric].value == 0:
+        if report[BASE, corpus, metric].value == 0:
             raise LensUnlearnError(
                 f"the unedited model has {metric} 0 on the {corpus} corpus: there is nothing to lose"
             )
-    for fraction in _search(budget, tried, evaluations):
+
+    def bound(strength: float) -> float:
+        nonlocal report, nothing
         try:
-            edits[fraction] = record.at(model, fitted, fraction, settings)
+            edits[strength] = record.at(model, fitted, strength, settings)
         except SelectionError as error:  # less than a single unit: there are few heads, say
-            tried[fraction], nothing = (0.0, 0.0), error
-            continue
-        name = f"{record.name}@{fraction:g}"
-        part = evaluate(model, corpora, {name: edits[fraction]}, base=whole, **measured)
-        tried[fraction] = tuple(part.drop(name, corpus, metric).value for corpus in corpora)  # type: ignore[assignment]
-        whole = whole + part
+            nothing = error
+            return 0.0
+        name = f"{record.name}@{strength:g}"
+        report += evaluate(model, corpora, {name: edits[strength]}, base=report, **measured)
+        forgotten[strength] = report.drop(name, "forget", metric).value
+        drops = {corpus: report.drop(name, corpus, metric) for corpus in units}
+        bounds = {c: upper_bound(drops[c], n, confidence, at_once=record.judges_prompts) for c, n in units.items()}
+        retained[strength] = {corpus: (drops[corpus].value, bounds[corpus]) for corpus in units}
+        return max(bounds.values())
+
+    passed = within(strengths_from(min(record.grid) / 2), bound, budget, evaluations)
     if not edits and nothing is not None:
         raise nothing
-    within = [fraction for fraction in edits if tried[fraction][1] <= budget]
-    if not within:
-        smallest = min(edits)
+    passed = [strength for strength in passed if strength in edits]
+    if not passed:
+        weakest = min(edits)
+        worst, (drop, most) = max(retained[weakest].items(), key=lambda item: item[1][1])
         raise BudgetError(
-            f"no fraction stays within retain_drop={budget:g}: already {smallest:g} costs {tried[smallest][1]:.1%} of the "
-            f"retain {metric}; raise the budget, or choose corpora that differ more"
+            f"no {record.strength} stays within retain_drop={budget:g} with {confidence:.0%} confidence: already {weakest:g} costs "
+            f"{drop:.1%} of the {worst} {metric}, up to {most:.1%} on fresh documents; raise the budget, give more retain texts, "
+            "or choose corpora that differ more"
         )
-    best = max(within, key=lambda fraction: tried[fraction][0])
-    return Tuned(edits[best], best, whole, *tried[best])
+    best = max(passed, key=lambda strength: forgotten[strength])
+    found = edits[best]
+    if held_out is None and record.unlearns_answers and not facts:
+        found = record.at(model, record.fit(model, whole_forget, whole_retain, settings), best, settings)
+    return Tuned(found, best, report, forgotten[best], retained[best], confidence)
 
 
-def _search(budget: float, tried: Mapping[float, tuple[float, float]], evaluations: int) -> Iterator[float]:
-    """Yield fractions to try; `tried` holds the (forget, retain) drops of those yielded before."""
-    fraction = 0.01
-    while len(tried) < evaluations:
-        yield fraction
-        if tried[fraction][1] > 2 * budget or fraction >= 1:
-            break
-        fraction = min(1.0, fraction * 2)
-    while len(tried) < evaluations:
-        over = [f for f, (_, cost) in tried.items() if cost > budget]
-        if not over:
-            return
-        high = min(over)
-        low = max((f for f in tried if f < high), default=0.0)
-        if high - low < max(0.002, 0.02 * high):
-            return
-        yield round((low + high) / 2, 4)
+def _by_name(retain: Corpus | Mapping[str, Corpus]) -> dict[str, Corpus]:
+    """Return retain corpora by name."""
+    named = {"retain": retain} if isinstance(retain, Corpus) else dict(retain)
+    if not named or "forget" in named:
+        raise LensUnlearnError("give one retain corpus, or several by names other than 'forget'")
+    return named
+
+
+def _together(retain: Any) -> Any:
+    """Join retain corpora that are given by name; anything else is returned as it is."""
+    return functools.reduce(operator.add, retain.values()) if isinstance(retain, Mapping) and retain else retain
+
+
+def _check_units(units: Mapping[str, int], budget: float, confidence: float, *, at_once: bool) -> None:
+    """Refuse to tune on so few documents that they bound nothing.
+
+    Raises:
+        CorpusError: If there are fewer than 10 of any corpus.
+        BudgetError: If losses come all at once, and even if none were seen, more than the budget could be lost.
+    """
+    corpus = min(units, key=lambda name: units[name])
+    few, fewest = units[corpus], fewest_at_once(budget, confidence) if at_once else 0
+    if few < FEWEST:
+        raise CorpusError(
+            f"the {corpus} corpus has {few} documents or groups to tune on, too few to bound what fresh ones lose: give at least "
+            f"{FEWEST}; where texts are split, that is 40 % of them"
+        )
+    if few < fewest:
+        raise BudgetError(
+            f"the {corpus} corpus has {few} documents or groups to tune on: though none were abstained from, more than "
+            f"retain_drop={budget:g} of fresh ones could be, with {confidence:.0%} confidence; give at least {fewest}, or raise "
+            "the budget"
+        )

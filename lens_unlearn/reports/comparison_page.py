@@ -12,7 +12,7 @@ from lens_unlearn.evaluation.conditions import Estimate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures.forgetting_matrix import reports_by_skill
 from lens_unlearn.reports.figure_html import drawing
-from lens_unlearn.reports.findings import Finding, controls_of, findings
+from lens_unlearn.reports.findings import Finding, confidence_of, controls_of, findings
 from lens_unlearn.reports.numbers import csv_data
 from lens_unlearn.reports.settings import settings
 from lens_unlearn.reports.templating import macro, render
@@ -54,6 +54,7 @@ def comparison_page(report: Report) -> str:
             skills=list(results),
             methods=report.provenance.get("methods", ()),
             budget=_budget(report),
+            confidence=confidence_of(report),
             kinds=list(dict.fromkeys(known)),
             metric=METRIC,
             protocol=report.provenance.get("protocol", ""),

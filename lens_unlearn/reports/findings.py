@@ -14,7 +14,17 @@ from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.report import Measure, Report, chosen_among
 from lens_unlearn.reports.templating import name, render
 
-__all__ = ["Finding", "budget_of", "control_kind", "controls_of", "exceeds", "findings", "headline_metric", "summary"]
+__all__ = [
+    "Finding",
+    "budget_of",
+    "confidence_of",
+    "control_kind",
+    "controls_of",
+    "exceeds",
+    "findings",
+    "headline_metric",
+    "summary",
+]
 
 FORGET, RETAIN = "forget", "retain"
 SHOWN = 60
@@ -138,6 +148,13 @@ def budget_of(report: Report) -> float | None:
     plan = report.provenance.get("plan")
     budget = plan.get("retain_drop") if isinstance(plan, dict) else None
     return float(budget) if isinstance(budget, Real) else None
+
+
+def confidence_of(report: Report) -> str:
+    """Return with which confidence fresh documents were to keep the budget, as "90%"; "" where the run did not say."""
+    plan = report.provenance.get("plan")
+    known = report.provenance.get("confidence", plan.get("confidence") if isinstance(plan, dict) else None)
+    return f"{100 * float(known):.3g}%" if isinstance(known, Real) else ""
 
 
 def exceeds(finding: Finding, budget: float) -> bool:

@@ -13,6 +13,7 @@ from lens_unlearn.reports.findings import (
     RETAIN,
     Finding,
     budget_of,
+    confidence_of,
     control_kind,
     exceeds,
     findings,
@@ -40,7 +41,7 @@ def headline(report: Report) -> list[str]:
     best = max(found, key=lambda one: _merit(one, budget))
     sources = {corpus: _source(report, corpus) for corpus in (FORGET, RETAIN)}
     result = macro(TEMPLATE, "result", best, len(found), metric, sources, control_kind(report, best))
-    sentences = [result, _controls(found), _budget(found, budget), _sure(report)]
+    sentences = [result, _controls(found), _budget(found, budget, confidence_of(report)), _sure(report)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -69,13 +70,13 @@ def _controls(found: list[Finding]) -> str:
     return macro(TEMPLATE, "controls", found, *groups)
 
 
-def _budget(found: list[Finding], budget: float | None) -> str:
-    """Say which methods cost more than the budget that they were tuned to."""
+def _budget(found: list[Finding], budget: float | None, confidence: str) -> str:
+    """Say to which budget the methods were tuned, how surely, and which of them cost more on the test documents."""
     if budget is None:
         return ""
     over = [f"{name(one.condition.method)} ({one.drops[RETAIN].percent()})" for one in found if exceeds(one, budget)]
     wide = [one for one in found if one.drops[RETAIN].high > budget]
-    return macro(TEMPLATE, "budget", budget, len(found), over, wide)
+    return macro(TEMPLATE, "budget", budget, len(found), over, wide, confidence)
 
 
 def _sure(report: Report) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +20,7 @@ from figures_helpers import array, data, report
 import lens_unlearn as lu
 from lens_unlearn.core.errors import BudgetError, LensUnlearnError
 from lens_unlearn.evaluation.report import Measure, Report
-from lens_unlearn.experiments import compare, experiment
+from lens_unlearn.experiments import compare, documents, experiment
 from lens_unlearn.experiments.compare import Comparison, plans_for
 from lens_unlearn.reports.comparison_page import comparison_page, comparison_summary, overall
 
@@ -30,6 +31,14 @@ ARGUMENTS: list[object] = [
     "--method", METHODS[0], "--method", METHODS[1], "--tokens", 60, "--seeds", 2, "--quiet",
     "--retain-drop", 0.1,
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_documents() -> Iterator[None]:
+    """Tune on few documents: what they show is not the point here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "TUNED_ON", 12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +71,19 @@ def test_the_command_writes_the_page_the_matrix_and_every_intervention(written: 
     options = json.loads((written / "run.json").read_text())
     assert options["skills"] == list(SKILLS)
     assert options["retain_drop"] == 0.1
+    assert options["confidence"] == 0.9
+    for skill, other in zip(SKILLS, reversed(SKILLS), strict=True):
+        for method in METHODS:
+            tuning = options["chosen"][skill][method]["tuning"]
+            assert tuning["worst"] == "retain", f"{other} alone is retained"
+            assert tuning["retain_drop"] <= tuning["retain_bound"] <= 0.1
     assert options["plan"]["skills"]["esperanto"] == "demo:esperanto"
 
 
 def test_the_matrix_says_what_the_saved_interventions_do(written: Path, demo: Any) -> None:
     """Measured again, by hand, on the documents that the settings say were kept for the test."""
     table = pd.read_csv(written / "matrix.csv").set_index(["forgotten", "condition", "measured", "metric"])
-    whole = lu.read_corpus("demo:esperanto", demo, name="demo:esperanto", tokens=25 * 60)
+    whole = lu.read_corpus("demo:esperanto", demo, name="demo:esperanto", tokens=documents.to_read(60))
     test = whole.split(*compare.SHARES, seed=0)[1].sample(60, 0)
     for skill in SKILLS:
         edit = lu.load_intervention(written / skill / "selective-pruning.safetensors", demo)
