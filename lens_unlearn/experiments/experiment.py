@@ -129,7 +129,8 @@ class Experiment:
         provenance = {
             **report.provenance,
             "plan": settings_of(self.plan),
-            "protocol": self.plan.protocol,
+            "plan": settings_of(self.plan),
+            "confidence": self.plan.confidence,
             "chosen": self.chosen,
             "controls": self.control_words(),
             "documents": self.documents.counts(),

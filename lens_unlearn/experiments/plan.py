@@ -177,6 +177,8 @@ def option_names(method: str) -> list[str]:
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return a plan as `run.json` keeps it."""
     kept = asdict(plan)
-    if not plan.facts:  # this option came later: without it the plan is that of an earlier run, which can go on
-        del kept["facts"]
+    later: dict[str, Any] = {"facts": False, "confidence": CONFIDENCE}
+    for name, usual in later.items():  # these options came later: without them the plan is that of an earlier run
+        if kept[name] == usual:
+            del kept[name]
     return json.loads(json.dumps(kept, default=str))

@@ -203,7 +203,7 @@ def test_a_method_that_stays_within_no_budget_takes_nothing_out(demo: Any, monke
         return tuned(method, *arguments, **named)
 
     monkeypatch.setattr(experiment, "tune", strict)
-    texts = {name: lu.read_corpus(f"demo:{name}", demo, tokens=1500) for name in SKILLS[:2]}
+    texts = {name: lu.read_corpus(f"demo:{name}", demo, tokens=5000) for name in SKILLS[:2]}
     options: dict[str, Any] = {"tokens": 60, "retain_drop": 0.3, "controls": 1, "progress": False}
     compared = lu.compare(demo, texts, METHODS, **options)
     first, second = compared.parts

@@ -16,6 +16,7 @@ import lens_unlearn as lu
 from lens_unlearn import methods
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.experiments import documents
 from lens_unlearn.experiments.compare import compared
 from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.interventions.ablate import Ablate
@@ -55,8 +56,9 @@ def test_the_binding_form_constructs_a_record() -> None:
 
 
 def test_a_new_line_in_the_table_is_all_that_run_compare_help_and_the_page_need(
-    record: Method, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Method, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(documents, "TUNED_ON", 12)
     texts = {"one": "demo:arithmetic", "two": "demo:esperanto"}
     common = ["--model", "demo", "--tokens", 300, "--quiet", "--method", "most-firing"]
     out = tmp_path / "run"

@@ -123,7 +123,7 @@ def tuned(values: dict[str, dict[str, float]], budget: float = 0.05) -> Report:
     kinds = {"good:control": "[Ablate(zero, 3), Ablate(zero, 3)]", "quiet:control": "Abstain(prompt)"}
     plan = {"retain_drop": budget, "forget": "demo:python", "retain": ["demo:english", "/home/me/x.jsonl"]}
     controls = {"good": "as many random neurons of every layer", "quiet": "the same method fitted to shuffled labels"}
-    made.provenance.update({"plan": plan, "conditions": kinds, "controls": controls})
+    made.provenance.update({"plan": plan, "confidence": 0.9, "conditions": kinds, "controls": controls})
     return made
 
 
@@ -143,7 +143,9 @@ def test_the_headline_says_what_was_lost_at_what_cost_beside_what_and_how_sure()
     assert "retain (demo:english, …/x.jsonl)" in first
     assert "its control, as many random neurons of every layer (mean of 2 draws), lost" in first
     assert second == "It beats its control."
-    assert third.startswith("It was tuned to lose at most 5% on retain, and kept to it on these test documents")
+    assert third.startswith(
+        "It was tuned to lose at most 5% on retain with 90% confidence, and kept to it on these test documents"
+    )
     assert "the interval of good reaches beyond it" in third
     assert last.startswith("In brackets: 95% intervals over the test documents (9 of forget and 9 of retain")
 
