@@ -129,7 +129,7 @@ class Experiment:
         provenance = {
             **report.provenance,
             "plan": settings_of(self.plan),
-            "plan": settings_of(self.plan),
+            "protocol": self.plan.protocol,
             "confidence": self.plan.confidence,
             "chosen": self.chosen,
             "controls": self.control_words(),

@@ -29,11 +29,9 @@ from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.intervals import upper
 from lens_unlearn.evaluation.report import Measure
 
-__all__ = ["CONFIDENCE", "FEWEST", "check_confidence", "fewest_at_once", "strengths_from", "upper_bound", "within"]
+__all__ = ["CONFIDENCE", "check_confidence", "fewest_at_once", "strengths_from", "upper_bound", "within"]
 
 CONFIDENCE = 0.9
-FEWEST = 10
-"""The fewest units of which a bound is given."""
 _POINTS = 20
 _FIRST = 4  # how many strengths further galloping goes at first
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError, SelectionError
+from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
@@ -17,7 +18,6 @@ from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.methods import record_of
 from lens_unlearn.methods.budget import (
     CONFIDENCE,
-    FEWEST,
     check_confidence,
     fewest_at_once,
     strengths_from,
