@@ -113,7 +113,9 @@ def main(given: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             options = {"retain_weight": args.retain_weight, "mask": critical} | CONDITIONS[name]
             if isinstance(options["mask"], str) and options["mask"] == "random":
-                options["mask"] = lu.random_pruning(model, like=lu.Ablate(critical), seed=seed).selection
+                options["mask"] = lu.random_pruning(
+                    model, facts["forget"], facts["retain"], like=lu.Ablate(critical), seed=seed
+                ).selection
             if args.lr and options.get("attention") != "none":
                 options["lr"] = args.lr
             began = time.time()
