@@ -9,7 +9,9 @@ r"""SIMU and its baselines, on facts that a model has memorized: the tables of d
 SOURCE@BEGIN:END takes some of its documents; that is this script's own, and comes after the groups of a source, as in
 forget10.jsonl:question>answer@20@0:100. Half of the unseen facts sets the floor and the aim of forgetting, the other half
 is reported. Neighbours are memorized too, and not in the retain loss. Values are accuracies: shares of answer tokens (of all
-tokens, for skills) that are the most probable ones.
+tokens, for skills) that are the most probable ones, with intervals over documents, or the groups they are read with. Below each
+training stands its control, a random update of the same singular values in every matrix; the condition "no forget term" is what
+the same training does that is not told what to forget.
 """
 
 import argparse
@@ -19,11 +21,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from record import begin
+from record import begin, percent
 from scipy.stats import ks_2samp
 
 import lens_unlearn as lu
-from lens_unlearn.evaluation.teacher_forcing import accuracy
+from lens_unlearn.evaluation.report import Measure
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,12 @@ def read(source: str, model: Any, args: argparse.Namespace, tokens: int | None =
         return corpus
     begin, end = int(cut[2]), int(cut[3])
     return corpus.only(range(begin, min(end, corpus.n_documents)))
+
+
+def share(measure: Measure) -> str:
+    """Print a share, with its interval where it has one."""
+    low, high = measure.interval()
+    return f"{measure.value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low == low else "")
 
 
 def detectable(count: int) -> float:
@@ -81,7 +89,7 @@ def main(given: Sequence[str] | None = None) -> None:
     aim, facts["unseen"] = facts["unseen"].split(0.5, 0.5, seed=0)
     skills = {name: read(source, model, args, args.tokens) for name, source in (s.split("=", 1) for s in args.skill)}
     corpora = facts | skills
-    base = {name: accuracy(model, corpus, 8)[0] for name, corpus in corpora.items()}
+    base = lu.evaluate(model, corpora, {}, progress=False)
     record.about(model)
     for rule in ("right", "midpoint") if args.completeness else ():
         attribution = lu.attribute(model, facts["forget"], rule=rule, progress=False)
@@ -95,17 +103,17 @@ def main(given: Sequence[str] | None = None) -> None:
         asked = {"forget": read(args.forget, other, args)}
         never = lu.evaluate(other, asked, {}, memorization=1000, progress=False)
         unedited = lu.evaluate(model, {"forget": facts["forget"]}, {}, memorization=1000, progress=False)
-        share = never["base", "forget", "exact_memorization"].value
+        memorized = never["base", "forget", "exact_memorization"]
         quality = lu.forget_quality(unedited, never, condition="base")
         count = asked["forget"].n_documents
         record.table(
             "retrained",
             ["forget", "forget quality of the unedited", "questions", "smallest D with p < .05"],
-            [[f"{share:.3f}", f"p = {quality.p:.2g}", count, f"{detectable(count):.3f}"]],
+            [[share(memorized), f"p = {quality.p:.2g}", count, f"{detectable(count):.3f}"]],
         )
     heads = [*facts, *(f"{name} lost" for name in skills), "forget quality", "trained", "step", "clipped", "s"]
     table = record.table("forgetting", ["condition", "seed", *heads])
-    unchanged = [f"{base[name]:.3f}" for name in facts]
+    unchanged = [share(base["base", name, "top1"]) for name in facts]
     table.row(["unedited", "", *unchanged, *[""] * (len(heads) - len(unchanged))])
     critical = lu.critical(lu.attribute(model, facts["forget"], progress=False))
     trajectories = []
@@ -130,25 +138,24 @@ def main(given: Sequence[str] | None = None) -> None:
                 **options,
             )
             seconds = time.time() - began
-            with delta.on(model):
-                now = {key: accuracy(model, corpus, 8)[0] for key, corpus in corpora.items()}
+            edits = {name: delta, f"{name}: control": lu.random_delta(delta, seed=seed)}
+            report = lu.evaluate(model, corpora, edits, base=base, progress=False)
+            asked = {"forget": facts["forget"]}
+            edited = None if never is None else lu.evaluate(model, asked, edits, memorization=1000, progress=False)
             trained = delta.record
-            cells = [f"{now[key]:.3f}" for key in facts] + [f"{1 - now[key] / base[key]:.1%}" for key in skills]
-            if never is not None:
-                edited = lu.evaluate(
-                    model, {"forget": facts["forget"]}, {"simu": delta}, memorization=1000, progress=False
-                )
-                cells.append(f"p = {lu.forget_quality(edited, never, condition='simu').p:.2g}")
-            else:
-                cells.append("")
             clipped = trained["losses"][-1].get("clipped")
-            cells += [
+            training = [
                 f"{trained['trained']:,}",
                 f"{trained['chosen']}",
                 f"{clipped:.0%}" if clipped else "",
                 f"{seconds:.0f}",
             ]
-            table.row([name, seed, *cells])
+            for condition in edits:
+                cells = [share(report[condition, key, "top1"]) for key in facts]
+                cells += [percent(report.drop(condition, key)) for key in skills]
+                quality = edited and never and lu.forget_quality(edited, never, condition=condition)
+                cells.append(f"p = {quality.p:.2g}" if quality else "")
+                table.row([condition, seed, *cells, *(training if condition == name else [""] * len(training))])
             steps = {check["step"]: check for check in trained["checks"]}
             for part in ("forget", "retain"):
                 path = {step: f"{check[part]:.2f}" for step, check in steps.items()}

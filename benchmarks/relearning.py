@@ -4,17 +4,20 @@ r"""How fast the demo model relearns eight persons after each method unlearned t
 
 Each method is fitted to forget the persons and to retain the others; then all matrices are fine-tuned on the persons' questions,
 with the intervention attached and, where that can be, baked into the weights. The model that never saw the persons is fine-tuned in
-the same way; the anamnesis index is the ratio of the steps to within 10 % of the unedited model's accuracy.
+the same way; the anamnesis index is the ratio of the steps to within 10 % of the unedited model's accuracy. Below each method
+stands its control, fine-tuned in the same way: as many random neurons, a random update of the same singular values, or shuffled
+labels. Intervals are over the questions, or the groups they are read with, and paired in the index.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from record import Table, begin
 
 import lens_unlearn as lu
 from lens_unlearn import demo
+from lens_unlearn.methods import by_name
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 SIMU: dict[str, Any] = {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4, "steps": 60}
@@ -31,13 +34,12 @@ def main(given: Sequence[str] | None = None) -> None:
     model, unaware = lu.load_model("demo"), lu.load_model(str(demo.WITHOUT_FACTS_DIR))
     persons, others = read(model, "facts_forget:train"), read(model, "facts_retain:dev")
     quiet: dict[str, Any] = {"progress": False}
-    methods: dict[str, Callable[[int], Any]] = {
-        "simu": lambda s: lu.simu(
-            model, persons, others, unseen=read(model, "facts_holdout:dev"), seed=s, **SIMU, **quiet
-        ),
-        "selective-pruning, 10 %": lambda s: lu.selective_pruning(model, persons, others, fraction=0.1, **quiet),
-        "neuron-adjust, 10 %": lambda s: lu.neuron_adjust(model, persons, others, fraction=0.1, seed=s, **quiet),
-        "key-space-detection": lambda s: lu.key_space_detection(model, persons, others, region="auto", seed=s, **quiet),
+    unseen = read(model, "facts_holdout:dev")
+    methods: dict[str, tuple[str, dict[str, Any]]] = {
+        "simu": ("simu", {"unseen": unseen, **SIMU}),
+        "selective-pruning, 10 %": ("selective-pruning", {"fraction": 0.1}),
+        "neuron-adjust, 10 %": ("neuron-adjust", {"fraction": 0.1}),
+        "key-space-detection": ("key-space-detection", {"region": "auto"}),
     }
     record.about(model, questions=persons.n_documents, fraction=0.1, recovered=0.9)
     print(f"demo, lr 1e-4, {persons.n_documents} questions")
@@ -50,24 +52,38 @@ def main(given: Sequence[str] | None = None) -> None:
         never = lu.relearn(unaware, base, measured=measured, **settings)
         show(table, "never saw", seed, "", never, "")
         measured = {"forget": persons, "neighbours": read(model, "facts_retain:test", 2000)}
-        for name, fit in methods.items():
-            edit = fit(seed)
+        for name, (method, given_options) in methods.items():
+            found = by_name(method)
+            options = given_options | found.takes({"seed": seed, **quiet})
+            fitted = found.fit(model, persons, others, options)
+            edit = found.at(model, fitted, None, options)
+            control = found.controls(model, edit, fitted, [seed], options=options)
+            edits = {name: edit, **{f"{name}: control": one for one in control}}
             for attached in (True, False):
-                try:
-                    run = lu.relearn(model, persons, edit, measured=measured, attached=attached, **settings)
-                except lu.LensUnlearnError as error:
-                    if attached:
-                        print(f"{name}, attached: {error}", flush=True)
-                    continue
-                index = lu.anamnesis_index(run, never, 1.0)
-                show(table, name, seed, "attached" if attached else "baked", run, f"{index:.2f}")
+                for condition, one in edits.items():
+                    try:
+                        run = lu.relearn(model, persons, one, measured=measured, attached=attached, **settings)
+                    except lu.LensUnlearnError as error:
+                        if attached:
+                            print(f"{condition}, attached: {error}", flush=True)
+                        continue
+                    index = with_ends(
+                        lu.anamnesis_index(run, never, 1.0), lu.anamnesis_interval(run, never, 1.0), ".2f"
+                    )
+                    show(table, condition, seed, "attached" if attached else "baked", run, index)
     record.end()
 
 
-def show(table: Table, name: str, seed: int, threat: str, run: Any, index: str) -> None:
-    forget, near = run.curves["forget"], run.curves["neighbours"]
-    cells = [f"{share:.3f}" for _, share in forget] + [f"{near[0][1]:.3f}", f"{near[-1][1]:.3f}", index]
-    table.row([name, seed, threat, *cells])
+def with_ends(value: float, interval: tuple[float, float], form: str) -> str:
+    low, high = interval
+    return f"{value:{form}}" + (f" [{low:{form}}, {high:{form}}]" if low == low else "")
+
+
+def show(table: Table, name: str, seed: int, threat: str, run: lu.Relearning, index: str) -> None:
+    last = STEPS[-1]
+    places = [*(("forget", step) for step in STEPS), ("neighbours", 0), ("neighbours", last)]
+    cells = [with_ends(run.measures[place].value, run.measures[place].interval(), ".3f") for place in places]
+    table.row([name, seed, threat, *cells, index])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "evaluation.relearning": (
         "Relearning",
         "anamnesis_index",
+        "anamnesis_interval",
         "relearn",
     ),
     "evaluation.report": (
@@ -141,7 +142,7 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.evaluate import evaluate
     from lens_unlearn.evaluation.generation import generate
     from lens_unlearn.evaluation.membership import membership
-    from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, relearn
+    from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, anamnesis_interval, relearn
     from lens_unlearn.evaluation.report import Report, separability
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, tofu_utility
     from lens_unlearn.experiments.compare import compare

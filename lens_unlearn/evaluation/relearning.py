@@ -8,26 +8,34 @@ has to learn them; one that only hides them is there within a few steps. This is
 
 Nothing is written into the user's model: the fine-tuned change is a `Delta` of every matrix, trained outside it.
 
+Intervals are over the units of what is measured (documents, or the groups they were read with), with weights that depend on the
+unit alone, so that two models that are fine-tuned in the same way are compared unit by unit. They say how much other texts of the
+same kind would change the curve of this very fine-tuning; how much another fine-tuning would, only several seeds say.
+
 `anamnesis_index` compares with a model that never saw the texts, after Chundawat et al., "Zero-Shot Machine Unlearning" (arXiv
 2201.05629). Relearning as a test of unlearned language models: Lynch et al., "Eight Methods to Evaluate Robust Unlearning in
 LLMs" (arXiv 2402.16835).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.core.intervals import LEVEL
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.answer_losses import gradients_of, read_answers, rows_at
-from lens_unlearn.evaluation.report import provenance_of
-from lens_unlearn.evaluation.teacher_forcing import accuracy
+from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
+from lens_unlearn.evaluation.metrics import metric
+from lens_unlearn.evaluation.report import Measure, provenance_of
+from lens_unlearn.evaluation.teacher_forcing import recalled
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.delta import Delta
@@ -39,9 +47,11 @@ from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_shapes, mat
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Relearning", "anamnesis_index", "relearn"]
+__all__ = ["Relearning", "anamnesis_index", "anamnesis_interval", "relearn"]
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
+DRAWN_WITH = 0
+"""The seed of the bootstrap: that of no training, so that models are compared unit by unit whatever they were trained with."""
 BAKING = "rows of W_out and W_O are zero; the neurons still compute, and can grow back"
 
 
@@ -57,6 +67,9 @@ class Relearning:
     """The fine-tuned change, as it was at the end. To look at the model: ``(intervention + delta).on(model)`` after
     `attached=True`, ``delta.on(model)`` otherwise."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    measures: dict[tuple[str, int], Measure] = field(default_factory=dict)
+    """Each share of the curves with its bootstrap draws, by corpus and step; ``measures["forget", 4].interval()``. Draws of runs
+    on the same texts are paired: ``one.measures["forget", 4].minus(other.measures["forget", 4])``."""
 
     def __getitem__(self, corpus: str) -> list[tuple[int, float]]:
         """Return the curve of a corpus.
@@ -77,25 +90,51 @@ class Relearning:
         Raises:
             LensUnlearnError: If the corpus was not measured.
         """
-        curve = self[corpus]
-        for place, (step, value) in enumerate(curve):
-            if value >= share:
-                if place == 0:
-                    return float(step)
-                before, low = curve[place - 1]
-                return before + (share - low) / (value - low) * (step - before)
-        return math.inf
+        steps, shares = zip(*self[corpus], strict=True)
+        return float(_first_reached(steps, np.array([shares]), share)[0])
+
+    def steps_interval(self, corpus: str, share: float) -> tuple[float, float]:
+        """Return the 95 % interval of `steps_to` over units; its end is infinite where too many draws do not reach the share.
+
+        Returns:
+            Both ends; NaN where there is no interval: of too few units.
+
+        Raises:
+            LensUnlearnError: If the corpus was not measured.
+        """
+        return _ends(self._steps_drawn(corpus, share))
+
+    def _steps_drawn(self, corpus: str, share: float) -> np.ndarray:
+        """Return after how many steps the share is reached in each bootstrap draw of the curve; none of too few units."""
+        steps = [step for step, _ in self[corpus]]
+        known = [self.measures[corpus, step] for step in steps if (corpus, step) in self.measures]
+        if len(known) < len(steps) or any(one.few for one in known):
+            return np.empty(0)
+        return _first_reached(steps, np.stack([one.draws for one in known], axis=1), share)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Give one row per corpus and measured step: corpus, step, share."""
+        """Give one row per corpus and measured step: corpus, step, share, and low and high, its interval over units."""
         import pandas as pd
 
-        rows = [(corpus, step, share) for corpus, curve in self.curves.items() for step, share in curve]
-        return pd.DataFrame(rows, columns=pd.Index(["corpus", "step", "share"]))
+        none = (math.nan, math.nan)
+        rows = [
+            (
+                corpus,
+                step,
+                share,
+                *(self.measures[corpus, step].interval() if (corpus, step) in self.measures else none),
+            )
+            for corpus, curve in self.curves.items()
+            for step, share in curve
+        ]
+        return pd.DataFrame(rows, columns=pd.Index(["corpus", "step", "share", "low", "high"]))
 
     def table(self) -> "pd.DataFrame":
-        """Give a small table for reading: corpora by steps."""
-        return self.to_frame().pivot(index="corpus", columns="step", values="share").loc[list(self.curves)].round(3)
+        """Give a small table for reading: steps by corpora, "share [low, high]" where there is an interval."""
+        frame = self.to_frame()
+        ends = [f" [{low:.3f}, {high:.3f}]" if low == low else "" for low, high in zip(frame["low"], frame["high"])]
+        frame["share"] = [f"{share:.3f}{interval}" for share, interval in zip(frame["share"], ends)]
+        return frame.pivot(index="step", columns="corpus", values="share")[list(self.curves)].fillna("")
 
     def __repr__(self) -> str:
         steps = max((step for curve in self.curves.values() for step, _ in curve), default=0)
@@ -118,6 +157,7 @@ def relearn(
     batch_size: int = 8,
     seed: int = 0,
     attached: bool = True,
+    resamples: int = 1000,
     progress: bool = True,
 ) -> Relearning:
     r"""Fine-tune a model under an intervention, or one with the intervention baked in, and measure what comes back.
@@ -134,6 +174,9 @@ def relearn(
       baked in the weak sense: only the rows of W_out (or W_O) are zero. The neurons still compute, their rows get gradients,
       and they can grow back. For a `Delta` both are the same, but for rounding.
 
+    Beside it, run its control in the same way: ``relearn(model, texts, random_delta(edit), ...)``. What a random change of the same
+    size needs to be repaired, the unlearning did not do.
+
     Under `enable_compatibility_mode()` the processed matrices are trained, which is another fine-tuning than that of the raw ones.
 
     Args:
@@ -147,6 +190,7 @@ def relearn(
         batch_size: Rows in a step (all of them, if there are fewer); full-length rows per forward when measuring.
         seed: Of the order of rows.
         attached: T1 or T2.
+        resamples: Bootstrap draws over the units of what is measured, the same in every run.
         progress: Whether to show a bar.
 
     Raises:
@@ -170,7 +214,8 @@ def relearn(
     updates = _begin(model, None if attached else intervention)
     delta, trained = Delta(updates), [update.value for update in updates.values()]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in measured}
+    known: dict[str, dict[int, np.ndarray]] = {name: {} for name in measured}
+    tokens: dict[str, np.ndarray] = {}
     losses: list[float] = []
     whole = intervention + delta if intervention is not None and attached else delta
     bar = tqdm(total=points[-1], disable=not progress, desc="relearn", unit=" steps")
@@ -178,11 +223,17 @@ def relearn(
         for step in range(points[-1] + 1):
             if step in points:
                 for name, corpus in measured.items():
-                    curves[name].append((step, accuracy(model, corpus, batch_size)[0]))
-                bar.set_postfix({name: f"{curve[-1][1]:.2f}" for name, curve in curves.items()})
+                    known[name][step], tokens[name] = recalled(model, corpus, batch_size)
+                bar.set_postfix({name: f"{at[step].sum() / tokens[name].sum():.2f}" for name, at in known.items()})
             if step < points[-1]:
                 losses.append(_step(model, texts, step, batch_size, seed, trained, optimizer))
                 bar.update(1)
+    measures = {
+        (name, int(step)): measure
+        for name, corpus in measured.items()
+        for step, measure in _measures(known[name], tokens[name], corpus, resamples)
+    }
+    curves = {name: [(step, measures[name, step].value) for step in points] for name in measured}
     training: dict[str, Any] = {
         "threat": "T1" if attached else "T2",
         "intervention": None if intervention is None else repr(intervention),
@@ -194,10 +245,45 @@ def relearn(
         "batch_size": batch_size,
         "seed": seed,
         "trained": sum(tensor.numel() for tensor in trained),
+        "bootstrap": {"resamples": resamples, "seed": DRAWN_WITH, "weights": WEIGHTS},
     }
     settings = {"model": model_name(model), "fingerprint": fingerprint(model), "relearning": training}
     trained_delta = Delta({matrix: update.detach() for matrix, update in updates.items()})
-    return Relearning(curves, losses, trained_delta, provenance_of(settings))
+    return Relearning(curves, losses, trained_delta, provenance_of(settings), measures)
+
+
+def _measures(
+    known: Mapping[int, np.ndarray], tokens: np.ndarray, corpus: Corpus, resamples: int
+) -> Iterator[tuple[str, Measure]]:
+    """Turn the recalled tokens of each document, step by step, into shares with draws; all steps share the weights of the units."""
+    values = {str(step): [right[:, None]] for step, right in known.items()}
+    scores = Scores([metric("exact_memorization")], values, tokens[:, None], corpus.units)
+    return ((step, measure) for step, _, measure in estimates(scores, resamples, DRAWN_WITH))
+
+
+def _first_reached(
+    steps: Sequence[int], curves: Float[np.ndarray, "draws points"], share: float
+) -> Float[np.ndarray, "draws"]:
+    """Return the step at which each curve first reaches a share, linear between points; infinity where it does not."""
+    above = curves >= share
+    place = above.argmax(1)
+    rows, before = np.arange(len(curves)), (place - 1).clip(0)
+    high, low = curves[rows, place], curves[rows, before]
+    at, last = np.asarray(steps, dtype=np.float64)[place], np.asarray(steps, dtype=np.float64)[before]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = last + (share - low) / (high - low) * (at - last)
+    return np.where(above.any(1), np.where(place == 0, at, between), np.inf)
+
+
+def _ends(draws: Float[np.ndarray, "draws"]) -> tuple[float, float]:
+    """Return the central 95 % of draws that may be infinite; one that is NaN may lie anywhere from 0 to infinity."""
+    if not draws.size:
+        return math.nan, math.nan
+    low, high = (
+        np.quantile(np.where(np.isnan(draws), worst, draws), share, method="inverted_cdf")
+        for worst, share in ((0.0, (1 - LEVEL) / 2), (np.inf, (1 + LEVEL) / 2))
+    )
+    return float(low), float(high)
 
 
 def anamnesis_index(
@@ -224,9 +310,46 @@ def anamnesis_index(
         LensUnlearnError: If the corpus was not measured, the two were fine-tuned in other ways or measured on other texts, or
             `original` or `within` is out of range.
     """
+    share = _recovered(relearned, never_saw, original, within, corpus)
+    return float(_quotient(relearned.steps_to(corpus, share), never_saw.steps_to(corpus, share)))
+
+
+def anamnesis_interval(
+    relearned: Relearning, never_saw: Relearning, original: float, *, corpus: str = "forget", within: float = 0.1
+) -> tuple[float, float]:
+    """Return the 95 % interval of `anamnesis_index` over the units of the corpus; both models' draws have the same weights.
+
+    A draw of which nothing can be said, because neither model gets there, or both are there at once, may be any index: it counts
+    as 0 for the lower end and as infinite for the upper one. `original` is taken as exact.
+
+    Args:
+        relearned: Of the unlearned model.
+        never_saw: Of the model that never saw the texts.
+        original: As in `anamnesis_index`.
+        corpus: On which.
+        within: As in `anamnesis_index`.
+
+    Returns:
+        Both ends; NaN where there is no interval: of too few units.
+
+    Raises:
+        LensUnlearnError: As in `anamnesis_index`, and if the two have other bootstrap draws.
+    """
+    share = _recovered(relearned, never_saw, original, within, corpus)
+    taken, needed = (one._steps_drawn(corpus, share) for one in (relearned, never_saw))
+    if taken.size and needed.size and taken.size != needed.size:
+        raise LensUnlearnError(
+            f"the two runs have {taken.size} and {needed.size} bootstrap draws: relearn both with the same resamples"
+        )
+    return _ends(_quotient(taken, needed) if taken.size == needed.size else np.empty(0))
+
+
+def _recovered(relearned: Relearning, never_saw: Relearning, original: float, within: float, corpus: str) -> float:
+    """Return the share at which the original counts as recovered, of two runs that can be compared."""
     if not 0 < original <= 1 or not 0 <= within < 1:
         raise LensUnlearnError(f"original={original} is a share above 0, and within={within} from 0 to below 1")
-    taken, needed = (one.steps_to(corpus, (1 - within) * original) for one in (relearned, never_saw))
+    for one in (relearned, never_saw):
+        one[corpus]
     ways = [_way(one, corpus) for one in (relearned, never_saw)]
     other = [name for name in ways[0] if name in ways[1] and ways[0][name] != ways[1][name]]
     if other:
@@ -234,8 +357,12 @@ def anamnesis_index(
             f"the two runs differ in {' and '.join(other)}: {[ways[0][n] for n in other]} and {[ways[1][n] for n in other]}; "
             "fine-tune both in the same way"
         )
+    return (1 - within) * original
+
+
+def _quotient(taken: np.ndarray | float, needed: np.ndarray | float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.float64(taken) / np.float64(needed))
+        return np.asarray(taken, dtype=np.float64) / np.asarray(needed, dtype=np.float64)
 
 
 def _way(run: Relearning, corpus: str) -> dict[str, Any]:

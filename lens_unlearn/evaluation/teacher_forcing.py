@@ -22,7 +22,18 @@ from lens_unlearn.corpora.reading import tokenize
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.host import Model, device_of
 
-__all__ = ["Forced", "Outcome", "Predicted", "accuracy", "force", "outcomes", "predict", "split_rows", "with_answers"]
+__all__ = [
+    "Forced",
+    "Outcome",
+    "Predicted",
+    "accuracy",
+    "force",
+    "outcomes",
+    "predict",
+    "recalled",
+    "split_rows",
+    "with_answers",
+]
 
 _CHUNK = 1024  # positions whose full distribution is held at a time
 FLOOR = 1e-6  # of the variance of log probabilities, as in the released Min-K%++
@@ -196,9 +207,31 @@ def accuracy(model: Model, corpus: Corpus, batch_size: int) -> tuple[float, floa
     with tqdm(disable=True) as silent:
         rows = force(model, corpus, None, batch_size, silent)
     right, loss = (np.concatenate([row[name] for row in rows]) for name in ("right", "loss"))
-    if not len(right):
-        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
+    _require_tokens(len(right), corpus)
     return float(right.mean()), float(loss.mean())
+
+
+def recalled(
+    model: Model, corpus: Corpus, batch_size: int
+) -> tuple[Float[np.ndarray, "documents"], Float[np.ndarray, "documents"]]:
+    """Return of each document how many counted tokens are the single most probable one, and how many are predicted.
+
+    Raises:
+        CorpusError: If nothing in it is predicted.
+    """
+    with tqdm(disable=True) as silent:
+        rows = force(model, corpus, None, batch_size, silent, ("right",))
+    document = corpus.document.numpy()
+    right, tokens = (
+        np.bincount(document, [float(of(row["right"])) for row in rows], corpus.n_documents) for of in (np.sum, len)
+    )
+    _require_tokens(int(tokens.sum()), corpus)
+    return right, tokens
+
+
+def _require_tokens(predicted: int, corpus: Corpus) -> None:
+    if not predicted:
+        raise CorpusError(f"nothing in {corpus.name} can be predicted: no counted token has a token before it")
 
 
 def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, str]]) -> tuple[Corpus, list[int]]:

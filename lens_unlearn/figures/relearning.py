@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.evaluation.conditions import Condition
 from lens_unlearn.evaluation.relearning import Relearning
 from lens_unlearn.figures import theme
 
@@ -28,10 +29,10 @@ def relearning(
     """Draw the accuracy on a corpus after each number of fine-tuning steps, a line per method.
 
     Steps are drawn as log(1 + step), so that 0 has a place. A line that rises faster than that of the model that never saw the
-    texts shows that knowledge of them remained.
+    texts shows that knowledge of them remained. Bands are 95 % intervals over documents, or the groups they were read with.
 
     Args:
-        runs: What `relearn` returned, by the name of the method.
+        runs: What `relearn` returned, by the name of the method; the control of ``x`` is called ``x:control``, and grey.
         corpus: Which of the measured corpora.
         never_saw: The same fine-tuning of a model that never saw the texts; grey and dashed.
         original: The accuracy before unlearning; a dotted line.
@@ -45,10 +46,15 @@ def relearning(
     fig = go.Figure()
     steps = {step for run in (*runs.values(), *([never_saw] if never_saw else [])) for step, _ in run[corpus]}
     if never_saw is not None:
-        _line(fig, NEVER, never_saw[corpus], theme.CONTROL, "circle-open", "dash")
-    for index, (name, run) in enumerate(runs.items()):
-        colour, symbol = theme.METHODS[index % len(theme.METHODS)], theme.SYMBOLS[index % len(theme.SYMBOLS)]
-        _line(fig, theme.plain(name), run[corpus], colour, symbol, "solid")
+        _line(fig, NEVER, never_saw, corpus, theme.CONTROL, "circle-open", "dash")
+    parsed = {name: Condition.parse(name) for name in runs}
+    own = {name: name.replace(":control", "", 1) if parsed[name].control else name for name in runs}
+    methods = list(dict.fromkeys(own.values()))
+    for name, run in sorted(runs.items(), key=lambda item: not parsed[item[0]].control):  # methods lie above controls
+        index, control = methods.index(own[name]), parsed[name].control
+        colour = theme.CONTROL if control else theme.METHODS[index % len(theme.METHODS)]
+        symbol = theme.SYMBOLS[index % len(theme.SYMBOLS)] + ("-open" if control else "")
+        _line(fig, theme.plain(name), run, corpus, colour, symbol, "dot" if control else "solid")
     if original is not None:
         ends = [float(np.log1p(min(steps))), float(np.log1p(max(steps)))]
         line = {"color": theme.TEXT, "width": 1.5, "dash": "dot"}
@@ -73,21 +79,34 @@ def relearning(
     return theme.finish(
         fig,
         title or f"Relearning by fine-tuning: {corpus}",
-        "accuracy: share of tokens that are the single most probable one",
+        "accuracy: share of tokens that are the single most probable one; bands: 95% intervals over documents; dotted: control",
         about=" · ".join(about),
         provenance={key: first[key] for key in ("model", "relearning") if key in first},
         name="relearning",
     )
 
 
-def _line(fig: go.Figure, name: str, curve: list[tuple[int, float]], colour: str, symbol: str, dash: str) -> None:
+def _line(fig: go.Figure, name: str, run: Relearning, corpus: str, colour: str, symbol: str, dash: str) -> None:
+    curve = run[corpus]
+    x = [float(np.log1p(step)) for step, _ in curve]
+    bounds = [run.measures[corpus, step].interval() for step, _ in curve if (corpus, step) in run.measures]
+    known = len(bounds) == len(curve) and bool(np.isfinite(bounds).all())
+    if known and len(curve) > 1:
+        low, high = ([float(bound) for bound in side] for side in zip(*bounds, strict=True))
+        edges = {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": theme.with_alpha(colour, 0.12)}
+        fig.add_scatter(**edges, mode="none", hoverinfo="skip", showlegend=False, name=name, legendgroup=name)
+    words = [f" [{low:.1%}, {high:.1%}]" for low, high in bounds] if known else [""] * len(curve)
     fig.add_scatter(
-        x=[float(np.log1p(step)) for step, _ in curve],
+        x=x,
         y=[share for _, share in curve],
         mode="lines+markers",
         line={"color": colour, "width": 2, "dash": dash},
         marker={"size": 7, "symbol": symbol},
         name=name,
-        hovertext=[f"<b>{name}</b><br>step {step:,}<br>accuracy {share:.1%}" for step, share in curve],
+        legendgroup=name,
+        hovertext=[
+            f"<b>{name}</b><br>step {step:,}<br>accuracy {share:.1%}{interval}"
+            for (step, share), interval in zip(curve, words, strict=True)
+        ],
         hovertemplate="%{hovertext}<extra></extra>",
     )

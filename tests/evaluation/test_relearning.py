@@ -2,21 +2,36 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lens_unlearn import Ablate, Chain, Delta, Matrix, NeuronMap, Relearning, Site, Update, anamnesis_index, relearn
+from lens_unlearn import (
+    Ablate,
+    Chain,
+    Delta,
+    Matrix,
+    NeuronMap,
+    Relearning,
+    Site,
+    Update,
+    anamnesis_index,
+    anamnesis_interval,
+    relearn,
+)
 from lens_unlearn import figures as plot
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, ModelError, SelectionError, SiteError
+from lens_unlearn.core.intervals import weights_of
 from lens_unlearn.evaluation import relearning
 from lens_unlearn.evaluation.answer_losses import rows_at
+from lens_unlearn.evaluation.report import Measure
 from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.figures import theme
 from lens_unlearn.interventions.abstain import Abstain
@@ -323,11 +338,14 @@ def test_steps_are_interpolated_between_measurements() -> None:
     assert curve.steps_to("forget", 0.91) == math.inf
     with pytest.raises(LensUnlearnError, match="'retain' was not measured: there are forget"):
         curve.steps_to("retain", 0.5)
-    assert curve.to_frame().to_dict("list") == {
+    frame = curve.to_frame()
+    assert frame[["corpus", "step", "share"]].to_dict("list") == {
         "corpus": ["forget"] * 4,
         "step": [0, 2, 4, 8],
         "share": [0.2, 0.4, 0.3, 0.9],
     }
+    assert frame[["low", "high"]].isna().all(axis=None), "without draws there are no intervals"
+    assert all(map(math.isnan, curve.steps_interval("forget", 0.5)))
     assert "8 steps" in repr(curve)
     assert "0.9" in repr(curve)
     assert "<table" in curve._repr_html_()
@@ -371,8 +389,102 @@ def test_the_index_is_relative_to_the_original_and_compares_like_with_like() -> 
     for change, words in (({"texts": "b"}, "in the texts"), ({"forget": "b"}, "in the corpus 'forget'")):
         with pytest.raises(LensUnlearnError, match=words):
             anamnesis_index(one, run((0, 0.1), (4, 0.9), lr=1, **change), 1.0)
-    with pytest.raises(LensUnlearnError, match="'retain' was not measured"):
-        anamnesis_index(one, one, 1.0, corpus="retain")
+    for of in (anamnesis_index, anamnesis_interval):
+        with pytest.raises(LensUnlearnError, match="'retain' was not measured"):
+            of(one, one, 1.0, corpus="retain")
+        with pytest.raises(LensUnlearnError, match=r"differ in lr: \[1\] and \[2\]"):
+            of(one, other, 1.0)
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_shares_have_intervals_over_units_and_equal_weights_at_every_step(grouped: bool) -> None:
+    model = tiny.model("gpt2")
+    facts = tiny.corpus([9, 12, 7, 10, 8, 11] * 4, seed=7).with_prompts(4)
+    if grouped:
+        facts = replace(facts, groups=tuple(f"author {number // 2}" for number in range(24)))
+    found = relearn(
+        model, facts, None, measured={"forget": facts, "few": OTHERS}, steps=(4, 9), lr=1e-2, progress=False
+    )
+    units = sorted(set(facts.units))
+    assert len(units) == (12 if grouped else 24)
+    weights = dict(zip(units, weights_of(units, 1000, 0).T, strict=True))
+    for step, edit in ((0, None), (9, found.delta)):
+        top, bottom = np.zeros(1000), np.zeros(1000)
+        right = tokens = 0.0
+        for row in range(facts.n_rows):
+            ids, begin = facts.row(row), len(facts.prompt(row))
+            with nullcontext() if edit is None else edit.on(model):
+                guess = tiny.logits(model, ids[None])[0, begin - 1 : -1].argmax(-1)
+            hits, weight = float((guess == ids[begin:]).sum()), weights[facts.units[int(facts.document[row])]]
+            top, bottom = top + weight * hits, bottom + weight * (len(ids) - begin)
+            right, tokens = right + hits, tokens + len(ids) - begin
+        measure = found.measures["forget", step]
+        assert measure.value == pytest.approx(right / tokens)
+        assert (measure.units, measure.n) == (len(units), int(tokens))
+        assert dict(found["forget"])[step] == measure.value
+        inside = (measure.draws > 0) & (measure.draws < 1)  # draws are moved away from the value, and end at 0 and 1
+        if inside.sum() > 100 and 0 < measure.value < 1:
+            assert np.corrcoef(measure.draws[inside], (top / bottom)[inside])[0, 1] > 1 - 1e-9
+    low, high = found.measures["forget", 4].interval()
+    assert low <= dict(found["forget"])[4] <= high
+    assert found.to_frame().set_index(["corpus", "step"]).loc[("forget", 4), ["low", "high"]].tolist() == [low, high]
+    assert f"[{low:.3f}, {high:.3f}]" in repr(found)
+    assert found.measures["few", 4].few
+    assert found.to_frame().query("corpus == 'few'")["low"].isna().all(), "of five documents there is no interval"
+    assert math.isnan(found.steps_interval("few", 0.5)[0])
+    assert found.provenance["relearning"]["bootstrap"]["resamples"] == 1000
+    again = relearn(model, facts, None, measured={"forget": facts}, steps=(4,), lr=1e-3, seed=3, progress=False)
+    difference = found.measures["forget", 0].minus(again.measures["forget", 0])
+    assert not difference.draws.any(), "whatever the run, the weights are the same"
+
+
+def drawn(curves: np.ndarray, steps: tuple[int, ...] = (0, 4, 8), units: int = 40, forget: str = "a") -> Relearning:
+    """A run whose draws are given, [draws, steps]; its curve is their mean."""
+    one = run(*zip(steps, curves.mean(0).tolist(), strict=True), lr=1.0, forget=forget)
+    measures = {("forget", s): Measure(float(c.mean()), c, 100, units) for s, c in zip(steps, curves.T, strict=True)}
+    return replace(one, measures=measures)
+
+
+def middle(values: list[float]) -> tuple[float, float]:
+    """The 2.5th and the 97.5th of a hundred values, in order."""
+    ordered = sorted(values)
+    return ordered[math.ceil(0.025 * len(ordered)) - 1], ordered[math.ceil(0.975 * len(ordered)) - 1]
+
+
+def some_curves(seed: int, fast: float) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    start, rise = random.uniform(0, 0.2, 410), random.uniform(0, fast, (410, 2)).cumsum(1)
+    return np.concatenate([start[:, None], start[:, None] + rise], axis=1)
+
+
+def test_steps_and_index_are_computed_anew_in_every_draw() -> None:
+    ours, theirs = some_curves(0, 0.6), some_curves(1, 0.5)
+    one, other = drawn(ours), drawn(theirs)
+    each = [[run(*zip((0, 4, 8), c.tolist())).steps_to("forget", 0.45) for c in part] for part in (ours, theirs)]
+    assert one.steps_interval("forget", 0.45) == pytest.approx(middle(each[0]))
+    assert other.steps_interval("forget", 0.45)[1] == math.inf, "more than 2.5 % do not get there"
+    pairs = [run(*zip((0, 4, 8), a.tolist())) for a in ours], [run(*zip((0, 4, 8), b.tolist())) for b in theirs]
+    indices = [anamnesis_index(a, b, 0.5, within=0.1) for a, b in zip(*pairs, strict=True)]
+    low = middle([0.0 if math.isnan(index) else index for index in indices])[0]
+    high = middle([math.inf if math.isnan(index) else index for index in indices])[1]
+    assert any(map(math.isnan, indices))
+    assert anamnesis_interval(one, other, 0.5) == pytest.approx((low, high))
+
+
+def test_the_interval_of_the_index_is_paired_and_says_when_it_cannot_be() -> None:
+    fast = drawn(np.sort(some_curves(0, 0.9), axis=1) + [0, 0.5, 1])
+    assert anamnesis_interval(fast, fast, 0.9) == (1.0, 1.0), "unpaired draws would spread"
+    few = drawn(some_curves(0, 0.9), units=9)
+    for pair in ((few, fast), (fast, few), (run((0, 0.1), lr=1.0), fast)):
+        assert all(map(math.isnan, anamnesis_interval(*pair, 0.9)))
+    with pytest.raises(LensUnlearnError, match="410 and 100 bootstrap draws: relearn both with the same resamples"):
+        anamnesis_interval(fast, drawn(some_curves(0, 0.9)[:100]), 0.9)
+    never = drawn(np.zeros((410, 3)))
+    assert anamnesis_interval(never, never, 0.9) == (0.0, math.inf), "nothing can be said"
+    assert anamnesis_interval(never, fast, 0.9) == (math.inf, math.inf)
 
 
 # --- the figure ----------------------------------------------------------------------------------------------------------
@@ -398,6 +510,17 @@ def test_the_figure_shows_a_line_for_each_method() -> None:
     assert "1,234 tokens" in text
     assert "/home" not in text
     assert len(theme.traces(plot.relearning({"a": FAST}))) == 1
+    ours = drawn(some_curves(0, 0.4))
+    fig = plot.relearning({"b": FAST, "a": ours, "a:control": drawn(some_curves(1, 0.2))})
+    lines = {trace.name: trace for trace in theme.traces(fig) if trace.mode != "none"}
+    bands = {trace.name: trace for trace in theme.traces(fig) if trace.mode == "none"}
+    assert list(lines) == ["a:control", "b", "a"], "methods lie above controls"
+    assert (lines["a:control"].line.color, lines["a:control"].line.dash) == (theme.CONTROL, "dot")
+    assert (lines["b"].line.color, lines["a"].line.color) == (theme.METHODS[0], theme.METHODS[1])
+    assert list(bands) == ["a:control", "a"], "without intervals there is no band"
+    low, high = ours.measures["forget", 4].interval()
+    assert (bands["a"].y[1], bands["a"].y[-2]) == (high, low)
+    assert f"[{low:.1%}, {high:.1%}]" in lines["a"].hovertext[1]
     with pytest.raises(LensUnlearnError, match="nothing to draw"):
         plot.relearning({})
     with pytest.raises(LensUnlearnError, match="'retain' was not measured"):
