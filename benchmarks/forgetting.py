@@ -122,7 +122,7 @@ def main(given: Sequence[str] | None = None) -> None:
             options = {"retain_weight": args.retain_weight, "mask": critical} | CONDITIONS[name]
             if isinstance(options["mask"], str) and options["mask"] == "random":
                 options["mask"] = lu.random_pruning(
-                    model, facts["forget"], facts["retain"], like=lu.Ablate(critical), seed=seed
+                    model, facts["forget"], facts["retain"], like=lu.Ablate(critical), seed=seed, progress=False
                 ).selection
             if args.lr and options.get("attention") != "none":
                 options["lr"] = args.lr

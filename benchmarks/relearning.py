@@ -17,6 +17,7 @@ from record import Table, begin
 
 import lens_unlearn as lu
 from lens_unlearn import demo
+from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.methods import by_name
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -42,7 +43,10 @@ def main(given: Sequence[str] | None = None) -> None:
         "key-space-detection": ("key-space-detection", {"region": "auto"}),
     }
     record.about(model, questions=persons.n_documents, fraction=0.1, recovered=0.9)
-    print(f"demo, lr 1e-4, {persons.n_documents} questions")
+    units = len(set(persons.units))
+    print(
+        f"demo, lr 1e-4, {persons.n_documents} questions, resampled in {units} units{'' if units >= FEWEST else ': too few'}"
+    )
     columns = ["method", "seed", "threat", *map(str, STEPS)]
     table = record.table("relearning", [*columns, "neighbours, 0", "neighbours, 64", "index"])
     for seed in args.seeds:

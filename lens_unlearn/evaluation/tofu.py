@@ -49,7 +49,9 @@ def forget_quality(
     """Compare the truth ratios of single questions under an edit with those of a model trained without the facts.
 
     By the two-sided two-sample Kolmogorov-Smirnov test (`scipy.stats.ks_2samp`), as TOFU (Maini et al. 2024) has it. p falls with
-    the number of questions as well as with the distance: give both.
+    the number of questions as well as with the distance: give both. The test takes the questions as independent of each other, and
+    the two models' as unpaired. Neither holds: questions of one author are alike, which makes p too small, and both models get the
+    same questions, which makes it too large. So it is a figure to compare with TOFU's, and has no interval.
 
     Args:
         edited: A report of `evaluate` with `memorization`, or the truth ratio of each question.
