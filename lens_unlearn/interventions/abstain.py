@@ -27,9 +27,14 @@ REFUSAL = "Sorry, your query is not valid."
 class Abstain(Intervention):
     """Abstain from answering a query whose key lies in a region: its logits are constant, its text is a refusal.
 
-    Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours. An
-    abstained row's logits carry nothing of the input: they are equal for all tokens, but for the end-of-text token, which
-    is ahead by a hair, so that greedy generation stops at once. `lu.generate` writes the refusal instead.
+    Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours. From
+    that token on, an abstained row's logits carry nothing of the input: they are equal for all tokens, but for the
+    end-of-text token, which is ahead by 0.001, so that greedy generation stops at once. `lu.generate` writes the refusal
+    instead. Logits before the prompt's end stay as they are: no later token ever changes them.
+
+    A forward pass decides for itself, whatever ran before it: its prompts end at the last token of each row that is not
+    padding, unless `Live.expect` says where. Only a generation goes on with what was decided at its prompt: the passes of one
+    call of `generate`, and passes with a key-value cache that holds the pass before.
 
     Args:
         regions: One region per voting site, usually `mlp.post` of some layers.
@@ -82,15 +87,15 @@ class Abstain(Intervention):
             rows.check(x)
             rows = rows.beside(x)
             keys = x.detach().flatten(2)
-            ends, width = rows.ends - rows.cached, x.shape[1]  # where prompts end: in this pass, or before or behind it
+            ends, width = (rows.ends - rows.cached)[:, None], x.shape[1]  # in this pass, or before or behind it
+            place = torch.arange(width, device=x.device)
             if self.when == "every_token":
-                inside = region.contains(keys) & (torch.arange(width, device=x.device) >= ends[:, None]) & rows.text
+                inside = region.contains(keys) & (place >= ends) & rows.text
             else:
-                # Only a prompt that ends in this pass is judged. Without a cache, the next pass of a generation holds the prompt
-                # again, and its last position alone is new: what was decided before stands, and is not decided twice.
-                fresh = (ends >= (width - 1 if rows.continues and not rows.cached else 0)) & (ends < width)
-                at = keys[torch.arange(len(keys), device=x.device), ends.clamp(0, width - 1)]
-                inside = (region.contains(at) & fresh)[:, None]
+                last = keys[torch.arange(len(keys), device=x.device), ends[:, 0].clamp(0, width - 1)]
+                inside = region.contains(last)[:, None] & (place == ends)
+            if rows.repeats:  # what was decided at the positions of the pass before stands, and is not decided twice
+                inside = inside & (place == width - 1)
             live.notes.setdefault(id(self), {}).setdefault("votes", {})[site] = inside
             return x
 
@@ -111,19 +116,18 @@ class Abstain(Intervention):
         if before is not None:
             # With a cache, a pass holds new positions alone, and the last decision of each row goes on. Without one, it holds
             # those of the pass before again, each of which keeps its own decision, and one more.
-            repeats = self.when == "every_token" and live.rows is not None and not live.rows.cached
+            repeats = live.rows is not None and live.rows.repeats
             silent = silent | (torch.cat([before, before[:, -1:]], dim=1) if repeats else before[:, -1:])
         state["silent"] = silent
         live.withhold(silent[:, -1], self.refusal)
 
     def finish(self, logits: Tensor, live: Live) -> Tensor:
-        """Make the logits of abstained rows constant."""
+        """Make the logits of abstained rows constant, from where they were decided on."""
         self.settle(live)
         silent = live.notes.get(id(self), {}).get("silent")
         if silent is None or not bool(silent.any()):  # logits are large: they are not copied where no row abstains
             return logits
-        # The model may have kept the logits of the last positions only.
-        where = silent[:, -1:] if silent.shape[1] < logits.shape[1] else silent[:, -logits.shape[1] :]
+        where = silent[:, -logits.shape[1] :]  # the model may have kept the logits of the last positions only
         constant = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
         end = getattr(getattr(live.model, "tokenizer", None), "eos_token_id", None)
         if end is not None:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,16 @@ from torch import Tensor
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import SelectionError
-from lens_unlearn.model.hooks import Remover, attach, detach_all, logit_functions, on_forward, on_logits, one_thread
+from lens_unlearn.model.hooks import (
+    Remover,
+    attach,
+    detach_all,
+    generation,
+    logit_functions,
+    on_forward,
+    on_logits,
+    one_thread,
+)
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
@@ -71,6 +81,7 @@ class Live:
         self._ends: Tensor | None = None
         self._lengths: Tensor | None = None
         self._stop: tuple[int, ...] = ()
+        self._generation: FrameType | None = None
         self._refusals: dict[int, str] = {}
         self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, int, Tensor]] = {}
 
@@ -81,6 +92,9 @@ class Live:
         lengths: Int[Tensor, "batch"] | None = None,
     ) -> None:
         """Announce where each row's prompt ends in the next forward pass, which begins new texts.
+
+        It holds for that pass, and for the generation that the pass begins: announce it again before each pass of a text that you
+        continue by hand without a key-value cache.
 
         Args:
             ends: Positions of the prompts' last tokens; None for each row's last token that is not padding, which is also
@@ -106,7 +120,12 @@ class Live:
             self.rows = None
             return
         stop = {*ends_of_text(self.model), *self._stop}
-        self.rows = Rows.of(tokens, cached, self.rows, pad_of(self.model), self._ends, stop, self._lengths)
+        # A pass with a cache continues whatever filled that. Without one, nothing in the tokens tells the next step of a generation
+        # from a text of the user's that happens to be one token longer than the last: only a call of `generate` does.
+        call = None if cached else generation(self.model)
+        last = self.rows if cached or (call is not None and call is self._generation) else None
+        self._generation = call
+        self.rows = Rows.of(tokens, cached, last, pad_of(self.model), self._ends, stop, self._lengths)
         self._ends = self._lengths = None
         if not self.rows.continues:
             self.notes.clear()
@@ -130,19 +149,19 @@ class Live:
             member.settle(self)
 
     def _end(self) -> None:
-        self.active, self.rows = False, None
+        self.active, self.rows, self._generation = False, None, None
         self._moved.clear()
         self.notes.clear()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Forget the forward passes of a `with` block, which are not the user's."""
-        state = (self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes)
+        state = dict(vars(self))
         self._refusals, self.notes = {}, {}
         try:
             yield
         finally:
-            self.rows, self.abstained, self._ends, self._lengths, self._stop, self._refusals, self.notes = state
+            vars(self).update(state)
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.

@@ -19,11 +19,14 @@ or what the functions that it hooks compute.
 # before its hook is added; it can be called twice; and it deletes last the entry by which it finds the hook. Callers run
 # `detach_all` in two nested `finally` clauses, since the interrupt can come before the first line of the inner one.
 
+import inspect
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ __all__ = [
     "attach",
     "backbone",
     "detach_all",
+    "generation",
     "logit_functions",
     "on_forward",
     "on_logits",
@@ -211,6 +215,26 @@ def on_forward(
 
     before = "_forward_pre_hooks"
     return register([(model.embed, before, embed), (model.blocks[0], before, begin)], removers)
+
+
+def generation(model: Model) -> FrameType | None:
+    """Return the frame of the call of the model's `generate` in which this is called; None outside of any.
+
+    While a reference to it is held, no other call has the same frame: so it tells one generation from another. Without a
+    key-value cache nothing that reaches the hooks does.
+    """
+    codes = _generating(type(model)) | _generating(type(getattr(model, "original_model", None)))
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame
+
+
+@cache
+def _generating(kind: type) -> frozenset[CodeType]:
+    """Return the code of what generates, of a class of models: of TransformerLens, or the one of transformers inside."""
+    found = (getattr(kind, name, None) for name in ("generate", "generate_stream"))
+    return frozenset(inspect.unwrap(function).__code__ for function in found if function is not None)
 
 
 def register(

@@ -39,7 +39,7 @@ class Rows:
     keys: Int[Tensor, "batch pos"]
     """A key for random numbers at each position, computed from the real tokens up to it."""
     continues: bool
-    """Whether this pass continues the generation of the last one, so that what was decided at the prompt holds."""
+    """Whether this pass continues the generation of the last one, so that what was decided in that holds."""
     carry: Int[Tensor, "batch 2"]
     """What `prefixes` needs to compute the keys of the pass that continues this one."""
     over: Bool[Tensor, "batch"]
@@ -56,7 +56,7 @@ class Rows:
         stop: Collection[int] = (),
         lengths: Int[Tensor, "batch"] | None = None,
     ) -> "Rows":
-        """Describe a forward pass, given the one before it.
+        """Describe a forward pass, given the one before it in the same generation.
 
         A pass continues the last one if its cache holds exactly the positions up to that one's end; or if it has no cache, and its
         tokens are those of the last pass and one more per row.
@@ -64,7 +64,7 @@ class Rows:
         Args:
             tokens: Token ids of this pass.
             cached: Number of positions in the key-value cache.
-            last: The pass before; None if there was none.
+            last: The pass before; None if there was none, or if this pass does not belong to the same generation.
             pad: The padding token, if there is one.
             prompt_ends: Position of the last token of each row's prompt; default the last token that is not padding.
             stop: Tokens that end a generated text.
@@ -98,6 +98,11 @@ class Rows:
                     raise LensUnlearnError(f"{len(prompt_ends)} ends of prompts were given for {rows} rows")
                 ends = prompt_ends.to(tokens.device)
         return cls(tokens, cached, ends, text, keys, last is not None, carry, over)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether this pass holds the positions of the last one again, and one more: in a generation without a cache."""
+        return self.continues and not self.cached
 
     @property
     def _width(self) -> int:

@@ -283,6 +283,9 @@ class InterventionPromises(Promises):
             self._run(self._others)
             self._same("after another text", self._run(), alone)
             self._same("after itself", self._run(), alone)
+            if self._tokens.shape[1] > 1:
+                self._run(self._tokens[:, :-1])
+                self._same("after the same text without its last token", self._run(), alone)
 
     def nests(self) -> None:
         """Its blocks can be nested, and the end of an inner one leaves the outer one acting."""
@@ -413,6 +416,19 @@ class InterventionPromises(Promises):
             raise Seen("the block was entered")
         changed = first_change(before.hooks, Picture(self.model).hooks)
         demand(changed is None, f"after the refusal {changed} are others")
+
+    def looks_only_back(self) -> None:
+        """A token changes no logits before it."""
+        width = self._tokens.shape[1]
+        if width == 1:
+            raise SkipTest("the texts have one token only")
+
+        def gap(run: Callable[[Tensor], Tensor]) -> float:
+            whole = run(self._tokens)
+            mixed = (run(torch.cat([self._tokens[:, :p], self._others[:, p:]], 1)) for p in range(1, width))
+            return max(apart(logits[:, :p], whole[:, :p]) for p, logits in enumerate(mixed, 1))
+
+        self._against("this model itself is not causal", lambda: gap(self._run), lambda: gap(self._inside))
 
     def judges_rows_alone(self) -> None:
         """A row of a batch gives the same results as alone."""

@@ -17,7 +17,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from interventions_helpers import random_selection, selection_of, unchanged
-from positions_helpers import LAST, RADIUS, ROWS, about, adjust_of, around, everywhere, ids, key, pad, run, watching
+from positions_helpers import (
+    LAST,
+    RADIUS,
+    ROWS,
+    about,
+    adjust_of,
+    around,
+    everywhere,
+    ids,
+    key,
+    pad,
+    run,
+    values,
+    watching,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -152,8 +166,10 @@ def test_each_row_is_judged_at_its_own_last_real_token(name: str) -> None:
                 logits = run(model, tokens, given)
             expected = [i == target for i in range(len(ROWS))]
             assert live.abstained.tolist() == expected
-            assert is_constant(logits[target])
-            assert not is_constant(base[target])
+            end = int(mask[target].nonzero().max())
+            assert is_constant(logits[target, end:])
+            assert torch.equal(logits[target, :end], base[target, :end]), "nothing before the prompt's end changes"
+            assert not is_constant(base[target, end:])
             others = torch.tensor(expected).logical_not()
             assert torch.equal(logits[others], base[others])
 
@@ -210,13 +226,15 @@ def test_where_the_pad_token_is_the_end_of_text_and_bos_token_too() -> None:
 
 def test_an_abstained_rows_logits_are_the_same_for_every_input() -> None:
     model = tiny.speaking("gpt2")
-    with Abstain({LAST: everywhere(model)}).on(model):
+    with Abstain({LAST: everywhere(model)}).on(model) as live:
         one, other = run(model, tiny.some_tokens(3, 9)), run(model, tiny.some_tokens(3, 9, seed=1))
-        assert torch.equal(one, other)
-        assert is_constant(one)
+        assert torch.equal(one[:, -1], other[:, -1])
+        assert is_constant(one[:, -1])
+        assert not is_constant(one[:, :-1])
+        live.expect(torch.tensor([0, 0, 0]))
         loss = model(tiny.some_tokens(3, 9), return_type="loss")
     assert float(loss) == pytest.approx(math.log(tiny.VOCABULARY), abs=1e-4)
-    assert int(one[0, 0].argmax()) == tiny.EOS, "so that greedy decoding stops"
+    assert int(one[0, -1].argmax()) == tiny.EOS, "so that greedy decoding stops"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -228,7 +246,7 @@ def test_half_precision_logits_keep_their_dtype(dtype: torch.dtype) -> None:
         logits = run(model, tokens)
     assert logits.dtype == dtype
     assert live.abstained.tolist() == [False, True]
-    assert is_constant(logits[1])
+    assert is_constant(logits[1, -1])
     assert int(logits[1, -1].argmax()) == tiny.EOS
 
 
@@ -238,7 +256,7 @@ def test_models_without_a_tokenizer_too_and_afterwards_nothing_is_left(name: str
     with unchanged(model), about(model, tokens[1].tolist()).on(model) as live:
         logits = run(model, tokens)
         assert live.abstained.tolist() == [False, True, False]
-        assert is_constant(logits[1])
+        assert is_constant(logits[1, -1])
     assert acting(model) == []
     assert live.abstained.tolist() == [False, True, False], "readable after the run"
 
@@ -270,6 +288,96 @@ def test_layers_vote(vote: int, expected: list[bool]) -> None:
     assert live.abstained.tolist() == expected
 
 
+# --- a pass decides for itself -------------------------------------------------------------------------------------------
+
+CAUSAL: dict[str, Callable[[Any], Intervention]] = {
+    "prompt": lambda model: split_in_two(model, "prompt"),
+    "every token": lambda model: split_in_two(model, "every_token"),
+    "two votes": lambda model: Abstain({FIRST: halved(model, FIRST), LAST: halved(model, LAST)}, vote=2),
+    "adjust": lambda model: adjust_of(model),
+    "ablate": lambda model: Ablate(random_selection({FIRST: (64,)})),
+    "chain": lambda model: split_in_two(model, "prompt") + adjust_of(model, "L1.mlp.post"),
+}
+
+
+def halved(model: Any, site: Site) -> Box:
+    """A box that holds the keys of about half of all random texts."""
+    seen = values(model, tiny.some_tokens(8, 9, seed=9), site).flatten(0, 1).flatten(1).float()
+    box = Box(seen.mean(0, keepdim=True), torch.ones(seen.shape[1]), 1.0)
+    return box.at(float(box.score(seen).median()))
+
+
+def split_in_two(model: Any, when: Any) -> Abstain:
+    return Abstain({LAST: halved(model, LAST)}, when=when)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("gpt2", kind) for kind in CAUSAL), *((name, "prompt") for name in FEW[1:])]
+)
+def test_no_token_changes_what_the_model_says_before_it(name: str, kind: str) -> None:
+    """Of two texts that begin alike the logits of that beginning are the same, wherever the prompts end."""
+    model = tiny.speaking(name)
+    tokens, others = tiny.some_tokens(6, 8), tiny.some_tokens(6, 8, seed=1)
+    changed = 0
+    with CAUSAL[kind](model).on(model) as live:
+        for ends in (None, torch.tensor([0, 1, 2, 3, 6, 7])):
+            live.expect(ends)
+            whole = run(model, tokens)
+            for p in range(1, 8):
+                live.expect(ends)
+                mixed = run(model, torch.cat([tokens[:, :p], others[:, p:]], 1))
+                torch.testing.assert_close(mixed[:, :p], whole[:, :p], rtol=1e-5, atol=1e-5)
+                changed += int(not torch.equal(mixed[:, p:], whole[:, p:]))
+    assert changed == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("gpt2", kind) for kind in CAUSAL), *((name, "prompt") for name in FEW[1:])]
+)
+def test_in_a_loop_over_prefixes_each_is_judged_as_it_would_be_alone(name: str, kind: str) -> None:
+    """A prefix that is one token longer than the one before is no generation: nothing is inherited."""
+    model, act = tiny.speaking(name), CAUSAL[kind](tiny.speaking(name))
+    tokens = tiny.some_tokens(8, 9, seed=2)
+    alone: list[tuple[Tensor, list[bool]]] = []
+    for width in range(1, 10):
+        with act.on(model) as live:
+            alone.append((run(model, tokens[:, :width]), live.abstained.tolist()))
+    with act.on(model) as live:
+        for order in (range(1, 10), reversed(range(1, 10))):
+            for width in order:
+                logits, abstained = alone[width - 1]
+                assert torch.equal(run(model, tokens[:, :width]), logits)
+                assert live.abstained.tolist() == abstained
+        for cache in (True, False):  # the prompt that `generate` is given is another text each time, too
+            for width in range(1, 10):
+                decode(model, tokens[:, :width], 1, cache=cache)
+                assert live.abstained.tolist() == alone[width - 1][1]
+    if act.abstains and kind != "two votes":
+        decided = [row for _, abstained in alone for row in abstained]
+        assert 0.2 < sum(decided) / len(decided) < 0.8
+        flips = sum(a != b for (_, one), (_, other) in zip(alone, alone[1:]) for a, b in zip(one, other))
+        assert flips > 8, "decisions change along the texts, so that an inherited one would be seen"
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.integers(0, 3))
+def test_padded_beside_others_a_row_gets_the_logits_that_it_gets_alone(
+    lengths: list[int], side: str, extra: int
+) -> None:
+    model = tiny.speaking("llama")
+    rows = [tiny.some_tokens(1, n, seed=n + 10 * i)[0].tolist() for i, n in enumerate(lengths)]
+    tokens, mask = pad(rows, side, extra)
+    act = split_in_two(model, "prompt")
+    with act.on(model) as live:
+        logits = run(model, tokens, mask if side == "left" else None)
+        together = live.abstained.tolist()
+        for i, row in enumerate(rows):
+            alone = run(model, torch.tensor([row]))[0]
+            assert together[i] == bool(live.abstained)
+            torch.testing.assert_close(logits[i][mask[i].bool()], alone, rtol=1e-4, atol=1e-4)
+            assert is_constant(alone[-1]) == together[i]
+            assert len(row) == 1 or not is_constant(alone[:-1])
+
+
 # --- Abstain: when -------------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +391,8 @@ def test_ends_can_be_said_for_the_next_pass_and_only_for_that() -> None:
         live.expect(torch.tensor([2, 1]))
         logits = run(model, tokens)
         assert live.abstained.tolist() == [True, False]
-        assert is_constant(logits[0])
+        assert is_constant(logits[0, 2:])
+        assert torch.equal(logits[0, :2], base[0, :2])
         assert torch.equal(logits[1], base[1])
         assert torch.equal(run(model, tokens), base), "what was said held for one pass"
         assert live.abstained.tolist() == [False, False]
@@ -485,16 +594,23 @@ def test_by_hand_token_by_token(name: str) -> None:
     assert silent(about(model, [40, 41], when="every_token"), 1, ends) == [[False] * 6] * 2
 
 
-def test_by_hand_without_a_cache_where_the_end_is_said() -> None:
+@pytest.mark.parametrize("when", ["prompt", "every_token"])
+def test_by_hand_without_a_cache_where_the_end_is_said(when: Any) -> None:
     model = tiny.speaking("gpt2")
     tokens = torch.tensor([[40, 41, 42, 43, 44, 45]])
-    with about(model, [40, 41, 42]).on(model) as live:
-        live.expect(torch.tensor([2]))
+    with about(model, [40, 41, 42], when=when).on(model) as live:
         seen = []
         for width in range(1, 7):
+            live.expect(torch.tensor([2]))
             run(model, tokens[:, :width])
             seen += live.abstained.tolist()
-    assert seen == [False, False, True, True, True, True]
+        assert seen == [False, False, True, True, True, True]
+        live.expect(torch.tensor([2]))
+        seen = []
+        for width in range(1, 7):  # what was said held for the first of these passes
+            run(model, tokens[:, :width])
+            seen += live.abstained.tolist()
+        assert seen == [False, False, True, False, False, False]
 
 
 def test_at_every_token_by_hand_without_a_cache_earlier_positions_stay_as_they_were() -> None:
@@ -503,6 +619,7 @@ def test_at_every_token_by_hand_without_a_cache_earlier_positions_stay_as_they_w
     base = run(model, tokens)
     with about(model, [40, 41, 42, 43], when="every_token").on(model) as live:
         for width in range(2, 7):
+            live.expect(torch.tensor([1]))
             logits = run(model, tokens[:, :width])
             torch.testing.assert_close(logits[:, :3], base[:, : min(3, width)])
             assert all(is_constant(logits[:, t]) for t in range(3, width))
@@ -621,10 +738,10 @@ def test_two_models_and_two_interventions_know_nothing_of_one_another() -> None:
             logits = run(one, tokens)
             assert a.abstained.tolist() == [True, False, False, False]
             assert b.abstained.tolist() == [False, True, False, False]
-            assert [is_constant(row) for row in logits] == [True, True, False, False]
+            assert [is_constant(row[-1]) for row in logits] == [True, True, False, False]
             assert acting(one) == [a, b]
         logits = run(one, tokens)
-        assert [is_constant(row) for row in logits] == [True, False, False, False]
+        assert [is_constant(row[-1]) for row in logits] == [True, False, False, False]
         assert b.abstained.tolist() == [False, True, False, False]
     assert acting(one) == acting(other) == []
 
@@ -657,7 +774,7 @@ def test_blocks_that_look_at_rows_may_close_in_any_order() -> None:
         one.__enter__()
         live = other.__enter__()
         one.__exit__(None, None, None)
-        assert [is_constant(row) for row in run(model, tokens)] == [False, True, False, False]
+        assert [is_constant(row[-1]) for row in run(model, tokens)] == [False, True, False, False]
         assert acting(model) == [live]
         other.__exit__(None, None, None)
 
@@ -668,7 +785,7 @@ def test_collecting_inside_a_block_leaves_the_generation_alone_and_the_keys_as_t
     base = collect(model, corpus, "mlp.post", progress=False)
     with Abstain({FIRST: everywhere(model, FIRST)}).on(model) as live:
         inside = collect(model, corpus, "mlp.post", progress=False)
-        assert is_constant(run(model, torch.tensor([ROWS[0]])))
+        assert is_constant(run(model, torch.tensor([ROWS[0]]))[:, -1])
         assert live.abstained.tolist() == [True]
     for site in base.sites:  # but for rounding: a block that is looked at keeps the bridge's own attention
         torch.testing.assert_close(inside.mean[site], base.mean[site], rtol=1e-5, atol=1e-6)
@@ -760,10 +877,10 @@ def test_it_survives_reset_hooks_and_run_with_cache() -> None:
         model.reset_hooks()
         expected = [False, True, False, False]
         logits, cache = model.run_with_cache(tokens)
-        assert [is_constant(row) for row in logits] == live.abstained.tolist() == expected
+        assert [is_constant(row[-1]) for row in logits] == live.abstained.tolist() == expected
         assert "blocks.1.mlp.hook_post" in cache
         logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mlp.hook_post", lambda t, hook: t)])
-        assert [is_constant(row) for row in logits] == expected
+        assert [is_constant(row[-1]) for row in logits] == expected
 
 
 # --- whatever fails ------------------------------------------------------------------------------------------------------
@@ -811,7 +928,7 @@ def test_when_our_part_of_a_forward_raises_none_stays(where: str, monkeypatch: p
             try:
                 run(model, torch.tensor([ROWS[0]]))
             except Fault:
-                assert is_constant(run(model, torch.tensor([ROWS[0]]))), "the next pass is a whole one"
+                assert is_constant(run(model, torch.tensor([ROWS[0]]))[:, -1]), "the next pass is a whole one"
                 assert live.abstained.tolist() == [True]
                 raise
 

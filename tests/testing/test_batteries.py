@@ -493,6 +493,11 @@ BROKEN: list[tuple[str, str, Callable[[], Intervention]]] = [
     ("survives_your_tools", "after reset_hooks the logits differ by", Temporary),
     ("refuses_training_mode", "the block was entered", Evaluating),
     (
+        "looks_only_back",
+        "the logits differ by .*, and without it by",
+        lambda: acting(lambda x, live: x - x.mean(1, True)),
+    ),
+    (
         "judges_rows_alone",
         "the logits differ by .*, and without it by",
         lambda: acting(lambda x, live: x / (1 + len(x))),
