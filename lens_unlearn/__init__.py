@@ -38,6 +38,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "evaluation.tofu": (
         "forget_quality",
         "model_utility",
+        "read_tofu",
         "tofu_utility",
     ),
     "experiments.compare": ("compare",),
@@ -144,7 +145,7 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.membership import membership
     from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, anamnesis_interval, relearn
     from lens_unlearn.evaluation.report import Report, separability
-    from lens_unlearn.evaluation.tofu import forget_quality, model_utility, tofu_utility
+    from lens_unlearn.evaluation.tofu import forget_quality, model_utility, read_tofu, tofu_utility
     from lens_unlearn.experiments.compare import compare
     from lens_unlearn.experiments.hub import push_to_hub
     from lens_unlearn.inspection.generations import Generations, generations

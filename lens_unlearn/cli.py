@@ -59,6 +59,10 @@ Confidence = Annotated[
         help="How sure it is to be that fresh documents of every retain source lose no more than --retain-drop."
     ),
 ]
+AnswerEos = Annotated[
+    bool,
+    typer.Option("--answer-eos", help="Put the end-of-text token behind every answer, and count it, as TOFU does."),
+]
 
 
 class MethodsCommand(TyperCommand):
@@ -117,6 +121,7 @@ def run(
         ),
     ] = False,
     template: Template = None,
+    answer_eos: AnswerEos = False,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
@@ -163,6 +168,7 @@ def run(
         test_forget=test_forget,
         test_retain=tuple(test_retain),
         template=template and _newlines(template),
+        answer_eos=answer_eos,
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
@@ -212,6 +218,7 @@ def compare(
         ),
     ] = False,
     template: Template = None,
+    answer_eos: AnswerEos = False,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
@@ -245,6 +252,7 @@ def compare(
         methods=tuple(method) or compared(),
         settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
         template=template and _newlines(template),
+        answer_eos=answer_eos,
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
@@ -275,6 +283,7 @@ def collect(
     tokens: Annotated[int | None, typer.Option(help="Number of tokens to read. [default: all]")] = None,
     window: Window = None,
     template: Template = None,
+    answer_eos: AnswerEos = False,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -296,7 +305,13 @@ def collect(
         raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
     statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
     loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
-    texts = lu.read_corpus(corpus, loaded, tokens=tokens, window=window, template=template and _newlines(template))
+    reading = {
+        "tokens": tokens,
+        "window": window,
+        "template": template and _newlines(template),
+        "answer_eos": answer_eos,
+    }
+    texts = lu.read_corpus(corpus, loaded, **reading)
     wanted = [site.strip() for site in sites.split(",") if site.strip()]
     with _interruptible(out):
         # The checkpoint is deleted below, once the result is in its file: killed in between, nothing is lost.
@@ -325,6 +340,7 @@ def evaluate(
     tokens: Tokens = 20_000,
     window: Window = None,
     template: Template = None,
+    answer_eos: AnswerEos = False,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -365,7 +381,12 @@ def evaluate(
         raise lu.LensUnlearnError(
             "two intervention files have the same name, by which the report distinguishes them: rename one"
         )
-    reading = {"tokens": tokens, "window": window, "template": template and _newlines(template)}
+    reading = {
+        "tokens": tokens,
+        "window": window,
+        "template": template and _newlines(template),
+        "answer_eos": answer_eos,
+    }
     texts = {name: lu.read_corpus(source, loaded, **reading) for name, source in sources.items()}
     quantities: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
     quantities["allow_code_execution"] = allow_code_execution

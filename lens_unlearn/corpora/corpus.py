@@ -144,6 +144,8 @@ class Corpus:
     """For each document its answer, or None if it was not read as a prompt with an answer; empty if none was."""
     groups: tuple[str, ...] = ()
     """For each document a digest of its group, such as its author; empty where every document stands for itself."""
+    answer_eos: int | None = None
+    """The end-of-text token that was put behind every answer, and counts; None where answers end with their text."""
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -172,6 +174,8 @@ class Corpus:
         for tensor in (self.tokens.int(), self.counted, self.starts.long(), self.document.long()):
             digest.update(tensor.contiguous().numpy().tobytes())
         digest.update(f"{self.prepend_bos} {self.vocabulary}".encode())
+        if self.answer_eos is not None:
+            digest.update(f"answers end with {self.answer_eos}".encode())
         tests = [(place, answer.tests, answer.setup) for place, answer in enumerate(self.answers) if answer]
         if any(statements for _, statements, _ in tests):
             digest.update(repr(tests).encode())
@@ -198,6 +202,13 @@ class Corpus:
     def answer(self, index: int) -> Answer | None:
         """Return the true answer to the prompt of one row; None if it was not read as a prompt with an answer."""
         return self.answers[int(self.document[index])] if self.answers else None
+
+    def ends_with_eos(self, index: int) -> bool:
+        """Say whether one row is a prompt and an answer that ends with the end-of-text token which was put behind it.
+
+        The last row of a corpus may have been cut before it, where its budget of tokens was full.
+        """
+        return self.answer(index) is not None and int(self.tokens[int(self.starts[index + 1]) - 1]) == self.answer_eos
 
     @property
     def has_prompts(self) -> bool:
@@ -237,7 +248,8 @@ class Corpus:
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
         # The answers are dropped: they belong to the prompts that were read, not to these.
-        cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of], answers=())
+        bare = {"answers": (), "answer_eos": None}
+        cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of], **bare)
         long_enough = lengths > ends
         if not bool(long_enough.any()):
             raise CorpusError(
@@ -266,6 +278,7 @@ class Corpus:
             tokens=self.tokens[inside],
             counted=(place == ends[row_of] - 1)[inside],
             answers=(),
+            answer_eos=None,
             starts=torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)]),
         )
         return shorter if bool(prompted.all()) else shorter._rows(prompted)
@@ -392,6 +405,12 @@ class Corpus:
         """
         if (self.vocabulary, self.prepend_bos) != (other.vocabulary, other.prepend_bos):
             raise CorpusError(f"{self.name} and {other.name} were tokenized differently: read both with one model")
+        ends = {corpus.answer_eos for corpus in (self, other) if corpus.answers}
+        if len(ends) > 1:
+            raise CorpusError(
+                f"of {self.name} and {other.name} only one has answers that end with the end-of-text token: read both with the "
+                "same answer_eos"
+            )
         return replace(
             self,
             name=f"{self.name} + {other.name}",
@@ -402,6 +421,7 @@ class Corpus:
             keys=self.keys + other.keys,
             answers=self._answers() + other._answers() if self.answers or other.answers else (),
             groups=self.units + other.units if self.groups or other.groups else (),
+            answer_eos=next(iter(ends), None),
             window=max(self.window, other.window),
             skipped={r: self.skipped.get(r, 0) + other.skipped.get(r, 0) for r in {**self.skipped, **other.skipped}},
         )

@@ -44,6 +44,7 @@ def read_corpus(
     window: int | None = None,
     prepend_bos: bool | None = None,
     count: Literal["all", "answer"] | None = None,
+    answer_eos: bool = False,
     name: str | None = None,
 ) -> Corpus:
     """Read texts and tokenize them with a model's tokenizer.
@@ -66,6 +67,8 @@ def read_corpus(
             context, at most 512.
         prepend_bos: Whether every row begins with BOS. Default: as the model was trained (`cfg.default_prepend_bos`).
         count: Which tokens are counted: "all", or only the "answer". Default: the answer, if there is one.
+        answer_eos: Whether the end-of-text token stands behind every answer of a "question>answer" source, and is counted, as
+            TOFU and OpenUnlearning have it; where an answer ends with it already, none is added.
         name: The name in reports; default the source.
 
     Raises:
@@ -85,13 +88,18 @@ def read_corpus(
         raise CorpusError(f"window={longest} does not fit this model: from {bos + 2} to {model.cfg.n_ctx} tokens")
     if tokens is not None and tokens < 2:
         raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
+    if answer_eos and tokenizer.eos_token_id is None:
+        raise CorpusError(
+            "answer_eos=True, but this tokenizer has no end-of-text token: set one, or leave answer_eos out"
+        )
     opened = open_source(source, field, group)
+    eos = tokenizer.eos_token_id if answer_eos and opened.is_pairs else None
     builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
-    encoder = _Encoder(tokenizer, template or opened.template, count or ("answer" if opened.is_pairs else "all"))
+    encoder = _Encoder(tokenizer, template or opened.template, count or ("answer" if opened.is_pairs else "all"), eos)
     for document in encoder.encode(opened.rows, builder.skipped):
         if not builder.add(*document):
             break
-    return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer))
+    return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer), eos)
 
 
 _Document = tuple[list[int], list[bool], str, Answer | None, str | None]
@@ -103,12 +111,12 @@ _Text = tuple[str, int, Answer | None]
 class _Encoder:
     """Tokenizes documents in chunks, with the mask of the counted tokens of each."""
 
-    def __init__(self, tokenizer: Any, template: str, count: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, count: str, eos: int | None) -> None:
         if count not in ("all", "answer"):
             raise CorpusError(f"count={count!r} is not known: count 'all' tokens or the 'answer'")
         if "{prompt}" not in template or not template.rstrip().endswith("{answer}"):
             raise CorpusError(f"the template {template!r} must hold {{prompt}} and end with {{answer}}")
-        self.tokenizer, self.template, self.count = tokenizer, template, count
+        self.tokenizer, self.template, self.count, self.eos = tokenizer, template, count, eos
         before = re.split(r"\{(?:prompt|tests)\}", template)[0].strip().splitlines()
         marker = before[-1].strip() if before else ""
         self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone can also begin a line of an answer
@@ -141,7 +149,8 @@ class _Encoder:
         return head + text.answer, len(head), answer
 
     def _tokenize(self, chunk: list[tuple[_Text, str | int | None]]) -> Iterator[_Document]:
-        tokenized = tokenize(self.tokenizer, [text for (text, *_), _ in chunk], [begin for (_, begin, _), _ in chunk])
+        texts, begins = [text for (text, *_), _ in chunk], [begin for (_, begin, _), _ in chunk]
+        tokenized = tokenize(self.tokenizer, texts, begins, self.eos)
         for ((text, _, answer), group), (ids, counted) in zip(chunk, tokenized, strict=True):
             key = _digest(text.strip())
             yield ids, counted, key, answer, None if group is None else self._group(group, key)
@@ -158,8 +167,13 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield each text's token ids without BOS, and the mask of the counted ones: those that end after the character `begin`."""
+def tokenize(
+    tokenizer: Any, texts: list[str], begins: list[int], eos: int | None = None
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield each text's token ids without BOS, and the mask of the counted ones: those that end after the character `begin`.
+
+    With `eos`, that token ends each text, and is counted.
+    """
     # Prompt and answer are tokenized together, as the model reads them. So a token can straddle their border, such as the space
     # before the answer; it is counted, since predicting it takes predicting the answer's first characters.
     fast = getattr(tokenizer, "is_fast", False)
@@ -174,6 +188,8 @@ def tokenize(tokenizer: Any, texts: list[str], begins: list[int]) -> Iterator[tu
         else:
             before = len(tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
             counted = [position >= before for position in range(len(ids))]
+        if eos is not None and ids[-1:] != [eos]:
+            ids, counted = [*ids, eos], [*counted, True]
         yield ids, counted
 
 
@@ -228,7 +244,7 @@ class _Builder:
         self.lengths.append(len(head) + len(ids))
         self.document.append(len(self.keys))
 
-    def build(self, name: str, bos: bool, vocabulary: str) -> Corpus:
+    def build(self, name: str, bos: bool, vocabulary: str, eos: int | None) -> Corpus:
         if not self.keys:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.skipped.items()) or "no documents"
             raise CorpusError(f"{name} holds no text that can be used: {reasons}")
@@ -246,4 +262,5 @@ class _Builder:
             skipped=dict(self.skipped),
             answers=tuple(self.answers) if any(self.answers) else (),
             groups=tuple(self.groups),
+            answer_eos=eos,
         )

@@ -68,8 +68,9 @@ def evaluate(
     - `top1_rare`: top1 over tokens outside the 50 most frequent targets of the corpus.
     - `kl`: mean KL(unedited || edited) per token, in nats.
     - `abstained`: share of rows that an intervention abstained from; given where any condition can abstain. Each row is
-      judged at the end of its prompt, or, where a corpus has no prompts, at its last token. An abstained row's logits are
-      constant, so it adds log(vocabulary) to the loss and 1 / vocabulary to top-1.
+      judged at the end of its prompt, and its logits are constant from there on, but for the end-of-text token, which is ahead
+      by 0.001: it adds log(vocabulary) to the loss and 0 to top-1 (1 where the end-of-text token itself is to be predicted), and
+      9 / (vocabulary - 1) to top-10. Where a corpus has no prompts, a row is judged at its last token, and nothing else changes.
 
     With `answers`, questions of the corpora that were read as "question>answer" are also answered, greedily, and compared
     with the true answers; where an answer ends and how it is compared is said in `lens_unlearn.evaluation.answer_matching`:
@@ -90,11 +91,15 @@ def evaluate(
     - `truth_ratio`: mean of R = exp(-mean_j NLL(wrong_j)) / (exp(-NLL(paraphrase)) + 1e-10), and `choice_probability`: mean of
       p(answer) / (p(answer) + sum_j p(wrong_j) + 1e-10), p = exp(-NLL); over questions with wrong answers, where rows have some.
 
+    An end-of-text token behind the answers (`read_corpus(answer_eos=True)`) is one of their tokens, but for `exact_memorization`
+    and `extraction_strength`, as in OpenUnlearning.
+
     With `tasks`, benchmarks of EleutherAI's lm-evaluation-harness are run under every condition, with their own metrics (`acc`,
     `acc_norm`, `exact_match`, ...); each task is a corpus of the report. See `lens_unlearn.evaluation.harness`.
 
     What single questions score is in `Report.values`. An abstained row has constant logits: each token has probability
-    1 / vocabulary and none is predicted, so `answer_probability` is 1 / vocabulary, `truth_ratio` 1 and the shares 0.
+    1 / vocabulary and no token of an answer is predicted, so `answer_probability` is 1 / vocabulary, `truth_ratio` 1,
+    `choice_probability` 1 / (1 + wrong answers), `exact_memorization` and `extraction_strength` 0.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
@@ -392,6 +397,7 @@ def _settings(
                 "units": len(set(corpus.units)),
                 "bos": corpus.prepend_bos,
                 "window": corpus.window,
+                "answer_eos": corpus.answer_eos is not None,
                 "fingerprint": corpus.fingerprint,
                 "skipped": corpus.skipped,
             }

@@ -59,8 +59,8 @@ def membership(
     model gives that never saw either; above it, members are still known; far below, they are avoided, which tells them as well.
     `privacy_leak` is that of `mia_min_k` beside the retrained model's; see `privacy_leak`.
 
-    Where an intervention abstains from everything, logits are constant, and all of these are 0.5 but `mia_zlib`, which still
-    sees the length of the texts.
+    Where an intervention abstains from every prompt, logits are constant, and all of these are 0.5 but `mia_zlib`, which still
+    sees the length of the texts. An end-of-text token behind the answers (`read_corpus(answer_eos=True)`) does not count here.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
@@ -142,7 +142,7 @@ def _compressed(model: Model, corpus: Corpus) -> list[int]:
     tokens: list[list[int]] = [[] for _ in corpus.keys]
     for row, document in enumerate(corpus.document.tolist()):
         counted = corpus.counted[int(corpus.starts[row]) : int(corpus.starts[row + 1])]
-        tokens[document] += corpus.row(row)[counted].tolist()
+        tokens[document] += corpus.row(row)[counted].tolist()[: -1 if corpus.ends_with_eos(row) else None]
     return [len(zlib.compress(tokenizer.decode(ids).encode())) for ids in tokens]
 
 
@@ -163,8 +163,9 @@ class Document:
 def _documents(rows: list[Forced], corpus: Corpus, sizes: list[int], k: float) -> list[Document]:
     """Join the rows of each document; leave out those in which nothing is predicted."""
     joined: list[list[Forced]] = [[] for _ in corpus.keys]
-    for row, document in zip(rows, corpus.document.tolist(), strict=True):
-        joined[document].append(row)
+    for number, (row, document) in enumerate(zip(rows, corpus.document.tolist(), strict=True)):
+        end = -1 if corpus.ends_with_eos(number) else None  # which is no text of the document's
+        joined[document].append({quantity: values[:end] for quantity, values in row.items()})
     documents = [
         Document(_joined(own, "loss"), _joined(own, "z_score"), size, k)
         for own, size in zip(joined, sizes, strict=True)

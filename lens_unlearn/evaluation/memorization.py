@@ -71,11 +71,13 @@ class Question:
     truth: Forced
     others: tuple[Forced, ...] = ()
     """The true answer in other words (or as it is), then wrong ones; empty where there are none, or not all fit the window."""
+    eos: bool = False
+    """Whether the end-of-text token is the last of every answer."""
 
     @property
     def right(self) -> np.ndarray:
-        """[tokens] 1 where the true answer's token is the single most probable one."""
-        return self.truth["right"]
+        """[tokens] 1 where the true answer's token is the single most probable one; without the end-of-text token."""
+        return self.truth["right"][:-1] if self.eos else self.truth["right"]
 
     @cached_property
     def probability(self) -> float:
@@ -114,6 +116,8 @@ class _Questions:
     """Questions whose wrong answers do not all fit the window, and so do not count."""
     units: list[str]
     """For each question the key of what is resampled whole."""
+    eos: bool
+    """Whether the end-of-text token is the last of every answer."""
 
 
 @dataclass
@@ -186,7 +190,7 @@ class Memorization:
         asked = []
         for row, rows, complete in zip(known.own, known.rows, known.complete, strict=True):
             answers = ([] if row is None else [own[row]]) + [others[other] for other in rows]
-            asked.append(Question(answers[0], tuple(answers[1:]) if complete else ()))
+            asked.append(Question(answers[0], tuple(answers[1:]) if complete else (), known.eos))
         return asked
 
     def _scores(self, known: _Questions, questions: Mapping[str, list[list[Question]]]) -> Scores:
@@ -206,7 +210,11 @@ class Memorization:
         settings: dict[str, Any] = {
             "questions": {name: len(known.truths) for name, known in self._known.items()},
             "seed": self.seed,
-            "tokens": "those of the answer, predicted from the true ones before them; no end-of-text token",
+            "tokens": "those of the answer, predicted from the true ones before them",
+            "end-of-text token": {
+                name: "counts, but for exact_memorization and extraction_strength" if known.eos else "none"
+                for name, known in self._known.items()
+            },
         }
         left_out = {name: known.left_out for name, known in self._known.items()}
         if any(left_out.values()):
@@ -267,4 +275,4 @@ def _questions(model: Model, corpus: Corpus, rows: Sequence[int]) -> _Questions:
     others = joined.only(needed_rows) if needed_rows else None  # one row is one document here
     units = [corpus.units[document] for document in corpus.document[torch.tensor(rows)].tolist()]
     places = [[number_of[answer] for answer in answers] for answers in wanted]
-    return _Questions(truths, own, others, places, complete, left_out, units)
+    return _Questions(truths, own, others, places, complete, left_out, units, corpus.answer_eos is not None)

@@ -235,7 +235,7 @@ def _require_tokens(predicted: int, corpus: Corpus) -> None:
 
 
 def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, str]]) -> tuple[Corpus, list[int]]:
-    """Join answers to the prompts of others, in the template that these were read with.
+    """Join answers to the prompts of others, in the template that these were read with, and with the same end.
 
     Args:
         model: Whose tokenizer to use.
@@ -255,7 +255,7 @@ def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, s
     head = [tokenizer.bos_token_id] if corpus.prepend_bos else []
     window = min(corpus.window, int(model.cfg.n_ctx))
     rows, masks, fitting = [], [], []
-    for number, (ids, counted) in enumerate(tokenize(tokenizer, texts, begins)):
+    for number, (ids, counted) in enumerate(tokenize(tokenizer, texts, begins, corpus.answer_eos)):
         mask = [False] * len(head) + counted
         if len(mask) <= window and any(mask[1:]):
             rows.append(head + ids)
@@ -271,5 +271,6 @@ def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, s
         document=torch.arange(len(rows)),
         keys=tuple(map(str, fitting)),
         answers=(),
+        groups=(),
     )
     return joined, fitting

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.reading import read_corpus
+from lens_unlearn.corpora.sources import Source
 from lens_unlearn.evaluation.report import BASE, Report
+from lens_unlearn.model.host import Model
 
 __all__ = [
     "ForgetQuality",
@@ -15,11 +19,41 @@ __all__ = [
     "forget_quality",
     "forget_truth_ratio",
     "model_utility",
+    "read_tofu",
     "retain_truth_ratio",
     "tofu_utility",
 ]
 
 Values = Report | Sequence[float] | np.ndarray
+
+
+def read_tofu(
+    source: Source,
+    model: Model,
+    *,
+    template: str | None = None,
+    group: str | int | None = None,
+    tokens: int | None = None,
+    window: int | None = None,
+    answer_eos: bool = True,
+) -> Corpus:
+    """Read one of TOFU's files, or others in its layout, with TOFU's own choice of what counts in an answer.
+
+    The end-of-text token behind an answer counts, as in TOFU's code (`convert_raw_data_to_model_format`) and in OpenUnlearning's
+    (`preprocess_chat_instance`): it is one more token of every answer in `loss`, `answer_probability` and the truth ratio, and of
+    wrong and paraphrased answers too. A model that was trained without it is measured better with ``answer_eos=False``.
+
+    Args:
+        source: Such as ``forget10_perturbed.jsonl``; the fields are question and answer, unless others are named.
+        model: The model whose tokenizer and context length to use.
+        template: How the model was asked in training; as for `read_corpus`, like what follows.
+        group: What belongs together, such as 20 for the questions on one author in TOFU's own order.
+        tokens: Stop after exactly this many counted tokens.
+        window: Longest row in tokens.
+        answer_eos: Whether the end-of-text token counts.
+    """
+    reading: dict[str, Any] = {"template": template, "group": group, "tokens": tokens, "window": window}
+    return read_corpus(source, model, field="question>answer", answer_eos=answer_eos, **reading)
 
 
 def forget_truth_ratio(values: Sequence[float] | np.ndarray) -> float:

@@ -16,7 +16,7 @@ from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
-from lens_unlearn.experiments.documents import Reader, to_read
+from lens_unlearn.experiments.documents import Reader, reading_of
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import Plan, settings_of
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
@@ -374,8 +374,7 @@ def carry_out_comparison(
         return None
     plan = next(iter(plans.values()))
     model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
-    tokens = None if plan.facts else to_read(plan.tokens)
-    reading = {"tokens": tokens, "template": plan.template, "window": plan.window}
+    reading = reading_of(plan, whole=plan.facts)
     skills, tests = (
         {name: read_corpus(source, model, name=source, **reading) for name, source in (given or {}).items()}
         for given in (sources, test)

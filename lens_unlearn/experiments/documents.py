@@ -15,7 +15,7 @@ from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.methods.tuning import cut_prompts
 from lens_unlearn.model.host import Model
 
-__all__ = ["Documents", "Reader", "to_read"]
+__all__ = ["Documents", "Reader", "reading_of", "to_read"]
 
 READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
 FEWEST_READ = 50_000  # tokens, so that the parts of a source hold many documents even where few tokens are used
@@ -60,6 +60,16 @@ class Documents:
         return {f"{use} {name}": c.fingerprint for use, corpora in parts.items() for name, c in corpora.items()}
 
 
+def reading_of(plan: Plan, *, whole: bool) -> dict[str, Any]:
+    """Return the options with which a source is read: to `to_read` tokens, or to its end."""
+    return {
+        "tokens": None if whole else to_read(plan.tokens),
+        "template": plan.template,
+        "window": plan.window,
+        "answer_eos": plan.answer_eos,
+    }
+
+
 @dataclass
 class Reader:
     """Reads the sources of a plan.
@@ -76,9 +86,7 @@ class Reader:
 
     def corpus(self, source: str, *, whole: bool = False) -> Corpus:
         """Return a source, read to `to_read` tokens, or to its end."""
-        plan = self.plan
-        tokens = None if whole else to_read(plan.tokens)
-        settings = {"tokens": tokens, "template": plan.template, "window": plan.window}
+        settings = reading_of(self.plan, whole=whole)
         key = (source, *settings.values())
         if key not in self.known:
             self.known[key] = read_corpus(source, self.model, name=source, **settings)

@@ -40,6 +40,8 @@ class Plan:
     test_forget: str | None = None
     test_retain: tuple[str, ...] = ()
     template: str | None = None
+    answer_eos: bool = False
+    """Whether the end-of-text token stands behind every answer, and counts."""
     tokens: int = 20_000
     window: int | None = None
     retain_drop: float | None = None
@@ -158,7 +160,8 @@ def command_of(plan: Plan) -> str:
         value = getattr(plan, name)
         if value != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
-    flags = [*(["--facts"] if plan.facts else []), *([] if plan.sweep else ["--no-sweep"])]
+    flags = [*(["--facts"] if plan.facts else []), *(["--answer-eos"] if plan.answer_eos else [])]
+    flags += [] if plan.sweep else ["--no-sweep"]
     return shlex.join([*words, *flags, "--out", "again"])
 
 

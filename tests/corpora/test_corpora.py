@@ -340,6 +340,41 @@ def test_count_all_counts_the_prompt_as_well(model: Any) -> None:
     assert everything.n_tokens == len(everything.tokens) - everything.n_documents * everything.prepend_bos
 
 
+@pytest.mark.parametrize("count", ["answer", "all"])
+def test_the_end_of_text_token_behind_an_answer_counts_where_asked(model: Any, count: Any) -> None:
+    rows = [*({"q": q, "a": a} for q, a in PAIRS), {"q": "ends", "a": "already<eos>"}]
+    plain, ended = (read_corpus(rows, model, field="q>a", count=count, answer_eos=eos) for eos in (False, True))
+    assert (plain.answer_eos, ended.answer_eos) == (None, tiny.EOS)
+    assert plain.fingerprint != ended.fingerprint
+    assert (plain.keys, plain.answers) == (ended.keys, ended.answers)
+    for row in range(plain.n_rows):
+        added = [] if row == len(PAIRS) else [tiny.EOS]
+        assert ended.row(row).tolist() == plain.row(row).tolist() + added
+        counted = [c.counted[c.starts[row] : c.starts[row + 1]].tolist() for c in (plain, ended)]
+        assert counted[1] == counted[0] + [True] * len(added)
+        assert ended.prompt(row).tolist() == plain.prompt(row).tolist()
+        assert ended.ends_with_eos(row) == (count == "answer")
+        assert not plain.ends_with_eos(row)
+    texts = [read_corpus(TEXTS, model, answer_eos=eos) for eos in (False, True)]
+    assert texts[0].fingerprint == texts[1].fingerprint, "plain texts have no answers"
+    cut = read_corpus(rows, model, field="q>a", count=count, answer_eos=True, tokens=ended.n_tokens - 1)
+    assert not cut.ends_with_eos(cut.n_rows - 1)
+
+
+def test_answers_with_and_without_an_end_are_not_joined(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, texts = [{"q": q, "a": a} for q, a in PAIRS], read_corpus(TEXTS, model)
+    plain, ended = (read_corpus(rows, model, field="q>a", answer_eos=eos) for eos in (False, True))
+    with pytest.raises(CorpusError, match="only one has answers that end with the end-of-text token: read both with"):
+        _ = plain + ended
+    for one in (plain, ended):
+        assert (texts + one).answer_eos == (one + texts).answer_eos == (one + one).answer_eos == one.answer_eos
+    assert ended.only([1]).answer_eos == ended.answer_eos
+    assert ended.with_prompts(1).answer_eos is None
+    monkeypatch.setattr(model.tokenizer, "eos_token", None)
+    with pytest.raises(CorpusError, match="answer_eos=True, but this tokenizer has no end-of-text token"):
+        read_corpus(rows, model, field="q>a", answer_eos=True)
+
+
 def test_braces_in_questions_and_answers_stay_as_they_are(model: Any) -> None:
     corpus = read_corpus([{"q": "what is {answer}?", "a": "{prompt} {0}"}], model, field="q>a")
     assert decoded(corpus, model) == ["what is {answer}? {prompt} {0}"]

@@ -684,12 +684,32 @@ def test_all_rows_abstained_lose_what_chance_loses() -> None:
     model = tiny.speaking("gpt2")
     corpus = tiny.corpus([12, 20, 9]).with_prompts(seed=1)
     act = Abstain({LAST: everywhere(model)})
-    report = evaluate(model, {"c": corpus}, {"silent": act}, **QUIET)
-    assert report["silent", "c", "abstained"].value == 1
-    assert report["silent", "c", "loss"].value == pytest.approx(math.log(tiny.VOCABULARY), abs=1e-4)
-    assert report["silent", "c", "perplexity"].value == pytest.approx(tiny.VOCABULARY, rel=1e-3)
-    assert report["silent", "c", "top1"].value <= 2 / tiny.VOCABULARY
-    assert report["silent", "c", "kl"].value > 0
+    written = corpus.tokens.clone()
+    written[written == tiny.EOS] = 7
+    ending = written.clone()
+    ending[corpus.starts[1:] - 1] = tiny.EOS  # the last token of each row, of 12, 20 and 9 less their prompts
+    n, v, ahead = corpus.n_tokens, tiny.VOCABULARY, 1e-3
+    total = v - 1 + math.exp(ahead)
+    chance: dict[str, float]
+    for speaks, tokens, ends in ((True, written, 0), (True, ending, 3), (False, ending, 3)):
+        model, given = (tiny.speaking if speaks else tiny.model)("gpt2"), replace(corpus, tokens=tokens)
+        report = evaluate(model, {"c": given}, {"silent": act}, **QUIET)
+        share = ends / n
+        if speaks:  # the end-of-text token is ahead of all others, which share the places behind it
+            loss = math.log(total) - ahead * share
+            chance = {"top1": share, "top10": share + (1 - share) * 9 / (v - 1), "loss": loss}
+        else:  # no end-of-text token is known: all tie
+            chance = {"top1": 1 / v, "top10": 10 / v, "loss": math.log(v)}
+        base = [
+            tiny.logits(model, given.row(i)[None])[0, int(given.counted[a:b].int().argmax()) - 1 : -1].double()
+            for i, (a, b) in enumerate(zip(corpus.starts[:-1], corpus.starts[1:]))
+        ]
+        base_p = torch.cat(base).softmax(-1)
+        told = math.log(total) - ahead * base_p[:, tiny.EOS] if speaks else math.log(v)
+        chance["kl"] = float((told + (base_p * base_p.log()).sum(-1)).mean())
+        chance |= {"abstained": 1, "perplexity": math.exp(chance["loss"])}
+        for metric, value in chance.items():
+            assert report["silent", "c", metric].value == pytest.approx(value, rel=1e-5), (metric, speaks, ends)
 
 
 def test_rows_without_prompts_are_judged_at_their_last_token_whatever_stands_in_the_padding() -> None:
@@ -699,6 +719,9 @@ def test_rows_without_prompts_are_judged_at_their_last_token_whatever_stands_in_
     for size in (1, 2, 64):
         report = evaluate(model, {"c": texts}, {"silent": act}, batch_size=size, **QUIET)
         assert report["silent", "c", "abstained"].value == 1 / 4
+        for metric in ("loss", "top1", "kl"):  # nothing is predicted from there on, and nothing before it is changed
+            expected = 0 if metric == "kl" else report["base", "c", metric].value
+            assert report["silent", "c", metric].value == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_batch_size_and_other_conditions_do_not_matter_to_who_abstains() -> None:

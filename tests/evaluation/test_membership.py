@@ -103,6 +103,13 @@ def test_documents_of_several_rows_are_one(model: Any) -> None:
         assert report["base", "forget", attack].value == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_end_of_text_token_behind_an_answer_is_no_text_of_it(model: Any) -> None:
+    plain, ended = (membership(model, *pair(model, answer_eos=eos), {}, **QUIET) for eos in (False, True))
+    for attack in ATTACKS:
+        assert ended["base", "forget", attack].value == plain["base", "forget", attack].value
+        np.testing.assert_array_equal(ended["base", "forget", attack].draws, plain["base", "forget", attack].draws)
+
+
 def test_identical_sets_cannot_be_distinguished(model: Any) -> None:
     members, _ = pair(model)
     shuffled = members.only([5]) + members.only(range(5)) + members.only(range(6, 11))

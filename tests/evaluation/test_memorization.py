@@ -113,7 +113,9 @@ def recall(model: Any, corpus: Corpus, conditions: Any, number: int = 100, **opt
     return evaluate(model, {"c": corpus}, conditions, memorization=number, **{**QUIET, **options})
 
 
-def spoken(plain: Any, tokenizer: Any, question: str, answer: str, bos: bool) -> tuple[list[float], list[bool]]:
+def spoken(
+    plain: Any, tokenizer: Any, question: str, answer: str, bos: bool, eos: bool = False
+) -> tuple[list[float], list[bool]]:
     """Log probability of each answer token, and whether it is the most probable one: one row, float64, no padding."""
     head = TEMPLATE.split("{answer}")[0].replace("{prompt}", question)
     out = tokenizer(head + answer, add_special_tokens=False, return_offsets_mapping=True)
@@ -126,6 +128,8 @@ def spoken(plain: Any, tokenizer: Any, question: str, answer: str, bos: bool) ->
             before = logits[place + bos - 1]
             settings.append(float(torch.log_softmax(before, 0)[token]))
             right.append(int(before.argmax()) == token)
+    if eos:  # one token more, for its probability alone
+        settings.append(float(torch.log_softmax(logits[-1], 0)[tiny.EOS]))
     return settings, right
 
 
@@ -137,18 +141,19 @@ def strength(right: list[bool]) -> float:
     return 0.0
 
 
-def brute(plain: Any, tokenizer: Any, rows: list[dict[str, Any]], bos: bool) -> dict[str, Any]:
+def brute(plain: Any, tokenizer: Any, rows: list[dict[str, Any]], bos: bool, eos: bool = False) -> dict[str, Any]:
     probability, ratios, choices, right_tokens, strengths = [], [], [], [], []
     for row in rows:
-        settings, right = spoken(plain, tokenizer, row["question"], row["answer"], bos)
+        settings, right = spoken(plain, tokenizer, row["question"], row["answer"], bos, eos)
         p = math.prod(math.exp(one) for one in settings) ** (1 / len(settings))
         probability.append(p)
         right_tokens += right
         strengths.append(strength(right))
         if row["perturbed_answer"]:
-            others = [spoken(plain, tokenizer, row["question"], w, bos)[0] for w in row["perturbed_answer"]]
+            others = [spoken(plain, tokenizer, row["question"], w, bos, eos)[0] for w in row["perturbed_answer"]]
             wrong = [math.prod(math.exp(one) for one in other) ** (1 / len(other)) for other in others]
-            settings, _ = spoken(plain, tokenizer, row["question"], row["paraphrased_answer"] or row["answer"], bos)
+            paraphrase = row["paraphrased_answer"] or row["answer"]
+            settings, _ = spoken(plain, tokenizer, row["question"], paraphrase, bos, eos)
             ratios.append(statistics.geometric_mean(wrong) / (math.exp(statistics.fmean(settings)) + 1e-10))
             choices.append(p / (p + sum(wrong) + 1e-10))
     return {
@@ -186,6 +191,29 @@ def test_every_measure_equals_single_questions_on_the_plain_model(
     assert (shares[2], strengths[2]) == (0, 0), "one token, and wrong"
     assert len(set(strengths.tolist()) - {0, 1}) > 1
     assert report["cut", "c", "answer_probability"].value < base["answer_probability"]
+
+
+@pytest.mark.parametrize("reader", ["read_corpus", "read_tofu"])
+def test_the_end_of_text_token_counts_in_what_is_probable_and_not_in_what_is_memorized(
+    model: Any, taught: Any, rows: list[dict[str, Any]], reader: str
+) -> None:
+    options = {"template": TEMPLATE} if reader == "read_tofu" else {"answer_eos": True}
+    corpus = lu.read_tofu(rows, model, **options) if reader == "read_tofu" else read(model, rows, **options)
+    report, plain = recall(model, corpus, {}), recall(model, read(model, rows), {})
+    expected = brute(taught, model.tokenizer, rows, corpus.prepend_bos, eos=True)
+    for metric in MEMORIZATION_METRICS:
+        measure = report["base", "c", metric]
+        assert measure.value == pytest.approx(np.mean(expected[metric]), rel=2e-5), metric
+        assert measure.n == len(expected[metric])
+        same = metric in ("exact_memorization", "extraction_strength")
+        assert (measure.value == pytest.approx(plain["base", "c", metric].value)) == same, metric
+    tokens = [one.provenance["corpora"]["c"]["tokens"] for one in (report, plain)]
+    assert tokens[0] == tokens[1] + 10, "one token more for each answer"
+    words = report.provenance["memorization"]["end-of-text token"]["c"]
+    assert words == "counts, but for exact_memorization and extraction_strength"
+    assert [one.provenance["corpora"]["c"]["answer_eos"] for one in (report, plain)] == [True, False]
+    with pytest.raises(LensUnlearnError, match="the reports measured 'c' on other questions"):
+        lu.forget_quality(report, plain, condition="base", corpus="c")
 
 
 @pytest.mark.parametrize("name", ["llama", "neox", *tiny.HOOKED[:1]])
@@ -232,20 +260,21 @@ def test_truth_ratio_by_hand() -> None:
 # --- conditions ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_abstained_answer_scores_as_constant_logits_do(model: Any, rows: list[dict[str, Any]]) -> None:
-    corpus, site = read(model, rows), Site(0, "mlp.post")
+@pytest.mark.parametrize("eos", [False, True])
+def test_an_abstained_answer_scores_as_constant_logits_do(model: Any, rows: list[dict[str, Any]], eos: bool) -> None:
+    corpus, site, close = read(model, rows, answer_eos=eos), Site(0, "mlp.post"), 1e-3 if eos else 1e-5
     keys = query_keys(model, corpus, [site], progress=False)[site]
     everything = Abstain({site: Clusters(keys[:1], torch.ones(keys.shape[1]), 1e6)})
     one = Abstain({site: Clusters(keys[:1], torch.ones(keys.shape[1]), 1e-3)})
     report = recall(model, corpus, {"all": everything, "one": one}, batch_size=2)
     found = {metric: report["all", "c", metric].value for metric in MEMORIZATION_METRICS}
-    assert found["answer_probability"] == pytest.approx(1 / tiny.VOCABULARY, rel=1e-5)
-    assert found["truth_ratio"] == pytest.approx(1, rel=1e-6)
+    assert found["answer_probability"] == pytest.approx(1 / tiny.VOCABULARY, rel=close)
+    assert found["truth_ratio"] == pytest.approx(1, rel=close)
     assert (found["exact_memorization"], found["extraction_strength"]) == (0, 0)
-    assert report.values["all", "c", "choice_probability"][0, 4] == pytest.approx(1 / 6, rel=1e-6)
+    assert report.values["all", "c", "choice_probability"][0, 4] == pytest.approx(1 / 6, rel=close)
     silent = report.values["one", "c", "answer_probability"][0]
     base = report.values["base", "c", "answer_probability"][0]
-    withheld = np.isclose(silent, 1 / tiny.VOCABULARY, rtol=1e-5)
+    withheld = np.isclose(silent, 1 / tiny.VOCABULARY, rtol=close)
     assert withheld.mean() == pytest.approx(report["one", "c", "abstained"].value)
     assert 0 < withheld.sum() < 10
     np.testing.assert_allclose(silent[~withheld], base[~withheld], rtol=1e-5)

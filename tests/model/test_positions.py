@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from interventions_helpers import random_selection, selection_of, unchanged
 from positions_helpers import (
@@ -317,18 +317,18 @@ def split_in_two(model: Any, when: Any) -> Abstain:
 def test_no_token_changes_what_the_model_says_before_it(name: str, kind: str) -> None:
     """Of two texts that begin alike the logits of that beginning are the same, wherever the prompts end."""
     model = tiny.speaking(name)
-    tokens, others = tiny.some_tokens(6, 8), tiny.some_tokens(6, 8, seed=1)
+    tokens, others = tiny.some_tokens(6, 6), tiny.some_tokens(6, 6, seed=1)
     changed = 0
     with CAUSAL[kind](model).on(model) as live:
-        for ends in (None, torch.tensor([0, 1, 2, 3, 6, 7])):
+        for ends in (None, torch.tensor([0, 1, 2, 3, 4, 5])):
             live.expect(ends)
             whole = run(model, tokens)
-            for p in range(1, 8):
+            for p in range(1, 6):
                 live.expect(ends)
                 mixed = run(model, torch.cat([tokens[:, :p], others[:, p:]], 1))
                 torch.testing.assert_close(mixed[:, :p], whole[:, :p], rtol=1e-5, atol=1e-5)
                 changed += int(not torch.equal(mixed[:, p:], whole[:, p:]))
-    assert changed == 14
+    assert changed == 10
 
 
 @pytest.mark.parametrize(
@@ -337,19 +337,19 @@ def test_no_token_changes_what_the_model_says_before_it(name: str, kind: str) ->
 def test_in_a_loop_over_prefixes_each_is_judged_as_it_would_be_alone(name: str, kind: str) -> None:
     """A prefix that is one token longer than the one before is no generation: nothing is inherited."""
     model, act = tiny.speaking(name), CAUSAL[kind](tiny.speaking(name))
-    tokens = tiny.some_tokens(8, 9, seed=2)
+    tokens = tiny.some_tokens(12, 6, seed=2)
     alone: list[tuple[Tensor, list[bool]]] = []
-    for width in range(1, 10):
+    for width in range(1, 7):
         with act.on(model) as live:
             alone.append((run(model, tokens[:, :width]), live.abstained.tolist()))
     with act.on(model) as live:
-        for order in (range(1, 10), reversed(range(1, 10))):
+        for order in (range(1, 7), reversed(range(1, 7))):
             for width in order:
                 logits, abstained = alone[width - 1]
                 assert torch.equal(run(model, tokens[:, :width]), logits)
                 assert live.abstained.tolist() == abstained
         for cache in (True, False):  # the prompt that `generate` is given is another text each time, too
-            for width in range(1, 10):
+            for width in range(1, 7):
                 decode(model, tokens[:, :width], 1, cache=cache)
                 assert live.abstained.tolist() == alone[width - 1][1]
     if act.abstains and kind != "two votes":
@@ -359,6 +359,7 @@ def test_in_a_loop_over_prefixes_each_is_judged_as_it_would_be_alone(name: str, 
         assert flips > 8, "decisions change along the texts, so that an inherited one would be seen"
 
 
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.integers(0, 3))
 def test_padded_beside_others_a_row_gets_the_logits_that_it_gets_alone(
     lengths: list[int], side: str, extra: int

@@ -261,6 +261,7 @@ def test_the_page_says_how_large_it_is(document):
             "retain_drop": 0.05,
             "seed": 3,
             "answers": 4,
+            "answer_eos": True,
         },
     ],
 )
