@@ -370,7 +370,7 @@ def test_answers_with_and_without_an_end_are_not_joined(model: Any, monkeypatch:
         assert (texts + one).answer_eos == (one + texts).answer_eos == (one + one).answer_eos == one.answer_eos
     assert ended.only([1]).answer_eos == ended.answer_eos
     assert ended.with_prompts(1).answer_eos is None
-    monkeypatch.setattr(model.tokenizer, "eos_token", None)
+    monkeypatch.setattr(type(model.tokenizer), "eos_token_id", None, raising=False)
     with pytest.raises(CorpusError, match="answer_eos=True, but this tokenizer has no end-of-text token"):
         read_corpus(rows, model, field="q>a", answer_eos=True)
 
