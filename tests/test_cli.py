@@ -16,6 +16,7 @@ from command_line_helpers import WORDS, call, run_arguments, write_texts
 
 import lens_unlearn as lu
 from lens_unlearn.core import artefacts
+from lens_unlearn.core.errors import BudgetError
 from lens_unlearn.experiments import compare, experiment
 from lens_unlearn.experiments.plan import Plan
 
@@ -210,7 +211,33 @@ def test_tuning_a_model_that_gets_nothing_right_is_refused(
     model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(*run_arguments(model_dir, texts, tmp_path / "tuned"), "--retain-drop", "0.5") == 2
+    assert "documents or groups to tune on, too few to bound what fresh ones lose" in capsys.readouterr().err
+    lines = [json.loads(line)["text"] for line in texts["retain"].read_text().splitlines()]
+    more = [json.dumps({"text": f"{line} {end}"}) for line in lines for end in ("", "one", "two", "three")]
+    longer = {**texts, "retain": tmp_path / "longer.jsonl"}
+    longer["retain"].write_text("\n".join(more) + "\n")
+    assert call(*run_arguments(model_dir, longer, tmp_path / "tuned"), "--retain-drop", "0.5") == 2
     assert "there is nothing to lose" in capsys.readouterr().err
+
+
+def test_a_method_that_cannot_keep_the_budget_leaves_the_others_alone(
+    model_dir: Path, texts: dict[str, Path], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(method: Any, *_: Any, **__: Any) -> Any:
+        raise BudgetError("no fraction stays within the budget")
+
+    monkeypatch.setattr(experiment, "tune", strict)
+    sources = {"model": str(model_dir), "forget": str(texts["forget"]), "retain": (str(texts["retain"]),)}
+    settings: dict[str, Any] = {**sources, "tokens": 300, "window": 32, "retain_drop": 0.1, "sweep": False}
+    both = experiment.Experiment(
+        Plan(**settings, methods=("selective-pruning", "neuron-adjust")), model, progress=False
+    )
+    both.fit()
+    assert all(choice["nothing"] == "no fraction stays within the budget" for choice in both.chosen.values())
+    assert both.report().conditions == ["base", "selective-pruning", "neuron-adjust"], "no controls"
+    alone = experiment.Experiment(Plan(**settings), model, progress=False)
+    with pytest.raises(BudgetError, match="no fraction stays"):
+        alone.fit()
 
 
 def test_run_is_reproducible(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:

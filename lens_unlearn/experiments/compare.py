@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lens_unlearn import figures, methods
 from lens_unlearn.core import distributed
 from lens_unlearn.core.artefacts import replace_file
-from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError
+from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
@@ -20,7 +20,7 @@ from lens_unlearn.experiments.documents import Reader, reading_of
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import Plan, settings_of
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
-from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.methods.budget import CONFIDENCE
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import fingerprint, load_model, model_name
@@ -117,19 +117,17 @@ class SkillRun(Experiment):
 
     reader = _GivenTexts
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a method that cannot keep the budget changes nothing, and the others go on: always."""
+        return True
+
     def _find(self, name: str) -> tuple[Intervention, dict[str, Any]]:
-        """Tune a method; where nothing stays within the budget, nothing is changed, and the reason is kept."""
+        """Tune a method; errors say of which skill and method."""
         try:
             return super()._find(name)
-        except BudgetError as error:
-            return Chain(()), {"options": self.plan.options(name), "nothing": str(error)}
         except LensUnlearnError as error:
             raise type(error)(f"forgetting {self.plan.forget} by {name}: {error}") from error
-
-    def _controls(
-        self, name: str, edit: Intervention, seeds: Sequence[int], strength: float | None
-    ) -> list[Intervention]:
-        return [] if "nothing" in self.chosen[name] else super()._controls(name, edit, seeds, strength)
 
     def part(self) -> Report:
         """Measure everything on the test documents."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.artefacts import replace_file
+from lens_unlearn.core.errors import BudgetError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.report import Report
@@ -21,7 +22,7 @@ from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder, fitted_form
-from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.methods.method import Fitted, Method
 from lens_unlearn.methods.tuning import cut_prompts, tune
@@ -90,7 +91,21 @@ class Experiment:
             options |= record.takes({"checkpoint": str(self.folder.kept / f"{name}.checkpoint.safetensors")})
         return record.fit(self.model, *self._fit_pair(record), options)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a method that cannot keep the budget changes nothing, and the others go on; alone, its error is raised."""
+        return len(self.records) > 1
+
     def _find(self, name: str) -> tuple[Intervention, dict[str, Any]]:
+        """Find a method's intervention; where no strength keeps the budget, one that changes nothing, with the reason."""
+        try:
+            return self._found(name)
+        except BudgetError as error:
+            if not self.goes_on:
+                raise
+            return Chain(()), {"options": self.plan.options(name), "nothing": str(error)}
+
+    def _found(self, name: str) -> tuple[Intervention, dict[str, Any]]:
         record, options = self.records[name], self.plan.options(name)
         if self.plan.retain_drop is None:
             found = record.at(self.model, self.fitted[name], None, record.with_progress(options, self.progress))
@@ -150,6 +165,8 @@ class Experiment:
         conditions: dict[str, Condition] = {}
         for name, edit in self.edits.items():
             conditions[name] = edit
+            if "nothing" in self.chosen[name]:
+                continue
             seeds = range(self.plan.seed, self.plan.seed + self.plan.controls)
             controls = self._controls(name, edit, seeds, self.chosen[name].get(self.records[name].strength))
             if controls:

@@ -12,7 +12,7 @@ from lens_unlearn.evaluation.conditions import Estimate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures.forgetting_matrix import reports_by_skill
 from lens_unlearn.reports.figure_html import drawing
-from lens_unlearn.reports.findings import Finding, confidence_of, controls_of, findings
+from lens_unlearn.reports.findings import Finding, confidence_of, controls_of, findings, gave_up
 from lens_unlearn.reports.numbers import csv_data
 from lens_unlearn.reports.settings import settings
 from lens_unlearn.reports.templating import macro, render
@@ -89,7 +89,7 @@ def comparison_summary(report: Report) -> str:
 
 
 def _result(part: Report) -> SkillResult:
-    nothing = [method for method, chosen in part.provenance.get("chosen", {}).items() if "nothing" in chosen]
+    nothing = gave_up(part)
     found = [one for one in findings(part, METRIC) if one.condition.method not in nothing]
     return SkillResult(
         best=_best(one for one in found if _within(one, part)),

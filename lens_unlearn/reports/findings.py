@@ -22,6 +22,7 @@ __all__ = [
     "controls_of",
     "exceeds",
     "findings",
+    "gave_up",
     "headline_metric",
     "summary",
 ]
@@ -155,6 +156,13 @@ def confidence_of(report: Report) -> str:
     plan = report.provenance.get("plan")
     known = report.provenance.get("confidence", plan.get("confidence") if isinstance(plan, dict) else None)
     return f"{100 * float(known):.3g}%" if isinstance(known, Real) else ""
+
+
+def gave_up(report: Report) -> list[str]:
+    """Return the methods of which no strength kept the budget, so that they changed nothing."""
+    chosen = report.provenance.get("chosen")
+    known = chosen.items() if isinstance(chosen, Mapping) else ()
+    return [str(method) for method, choice in known if isinstance(choice, Mapping) and "nothing" in choice]
 
 
 def exceeds(finding: Finding, budget: float) -> bool:

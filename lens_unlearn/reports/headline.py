@@ -17,6 +17,7 @@ from lens_unlearn.reports.findings import (
     control_kind,
     exceeds,
     findings,
+    gave_up,
     headline_metric,
 )
 from lens_unlearn.reports.templating import macro, name
@@ -34,14 +35,18 @@ def headline(report: Report) -> list[str]:
     cannot say, as without corpora named "forget" and "retain".
     """
     metric = headline_metric(report)
-    found = [one for one in findings(report, metric) if one.selectivity is not None] if metric else []
+    nothing = gave_up(report)
+    measured = [one for one in findings(report, metric) if one.selectivity is not None] if metric else []
+    found = [one for one in measured if one.condition.method not in nothing]
+    budget = budget_of(report)
+    if measured and not found and budget is not None:
+        return [macro(TEMPLATE, "nothing_removed", budget, nothing)]
     if not metric or not found:
         return []
-    budget = budget_of(report)
     best = max(found, key=lambda one: _merit(one, budget))
     sources = {corpus: _source(report, corpus) for corpus in (FORGET, RETAIN)}
     result = macro(TEMPLATE, "result", best, len(found), metric, sources, control_kind(report, best))
-    sentences = [result, _controls(found), _budget(found, budget, confidence_of(report)), _sure(report)]
+    sentences = [result, _controls(found), _budget(found, budget, confidence_of(report), nothing), _sure(report)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -70,13 +75,13 @@ def _controls(found: list[Finding]) -> str:
     return macro(TEMPLATE, "controls", found, *groups)
 
 
-def _budget(found: list[Finding], budget: float | None, confidence: str) -> str:
+def _budget(found: list[Finding], budget: float | None, confidence: str, nothing: list[str]) -> str:
     """Say to which budget the methods were tuned, how surely, and which of them cost more on the test documents."""
     if budget is None:
         return ""
     over = [f"{name(one.condition.method)} ({one.drops[RETAIN].percent()})" for one in found if exceeds(one, budget)]
     wide = [one for one in found if one.drops[RETAIN].high > budget]
-    return macro(TEMPLATE, "budget", budget, len(found), over, wide, confidence)
+    return macro(TEMPLATE, "budget", budget, len(found), over, wide, confidence, nothing)
 
 
 def _sure(report: Report) -> str:

@@ -195,7 +195,7 @@ def test_so_few_documents_that_they_bound_nothing_are_refused(monkeypatch: pytes
     fake_drops(monkeypatch, lambda f: (f, f))
     few = texts(PROSE, 6, 9)
     with pytest.raises(
-        CorpusError, match=r"the retain corpus has 9 documents or groups to tune on, too few .* at least 10"
+        CorpusError, match=r"the retain corpus has 9 documents or groups to tune on, too few .* has at least 10"
     ):
         pretended(held_out=(HELD[0], few))
     grouped = replace(HELD[1], groups=tuple(str(i % 5) for i in range(30)))

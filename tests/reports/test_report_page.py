@@ -150,6 +150,26 @@ def test_the_headline_says_what_was_lost_at_what_cost_beside_what_and_how_sure()
     assert last.startswith("In brackets: 95% intervals over the test documents (9 of forget and 9 of retain")
 
 
+def test_the_headline_names_methods_that_removed_nothing_for_the_budget():
+    quiet = {"quiet": {"forget": 0.5, "retain": 0.4}}
+    made = tuned({"base": BASE, **GOOD, **quiet})
+    made.provenance["chosen"] = {"good": {"fraction": 0.1}, "quiet": {"nothing": "no strength stays within the budget"}}
+    sentences = plain_headline(made)
+    assert sentences[0].startswith("good removed")
+    assert sentences[1] == "It beats its control."
+    assert sentences[2].endswith("no strength of quiet was sure to, so nothing was removed by it.")
+    alone = tuned({"base": BASE, **quiet})
+    alone.provenance["chosen"] = {"quiet": {"nothing": "no strength stays within the budget"}}
+    assert plain_headline(alone) == [
+        "No strength of quiet was sure to lose at most 5% on retain, so nothing was removed."
+    ]
+    del made.provenance["confidence"], made.provenance["chosen"]
+    assert (
+        "tuned to lose at most 5% on retain, and" in plain_headline(made)[2]
+        or "5% on retain;" in plain_headline(made)[2]
+    )
+
+
 def test_the_headline_says_plainly_what_does_not_beat_its_control_and_what_exceeds_the_budget():
     both = plain_headline(tuned({"base": BASE, **GOOD, **CHANCE, **HUSHED}))
     assert both[0].startswith("Of 3 methods, good removed 60.0%"), "quiet lost more, but beyond the budget"
