@@ -301,6 +301,7 @@ def test_every_figure_is_in_a_file_of_its_name() -> None:
         assert getattr(figures, name).__module__ == f"lens_unlearn.figures.{name}"
 
 
+@pytest.mark.filterwarnings("ignore:.* does not know its model:UserWarning")
 def test_every_kind_is_public_and_can_be_read() -> None:
     """Statistics, regions and interventions: each has a public name; of the latter two, files are read."""
     of_regions, edits = [*defined("keyspace", regions.Region)], [*defined("interventions", Intervention)]

@@ -3,7 +3,7 @@
 Knows selections, and how to apply one at a hook point; knows nothing of how neurons are selected, nor of what it costs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,10 +20,15 @@ from lens_unlearn.interventions.base import (
     maps_in,
     selection_in,
 )
+from lens_unlearn.interventions.update import Edit
+from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 
-__all__ = ["Ablate"]
+__all__ = ["WRITES", "Ablate"]
+
+WRITES = {"mlp.post": "W_out", "attn.z": "W_O"}
+"""The matrix whose input each site is."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,18 +86,62 @@ class Ablate(Intervention):
         return [(site, self._hook(site)) for site in self._sites()]
 
     def _hook(self, site: Site) -> HookFunction:
-        chosen = self.selection[site]
-        value = self.value[site] if isinstance(self.value, NeuronMap) else torch.tensor(float(self.value))
-        value = value.to(torch.float64)
+        chosen, value = self.selection[site], self._value(site)
         if self.basis is None:
             return lambda x, live: torch.where(live.like(chosen, x), live.like(value, x), x)
-        basis = self.basis[site].double()
-        # x' = x - (x D - c) with D = T diag(selected) T^-1 and c = (value, selected) T^-1: one product per head, and
-        # exactly x in a head where nothing is selected.
+        removed, offset = self._removed(site)
+        return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(removed, x)) - live.like(offset, x))
+
+    def _value(self, site: Site) -> Tensor:
+        value = self.value[site] if isinstance(self.value, NeuronMap) else torch.tensor(float(self.value))
+        return value.to(torch.float64)
+
+    def _removed(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return D and c of x' = x - (x D - c) per head: D = T diag(selected) T^-1 and c = (value, selected) T^-1.
+
+        So it is one product per head, and exactly x in a head where nothing is selected.
+        """
+        assert self.basis is not None
+        chosen, basis = self.selection[site], self.basis[site].double()
         inverse = torch.linalg.inv(basis)
         removed = torch.einsum("hij,hj,hjk->hik", basis, chosen.double(), inverse)
-        offset = torch.einsum("hj,hjk->hk", torch.where(chosen, value, 0.0), inverse)
-        return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(removed, x)) - live.like(offset, x))
+        return removed, torch.einsum("hj,hjk->hk", torch.where(chosen, self._value(site), 0.0), inverse)
+
+    def edits(self) -> Sequence[Edit]:
+        """Return the rows of W_out and W_O that a mask of their input comes to, and what its values add to the biases.
+
+        Raises:
+            SelectionError: If it is not at `mlp.post` or `attn.z` alone.
+        """
+        elsewhere = [site for site in self._sites() if site.kind not in WRITES]
+        if elsewhere:
+            raise SelectionError(f"{self!r} is no change of weights at {elsewhere[0]}: ablate at {', '.join(WRITES)}")
+        return [
+            Edit(Matrix(site.layer, WRITES[site.kind]), self._masked(site), True, bool(self._constant(site).any()))
+            for site in self._sites()
+        ]
+
+    def _constant(self, site: Site) -> Tensor:
+        if self.basis is not None:
+            return self._removed(site)[1]
+        return torch.where(self.selection[site], self._value(site), 0.0)
+
+    def _masked(self, site: Site) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        # With W the matrix, x' W = x (1 - D) W + c W. Where the copy's input is x + m, that is
+        # (x + m) (1 - D) W + (c + m D) W - m W, of which the last is in the copy's bias already.
+        def change(weights: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+            constant = self._constant(site).to(weights)
+            if self.basis is None:
+                chosen = self.selection[site].reshape(-1).to(weights.device)
+                constant = constant.reshape(-1) + torch.where(chosen, moved, 0.0)
+                return torch.where(chosen[:, None], 0.0, weights), constant @ weights
+            removed = self._removed(site)[0].to(weights)
+            heads, size = constant.shape
+            constant = constant + torch.einsum("hi,hij->hj", moved.reshape(heads, size), removed)
+            gone = torch.einsum("hij,hjo->hio", removed, weights.reshape(heads, size, -1))
+            return weights - gone.reshape(weights.shape), constant.reshape(-1) @ weights
+
+        return change
 
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""

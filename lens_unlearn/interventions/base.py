@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.interventions.update import Edit, merge
 from lens_unlearn.model.hooks import (
     Remover,
     attach,
@@ -36,6 +37,7 @@ from lens_unlearn.model.hooks import (
     one_thread,
 )
 from lens_unlearn.model.host import Model
+from lens_unlearn.model.layouts import require_known
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
 from lens_unlearn.model.positions import Rows, ends_of_text, pad_of
@@ -295,6 +297,40 @@ class Intervention(ABC):
                 detach_all(removers)
                 live._end()
 
+    def edits(self) -> Sequence[Edit]:
+        """Return what it comes to in the weights, the last mask of an input first.
+
+        Raises:
+            SelectionError: If that is no change of weights.
+        """
+        raise SelectionError(f"{self!r} is no change of weights, and cannot be merged into them")
+
+    def merge_into(self, hf_model: Any, model: Model) -> Any:
+        """Write it into the weights of a plain Hugging Face model, in place, so that it can be saved and shared.
+
+        An ablation at `mlp.post` or `attn.z` becomes rows of W_out or W_O and, if it is not to zero, a part of the bias behind
+        them; a model without these biases is given them if its configuration has an option for it (`mlp_bias`,
+        `attention_bias`). An update is added to its matrix.
+
+        Args:
+            hf_model: A copy that you loaded with transformers for this, not the model inside a bridge.
+            model: The model that it was made for, with which the copy is compared. The result is right for an ablation whether
+                or not it is in compatibility mode; updates of matrices that this mode changes are refused.
+
+        Returns:
+            The same copy.
+
+        Raises:
+            ModelError: If the copy belongs to TransformerLens, its architecture is not one of those known, it has other weights
+                than the model, or no bias that a constant could go into; then nothing was changed.
+            SelectionError: If this is no change of weights, or does not fit the model; then nothing was changed.
+        """
+        edits = self.edits()
+        require_known(hf_model)
+        self.check(resolve(model, sites) if (sites := [site for site, _ in self.hooks()]) else {})
+        self.check_matrices(matrix_shapes(model, m) if (m := [matrix for matrix, _ in self.matrices()]) else {})
+        return merge(edits, hf_model, model)
+
     def save(self, path: str | os.PathLike[str], model: Model | None = None, *, note: str = "") -> None:
         """Write a safetensors file with a header and a checksum.
 
@@ -349,6 +385,10 @@ class Chain(Intervention):
     def abstains(self) -> bool:  # type: ignore[override]
         """Whether any member can."""
         return any(member.abstains for member in self.members)
+
+    def edits(self) -> Sequence[Edit]:
+        """Return the members' edits, those of the last one first."""
+        return [edit for member in reversed(self.members) for edit in member.edits()]
 
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Let every member finish, in order."""

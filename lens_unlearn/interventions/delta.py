@@ -4,16 +4,16 @@ Knows matrices by name, and `Update`; knows nothing of how updates are trained, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
-from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.ablate import WRITES, Ablate
 from lens_unlearn.interventions.base import HookFunction, Intervention, MatrixFunction, Parts
-from lens_unlearn.interventions.update import Update, merge
+from lens_unlearn.interventions.update import Edit, Update
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.matrices import MATRICES, Matrix, check_matrix, matrix_value
 from lens_unlearn.model.sites import Site
@@ -99,21 +99,16 @@ class Delta(Intervention):
         """Return the updates subtracted."""
         return self * -1
 
-    def merge_into(self, hf_model: Any) -> Any:
-        """Add the updates to the weights of a plain Hugging Face model, in place, so that it can be saved and shared.
+    def edits(self) -> Sequence[Edit]:
+        """Return the updates, to be added to the weights."""
+        return [Edit(matrix, self._added(update)) for matrix, update in self.updates.items()]
 
-        Args:
-            hf_model: A copy that you loaded with transformers for this, not the model inside a bridge. The matrices have to
-                be those that the delta was made for: raw ones, not those of compatibility mode.
+    def _added(self, update: Update) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def change(weights: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+            added = self.strength * update.detach().dense((weights.shape[0], weights.shape[1])).to(weights)
+            return weights + added, -moved @ added
 
-        Returns:
-            The same model.
-
-        Raises:
-            ModelError: If it belongs to TransformerLens, or its architecture is not one of those known.
-            SelectionError: If it lacks a matrix, or an update does not fit; then nothing was changed.
-        """
-        return merge(self.updates, self.strength, hf_model)
+        return change
 
     @classmethod
     def from_ablation(cls, ablation: Ablate, model: Model) -> "Delta":
@@ -122,15 +117,15 @@ class Delta(Intervention):
         Raises:
             SelectionError: If it is of another value, in a basis, or not at `mlp.post` or `attn.z` alone.
         """
-        names = {"mlp.post": "W_out", "attn.z": "W_O"}
-        elsewhere = [site for site in ablation._sites() if site.kind not in names]
+        elsewhere = [site for site in ablation._sites() if site.kind not in WRITES]
         if elsewhere or isinstance(ablation.value, NeuronMap) or ablation.value != 0 or ablation.basis is not None:
-            raise SelectionError(f"{ablation!r} is no change of weights: ablate to value 0 at {', '.join(names)}")
+            raise SelectionError(f"{ablation!r} is no change of weights: ablate to value 0 at {', '.join(WRITES)}")
         updates = {}
         for site in ablation._sites():
             rows = ablation.selection[site].reshape(-1).nonzero()[:, 0]
-            weights = matrix_value(model, site.layer, names[site.kind])
-            updates[Matrix(site.layer, names[site.kind])] = Update(-weights[rows.to(weights.device)], rows)
+            matrix = Matrix(site.layer, WRITES[site.kind])
+            weights = matrix_value(model, *matrix)
+            updates[matrix] = Update(-weights[rows.to(weights.device)], rows)
         return cls(updates)
 
     def describe(self) -> dict[str, str]:

@@ -34,6 +34,7 @@ __all__ = [
     "LinearFunction",
     "Matrix",
     "check_matrix",
+    "matrix_bias",
     "matrix_names",
     "matrix_shape",
     "matrix_shapes",
@@ -176,6 +177,18 @@ def matrix_value(model: Model, layer: int, name: str) -> Tensor:
             f"{Matrix(layer, name)} is stored as {tuple(weight.shape)} {weight.dtype}: load the model unquantized"
         )
     return value
+
+
+def matrix_bias(model: Model, layer: int, name: str) -> Tensor | None:
+    """Return the bias behind a matrix as ``[out]``, detached; None if there is none.
+
+    Raises:
+        SiteError: If the model does not have the matrix.
+    """
+    module = _computed_by(model, Matrix(layer, name))
+    names = ("bias",) if hasattr(model, "original_model") else (f"_b{name[1:]}", f"b{name[1:]}")  # as in `matrix_value`
+    held = [getattr(module, key) for key in names if getattr(module, key, None) is not None]
+    return held[0].detach().flatten() if held else None
 
 
 _FORKED = {

@@ -138,9 +138,8 @@ def same_as(
     """Compare losses, weights and logits with those of a plain model that was trained itself."""
     assert found.losses == pytest.approx(losses, abs=1e-9)
     assert found.delta is not None
-    merged = tiny.hugging_face(name).double()
-    for one in [found.delta] if delta is None else [delta, found.delta]:
-        one.merge_into(merged)
+    merged, model = tiny.hugging_face(name).double(), tiny.to_bridge(tiny.hugging_face(name).double(), name)
+    (found.delta if delta is None else delta + found.delta).merge_into(merged, model)
     before, now = matrices(tiny.hugging_face(name).double(), name), matrices(merged, name)
     for key, expected in matrices(plain, name).items():
         torch.testing.assert_close(now[key], expected, rtol=0, atol=1e-9)
@@ -190,7 +189,7 @@ def test_a_baked_ablation_is_trained_together_with_the_rest(exact: tuple[str, An
 def test_a_delta_is_the_same_attached_or_baked(exact: tuple[str, Any]) -> None:
     name, bridge = exact
     delta = some_delta()
-    plain = delta.merge_into(tiny.hugging_face(name).double())
+    plain = delta.merge_into(tiny.hugging_face(name).double(), bridge)
     losses = fine_tune(plain, name, 6, 2e-3, 4, 5)
     for attached in (True, False):
         found = relearn_exactly(bridge, delta, attached)

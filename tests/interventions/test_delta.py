@@ -453,18 +453,18 @@ def test_merged_into_a_plain_model_it_gives_the_same_logits(dense: str) -> None:
     delta = whole(model, dense)
     state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     needs = [parameter.requires_grad for parameter in plain.parameters()]
-    assert delta.merge_into(plain) is plain
+    assert delta.merge_into(plain, model) is plain
     torch.testing.assert_close(tiny.logits(plain), under(model, delta), **TIGHT)
     assert [parameter.requires_grad for parameter in plain.parameters()] == needs
-    (-delta).merge_into(plain)
-    for name, tensor in plain.state_dict().items():
+    none = (delta + -delta).merge_into(tiny.hugging_face(dense).double(), model)
+    for name, tensor in none.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-14)
 
 
 def test_a_merged_model_can_be_saved_and_bridged(tmp_path: Path) -> None:
     model, plain = exact("phi3"), tiny.hugging_face("phi3").double()
     delta = whole(model, "phi3")
-    delta.merge_into(plain).save_pretrained(tmp_path)
+    delta.merge_into(plain, model).save_pretrained(tmp_path)
     read = type(plain).from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager").eval()
     torch.testing.assert_close(tiny.logits(tiny.to_bridge(read, "phi3")), under(model, delta), **TIGHT)
 
@@ -472,7 +472,8 @@ def test_a_merged_model_can_be_saved_and_bridged(tmp_path: Path) -> None:
 def test_only_the_rows_of_the_update_are_written() -> None:
     plain = tiny.hugging_face("llama").to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    Delta({(1, "W_out"): Update(draw(2, 32), rows=torch.tensor([3, 8]))}).merge_into(plain)
+    update = Update(draw(2, 32), rows=torch.tensor([3, 8]))
+    Delta({(1, "W_out"): update}).merge_into(plain, tiny.model("llama"))
     changed = [name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
     columns = (plain.state_dict()[changed[0]] != before[changed[0]]).any(0)
@@ -484,27 +485,27 @@ def test_a_model_of_transformer_lens_is_not_merged_into(name: str) -> None:
     model = exact(name)
     delta = whole(model, name)
     with unchanged(model), pytest.raises(ModelError, match="belongs to TransformerLens"):
-        delta.merge_into(model)
+        delta.merge_into(model, model)
     if name == "gpt2":
         with pytest.raises(ModelError, match="belongs to TransformerLens"):
-            delta.merge_into(model.original_model)
+            delta.merge_into(model.original_model, model)
 
 
 def test_unknown_architectures_and_other_sizes_are_not_merged_into() -> None:
     delta = Delta({(0, "W_out"): update((64, 32)), (1, "W_gate"): update((32, 65))})
     with pytest.raises(ModelError, match="MixtralForCausalLM of type 'mixtral' cannot be merged into: known are gpt2"):
-        delta.merge_into(tiny.hugging_face("mixtral"))
+        delta.merge_into(tiny.hugging_face("mixtral"), exact("llama"))
     for thing in (torch.nn.Identity(), None, "gpt2"):
         with pytest.raises(ModelError, match="cannot be merged into"):
-            delta.merge_into(thing)
-    for name, message in (
-        ("llama", "L1.W_gate does not fit: it has 65 columns, and the matrix 64"),
-        ("gpt2", "L1.W_gate is not in"),
+            delta.merge_into(thing, exact("llama"))
+    for name, error, message in (
+        ("llama", SelectionError, "L1.W_gate does not fit: it has 65 columns, and the matrix 64"),
+        ("gpt2", SiteError, "L1.W_gate does not exist"),
     ):
         plain = tiny.hugging_face(name)
         before = tiny.weights_hash(plain)
-        with pytest.raises(SelectionError, match=message):
-            delta.merge_into(plain)
+        with pytest.raises(error, match=message):
+            delta.merge_into(plain, exact(name))
         assert tiny.weights_hash(plain) == before, "nothing was written before everything was checked"
 
 
