@@ -440,6 +440,29 @@ def test_documents_are_resampled_whole() -> None:
 # --- reports -----------------------------------------------------------------------------------------------------------------
 
 
+def test_the_largest_gap_of_a_sweep_is_corrected_for_the_choice() -> None:
+    """Eight strengths without selectivity: the gap is 0 on average, and the interval leaves it out rarely."""
+    random, names = np.random.default_rng(4), [f"m@{i}" for i in range(8)]
+    gaps, plain, missed = [], [], 0
+    for _ in range(120):
+        measures = {}
+        for corpus in ("forget", "retain"):
+            noise = np.cumsum(random.normal(0, 0.02, (8, 1)), axis=0)  # neighbouring strengths move together
+            drawn = noise + np.cumsum(random.normal(0, 0.02, (8, 300)), axis=0)
+            measures[BASE, corpus, "top1"] = Measure(1.0, np.ones(300), 100, units=40)
+            for name, value, draws in zip(names, noise[:, 0], drawn, strict=True):
+                measures[name, corpus, "top1"] = Measure(0.5 + value, 0.5 + draws, 100, units=40)
+        report = Report(measures)
+        found = separability(report)
+        gaps.append(found.gap)
+        plain.append(report.selectivity(found.at).value)
+        missed += not found.gap_low <= 0 <= found.gap_high
+    assert missed / 120 < 0.1
+    assert abs(np.median(gaps)) < 0.3 * np.median(plain)
+    few = replace(report, measures={key: replace(one, units=5) for key, one in report.measures.items()})
+    assert "too few documents for an interval (5)" in repr(separability(few))
+
+
 def small_report() -> Report:
     model = tiny.model("gpt2")
     corpora = {"forget": tiny.corpus((9, 5, 12) * 4, seed=1), "retain": tiny.corpus((4, 20) * 5, seed=2)}
