@@ -13,7 +13,8 @@ Knows numbers and keys of units; knows nothing of what was measured. Everything 
 #
 # Percentiles of a bootstrap of few units are too narrow, by about the ratio of a normal to a Student quantile and by
 # sqrt((n - 1) / n) (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 4.3). Units weigh as many tokens as
-# they have, so n is Kish's effective number, (sum m)^2 / sum m^2.
+# they have, so n is Kish's effective number, (sum m)^2 / sum m^2. The degrees of freedom are Satterthwaite's, (sum v)^2 / sum v^2,
+# where the variance v of a unit's sum is between m (tokens that have nothing in common) and m^2 (tokens all alike): m^1.5 here.
 
 import math
 from collections.abc import Sequence
@@ -71,17 +72,18 @@ def weights_of(units: Sequence[str], draws: int, seed: int) -> Float[np.ndarray,
 def widening(sizes: Float[np.ndarray, "units"]) -> float:
     """Return the factor by which draws are moved away from their value, for the number of units is small.
 
-    With n = (sum m)^2 / sum m^2 the effective number of units and t Student's quantile of n - 1 degrees of freedom:
-    t / z sqrt((n + 1) / (n - 1)), since the exponential weights' own variance is too small by (n - 1) / (n + 1).
+    With n = (sum m)^2 / sum m^2 the effective number of N units and t Student's quantile of (sum m^1.5)^2 / sum m^3 (N - 1) / N
+    degrees of freedom: t / z sqrt((n + 1) / (n - 1)), since the variance of exponential weights is too small by (n - 1) / (n + 1).
     """
     from scipy.stats import norm, t
 
     total = float(sizes.sum())
     if total <= 0:
         return 1.0
-    freedom = max(total**2 / float((sizes**2).sum()) - 1, 1.0)
+    units, effective = int((sizes > 0).sum()), max(total**2 / float((sizes**2).sum()), 2.0)
+    freedom = max(float((sizes**1.5).sum()) ** 2 / float((sizes**3).sum()) * (units - 1) / units, 1.0)
     tail = (1 + LEVEL) / 2
-    return float(t.ppf(tail, freedom) / norm.ppf(tail)) * ((freedom + 2) / freedom) ** 0.5
+    return float(t.ppf(tail, freedom) / norm.ppf(tail)) * ((effective + 1) / (effective - 1)) ** 0.5
 
 
 def after_choice(

@@ -67,7 +67,11 @@ def test_weights_are_exponential_and_depend_on_seed_and_key_alone() -> None:
 def test_few_units_widen_by_students_quantile() -> None:
     assert widening(np.ones(10)) == pytest.approx(t.ppf(0.975, 9) / 1.959964 * (11 / 9) ** 0.5)
     assert widening(np.ones(10_000)) == pytest.approx(1, abs=1e-3)
-    assert widening(np.array([5.0, 5.0, 0.0])) == widening(np.ones(2)), "what counts nothing is no unit"
+    assert widening(np.array([5.0, 5.0, 0.0])) == pytest.approx(widening(np.ones(2))), "what counts nothing is no unit"
+    uneven = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    freedom, effective = (uneven**1.5).sum() ** 2 / (uneven**3).sum() * 5 / 6, 21**2 / 91
+    expected = t.ppf(0.975, freedom) / 1.959964 * ((effective + 1) / (effective - 1)) ** 0.5
+    assert widening(uneven) == pytest.approx(expected)
     assert widening(np.array([1.0] * 9 + [100.0])) > 2 * widening(np.ones(10)), (
         "one long document is hardly more than one unit"
     )
