@@ -7,11 +7,12 @@ r"""SIMU and its baselines, on facts that a model has memorized: the tables of d
         --unseen '../shared/data/tofu/holdout10.jsonl:question>answer' --skill code=... --seeds 0 1 2
 
 SOURCE@BEGIN:END takes some of its documents; that is this script's own, and comes after the groups of a source, as in
-forget10.jsonl:question>answer@20@0:100. Half of the unseen facts sets the floor and the aim of forgetting, the other half
-is reported. Neighbours are memorized too, and not in the retain loss. Values are accuracies: shares of answer tokens (of all
-tokens, for skills) that are the most probable ones, with intervals over documents, or the groups they are read with. Below each
-training stands its control, a random update of the same singular values in every matrix; the condition "no forget term" is what
-the same training does that is not told what to forget.
+forget10.jsonl:question>answer@20@0:100. The condition "simu" is the call without options, `lu.simu(model, forget, retain)`; in all
+others, half of the unseen facts sets the floor and the aim of forgetting. The other half is reported. Neighbours are memorized
+too, and not in the retain loss. Values are accuracies: shares of answer tokens (of all tokens, for skills) that are the most
+probable ones, with intervals over documents, or the groups they are read with. Below each training stands its control, a random
+update of the same singular values in every matrix; the condition "no forget term" is what the same training does that is not
+told what to forget.
 """
 
 import argparse
@@ -28,7 +29,9 @@ import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Measure
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
+DEFAULT = "simu"
 CONDITIONS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
     "simu, AdamW": ADAMW,
     "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.4},
     "simu, low rank": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4},
@@ -119,20 +122,21 @@ def main(given: Sequence[str] | None = None) -> None:
     trajectories = []
     for name in args.conditions:
         for seed in args.seeds:
-            options = {"retain_weight": args.retain_weight, "mask": critical} | CONDITIONS[name]
-            if isinstance(options["mask"], str) and options["mask"] == "random":
+            options: dict[str, Any] = {}
+            if name != DEFAULT:
+                options = {"unseen": aim, "steps": args.steps, "retain_weight": args.retain_weight, "mask": critical}
+            options |= CONDITIONS[name]
+            if CONDITIONS[name].get("mask") == "random":
                 options["mask"] = lu.random_pruning(
                     model, facts["forget"], facts["retain"], like=lu.Ablate(critical), seed=seed, progress=False
                 ).selection
-            if args.lr and options.get("attention") != "none":
+            if args.lr and options and options.get("attention") != "none":
                 options["lr"] = args.lr
             began = time.time()
             delta = lu.simu(
                 model,
                 facts["forget"],
                 facts["retain"],
-                unseen=aim,
-                steps=args.steps,
                 seed=seed,
                 progress=False,
                 **options,
