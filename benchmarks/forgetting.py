@@ -28,12 +28,12 @@ from scipy.stats import ks_2samp
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Measure
 
-ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "forget_weight": 0.4}
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "attention": "full", "lr": 3e-4, "forget_weight": 0.4}
 DEFAULT = "simu"
 CONDITIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "simu, AdamW": ADAMW,
-    "simu, Sophia": {"optimizer": "sophia", "lr": 1e-4, "forget_weight": 0.4},
+    "simu, Sophia": {"optimizer": "sophia", "attention": "full", "lr": 1e-4, "forget_weight": 0.4},
     "simu, low rank": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4},
     "low rank, NPO": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "loss": "npo", "beta": 1.0},
     "low rank, refusals": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "loss": "po"},
@@ -119,12 +119,13 @@ def main(given: Sequence[str] | None = None) -> None:
     unchanged = [share(base["base", name, "top1"]) for name in facts]
     table.row(["unedited", "", *unchanged, *[""] * (len(heads) - len(unchanged))])
     critical = lu.critical(lu.attribute(model, facts["forget"], progress=False))
-    trajectories = []
+    trajectories: list[tuple[list[Any], dict[int, str]]] = []
     for name in args.conditions:
         for seed in args.seeds:
             options: dict[str, Any] = {}
             if name != DEFAULT:
                 options = {"unseen": aim, "steps": args.steps, "retain_weight": args.retain_weight, "mask": critical}
+                options |= {"forget_weight": 1.0, "weight_decay": 0.0}
             options |= CONDITIONS[name]
             if CONDITIONS[name].get("mask") == "random":
                 options["mask"] = lu.random_pruning(
@@ -160,12 +161,14 @@ def main(given: Sequence[str] | None = None) -> None:
                 quality = edited and never and lu.forget_quality(edited, never, condition=condition)
                 cells.append(f"p = {quality.p:.2g}" if quality else "")
                 table.row([condition, seed, *cells, *(training if condition == name else [""] * len(training))])
-            steps = {check["step"]: check for check in trained["checks"]}
             for part in ("forget", "retain"):
-                path = {step: f"{check[part]:.2f}" for step, check in steps.items()}
-                trajectories.append([name, seed, part, *path.values()])
+                path = {check["step"]: f"{check[part]:.2f}" for check in trained["checks"]}
+                trajectories.append(([name, seed, part], path))
     # During training; the retained facts are those held out of the loss.
-    record.table("steps", ["condition", "seed", "facts", *map(str, steps)], trajectories)
+    steps = sorted({step for _, path in trajectories for step in path})
+    table = record.table("steps", ["condition", "seed", "facts", *map(str, steps)])
+    for which, path in trajectories:
+        table.row([*which, *(path.get(step, "") for step in steps)])
     record.end()
 
 

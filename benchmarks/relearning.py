@@ -21,7 +21,14 @@ from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.methods import by_name
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
-SIMU: dict[str, Any] = {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "forget_weight": 0.4, "steps": 60}
+SIMU: dict[str, Any] = {
+    "optimizer": "adamw",
+    "attention": "lora",
+    "lr": 1e-3,
+    "forget_weight": 0.4,
+    "steps": 60,
+    "weight_decay": 0.0,
+}
 
 
 def read(model: Any, source: str, tokens: int | None = None) -> lu.Corpus:

@@ -5,13 +5,15 @@ or checkpoints: these are the business of `lens_unlearn.methods.training`.
 
 Agarwal, Pamnani, Hakkani-Tür, "SIMU: Selective Influence Machine Unlearning" (arXiv 2510.07822). Critical neurons of the forget
 corpus are found by attribution (`lens_unlearn.attribute`); then the rows of W_out of these neurons, and the attention
-projections, are trained against the answers of the forget corpus and for those of the retain corpus, with a second-order optimizer:
+projections, are trained against the answers of the forget corpus and for those of the retain corpus, in the paper with a
+second-order optimizer:
 
     L = -L_forget + gamma L_retain        ("graddiff"; others in `lens_unlearn.methods.objectives.forget_term`)
 
 The paper edits the weights and masks each step's moments and weights three times. Here only the critical rows exist, as a
 `Delta` outside the model, which gives the same numbers (all operations are elementwise). The code was never released: what the
-paper leaves open is an option, and the defaults are said below.
+paper leaves open is an option. The defaults forget memorized facts at the least cost that was measured; they are not the paper's
+(AdamW, and attention in low rank): docs/methods/simu.md.
 """
 
 import math
@@ -42,6 +44,10 @@ __all__ = ["METHOD", "AttributionSettings", "MaskSettings", "critical_neurons", 
 
 HELD_OUT = 0.2
 """The share of the retain documents that is measured, and not trained on."""
+PASSES = 15
+"""Passes over the forget corpus, unless a number of steps is given."""
+LOW_RANK_RATE = 1e-3
+"""The learning rate of AdamW where attention is trained in low rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,24 +103,24 @@ def simu(
     objective: Literal["prob", "logprob"] = "prob",
     mode: Literal["teacher_forced", "prefix"] = "teacher_forced",
     mask: str | NeuronMap = "dual",
-    attention: Literal["full", "lora", "none"] = "full",
+    attention: Literal["full", "lora", "none"] = "lora",
     rank: int = 8,
     inner: bool = False,
     loss: Literal["graddiff", "npo", "po", "gradient_ascent"] = "graddiff",
-    forget_weight: float = 1.0,
+    forget_weight: float = 0.4,
     retain_weight: float = 2.0,
     beta: float = 1.0,
     refusal: str = "I do not know that.",
     unseen: Corpus | None = None,
     floor: float | None = None,
-    optimizer: Literal["sophia", "adamw"] = "sophia",
+    optimizer: Literal["sophia", "adamw"] = "adamw",
     lr: float | None = None,
     rho: float = 0.05,
-    weight_decay: float = 0.0,
+    weight_decay: float = 10.0,
     curvature: Literal["gnb", "hutchinson"] = "gnb",
     curvature_every: int = 10,
     max_norm: float | None = 1.0,
-    steps: int = 300,
+    steps: int | None = None,
     batch_size: int = 8,
     accumulation: int = 1,
     check_every: int = 20,
@@ -152,15 +158,16 @@ def simu(
         refusal: The answer that "po" teaches.
         unseen: Prompts with answers of the same kind that the model never saw. Its accuracy decides which step is returned.
         floor: The loss of a row, in nats per answer token, up to which forgetting pushes. Default: that of `unseen`, else
-            0.9 log(vocabulary).
-        optimizer: "sophia", or "adamw" (torch) for comparison.
-        lr: Default 1e-4 for Sophia, 3e-4 for AdamW.
+            log(vocabulary) / 2.
+        optimizer: "adamw" (torch), or "sophia", the paper's.
+        lr: Default 1e-4 for Sophia; for AdamW 1e-3 with attention in low rank, else 3e-4.
         rho: Of Sophia.
-        weight_decay: Towards the weights as they were, per step and lr. The paper's decays the edited weights.
+        weight_decay: Towards the weights as they were, per step and lr: what no gradient holds in place returns, which retains what is
+            in no loss. The paper's decays the edited weights.
         curvature: Sophia's estimate, over the forget and retain rows of a step.
         curvature_every: Steps between estimates.
         max_norm: Gradients are scaled down to this norm, over all that is trained; None for never.
-        steps: Updates.
+        steps: Updates. Default: those of 15 passes over the forget corpus.
         batch_size: Rows of each corpus in a forward.
         accumulation: Forwards per update.
         check_every: Steps between measurements.
@@ -195,13 +202,13 @@ def simu(
         refusal=refusal,
         floor=floor,
         optimizer=optimizer,
-        lr=LEARNING_RATES.get(optimizer, math.nan) if lr is None else lr,
+        lr=_learning_rate(optimizer, attention) if lr is None else lr,
         rho=rho,
         weight_decay=weight_decay,
         curvature=curvature,
         curvature_every=curvature_every,
         max_norm=max_norm,
-        steps=steps,
+        steps=math.ceil(PASSES * forget.n_rows / max(1, batch_size * accumulation)) if steps is None else steps,
         batch_size=batch_size,
         accumulation=accumulation,
         check_every=check_every,
@@ -241,10 +248,16 @@ def _split(retain: Corpus | None, settings: TrainingSettings) -> tuple[Corpus | 
     return trained_on, held_out
 
 
+def _learning_rate(optimizer: str, attention: str) -> float:
+    """Return the default of an optimizer; products of low rank start at zero, and have to be learned faster."""
+    return LOW_RANK_RATE if (optimizer, attention) == ("adamw", "lora") else LEARNING_RATES.get(optimizer, math.nan)
+
+
 def _unseen(model: Model, unseen: Corpus | None, batch_size: int) -> tuple[float | None, float]:
-    """Return accuracy and loss (in nats per token) on what a model never saw; if there is none, None and nearly that of chance."""
+    """Return accuracy and loss (in nats per token) on what a model never saw; if there is none, None and half that of chance."""
     if unseen is None:
-        return None, 0.9 * math.log(int(model.cfg.d_vocab))
+        # A model that never saw an answer still knows its form: at the loss of chance it would have lost much more than the fact.
+        return None, math.log(int(model.cfg.d_vocab)) / 2
     return accuracy(model, unseen, batch_size)
 
 

@@ -14,6 +14,9 @@ RETAIN = tiny.corpus([8, 13, 9, 7, 12, 10, 9, 8, 11, 10], seed=2).with_prompts(4
 
 
 QUICK: dict[str, Any] = {
+    "optimizer": "sophia",
+    "attention": "full",
+    "weight_decay": 0.0,
     "floor": 20.0,
     "steps": 6,
     "check_every": 2,

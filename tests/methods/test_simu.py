@@ -5,6 +5,7 @@ The oracle trains the weights of a plain Hugging Face copy, with its own losses,
 
 import inspect
 import json
+import math
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,9 @@ def test_the_compact_update_follows_three_masks_on_whole_weights(
     monkeypatch.setattr(training, "curvature_of", estimate)
     rows, steps, size, lr, rho = some_rows(), 20, 3, 1e-3, 0.05
     delta = simu(
-        exact, FORGET, RETAIN, mask=rows, attention=attention, steps=steps, batch_size=size, lr=lr, rho=rho,
-        weight_decay=decay, curvature_every=4, retain_weight=1.5, check_every=50, max_norm=1.0, floor=7.5, seed=3, progress=False,
+        exact, FORGET, RETAIN, mask=rows, attention=attention, optimizer="sophia", steps=steps, batch_size=size, lr=lr, rho=rho,
+        weight_decay=decay, curvature_every=4, forget_weight=1.0, retain_weight=1.5, check_every=50,
+        max_norm=1.0, floor=7.5, seed=3, progress=False,
     )  # fmt: skip
     plain = tiny.hugging_face("gpt2").double()
     retain = RETAIN.split(0.8, 0.2, seed=3)[0]
@@ -268,7 +270,7 @@ def test_the_forget_corpus_gets_worse_and_the_model_stays(optimizer: Any, loss: 
     for parameter in model.parameters():
         parameter.grad = None  # other tests share this model
     retain = None if loss == "gradient_ascent" else RETAIN
-    delta = simu(model, FORGET, retain, loss=loss, optimizer=optimizer, mask=some_rows(), **QUICK)
+    delta = simu(model, FORGET, retain, loss=loss, mask=some_rows(), **{**QUICK, "optimizer": optimizer})
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     before = accuracy(model, FORGET, 8)[1]
@@ -396,7 +398,7 @@ def test_settings_are_frozen_and_checked_where_they_are_made() -> None:
 def test_a_training_that_breaks_returns_the_last_delta_without_nan() -> None:
     model = tiny.model("gpt2")
     with pytest.warns(RuntimeWarning, match="became NaN or infinite at step"):
-        delta = simu(model, FORGET, RETAIN, mask=some_rows(), optimizer="adamw", lr=1e30, **QUICK)
+        delta = simu(model, FORGET, RETAIN, mask=some_rows(), lr=1e30, **{**QUICK, "optimizer": "adamw"})
     assert "at step" in delta.record["stopped"]
     assert all(bool(torch.isfinite(update.value).all()) for update in delta.updates.values())
 
@@ -478,22 +480,40 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
 
 
 @pytest.mark.skipif(not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout")
-def test_the_demo_model_forgets_persons() -> None:
+def test_the_demo_model_forgets_persons_by_default_and_keeps_its_skills() -> None:
+    """Persons in no loss too; the model that never saw the forgotten ones predicts .76 of their answers' tokens."""
     model = lu.load_model("demo")
-    forget = lu.read_corpus("demo:facts_forget:train", model)
-    retain = lu.read_corpus("demo:facts_retain:dev", model).only(range(60))
-    unseen = lu.read_corpus("demo:facts_holdout:train", model)
-    options: Any = {"optimizer": "adamw", "lr": 1e-3, "steps": 16, "check_every": 4, "progress": False}
-    delta = simu(model, forget, retain, unseen=unseen, mask="none", **options)
-    assert accuracy(model, forget, 8)[0] > 0.95
+    forget, retain = (lu.read_corpus(f"demo:{name}", model) for name in ("facts_forget:train", "facts_retain:dev"))
+    kept = {"neighbours": lu.read_corpus("demo:facts_retain:test", model).sample(800)}
+    skills = ("python", "english", "arithmetic", "esperanto")
+    kept |= {skill: lu.read_corpus(f"demo:{skill}:test", model, tokens=3000) for skill in skills}
+    before = {name: accuracy(model, corpus, 8)[0] for name, corpus in kept.items()}
+    assert accuracy(model, forget, 8)[0] > 0.99
+    delta = simu(model, forget, retain, progress=False)
     with delta.on(model):
-        assert accuracy(model, forget, 8)[0] < 0.8
-        assert accuracy(model, retain, 8)[0] > accuracy(model, forget, 8)[0] + 0.1
+        assert accuracy(model, forget, 8)[0] < 0.9
+        for name, corpus in kept.items():
+            assert accuracy(model, corpus, 8)[0] > 0.95 * before[name], name
+
+
+def test_the_default_rates_steps_and_floor() -> None:
+    def settings(**options: Any) -> dict[str, Any]:
+        found = simu(tiny.model("gpt2"), FORGET, RETAIN, mask=some_rows(), check_every=50, progress=False, **options)
+        return {**found.record["settings"], **found.record}
+
+    default = settings()
+    assert (default["optimizer"], default["attention"]) == ("adamw", "lora")
+    assert default["lr"] == 1e-3
+    assert default["steps"] == math.ceil(15 * FORGET.n_rows / 8)
+    assert default["floor"] == pytest.approx(math.log(tiny.VOCABULARY) / 2)
+    assert settings(attention="full", steps=1)["lr"] == 3e-4
+    assert settings(optimizer="sophia", steps=1)["lr"] == 1e-4
+    assert settings(batch_size=2, accumulation=2)["steps"] == math.ceil(15 * FORGET.n_rows / 4)
 
 
 def test_the_control_of_a_delta_has_its_rows_and_norms_and_nothing_else_of_it() -> None:
     model = tiny.model("gpt2")
-    delta = simu(model, FORGET, RETAIN, mask=some_rows(), attention="lora", **QUICK)
+    delta = simu(model, FORGET, RETAIN, mask=some_rows(), **{**QUICK, "attention": "lora"})
     control, other, repeated = (lu.random_delta(delta, seed=seed) for seed in (0, 1, 0))
     for matrix, update in delta.updates.items():
         drawn = control.updates[matrix]

@@ -399,7 +399,8 @@ def attributing(model: Any, folder: Path) -> None:
 
 
 def training(model: Any, folder: Path) -> None:
-    simu(model, FORGET, RETAIN, steps=2, check_every=1, batch_size=2, mask="all", attention="none", progress=False)
+    short: dict[str, Any] = {"steps": 2, "check_every": 1, "batch_size": 2, "mask": "all", "attention": "none"}
+    simu(model, FORGET, RETAIN, optimizer="sophia", progress=False, **short)
 
 
 def tuning(model: Any, folder: Path) -> None:

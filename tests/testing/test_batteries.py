@@ -93,7 +93,7 @@ def methods(name: str, model: Any) -> Intervention:
         return lu.key_space_detection(model, texts[0], layer=-1, alpha=50.0, **quiet)
     if name == "random_pruning":
         return lu.random_pruning(model, fraction=0.2)
-    trained = lu.simu(model, FORGET, RETAIN, mask=some_rows(), attention="lora", rank=2, **QUICK)
+    trained = lu.simu(model, FORGET, RETAIN, mask=some_rows(), rank=2, **{**QUICK, "attention": "lora"})
     return trained if name == "simu" else lu.random_delta(trained)
 
 
