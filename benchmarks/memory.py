@@ -90,8 +90,8 @@ def train(shape: dict[str, int], way: str) -> tuple[int, int]:
         full_weights(hf, forget, retain)
     else:
         attention: Any = "full" if way == "simu, attention" else "none"
-        settings = {"steps": STEPS, "batch_size": ROWS, "check_every": STEPS, "curvature_every": 2, "progress": False}
-        simu(bridge, forget, retain, attention=attention, **settings)
+        settings: dict[str, Any] = {"steps": STEPS, "batch_size": ROWS, "check_every": STEPS, "curvature_every": 2}
+        simu(bridge, forget, retain, attention=attention, optimizer="sophia", progress=False, **settings)
     return before, highest()
 
 

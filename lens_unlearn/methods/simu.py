@@ -162,8 +162,8 @@ def simu(
         optimizer: "adamw" (torch), or "sophia", the paper's.
         lr: Default 1e-4 for Sophia; for AdamW 1e-3 with attention in low rank, else 3e-4.
         rho: Of Sophia.
-        weight_decay: Towards the weights as they were, per step and lr: what no gradient holds in place returns, which retains what is
-            in no loss. The paper's decays the edited weights.
+        weight_decay: Towards the weights as they were, per step and lr: what no gradient holds in place returns, so that what is in
+            no loss is retained. The paper's decays the edited weights.
         curvature: Sophia's estimate, over the forget and retain rows of a step.
         curvature_every: Steps between estimates.
         max_norm: Gradients are scaled down to this norm, over all that is trained; None for never.
