@@ -213,6 +213,7 @@ def evaluate(
         settings["tasks"] |= {"left out": missing} if missing else {}
     if kept_rows:
         settings["memorization"] = recalling.settings()
+    settings["weights"] = WEIGHTS
     return Report(ordered, provenance_of(settings), samples=samples, values=values)
 
 
@@ -405,5 +406,4 @@ def _settings(
         },
         "conditions": {name: repr(condition) for name, condition in conditions.items()},
         "bootstrap": {"resamples": resamples, "seed": seed},
-        "weights": WEIGHTS,
     }
