@@ -276,6 +276,7 @@ def test_a_region_from_a_broken_file_is_refused() -> None:
         region_from_parts({**header, "shape": "cone"}, tensors)
 
 
+@pytest.mark.filterwarnings("ignore:.* know its model:UserWarning")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_regions_come_back_from_a_file_bit_for_bit(shape: Any, tmp_path: Path) -> None:
     region = fitted(shape, alpha=1.3, coverage=0.9)
