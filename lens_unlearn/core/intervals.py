@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
@@ -38,6 +38,7 @@ __all__ = [
     "weights_of",
     "widening",
     "wilson",
+    "wilson_of_units",
 ]
 
 LEVEL = 0.95
@@ -157,6 +158,38 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
     bounds = binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
     return float(bounds.low), float(bounds.high)
+
+
+def wilson_of_units(hits: Bool[Tensor, "queries"], units: Int[Tensor, "queries"]) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of a share of queries, several of which may come from one unit.
+
+    Where every unit has one query it is Wilson's. Elsewhere n is the effective number of queries, n / design effect, as Dean and
+    Pagano (2015) take it, times (z / t)^2 for few units (Korn and Graubard, 1998). Where all queries agree, and so say nothing
+    of how alike those of one unit are, it is the number of units. Of fewer than ten units nothing is known: 0 to 1.
+
+    Args:
+        hits: Which queries count.
+        units: The unit of each, as any number.
+    """
+    from scipy.stats import norm, t
+
+    n, share = len(hits), float(hits.double().mean())
+    _, place = units.unique(return_inverse=True)
+    count = int(place.max()) + 1
+    if count == n:
+        return wilson(int(hits.sum()), n)
+    if count < FEWEST:
+        return 0.0, 1.0
+    effective = float(count)
+    if 0 < share < 1:
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, place, hits.double() - share)
+        spread = float(sums.square().sum()) * count / (count - 1)
+        effective = n * n * n / (n - 1) * share * (1 - share) / spread if spread > 0 else float(n)
+    z = float(norm.ppf((1 + LEVEL) / 2))
+    effective *= (z / float(t.ppf((1 + LEVEL) / 2, count - 1))) ** 2
+    middle = (share + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * (share * (1 - share) / effective + (z / (2 * effective)) ** 2) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def below(inside: Float[Tensor, "n"], outside: Float[Tensor, "m"]) -> Float[Tensor, "n m"]:

@@ -43,7 +43,7 @@ class Abstain(Intervention):
             from the first that is inside.
         refusal: What `lu.generate` writes.
         rates: What was measured on held-out queries when it was fitted: "detection" and "false_alarms", each as
-            [share, low, high, queries].
+            [share, low, high, queries]; and the same of the control under "control".
 
     Raises:
         LensUnlearnError: If there is no region, or `vote` or `when` is out of range.
@@ -68,8 +68,17 @@ class Abstain(Intervention):
             raise LensUnlearnError(f"vote={self.vote} of {len(self.regions)} sites: give 1 to the number of sites")
         if self.when not in ("prompt", "every_token"):
             raise LensUnlearnError(f"when={self.when!r} is not known: choose from prompt, every_token")
-        for name in {"detection", "false_alarms"} & set(self.rates):
-            rate = self.rates[name]
+        control = self.rates.get("control", {})
+        if not isinstance(control, Mapping):
+            raise LensUnlearnError(
+                f"the rates of the control are {control!r}: write them by name, as those of the method"
+            )
+        for name, rate in (
+            (name, rates[name])
+            for rates in (self.rates, control)
+            for name in ("detection", "false_alarms")
+            if name in rates
+        ):
             if len(rate) != 4 or not all(isinstance(part, int | float) for part in rate):
                 raise LensUnlearnError(f"the rate {name!r} is {rate!r}: write it as [share, low, high, queries]")
         ordered = sorted(self.regions.items(), key=lambda item: (item[0].kind, item[0].layer))  # a file has no order
@@ -170,12 +179,10 @@ class Abstain(Intervention):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{site} {region!r}" for site, region in self.regions.items())
         vote = f", {self.vote} of {len(self.regions)} votes" if len(self.regions) > 1 else ""
-        rates = "".join(
-            f", {name} {share:.0%} [{low:.0%}, {high:.0%}] of {n:,} held-out queries"
-            for name, (share, low, high, n) in (
-                (words, self.rates[key])
-                for key, words in (("detection", "detection"), ("false_alarms", "false positives"))
-                if key in self.rates
-            )
-        )
+        rates, control = "", self.rates.get("control", {})
+        for key, words in (("detection", "detection"), ("false_alarms", "false positives")):
+            if key in self.rates:
+                share, low, high, n = self.rates[key]
+                rates += f", {words} {share:.0%} [{low:.0%}, {high:.0%}] of {n:,} held-out queries"
+                rates += f" (shuffled labels: {control[key][0]:.0%})" if key in control else ""
         return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{rates})"

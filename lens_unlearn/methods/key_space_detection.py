@@ -3,16 +3,19 @@
 Source: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention" (NAACL 2025, arXiv 2503.21730).
 """
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
-from lens_unlearn.core.intervals import auc, wilson
+from lens_unlearn.core.intervals import auc, wilson_of_units
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.abstain import REFUSAL, Abstain
 from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
@@ -27,6 +30,10 @@ from lens_unlearn.neurons.maps import check_fraction
 __all__ = ["METHOD", "key_space_detection"]
 
 SHAPES: tuple[Shape, ...] = ("box", "ellipsoid", "clusters", "contrast")
+
+TINY = 1e-30
+
+Regions = dict[Site, Region]
 
 
 def key_space_detection(
@@ -44,6 +51,7 @@ def key_space_detection(
     site: str = "mlp.post",
     held_out: tuple[Corpus | KeySample, Corpus | KeySample] | None = None,
     refusal: str = REFUSAL,
+    control: bool = True,
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
@@ -51,10 +59,14 @@ def key_space_detection(
     """Fit a region to the keys of the forget skill's queries, and abstain from queries inside.
 
     With `layer` and `alpha` given this is the published method, and `retain` is not looked at. What is left out is chosen
-    on held-out queries: alpha as the largest at which no more than `false_alarms` of the retain queries are abstained from; then,
-    of single layers and of majorities among the best three, five, ... layers, those that detect most of the forget queries.
-    The rates reached on these held-out queries, with intervals, are in `Abstain.rates`; having been chosen on them, they
-    flatter a little.
+    on held-out queries, and every task has queries (whole documents or groups) of its own:
+
+    - shape, layer and majority: those that detect most of the forget queries within `false_alarms`;
+    - alpha, one factor for all limits: the largest at which a fresh retain query is inside with a probability of at most
+      `false_alarms`, by split conformal prediction. The false positive rate of one fit varies around that, the less the more retain
+      queries there are;
+    - `Abstain.rates`, with 95 % intervals, on queries that nothing was fitted to or chosen on; "control" among them are the rates
+      of the same method fitted to shuffled labels.
 
     A region is fitted at the last token of each prompt, and a corpus of plain texts is cut into prompts at random places
     first. alpha means something only together with the floor on sigma, see `fit_region`.
@@ -66,17 +78,18 @@ def key_space_detection(
         layer: One layer, several that vote, or None to choose; -1 is the last.
         alpha: The limit in units of the score that covers the fit, or None to choose.
         coverage: Share of the fitted queries that alpha = 1 covers, in (0, 1].
-        region: "box" (published), "ellipsoid", "clusters", "contrast" (ours: nearer to the forget queries than to 60 % of
+        region: "box" (published), "ellipsoid", "clusters", "contrast" (ours: nearer to the forget queries than to 40 % of
             the retain queries), or "auto" to choose.
         vote: How many layers have to agree; None for a majority. With layer=None, the best 2 vote - 1 layers vote, or as
             many as detect most.
         when: "prompt" or "every_token", see `Abstain`.
-        false_alarms: Budget: the largest share of held-out retain queries to abstain from, where alpha is chosen.
+        false_alarms: Budget: the share of retain queries to abstain from, where alpha is chosen.
         site: Kind of site: "mlp.post" are the keys of the published method.
-        held_out: Queries (forget, retain) to choose on, if they should not be split off; default: 40 % of the forget
-            documents, and all of retain, which the fit does not see.
+        held_out: Queries (forget, retain) to choose on and to state rates on, if they should not be split off; default: 40 % of the
+            forget documents, and of the retain documents those that the fit does not see.
         refusal: What `lu.generate` writes for an abstained row.
-        seed: Of the split, the sample and the places where texts are cut.
+        control: Whether to fit again to shuffled labels.
+        seed: Of the splits, the sample, the shuffled labels and the places where texts are cut.
         batch_size: Full-length rows per forward.
         progress: Whether to show bars.
 
@@ -85,7 +98,6 @@ def key_space_detection(
         LensUnlearnError: If a layer does not exist, an argument is out of range, or there are too few queries.
     """
     sites = [Site(number, site) for number in _layers(layer, vote, int(model.cfg.n_layers))]
-    options = {"seed": seed, "batch_size": batch_size, "progress": progress}
     fixed = layer is not None and alpha is not None and region != "auto"
     budget = check_fraction(false_alarms, "false_alarms")
     if retain is None and not fixed and held_out is None:
@@ -95,49 +107,165 @@ def key_space_detection(
         raise CorpusError(f"region={region!r} needs retain queries to fit on: give retain")
 
     def keys_of(part: Corpus | KeySample) -> KeySample:
-        return part if isinstance(part, KeySample) else query_keys(model, part, sites, **options)
+        if isinstance(part, KeySample):
+            return part
+        return query_keys(model, part, sites, seed=seed, batch_size=batch_size, progress=progress)
 
-    keys = inside = outside = keys_of(forget)
+    keys = keys_of(forget)
     others = None if retain is None or (fixed and not contrasts) else keys_of(retain)
-    if held_out is not None and not fixed:
-        inside, outside = (keys_of(part) for part in held_out)
-    elif not fixed and others is not None:
-        keys, inside = keys.split(0.6, 0.4, seed=seed)
-        # Only a contrast is fitted on retain queries; the others are all held out.
-        others, outside = others.split(0.6, 0.4, seed=seed) if contrasts else (others, others)
-    fitting: dict[str, Any] = {"coverage": coverage, "alpha": 1.0 if alpha is None else alpha, "seed": seed}
-    fits = {
-        shape: {
-            s: fit_region(keys[s].flatten(1), shape, others=None if others is None else others[s].flatten(1), **fitting)
-            for s in sites
-        }
-        for shape in (SHAPES if region == "auto" else (region,))
-    }
-    if fixed:
-        regions = next(iter(fits.values()))
-        return Abstain(regions, vote or len(sites) // 2 + 1, when, refusal)
-    for part, name in ((inside, "forget"), (outside, "retain")):
-        if part.n < FEWEST:
-            raise CorpusError(
-                f"{part.n} held-out {name} queries are too few to choose on: at least {FEWEST}; read more tokens, or shorter rows"
-            )
-    best: tuple[tuple[float, float], Abstain] | None = None
-    for regions in fits.values():
-        scores = _Scores(
-            {s: regions[s].score(inside[s].flatten(1)) for s in sites},
-            {s: regions[s].score(outside[s].flatten(1)) for s in sites},
-        )
-        for some, votes in _juries(scores.ranked(regions, alpha, budget), free=layer is None, vote=vote):
+    held = None if held_out is None or fixed else (keys_of(held_out[0]), keys_of(held_out[1]))
+    shapes: Sequence[Shape] = SHAPES if region == "auto" else (region,)
+
+    def detector(keys: KeySample, others: KeySample | None, held: tuple[KeySample, KeySample] | None) -> Abstain:
+        if held is None and others is not None and not fixed:
+            keys, inside = keys.split(0.6, 0.4, seed=seed)
+            # Only a contrast is fitted on retain queries; the others are all held out.
+            others, outside = others.split(0.4, 0.6, seed=seed) if contrasts else (None, others)
+            held = inside, outside
+        fitting: dict[str, Any] = {"coverage": coverage, "alpha": 1.0 if alpha is None else alpha, "seed": seed}
+        fits: list[Regions] = [
+            {
+                s: fit_region(
+                    keys[s].flatten(1), shape, others=None if others is None else others[s].flatten(1), **fitting
+                )
+                for s in sites
+            }
+            for shape in shapes
+        ]
+        if held is None:
+            return Abstain(fits[0], vote or len(sites) // 2 + 1, when, refusal)
+        choosing = len(fits) > 1 or len(sites) > 1
+        to_choose, to_set, to_state = _dealt(*held, choosing=choosing, setting=alpha is None, seed=seed)
+        regions, votes = fits[0], 1
+        if to_choose is not None:
+            regions, votes = _chosen(fits, to_choose, alpha, budget, free=layer is None, vote=vote)
+        if to_set is not None:
+            regions = _within_budget(regions, votes, to_set, budget)
+        return Abstain(regions, votes, when, refusal, rates=_rates(regions, votes, *to_state))
+
+    act = detector(keys, others, held)
+    if not control or fixed or others is None:
+        return act
+    with suppress(
+        LensUnlearnError
+    ):  # documents of unequal lengths can leave too few queries for a task once they are shuffled
+        shuffled = detector(*keys.shuffled(others, seed), None if held is None else held[0].shuffled(held[1], seed))
+        return replace(act, rates={**act.rates, "control": shuffled.rates})
+    return act
+
+
+def _dealt(
+    inside: KeySample, outside: KeySample, *, choosing: bool, setting: bool, seed: int
+) -> tuple[tuple[KeySample, KeySample] | None, KeySample | None, tuple[KeySample, KeySample]]:
+    """Deal held-out documents to three tasks: (forget, retain) to choose on, retain to set alpha on, and both to state rates on."""
+    # Rates would flatter on queries that chose anything. And alpha set on queries that chose the layer lets in too many others: of
+    # several layers, the one whose limit happens to be too wide detects most.
+    dealt = []
+    for part, name, shares in (
+        (inside, "forget", {"choose": int(choosing), "state rates": 1}),
+        (outside, "retain", {"choose": int(choosing), "set alpha": 2 * setting, "state rates": 1}),
+    ):
+        tasks = [task for task, share in shares.items() if share]
+        parts = dict(zip(tasks, part.split(*(shares[task] for task in tasks), seed=seed), strict=True))
+        for task, queries in parts.items():
+            if queries.n < FEWEST:
+                raise CorpusError(
+                    f"{part.n} held-out {name} queries are too few: {queries.n} of them are left to {task} on, and at least "
+                    f"{FEWEST} are needed; read more tokens, or shorter rows"
+                )
+        dealt.append(parts)
+    forget, retain = dealt
+    to_choose = (forget["choose"], retain["choose"]) if choosing else None
+    return to_choose, retain.get("set alpha"), (forget["state rates"], retain["state rates"])
+
+
+def _chosen(
+    fits: Sequence[Regions],
+    held: tuple[KeySample, KeySample],
+    alpha: float | None,
+    budget: float,
+    *,
+    free: bool,
+    vote: int | None,
+) -> tuple[Regions, int]:
+    """Choose shape, layers and votes by detection within the budget, or by the difference of the rates at a given alpha."""
+    best: tuple[tuple[float, float], Regions, int] | None = None
+    for regions in fits:
+        forget, retain = (_scores(regions, part) for part in held)
+        scores = _Scores(forget, retain)
+        for some, votes in _juries(scores.ranked(regions, alpha, budget), free=free, vote=vote):
             chosen = {s: regions[s] for s in sorted(some)}
             if alpha is None:
                 chosen = scores.limits(chosen, votes, budget)
-            rates = scores.rates(chosen, votes)
-            detection, cost = rates["detection"][0], 0.0 if alpha is None else rates["false_alarms"][0]
-            quality = (detection - cost, sum(rates["auc"].values()) / len(chosen))
+            found, cost = (float(_inside(chosen, votes, part).double().mean()) for part in (forget, retain))
+            areas = [auc(forget[s], retain[s])[0] for s in chosen]
+            quality = (found - (0.0 if alpha is None else cost), sum(areas) / len(areas))
             if best is None or quality > best[0]:
-                best = quality, Abstain(chosen, votes, when, refusal, rates=rates)
+                best = quality, chosen, votes
     assert best is not None
-    return best[1]
+    return best[1:]
+
+
+def _within_budget(regions: Regions, votes: int, retain: KeySample, budget: float) -> Regions:
+    """Multiply all limits by the largest factor at which a fresh retain query is inside with a probability within the budget.
+
+    A fresh query is as likely at each place in the order of itself and m others, so it is one of the lowest j + 1 with a
+    probability of (j + 1) / (m + 1), and j = budget (m + 1) - 1 of the m may be inside: split conformal prediction. Of documents
+    with several queries, m is the effective number.
+    """
+    # A query is inside from its votes-th smallest ratio of score to limit on. These queries set that factor alone, and no limit of
+    # a layer: the argument above needs that.
+    ratios = torch.stack([score / max(regions[s].limit, TINY) for s, score in _scores(regions, retain).items()])
+    smallest = ratios.sort(0).values[votes - 1]
+    m = _effective(smallest, retain.documents(next(iter(regions))))
+    allowed = math.floor((budget * (m + 1) - 1) * len(smallest) / m + 1e-9)
+    if allowed < 0 < budget:
+        warnings.warn(
+            f"false_alarms={budget:g} cannot be kept by alpha set on {m:.0f} independent retain queries, so this abstains from "
+            f"nothing: {1 / budget - 1:.0f} are needed; give more retain documents, or raise false_alarms",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    # The last digits of a product are rounded: a hair below the first query that may not be inside, or above the last of all.
+    factor = 0.0 if allowed < 0 else _limit(smallest, allowed) * (1 - 1e-6 if allowed < len(smallest) else 1 + 1e-6)
+    return {s: region.at(factor * region.limit) for s, region in regions.items()}
+
+
+def _effective(scores: Float[Tensor, "queries"], units: Int[Tensor, "queries"]) -> float:
+    """Return how many independent queries say as much: n / (1 + (size - 1) rho), rho the intraclass correlation of the ranks."""
+    _, place, sizes = units.unique(return_inverse=True, return_counts=True)
+    n, count, sizes = len(scores), len(sizes), sizes.double()
+    if count == n or count == 1:
+        return float(count)
+    ranks = scores.argsort().argsort().double()
+    means = torch.zeros(count, dtype=torch.float64).index_add_(0, place, ranks) / sizes
+    between = float((sizes * (means - ranks.mean()).square()).sum()) / (count - 1)
+    within = float((ranks - means[place]).square().sum()) / (n - count)
+    typical = float(sizes.square().sum()) / n
+    of_one = (n - typical) / (count - 1)
+    correlation = (between - within) / max(between + (of_one - 1) * within, 1e-30)
+    return n / (1 + (typical - 1) * min(max(correlation, 0.0), 1.0))
+
+
+def _scores(regions: Regions, keys: KeySample) -> dict[Site, Float[Tensor, "queries"]]:
+    return {s: region.score(keys[s].flatten(1)) for s, region in regions.items()}
+
+
+def _inside(regions: Regions, votes: int, scores: Mapping[Site, Tensor]) -> Bool[Tensor, "queries"]:
+    """Say which queries are inside at so many sites."""
+    return torch.stack([scores[s] <= region.limit for s, region in regions.items()]).sum(0) >= votes
+
+
+def _rates(regions: Regions, votes: int, forget: KeySample, retain: KeySample) -> dict[str, Any]:
+    """State detection and false positive rates, with 95 % intervals, on queries that nothing was fitted to or chosen on."""
+    rates: dict[str, Any] = {}
+    of_forget, of_retain = _scores(regions, forget), _scores(regions, retain)
+    for name, part, scores in (("detection", forget, of_forget), ("false_alarms", retain, of_retain)):
+        hits = _inside(regions, votes, scores)
+        low, high = wilson_of_units(hits, part.documents(next(iter(regions))))
+        rates[name] = [float(hits.double().mean()), low, high, len(hits)]
+    rates["auc"] = {str(s): auc(of_forget[s], of_retain[s])[0] for s in regions}
+    return rates
 
 
 def _juries(ranked: list[Site], *, free: bool, vote: int | None) -> list[tuple[list[Site], int]]:
@@ -170,7 +298,7 @@ def _layers(layer: int | Sequence[int] | None, vote: int | None, count: int) -> 
 
 @dataclass
 class _Scores:
-    """Held-out queries' scores at every site."""
+    """Scores at every site of the queries to choose on."""
 
     forget: Mapping[Site, Float[Tensor, "queries"]]
     retain: Mapping[Site, Float[Tensor, "others"]]
@@ -179,7 +307,7 @@ class _Scores:
         """Order the sites: by detection within the budget, or by the difference of the rates at a given alpha; then by AUC."""
 
         def quality(site: Site) -> tuple[float, float]:
-            limit = _limit(self.retain[site], budget) if alpha is None else regions[site].limit
+            limit = _limit(self.retain[site], _of(budget, self.retain[site])) if alpha is None else regions[site].limit
             found = float((self.forget[site] <= limit).float().mean())
             cost = 0.0 if alpha is None else float((self.retain[site] <= limit).float().mean())
             return found - cost, auc(self.forget[site], self.retain[site])[0]
@@ -189,40 +317,27 @@ class _Scores:
     def limits(self, regions: Mapping[Site, Region], vote: int, budget: float) -> dict[Site, Region]:
         """Set every region's limit at one share of retain queries inside, the largest at which the vote keeps the budget."""
         shares = sorted({i / 200 for i in range(201)} | {budget})
-        best = {s: _limit(self.retain[s], 0.0) for s in regions}
+        best = {s: _limit(self.retain[s], 0) for s in regions}
         for share in shares:
-            tried = {s: _limit(self.retain[s], share) for s in regions}
+            tried = {s: _limit(self.retain[s], _of(share, self.retain[s])) for s in regions}
             votes = torch.stack([self.retain[s] <= tried[s] for s in regions]).sum(0) >= vote
             if int(votes.sum()) > _of(budget, votes):
                 break
             best = tried
         return {s: region.at(best[s]) for s, region in regions.items()}
 
-    def rates(self, regions: Mapping[Site, Region], vote: int) -> dict[str, Any]:
-        """State detection and false positive rates with 95 % Wilson intervals."""
-        rates: dict[str, Any] = {}
-        for name, scores in (("detection", self.forget), ("false_alarms", self.retain)):
-            fired = torch.stack([scores[s] <= regions[s].limit for s in regions]).sum(0) >= vote
-            hits, n = int(fired.sum()), len(fired)
-            rates[name] = [hits / n, *wilson(hits, n), n]
-        rates["auc"] = {str(s): auc(self.forget[s], self.retain[s])[0] for s in regions}
-        return rates
 
-
-def _limit(retain: Float[Tensor, "queries"], budget: float) -> float:
-    """Return the limit in the middle between the last retain query that may be inside and the first that may not."""
-    ordered = retain.sort().values  # and limits in its precision, in which scores are compared with them
-    inside = min(_of(budget, ordered), len(ordered))
-    if inside == len(ordered):
-        return float(ordered[-1])
-    first = ordered[inside]
-    low = torch.minimum(ordered[inside - 1] if inside else 0.9 * first, torch.nextafter(first, first.new_zeros(())))
-    middle = (low + first) / 2
-    return float(torch.where(middle < first, middle, low))
+def _limit(scores: Float[Tensor, "queries"], allowed: int) -> float:
+    """Return the largest limit that no more than so many scores are within: just below the next one."""
+    ordered = scores.sort().values  # and limits in its precision, in which scores are compared with them
+    if allowed < len(ordered) and bool(torch.isfinite(ordered[allowed])):
+        return float(torch.nextafter(ordered[allowed], ordered.new_zeros(())))
+    finite = ordered[torch.isfinite(ordered)]
+    return float(finite[-1]) if len(finite) else 0.0
 
 
 def _of(share: float, queries: Tensor) -> int:
-    """Return how many queries are within a share of them."""
+    """Return how many queries are a share of them."""
     return int(share * len(queries) + 1e-9)
 
 

@@ -164,7 +164,10 @@ class Method:
             strength: At which it was found; for controls that are fitted themselves.
             options: With which it was found; likewise.
         """
-        options = self.with_progress(options or {}, False)
+        options = {
+            **self.with_progress(options or {}, False),
+            **self.takes({"control": False}),
+        }  # a control has none itself
 
         def refit(forget: Any, retain: Any) -> Intervention:
             return self.at(model, (forget, retain), strength, options)

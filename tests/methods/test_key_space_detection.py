@@ -1,6 +1,8 @@
 """Key Space Detection: planted keys are found, budgets are kept, and with layer and alpha given it is the published box."""
 
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid
-from lens_unlearn.methods.key_space_detection import _limit, key_space_detection
+from lens_unlearn.methods.key_space_detection import _effective, _limit, key_space_detection
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect, query_keys
 from lens_unlearn.neurons.key_sample import KeySample
@@ -86,7 +88,7 @@ def test_the_layer_that_tells_the_skills_apart_is_found(region: Any, where: int)
     assert list(act.regions) == [post(where)]
     assert act.vote == 1
     assert act.rates["detection"][0] > 0.95
-    assert act.rates["false_alarms"][0] <= 0.05
+    assert act.rates["false_alarms"][0] <= 0.15
     assert act.rates["auc"][str(post(where))] > 0.99
     fresh_forget, fresh_retain = planted([4.0 if number == where else 0.0 for number in range(LAYERS)], seed=1)
     assert float(fired(act, fresh_forget).double().mean()) > 0.9
@@ -95,36 +97,74 @@ def test_the_layer_that_tells_the_skills_apart_is_found(region: Any, where: int)
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.05, 0.1, 0.29, 1.0])
-@pytest.mark.parametrize("m", [20, 40, 100, 137])
+@pytest.mark.parametrize("m", [60, 137, 200])
 @pytest.mark.parametrize("layer", [1, None, [0, 1, 2]])
-def test_false_alarms_keep_the_budget_and_use_it_up(budget: float, m: int, layer: Any) -> None:
+def test_a_fresh_query_completes_the_budget_of_those_that_set_alpha(budget: float, m: int, layer: Any) -> None:
+    """Of n queries that set alpha, and one more, the lowest j + 1 may be inside: (j + 1) / (n + 1) <= budget."""
     forget, retain = planted([0.8] * 3, n=60, m=m)
-    act = detect(forget, retain, 3, layer=layer, false_alarms=budget)
-    alarms = int(fired(act, retain).sum())
-    assert alarms <= budget * m + 1e-9
-    assert act.rates["false_alarms"][0] == pytest.approx(alarms / m)
-    assert act.rates["false_alarms"][3] == m
-    assert act.rates["detection"][3] == 24, "40 % of the forget documents"
-    if len(act.regions) == 1:
-        assert alarms == int(budget * m + 1e-9), "the largest alpha that keeps the budget"
-        [(site, region)] = act.regions.items()
-        ordered = region.score(retain[site]).sort().values
-        if alarms < m:
-            assert region.limit < float(ordered[alarms])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "false_alarms=0.05 cannot be kept")
+        act = detect(forget, retain, 3, layer=layer, false_alarms=budget)
+    shares = (2, 1) if layer == 1 else (1, 2, 1)
+    parts = retain.split(*shares, seed=0)
+    to_set, to_state = parts[-2:]
+    allowed = max((j for j in range(to_set.n + 1) if j + 1 <= budget * (to_set.n + 1) + 1e-9), default=0)
+    assert int(fired(act, to_set).sum()) == allowed, "the largest factor that keeps the budget"
+    assert act.rates["false_alarms"][0] == pytest.approx(float(fired(act, to_state).double().mean()))
+    assert act.rates["false_alarms"][3] == to_state.n
+    assert act.rates["detection"][3] == (24 if layer == 1 else 12), "40 % of the forget documents, or the half of these"
+    if budget * (to_set.n + 1) < 1:
+        assert all(region.limit == 0 for region in act.regions.values())
 
 
-@given(st.lists(st.sampled_from([0.5, 1.0, 1.0000001192092896, 1.5, 2.0]), min_size=1, max_size=30), st.floats(0, 1))
-def test_the_limit_never_lets_in_more_than_the_budget_also_where_scores_are_equal_or_neighbours(
-    scores: list[float], budget: float
+def test_a_budget_that_so_few_queries_cannot_promise_is_kept_by_abstaining_from_nothing() -> None:
+    forget, retain = planted([4.0], n=60, m=50)
+    with pytest.warns(
+        RuntimeWarning, match=r"^false_alarms=0\.02 cannot be kept by alpha set on 33 independent .* 49 are needed"
+    ):
+        act = detect(forget, retain, 1, false_alarms=0.02, control=False)
+    assert act.rates["detection"][0] == act.rates["false_alarms"][0] == 0
+    assert not bool(fired(act, forget).any())
+
+
+def test_queries_of_one_document_count_as_few_as_they_are_alike() -> None:
+    units, draw = torch.arange(200) // 10, torch.Generator().manual_seed(0)
+    own, shared = torch.randn(200, generator=draw), torch.randn(20, generator=draw)[units]
+    assert _effective(own, torch.arange(200)) == 200
+    assert 120 < _effective(own, units) <= 200
+    assert _effective(shared + 1e-3 * own, units) == pytest.approx(20, rel=0.02)
+    assert 20 < _effective(shared + own, units) < 60
+    assert _effective(own, torch.zeros(200)) == 1
+
+
+def test_the_intraclass_correlation_is_that_of_the_analysis_of_variance() -> None:
+    draw = np.random.default_rng(0)
+    units = np.repeat(np.arange(12), draw.integers(1, 9, 12))
+    scores = draw.normal(size=12)[units] + draw.normal(size=len(units))
+    ranks = scores.argsort().argsort().astype(float)
+    groups = [ranks[units == u] for u in range(12)]
+    n, sizes = len(ranks), np.array([len(g) for g in groups])
+    msb = sum(len(g) * (g.mean() - ranks.mean()) ** 2 for g in groups) / 11
+    msw = sum(((g - g.mean()) ** 2).sum() for g in groups) / (n - 12)
+    n0 = (n - (sizes**2).sum() / n) / 11
+    rho = (msb - msw) / (msb + (n0 - 1) * msw)
+    expected = n / (1 + ((sizes**2).sum() / n - 1) * rho)
+    assert _effective(torch.from_numpy(scores), torch.from_numpy(units)) == pytest.approx(expected)
+
+
+@given(st.lists(st.sampled_from([0.5, 1.0, 1.0000001192092896, 1.5, 2.0]), min_size=1, max_size=30), st.integers(0, 30))
+def test_the_limit_lets_in_no_more_than_allowed_also_where_scores_are_equal_or_neighbours(
+    scores: list[float], allowed: int
 ) -> None:
     retain = torch.tensor(scores)
-    limit = _limit(retain, budget)
+    limit = _limit(retain, allowed)
     inside = int((retain <= limit).sum())
-    assert inside <= budget * len(scores) + 1e-6
+    assert inside <= allowed
     ordered = sorted(scores)
-    allowed = int(budget * len(scores) + 1e-9)
-    if allowed == len(scores) or (allowed > 0 and ordered[allowed - 1] < ordered[allowed]):
-        assert inside == allowed
+    if allowed >= len(scores):
+        assert inside == len(scores)
+    else:
+        assert limit < ordered[allowed] <= np.nextafter(np.float32(limit), np.float32(9)), "just below the next"
     assert Box(torch.zeros(1, 1), torch.ones(1), limit).contains(retain[:, None]).sum() == inside, "as a region sees it"
 
 
@@ -142,14 +182,14 @@ def test_alpha_chosen_is_in_units_of_the_score_that_covers_the_fit() -> None:
 
 def test_held_out_queries_may_be_given_and_then_all_the_rest_is_fitted() -> None:
     forget, retain = planted([3.0, 0.0], n=100)
-    held_forget, held_retain = planted([3.0, 0.0], n=30, m=50, seed=7)
+    held_forget, held_retain = planted([3.0, 0.0], n=30, m=100, seed=7)
     act = detect(forget, retain, 2, held_out=(held_forget, held_retain))
     [region] = act.regions.values()
     torch.testing.assert_close(region.centres[0].double(), forget[post(0)].double().mean(0), rtol=1e-5, atol=1e-6)
-    assert (act.rates["detection"][3], act.rates["false_alarms"][3]) == (30, 50)
-    assert int(fired(act, held_retain).sum()) == 2
+    assert (act.rates["detection"][3], act.rates["false_alarms"][3]) == (15, 25), "the others chose, and set alpha"
     alone = detect(forget, None, 2, held_out=(held_forget, held_retain))
-    assert alone.rates == act.rates, "a box is not fitted on retain queries"
+    own = {name: rate for name, rate in act.rates.items() if name != "control"}
+    assert alone.rates == own, "a box is not fitted on retain queries; without them there are no labels to shuffle"
 
 
 def test_several_weak_layers_outvote_one() -> None:
@@ -205,10 +245,10 @@ def test_regions_are_of_the_shape_asked_for_and_auto_is_as_good_as_the_best(name
 def test_a_contrast_is_fitted_on_one_part_of_the_retain_queries_and_judged_on_the_other() -> None:
     forget, retain = planted([1.0], n=100, m=100)
     act = detect(forget, retain, 1, region="contrast")
-    assert act.rates["false_alarms"][3] == 40
+    assert act.rates["false_alarms"][3] == 20, "40 % are fitted, 40 % set alpha"
     region = act.regions[post(0)]
     assert isinstance(region, Contrast)
-    fitted = retain.split(0.6, 0.4, seed=0)[0][post(0)]
+    fitted = retain.split(0.4, 0.6, seed=0)[0][post(0)]
     torch.testing.assert_close(region.other_centre.double(), fitted.double().mean(0), rtol=1e-5, atol=1e-6)
 
 
@@ -231,6 +271,21 @@ def test_choosing_among_layers_that_say_nothing_promises_nothing() -> None:
     low, high = act.rates["detection"][1:3]
     assert low < 0.1, "the interval says that it may be no better than the false positive rate"
     assert high < 0.3
+    assert set(act.rates["control"]) == {"detection", "false_alarms", "auc"}
+
+
+def test_the_control_is_the_same_method_fitted_to_shuffled_labels() -> None:
+    forget, retain = planted([4.0, 0.0], n=150, m=150)
+    act = detect(forget, retain, 2, seed=3)
+    assert act.rates["detection"][0] > 0.9
+    assert act.rates["control"]["detection"][0] < 0.3
+    by_hand = detect(*forget.shuffled(retain, 3), 2, seed=3, control=False)
+    assert act.rates["control"] == by_hand.rates
+    assert "control" not in by_hand.rates
+    assert re.search(
+        r"detection \d+% \[\d+%, \d+%\] of 30 held-out queries \(shuffled labels: \d+%\), false pos", repr(act)
+    )
+    assert "shuffled" not in repr(by_hand)
 
 
 # --- rates ---------------------------------------------------------------------------------------------------------------
@@ -259,14 +314,14 @@ def test_the_rates_in_the_file_are_those_measured(tmp_path: Path) -> None:
     forget, retain = planted([2.0, 1.0], n=100)
     act = detect(forget, retain, 2, refusal="No.", when="every_token")
     [(site, region)] = act.regions.items()
-    held = forget.split(0.6, 0.4, seed=0)[1]
+    held = forget.split(0.6, 0.4, seed=0)[1].split(1, 1, seed=0)[1]
     hits = int(region.contains(held[site]).sum())
-    assert act.rates["detection"] == [hits / 40, *wilson(hits, 40), 40]
-    assert act.rates["auc"][str(site)] == auc(region.score(held[site]), region.score(retain[site]))[0]
+    assert act.rates["detection"] == [hits / 20, *wilson(hits, 20), 20]
+    to_state = retain.split(1, 2, 1, seed=0)[2]
+    assert act.rates["auc"][str(site)] == auc(region.score(held[site]), region.score(to_state[site]))[0]
     with pytest.warns(UserWarning, match="will not know its model"):
         act.save(tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning, match="does not know its model"):
-        again = load_intervention(tmp_path / "a.safetensors")
+    again = load_intervention(tmp_path / "a.safetensors")
     assert isinstance(again, Abstain)
     assert again.rates == act.rates
     assert (again.refusal, again.when, repr(again)) == ("No.", "every_token", repr(act))
@@ -337,7 +392,7 @@ def test_with_layer_and_alpha_retain_and_held_out_are_not_looked_at() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", *tiny.HOOKED[:1]])
 def test_skills_with_their_own_tokens_are_separated_in_a_model(name: str) -> None:
     model = tiny.model(name)
-    forget, retain = prompts(50, 1, tokens=range(3, 9)), prompts(50, 2, tokens=range(200, 320))
+    forget, retain = prompts(120, 1, tokens=range(3, 9)), prompts(160, 2, tokens=range(200, 320))
     act = key_space_detection(model, forget, retain, false_alarms=0.1, region="auto", progress=False)
     assert act.rates["detection"][0] > 0.6
     fresh = prompts(50, 3, tokens=range(3, 9)), prompts(50, 4, tokens=range(200, 320))
@@ -402,9 +457,13 @@ FORGET, RETAIN = planted([1.0, 1.0], n=40, m=40)
         ({"forget": planted([1.0, 1.0], n=9)[0]}, "^5 queries are too few to fit a region: give at least 8$"),
         (
             {"forget": planted([1.0, 1.0], n=14)[0]},
-            "^6 held-out forget queries are too few to choose on: at least 8; read more tokens, or shorter rows$",
+            "^6 held-out forget queries are too few: 3 of them are left to choose on, and at least 8 are needed; read more "
+            "tokens, or shorter rows$",
         ),
-        ({"retain": planted([1.0, 1.0], m=7)[1]}, "^7 held-out retain queries are too few to choose on"),
+        (
+            {"retain": planted([1.0, 1.0], m=7)[1]},
+            "^7 held-out retain queries are too few: 2 of them are left to choose on",
+        ),
         ({"forget": planted([1.0, 1.0], n=5)[0], "layer": 1, "alpha": 1.0}, "^5 queries are too few"),
         ({"site": "mlp.pre"}, r"no key of L0\.mlp\.pre: collect over it first"),
     ],
@@ -448,8 +507,9 @@ def test_corpora_without_prompts_or_beyond_the_context_are_refused() -> None:
 
 def test_an_unlucky_infinite_score_is_never_inside() -> None:
     """Scores may be infinite where a key is far beyond single precision; such a query is only ever outside."""
-    assert _limit(torch.tensor([1.0, math.inf, math.inf]), 0.5) == 1.0
-    assert _limit(torch.tensor([1.0, 2.0, math.inf]), 0.7) == 2.0
+    assert _limit(torch.tensor([1.0, math.inf, math.inf]), 1) == 1.0
+    assert _limit(torch.tensor([1.0, 2.0, math.inf]), 2) == 2.0
+    assert _limit(torch.tensor([1.0, 2.0, math.inf]), 3) == 2.0
 
 
 def test_an_interrupted_sample_goes_on_to_bitwise_the_same_and_other_seeds_are_refused(
