@@ -5,11 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, kstest, t
+from scipy.stats import binomtest, kstest, norm, t
 from sklearn.metrics import roc_auc_score
 
 from lens_unlearn.core import intervals
-from lens_unlearn.core.intervals import after_choice, auc, interval, upper, weights_of, widening, wilson
+from lens_unlearn.core.intervals import (
+    after_choice,
+    auc,
+    interval,
+    upper,
+    weights_of,
+    widening,
+    wilson,
+    wilson_of_units,
+)
 
 
 def area(a: np.ndarray, b: np.ndarray, *weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -49,6 +58,33 @@ def test_wilson_is_scipys_and_stays_between_0_and_1(hits: int, n: int) -> None:
     expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     assert wilson(hits, n) == (expected.low, expected.high)
     assert 0 <= wilson(hits, n)[0] <= hits / n <= wilson(hits, n)[1] <= 1
+
+
+def test_wilson_of_units_is_wilsons_where_each_has_one_query_and_by_the_effective_number_elsewhere() -> None:
+    draw = np.random.default_rng(0)
+    alone = torch.from_numpy(draw.random(40) < 0.3)
+    assert wilson_of_units(alone, torch.arange(40) * 7) == wilson(int(alone.sum()), 40)
+    units = np.repeat(np.arange(25), draw.integers(1, 9, 25))
+    hits = draw.random(len(units)) < draw.beta(1, 2, 25)[units]
+    low, high = wilson_of_units(torch.from_numpy(hits), torch.from_numpy(units))
+    # The Wilson interval is the set of shares that a score test does not reject, with the variance of a mean of clusters.
+    n, share = len(units), hits.mean()
+    sums = np.array([(hits[units == u] - share).sum() for u in range(25)])
+    effective = share * (1 - share) / (25 / 24 * (sums**2).sum() / n**2 * (n - 1) / n)
+    effective *= (norm.ppf(0.975) / t.ppf(0.975, 24)) ** 2
+    for bound in (low, high):
+        assert abs(share - bound) / math.sqrt(bound * (1 - bound) / effective) == pytest.approx(norm.ppf(0.975))
+    assert low < wilson(int(hits.sum()), n)[0] < wilson(int(hits.sum()), n)[1] < high
+
+
+def test_wilson_of_units_that_all_agree_or_are_few() -> None:
+    units = torch.arange(60) // 3
+    shrunk = round(20 * (norm.ppf(0.975) / t.ppf(0.975, 19)) ** 2, 3)
+    low, high = wilson_of_units(torch.ones(60, dtype=torch.bool), units)
+    assert (low, high) == (pytest.approx(1 / (1 + norm.ppf(0.975) ** 2 / shrunk), abs=1e-4), pytest.approx(1))
+    assert wilson_of_units(torch.ones(60, dtype=torch.bool), torch.arange(60) // 7) == (0, 1), "nine units"
+    one_each = torch.tensor([True, False] * 15)  # every unit has one hit: they differ less than chance lets them
+    assert wilson_of_units(one_each, torch.arange(30) // 2) == pytest.approx((0.32, 0.68), abs=0.02)
 
 
 def test_weights_are_exponential_and_depend_on_seed_and_key_alone() -> None:

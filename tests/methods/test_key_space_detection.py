@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,9 +101,7 @@ def test_the_layer_that_tells_the_skills_apart_is_found(region: Any, where: int)
 def test_a_fresh_query_completes_the_budget_of_those_that_set_alpha(budget: float, m: int, layer: Any) -> None:
     """Of n queries that set alpha, and one more, the lowest j + 1 may be inside: (j + 1) / (n + 1) <= budget."""
     forget, retain = planted([0.8] * 3, n=60, m=m)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "false_alarms=0.05 cannot be kept")
-        act = detect(forget, retain, 3, layer=layer, false_alarms=budget)
+    act = detect(forget, retain, 3, layer=layer, false_alarms=budget)
     shares = (2, 1) if layer == 1 else (1, 2, 1)
     parts = retain.split(*shares, seed=0)
     to_set, to_state = parts[-2:]
