@@ -80,7 +80,9 @@ class Outcome:
     repetitions: int
 
 
-def keys(setting: Setting, count: int, sign: float, start: int, generator: torch.Generator, per_document: int) -> KeySample:
+def keys(
+    setting: Setting, count: int, sign: float, start: int, generator: torch.Generator, per_document: int
+) -> KeySample:
     """Draw the keys of so many queries at every layer."""
     sample = KeySample(max(count, 1))
     documents = torch.arange(count) // per_document
@@ -112,7 +114,9 @@ def calibration_of(setting: Setting, repetitions: int, seed: int = 0) -> Outcome
             for count, sign, start in ((setting.forget, 1.0, 0), (setting.retain, -1.0, 10**6))
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # that a small budget cannot be kept but by abstaining from nothing
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # that a small budget cannot be kept but by abstaining from nothing
             act = key_space_detection(
                 model, *sides, region=setting.region, false_alarms=setting.budget, control=False, seed=repetition,
                 progress=False,
