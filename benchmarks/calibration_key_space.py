@@ -1,6 +1,6 @@
 r"""Do Key Space Detection's stated rates hold? Simulated keys, fitted many times, each judged on many fresh queries.
 
-    python benchmarks/calibration_key_space.py --repetitions 400
+    python benchmarks/calibration_key_space.py --save benchmarks/outputs/calibration_key_space.json
 
 Of every repetition the stated detection and false positive rates, with their 95 % intervals, are set beside the rates on fresh
 queries of the same kind: how often the interval holds those, and what the mean fresh false positive rate is beside the budget.
@@ -8,23 +8,19 @@ No model is needed: keys are normal numbers, those of the skill shifted, and tho
 """
 
 import argparse
-import json
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from record import begin
 
-from lens_unlearn.evaluation.report import provenance_of
 from lens_unlearn.methods.key_space_detection import key_space_detection
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.key_sample import KeySample
 
-OUTPUT = Path(__file__).parent / "outputs" / "calibration_key_space.json"
 FRESH = 4000  # queries of either side that the truth is measured on
 
 
@@ -67,7 +63,6 @@ class Outcome:
         fresh_false_alarms: Likewise.
         false_alarms_coverage: Likewise.
         within_budget: Share of repetitions whose fresh false positive rate is at most the budget.
-        repetitions: How many there were.
     """
 
     detection: float
@@ -77,7 +72,6 @@ class Outcome:
     fresh_false_alarms: float
     false_alarms_coverage: float
     within_budget: float
-    repetitions: int
 
 
 def keys(
@@ -114,9 +108,8 @@ def calibration_of(setting: Setting, repetitions: int, seed: int = 0) -> Outcome
             for count, sign, start in ((setting.forget, 1.0, 0), (setting.retain, -1.0, 10**6))
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", RuntimeWarning
-            )  # that a small budget cannot be kept but by abstaining from nothing
+            # Of few queries a small budget is kept by abstaining from nothing.
+            warnings.simplefilter("ignore", RuntimeWarning)
             act = key_space_detection(
                 model, *sides, region=setting.region, false_alarms=setting.budget, control=False, seed=repetition,
                 progress=False,
@@ -129,8 +122,8 @@ def calibration_of(setting: Setting, repetitions: int, seed: int = 0) -> Outcome
             stated, low, high, _ = act.rates[name]
             row += [stated, truth, float(low <= truth <= high)]
         rows.append([*row, float(truth <= setting.budget)])
-    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-    return Outcome(*means, repetitions)
+    columns = [field.name for field in fields(Outcome)]
+    return Outcome(**dict(zip(columns, torch.tensor(rows, dtype=torch.float64).mean(0).tolist(), strict=True)))
 
 
 SETTINGS = {
@@ -140,55 +133,35 @@ SETTINGS = {
     "signal": Setting(shift=1.2),
     "signal, few queries": Setting(shift=1.2, forget=100, retain=200),
     "signal, 2 %": Setting(shift=1.2, budget=0.02),
-    "strong signal": Setting(shift=2.5),
     "signal, one layer's box": Setting(shift=1.2, layers=1, region="box"),
     "signal, 5 queries a document": Setting(shift=1.2, per_document=5, within=0.3),
     "no signal, 5 queries a document": Setting(per_document=5, within=0.3),
 }
 
 
-def table(outcomes: dict[str, Outcome]) -> str:
-    """Write the outcomes as a markdown table."""
-    heads = ["simulated", "stated detection", "fresh", "interval holds it"]
-    heads += ["stated false positives", "fresh", "interval holds it", "budget", "kept in"]
-    rows = [
-        [
-            name,
-            f"{o.detection:.1%}",
-            f"{o.fresh_detection:.1%}",
-            f"{o.detection_coverage:.1%}",
-            f"{o.false_alarms:.2%}",
-            f"{o.fresh_false_alarms:.2%}",
-            f"{o.false_alarms_coverage:.1%}",
-            f"{SETTINGS[name].budget:.0%}",
-            f"{o.within_budget:.0%}",
-        ]
-        for name, o in outcomes.items()
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+HEADS = ["simulated", "budget", "detection", "fresh detection", "interval covers it"]
+HEADS += ["false positives", "fresh false positives", "their interval covers it", "within budget"]
+
+
+def cells(name: str, setting: Setting, outcome: Outcome) -> list[str]:
+    """Print an outcome as a row under `HEADS`."""
+    o = outcome
+    own = [f"{o.detection:.1%}", f"{o.fresh_detection:.1%}", f"{o.detection_coverage:.1%}"]
+    others = [f"{o.false_alarms:.2%}", f"{o.fresh_false_alarms:.2%}", f"{o.false_alarms_coverage:.1%}"]
+    return [name, f"{setting.budget:.0%}", *own, *others, f"{o.within_budget:.0%}"]
 
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=400)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--simulated", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUTPUT)
-    args = parser.parse_args(given)
-    started, outcomes = time.time(), {}
-    for name in args.settings:
-        outcomes[name] = calibration_of(SETTINGS[name], args.repetitions, args.seed)
-        print(f"{name}: {time.time() - started:.0f} s", flush=True)
-    print(f"\n{table(outcomes)}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    stored = {
-        "command": f"python benchmarks/calibration_key_space.py --repetitions {args.repetitions} --seed {args.seed}",
-        "versions": provenance_of({})["versions"],
-        "seconds": round(time.time() - started),
-        "settings": {name: asdict(SETTINGS[name]) for name in outcomes},
-        "outcomes": {name: asdict(outcome) for name, outcome in outcomes.items()},
-    }
-    args.out.write_text(json.dumps(stored, indent=1) + "\n")
+    args, record = begin(parser, given)
+    record.about(fresh=FRESH, simulations={name: asdict(SETTINGS[name]) for name in args.simulated})
+    table = record.table("calibration", HEADS)
+    for name in args.simulated:
+        table.row(cells(name, SETTINGS[name], calibration_of(SETTINGS[name], args.repetitions, args.seed)))
+    record.end()
 
 
 if __name__ == "__main__":
