@@ -63,7 +63,7 @@ def aucs(spaces: Sequence[KeySpace]) -> Rows:
     first = spaces[0]
     rows = [
         [skill, distance, *(spread(measured(spaces, s, f"auc_{distance}", skill, first.others)) for s in first.sites)]
-        for skill in first.skills
+        for skill in (*first.skills, first.control)
         for distance in first.distances
     ]
     return ["skill", "distance", *layers(first)], rows

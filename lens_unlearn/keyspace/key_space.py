@@ -18,7 +18,7 @@ from torch import Tensor
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
-from lens_unlearn.keyspace.regions import FEWEST, fit_region
+from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
 from lens_unlearn.keyspace.separation import (
     POOLED,
     Mahalanobis,
@@ -29,7 +29,7 @@ from lens_unlearn.keyspace.separation import (
     centre_distance,
     cluster_agreement,
     coverage,
-    document_weights,
+    unit_weights,
 )
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import model_name
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["KeySpace", "key_space"]
 
 CAPACITY = 400
+CONTROL = "shuffled labels"
+"""Stands for a skill that is none: an equal part of the queries of every skill."""
 
 Keys = Mapping[str, Float[Tensor, "_ n"]]
 
@@ -59,6 +61,8 @@ class KeySpace:
     - `best_scale`: the box scale c at which the coverages differ most; NaN if the skill's is never the larger
     - `best_gap`: that difference. Its place was chosen on the same queries: no rate to expect elsewhere
 
+    The AUCs of "shuffled labels" are the control: of regions fitted to an equal part of every skill's queries, 0.5 but for chance.
+
     Of the fitted boxes: `log_volume` (sum of log sigma), `k` (the scale that covers the fitted queries), `floored`
     (coordinates whose sigma was raised to the floor), and `centre_distance` between two of them (root mean square over
     coordinates of (mu_a - mu_b) / sqrt((sigma_a^2 + sigma_b^2) / 2)).
@@ -70,6 +74,7 @@ class KeySpace:
 
     distances: ClassVar[tuple[str, ...]] = ("box", "ellipsoid", "mahalanobis", "clusters")
     others: ClassVar[str] = POOLED
+    control: ClassVar[str] = CONTROL
 
     skills: tuple[str, ...]
     values: Mapping[tuple[Site, str, str, str], Value]
@@ -97,7 +102,7 @@ class KeySpace:
         return coverage(self.scores_of(site, "box", skill, other), scale)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Give one row per site, skill, other and measure; `low` and `high` are 95 % intervals over documents."""
+        """Give one row per site, skill, other and measure; `low` and `high` are 95 % intervals over units."""
         import pandas as pd
 
         columns = ["site", "layer", "skill", "other", "measure", "value", "low", "high"]
@@ -110,7 +115,8 @@ class KeySpace:
 
         rows = {}
         for site in self.sites:
-            aucs = {(s, d): self.value(site, f"auc_{d}", s, POOLED).value for s in self.skills for d in self.distances}
+            rows_of = (*self.skills, CONTROL)
+            aucs = {(s, d): self.value(site, f"auc_{d}", s, POOLED).value for s in rows_of for d in self.distances}
             clusters = {("k-means", name): self.value(site, name).value for name in ("adjusted_rand", "silhouette")}
             rows[str(site)] = {**aucs, **clusters}
         return pd.DataFrame.from_dict(rows, orient="index").round(3)
@@ -165,9 +171,9 @@ def key_space(
         SiteError: If a site does not exist.
         LensUnlearnError: If there are fewer than two corpora, or all queries of a skill have the same key.
     """
-    if not isinstance(corpora, Mapping) or len(corpora) < 2 or {POOLED, ""} & set(corpora):
+    if not isinstance(corpora, Mapping) or len(corpora) < 2 or {POOLED, CONTROL, ""} & set(corpora):
         raise LensUnlearnError(
-            f"key_space compares two corpora or more: pass them by name (other than {POOLED!r}), "
+            f"key_space compares two corpora or more: pass them by name (other than {POOLED!r} and {CONTROL!r}), "
             'as in {"python": code, "english": prose}'
         )
     for name, corpus in corpora.items():
@@ -186,14 +192,11 @@ def key_space(
         samples.append({name: collect(model, c, sites, statistic=statistic, **options) for name, c in drawn.items()})
     fit, held = samples
     first = next(iter(held.values()))
-    weights = {
-        name: document_weights(sample.documents(first.sites[0]), key_of("key space", name, seed))
-        for name, sample in held.items()
-    }
+    units = {name: sample.documents(first.sites[0]) for name, sample in held.items()}
     values, scores, planes = {}, {}, {}
     for site in sorted(first.sites, key=lambda site: (site.kind, site.layer)):
         to_fit, to_judge = ({name: sample[site].flatten(1) for name, sample in half.items()} for half in samples)
-        measures, distances, planes[site] = _at_site(site, to_fit, to_judge, weights, seed)
+        measures, distances, planes[site] = _at_site(site, to_fit, to_judge, units, seed)
         values |= {(site, *key): value for key, value in measures.items()}
         scores |= {(site, *key): value for key, value in distances.items()}
     provenance = {
@@ -227,22 +230,36 @@ def _scores_of(scores: Mapping[str, Tensor], skill: str, other: str) -> Tensor:
     return torch.cat([scores[name] for name in scores if name != skill]) if other == POOLED else scores[other]
 
 
+def _distances(keys: Float[Tensor, "keys n"], seed: int) -> dict[str, Region | Mahalanobis]:
+    shapes: tuple[Shape, ...] = ("box", "ellipsoid", "clusters")
+    return {**{shape: fit_region(keys, shape, seed=seed) for shape in shapes}, "mahalanobis": Mahalanobis.fit(keys)}
+
+
+def _equal_parts(keys: Keys) -> dict[str, int]:
+    """Return how many queries of each skill make up as many as one skill has."""
+    n, skills = len(next(iter(keys.values()))), len(keys)
+    return {name: n * (i + 1) // skills - n * i // skills for i, name in enumerate(keys)}
+
+
 def _at_site(
-    site: Site, fit: Keys, held: Keys, weights: Mapping[str, Tensor], seed: int
+    site: Site, fit: Keys, held: Keys, units: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[tuple[str, str, str], Value], dict[tuple[str, str], dict[str, Tensor]], Plane]:
     """Measure one site: values by skill, other and measure, and scores by distance and skill."""
     values: dict[tuple[str, str, str], Value] = {}
     scores: dict[tuple[str, str], dict[str, Tensor]] = {}
     boxes = {}
+    draw = key_of("key space", seed)
+    weights = {name: unit_weights(part, draw) for name, part in units.items()}
     for skill, keys in fit.items():
         try:
-            regions = {shape: fit_region(keys, shape, seed=seed) for shape in ("box", "ellipsoid", "clusters")}
+            distances = _distances(keys, seed)
         except LensUnlearnError as error:
             raise LensUnlearnError(f"{skill} at {site}: {error}") from error
-        box = boxes[skill] = regions["box"]
+        box = boxes[skill] = distances["box"]
+        assert isinstance(box, Region)
         for name, value in (("log_volume", box.log_volume), ("k", box.k), ("floored", float(box.floored))):
             values[skill, "", name] = Value(value)
-        for distance, region in {**regions, "mahalanobis": Mahalanobis.fit(keys)}.items():
+        for distance, region in distances.items():
             from_region = scores[distance, skill] = {name: region.score(part).double() for name, part in held.items()}
             for other, value in against(from_region, skill, weights, "auc").items():
                 values[skill, other, f"auc_{distance}"] = value
@@ -251,6 +268,21 @@ def _at_site(
             values[skill, other, "area_between"] = value
             scale, gap = best_scale(from_box[skill], _scores_of(from_box, skill, other))
             values[skill, other, "best_scale"], values[skill, other, "best_gap"] = Value(scale), Value(gap)
+    # Labels mean nothing to the control: it is fitted to, and detects, an equal part of each skill's queries.
+    shares = _equal_parts(fit), _equal_parts(held)
+    mixed = torch.cat([keys[: shares[0][name]] for name, keys in fit.items()])
+    parts = {
+        CONTROL: {n: slice(None, k) for n, k in shares[1].items()},
+        POOLED: {n: slice(k, None) for n, k in shares[1].items()},
+    }
+    dealt = {
+        label: unit_weights(torch.cat([units[name][cut] for name, cut in cuts.items()]), draw)
+        for label, cuts in parts.items()
+    }
+    for distance, region in _distances(mixed, seed).items():
+        of = {name: region.score(keys).double() for name, keys in held.items()}
+        of_parts = {label: torch.cat([of[name][cut] for name, cut in cuts.items()]) for label, cuts in parts.items()}
+        values[CONTROL, POOLED, f"auc_{distance}"] = against(of_parts, CONTROL, dealt, "auc")[POOLED]
     for a in boxes:
         values |= {(a, b, "centre_distance"): Value(centre_distance(boxes[a], boxes[b])) for b in boxes if b != a}
     values |= {("", "", name): Value(value) for name, value in cluster_agreement(fit, held, seed).items()}

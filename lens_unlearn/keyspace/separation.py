@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_unlearn.core.intervals import below, pair_sums, weights_of
+from lens_unlearn.core.intervals import FEWEST, below, interval, pair_sums, weights_of, widening
 from lens_unlearn.keyspace.regions import Region
 
 __all__ = [
@@ -20,12 +20,13 @@ __all__ = [
     "Mahalanobis",
     "Plane",
     "Value",
+    "Weights",
     "against",
     "best_scale",
     "centre_distance",
     "cluster_agreement",
     "coverage",
-    "document_weights",
+    "unit_weights",
 ]
 
 POOLED = "others"
@@ -38,7 +39,7 @@ TINY = 1e-12
 
 
 class Value(NamedTuple):
-    """A measure with its bootstrap 95 % interval over documents, NaN where there is none."""
+    """A measure with its bootstrap 95 % interval over units; NaN where there is none, as of fewer than ten units."""
 
     value: float
     low: float = math.nan
@@ -83,19 +84,29 @@ class Mahalanobis:
         return ((along / self.variance).sum(-1) + beside / self.rest).sqrt()
 
 
-def document_weights(documents: Int[Tensor, "queries"], seed: int) -> Float[Tensor, "draws queries"]:
-    """Return the weight of every query in each resample of the documents; in the first row, each is there once."""
-    distinct, document_of = documents.unique(return_inverse=True)
-    weights = torch.from_numpy(weights_of([str(document) for document in distinct.tolist()], DRAWS, seed))
-    if len(distinct) < 2:
-        weights.fill_(math.nan)  # one document says nothing of others
-    return torch.cat([torch.ones(1, len(document_of), dtype=torch.float64), weights[:, document_of]])
+class Weights(NamedTuple):
+    """How queries are resampled by units: their documents, or the groups of these.
+
+    Attributes:
+        table: The weight of every query in each draw; in the first row, each counts once.
+        sizes: How many queries each unit has.
+    """
+
+    table: Float[Tensor, "draws queries"]
+    sizes: Int[Tensor, "units"]
+
+
+def unit_weights(units: Int[Tensor, "queries"], seed: int) -> Weights:
+    """Draw weights of queries: a unit has the same ones wherever it stands."""
+    distinct, place, sizes = units.unique(return_inverse=True, return_counts=True)
+    drawn = torch.from_numpy(weights_of([str(unit) for unit in distinct.tolist()], DRAWS, seed))
+    return Weights(torch.cat([torch.ones(1, len(place), dtype=torch.float64), drawn[:, place]]), sizes)
 
 
 def against(
     scores: Mapping[str, Float[Tensor, "_"]],
     skill: str,
-    weights: Mapping[str, Float[Tensor, "draws _"]],
+    weights: Mapping[str, Weights],
     measure: Literal["auc", "area"],
 ) -> dict[str, Value]:
     """Compare the scores of a skill's queries with those of each other skill, and of all of them together.
@@ -103,21 +114,28 @@ def against(
     Over pairs of a query i of the skill and j of another: the AUC is the mean of [s_i < s_j] (ties count half), the area
     between the coverage curves is sum of log(s_j / s_i) over sum of abs(log(s_j / s_i)), and 0 where all are equal.
     """
-    skill_scores, sums = scores[skill].double(), {}
+    own, skill_scores = weights[skill], scores[skill].double()
+    sums, sizes = {}, {}
     for other, other_scores in scores.items():
         if other != skill:
             gap = other_scores.double()[None].clamp_min(TINY).log() - skill_scores[:, None].clamp_min(TINY).log()
             auc = measure == "auc"
             tables = [below(skill_scores, other_scores), torch.ones_like(gap)] if auc else [gap, gap.abs()]
-            sums[other] = torch.stack([pair_sums(table, weights[skill], weights[other]) for table in tables])
-    sums[POOLED] = torch.stack(list(sums.values())).sum(0)
-    return {other: _estimate(*pair) for other, pair in sums.items()}
+            sums[other] = torch.stack([pair_sums(table, own.table, weights[other].table) for table in tables])
+            sizes[other] = weights[other].sizes
+    sums[POOLED], sizes[POOLED] = torch.stack(list(sums.values())).sum(0), torch.cat(list(sizes.values()))
+    return {other: _estimate(*sums[other], own.sizes, sizes[other]) for other in sums}
 
 
-def _estimate(top: Float[Tensor, "draws"], bottom: Float[Tensor, "draws"]) -> Value:
+def _estimate(top: Float[Tensor, "draws"], bottom: Float[Tensor, "draws"], *sizes: Int[Tensor, "_"]) -> Value:
+    """Return a ratio with its interval, as wide as the side with the fewest units asks for."""
     share = torch.where(bottom == 0, 0.0, top / bottom)
-    low, high = torch.quantile(share[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Value(float(share[0]), low, high)
+    value = float(share[0])
+    if min(map(len, sizes)) < FEWEST:
+        return Value(value)
+    factor = max(widening(side.double().numpy()) for side in sizes)
+    low, high = interval((value + factor * (share[1:] - value)).numpy())
+    return Value(value, low, high)
 
 
 def coverage(scores: Float[Tensor, "queries"], scale: Float[Tensor, "scales"]) -> Float[Tensor, "scales"]:

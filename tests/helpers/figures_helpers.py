@@ -11,7 +11,7 @@ import torch
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.evaluation.tofu import ForgetQuality, Utility
-from lens_unlearn.keyspace import key_space, separation
+from lens_unlearn.keyspace import key_space
 from lens_unlearn.keyspace.key_space import KeySpace
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.attribution import Attribution, Completeness, critical
@@ -79,10 +79,10 @@ def keys(layers=3, skills=("code", "prose", "math"), n=12, width=8, kinds=("mlp.
     """Make a key space of random keys whose centres are apart."""
     random = torch.Generator().manual_seed(0)
     values, scores, planes = {}, {}, {}
-    weights = {skill: separation.document_weights(torch.arange(n), i) for i, skill in enumerate(skills)}
+    units = {skill: torch.arange(n) + n * i for i, skill in enumerate(skills)}
     for site in [Site(layer, kind) for kind in kinds for layer in range(layers)]:
         halves = [{s: torch.randn(n, width, generator=random) + 2 * i for i, s in enumerate(skills)} for _ in range(2)]
-        measures, distances, planes[site] = key_space._at_site(site, *halves, weights, 0)
+        measures, distances, planes[site] = key_space._at_site(site, *halves, units, 0)
         values |= {(site, *key): value for key, value in measures.items()}
         scores |= {(site, *key): value for key, value in distances.items()}
     corpora = {skill: f"{skill}.jsonl, cut into prompts" for skill in skills}

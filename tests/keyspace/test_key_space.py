@@ -18,7 +18,7 @@ from lens_unlearn.core.errors import CorpusError, LensUnlearnError, SiteError
 from lens_unlearn.keyspace import key_space, separation
 from lens_unlearn.keyspace.key_space import KeySpace
 from lens_unlearn.keyspace.regions import fit_region
-from lens_unlearn.keyspace.separation import POOLED, Mahalanobis, Plane, against, best_scale, coverage, document_weights
+from lens_unlearn.keyspace.separation import POOLED, Mahalanobis, Plane, against, best_scale, coverage, unit_weights
 from lens_unlearn.model.sites import Site
 
 SITE = Site(0, "mlp.post")
@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0, mean: float = 0.0, scale: float = 1.0) ->
 
 def ones(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of scores whose every query is a document of its own."""
-    return {name: document_weights(torch.arange(len(part)), i) for i, (name, part) in enumerate(scores.items())}
+    return {name: unit_weights(torch.arange(len(part)), i) for i, (name, part) in enumerate(scores.items())}
 
 
 def three(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -103,21 +103,25 @@ def test_best_scale_is_that_of_trying_all():
 
 def test_resamples_are_of_whole_documents():
     documents = torch.tensor([7, 7, -3, 5, 5, 5])
-    weights = document_weights(documents, 0)
+    weights, sizes = unit_weights(documents, 0)
     assert weights[0].tolist() == [1] * 6
     assert torch.equal(weights[:, 0], weights[:, 1])
     assert torch.equal(weights[:, 3], weights[:, 5])
-    assert weights[1:, [0, 2, 3]].mean() == pytest.approx(1, abs=0.15)
-    assert torch.equal(weights[:, 2], document_weights(torch.tensor([1, -3]), 0)[:, 1]), (
-        "a document weighs the same everywhere"
-    )
-    assert torch.equal(weights, document_weights(documents, 0))
-    assert not torch.equal(weights, document_weights(documents, 1))
-    scores = {"a": normal(6).abs(), "b": normal(6, seed=1).abs()}
-    alone = {"a": weights, "b": document_weights(torch.zeros(6, dtype=torch.long), 0)}
-    found = against(scores, "a", alone, "auc")["b"]
-    assert math.isfinite(found.value)
-    assert math.isnan(found.low)
+    assert not torch.equal(weights[:, 0], weights[:, 3])
+    assert sorted(sizes.tolist()) == [1, 2, 3]
+    assert torch.equal(weights, unit_weights(documents, 0).table)
+    assert not torch.equal(weights, unit_weights(documents, 1).table)
+    elsewhere = unit_weights(torch.tensor([5, 9]), 0).table
+    assert torch.equal(elsewhere[:, 0], weights[:, 3]), "a document has the same weights wherever it stands"
+
+
+def test_of_fewer_than_ten_units_there_is_no_interval():
+    scores = {"a": normal(40).abs(), "b": normal(40, seed=1).abs()}
+    for few, finite in ((9, False), (10, True)):
+        units = {"a": unit_weights(torch.arange(40) % few, 0), "b": unit_weights(torch.arange(40) + 99, 0)}
+        found = against(scores, "a", units, "auc")["b"]
+        assert math.isfinite(found.value)
+        assert math.isfinite(found.low) == math.isfinite(found.high) == finite
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -259,6 +263,16 @@ def test_the_frame_is_tidy_and_complete(space):
     assert areas.between(-1, 1).all()
 
 
+def test_the_control_separates_nothing(space):
+    assert space.control not in space.skills
+    for site in space.sites:
+        for distance in space.distances:
+            value, low, high = space.value(site, f"auc_{distance}", space.control, POOLED)
+            assert 0.25 < value < 0.75
+            assert low < 0.5 < high, "on queries of another half"
+    assert "shuffled labels" in repr(space)
+
+
 def test_skills_of_different_tokens_are_separated(space):
     """Also a check that low distances mean inside: the reverse would be far below one half."""
     found = space.value(Site(0, "mlp.post"), "auc_ellipsoid", "code", "prose")
@@ -346,7 +360,7 @@ def test_it_shows_itself(space):
     assert repr(space).startswith("KeySpace(3 skills, 4 sites, attn.z, mlp.post; ")
     assert "L1.mlp.post" in repr(space)
     assert "code.jsonl" in space._repr_html_()
-    assert space.table().shape == (4, 3 * 4 + 2)
+    assert space.table().shape == (4, (3 + 1) * 4 + 2), "the control stands beside the skills"
     evil = KeySpace(
         space.skills, space.values, space.scores, space.planes, {**space.provenance, "model": "<script>alert(1)"}
     )
@@ -373,12 +387,12 @@ def test_bad_input_gets_a_sentence():
 
 def test_constant_keys_are_refused_by_name_and_constant_coordinates_are_borne():
     fit, held = planted(1), planted(1, seed=1)
-    weights = ones(held)
+    units = {name: torch.arange(len(part)) for name, part in held.items()}
     with pytest.raises(LensUnlearnError, match=r"^skill 1 at L0\.mlp\.post: every coordinate"):
-        key_space._at_site(SITE, {**fit, "skill 1": torch.ones(20, 12)}, held, weights, 0)
+        key_space._at_site(SITE, {**fit, "skill 1": torch.ones(20, 12)}, held, units, 0)
     for part in fit.values():
         part[:, :4] = 0.0
-    values, scores, plane = key_space._at_site(SITE, fit, held, weights, 0)
+    values, scores, plane = key_space._at_site(SITE, fit, held, units, 0)
     assert values["skill 0", "", "floored"].value == 4
     assert all(math.isfinite(v.value) for (_, _, name), v in values.items() if name.startswith(("auc", "area")))
     assert all(bool(torch.isfinite(part).all()) for found in scores.values() for part in found.values())
