@@ -26,6 +26,13 @@ from lens_unlearn.neurons.collect import query_keys
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 CONTROLS = 3
+DETECTORS: dict[str, dict[str, Any]] = {
+    "as published, alpha 1.4": {"layer": -1, "alpha": 1.4},  # of the paper, for code
+    "as published, alpha 2": {"layer": -1, "alpha": 2.0},  # and for mathematics
+    "box, last layer, 5 %": {"layer": -1},
+    "box, automatic, 2 %": {"false_alarms": 0.02},
+    "automatic, 2 %": {"region": "auto", "false_alarms": 0.02},
+}
 QUERIES, ASKED = 400, 200  # prompts of each skill to fit on, and to test on
 
 
@@ -108,7 +115,7 @@ def adjust(args: argparse.Namespace, model: Any, record: Record) -> None:
 
 
 def detect(args: argparse.Namespace, model: Any, record: Record) -> None:
-    """Print AUC, the shares abstained from and lost, as published and with everything chosen automatically."""
+    """Print AUC, the shares abstained from and lost, as published and chosen automatically, each beside its control."""
     heads = ["forgotten", "prompts", "seed", "AUC, box, last layer", "method", "abstained", "lost"]
     table = record.table("detect", [*heads, "most abstained of another", "most lost of another", "chosen"])
     last = Site(int(model.cfg.n_layers) - 1, "mlp.post")
@@ -124,19 +131,16 @@ def detect(args: argparse.Namespace, model: Any, record: Record) -> None:
                 others = [other for other in fit if other != skill]
                 forget = query_keys(model, rows(queries[skill], QUERIES, seed), progress=False)
                 retain = query_keys(model, pooled(rows(queries[o], QUERIES, seed) for o in others), progress=False)
-                published = lu.key_space_detection(model, forget, retain, layer=-1, seed=seed, progress=False)
-                keys = {s: query_keys(model, c, last, progress=False)[last] for s, c in asked.items()}
-                scores = {s: published.regions[last].score(k) for s, k in keys.items()}
-                area, _ = auc(scores[skill], torch.cat([scores[o] for o in others]))
+                shuffled = forget.shuffled(retain, seed)  # the control: the same method fitted to shuffled labels
+                options = {"seed": seed, "control": False, "progress": False}
                 edits = {
-                    "box, last layer, 5 %": published,
-                    "box, automatic, 2 %": lu.key_space_detection(
-                        model, forget, retain, false_alarms=0.02, seed=seed, progress=False
-                    ),
-                    "automatic, 2 %": lu.key_space_detection(
-                        model, forget, retain, region="auto", false_alarms=0.02, seed=seed, progress=False
-                    ),
+                    f"{name}{end}": lu.key_space_detection(model, *pair, **options, **choices)
+                    for name, choices in DETECTORS.items()
+                    for end, pair in (("", (forget, retain)), (": control", shuffled))
                 }
+                keys = {s: query_keys(model, c, last, progress=False)[last] for s, c in asked.items()}
+                scores = {s: edits["box, last layer, 5 %"].regions[last].score(k) for s, k in keys.items()}
+                area, _ = auc(scores[skill], torch.cat([scores[o] for o in others]))
                 report = lu.evaluate(model, asked, edits, progress=False, seed=seed)
                 for name, edit in edits.items():
                     worst = max(others, key=lambda o: report[name, o, "abstained"].value)
