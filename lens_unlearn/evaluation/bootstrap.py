@@ -132,7 +132,7 @@ def _uniforms(use: str, columns: int, draws: int, seed: int) -> Float[np.ndarray
     """
     from scipy.stats.qmc import Sobol
 
-    points = Sobol(columns, seed=np.random.default_rng(key_of(use, seed, columns) % 2**63)).random_base2(
+    points = Sobol(columns, rng=np.random.default_rng(key_of(use, seed, columns) % 2**63)).random_base2(
         max(draws - 1, 0).bit_length()
     )
     return np.clip(points[:draws], 2.0**-25, 1 - 2.0**-25)
