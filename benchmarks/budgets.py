@@ -170,30 +170,30 @@ def _pooled(documents: Sequence[Documents], strength: float) -> float:
 DEMO = (("python", ("esperanto", "arithmetic")), ("facts", ("esperanto", "arithmetic")))
 SKILLS = (("code", ("math",)), ("math", ("code",)))
 METHODS = ("selective-pruning", "neuron-adjust", "key-space-detection")
-DOCUMENTS, FIT = 60, 3000
-"""Documents to tune on, and fresh ones; tokens to fit to."""
+DOCUMENTS, FIT, READ = 60, 3000, 200_000
+"""Documents to tune on, and fresh ones; tokens to fit to, and to read."""
 
 
-def parts_of(source: str, model: Any, window: int, seed: int) -> dict[str, Any]:
-    """Read a source and split it by document; to tune on and fresh, a row of each of some documents."""
-    corpus = lu.read_corpus(source, model, tokens=60_000, window=window)
+def parts_of(source: str, model: Any, window: int, seed: int, documents: int) -> dict[str, Any]:
+    """Read a source and split it by document; to tune on and fresh, rows of so many documents."""
+    corpus = lu.read_corpus(source, model, tokens=READ, window=window)
     fit, *others = corpus.split(1, 1, 1, seed=seed)
-    tune, fresh = (part.sample(1, seed, units=DOCUMENTS) for part in others)
+    tune, fresh = (part.sample(1, seed, units=documents) for part in others)
     return {"fit": fit.sample(FIT, seed), "tune": tune, "fresh": fresh}
 
 
 def real(name: str, model: Any, forget: str, retain: dict[str, str], method: str, window: int, seed: int) -> Run:
     """Tune a method by either rule, and measure what it chose on fresh documents."""
     run, record = Run(name), by_name(method)
-    skill = parts_of(forget, model, window, seed)
-    others = {name: parts_of(source, model, window, seed) for name, source in retain.items()}
+    skill = parts_of(forget, model, window, seed, DOCUMENTS // 2)
+    others = {name: parts_of(source, model, window, seed, DOCUMENTS) for name, source in retain.items()}
     texts = prompted(record, skill["fit"], _joined([part["fit"] for part in others.values()]))
     fit = record.fit(model, *texts, {"progress": False})
     tuning, fresh = (
         cut_prompts({"forget": skill[use], **{name: part[use] for name, part in others.items()}}, [record])
         for use in ("tune", "fresh")
     )
-    quiet: dict[str, Any] = {"progress": False}
+    quiet: dict[str, Any] = {"progress": False, "batch_size": 32}
     held_out = tuning["forget"], {name: tuning[name] for name in others}
     edits: dict[str, Any] = {}
     tried = Report({})

@@ -350,19 +350,24 @@ class Corpus:
         return self._rows(wanted[self.document], name)
 
     def sample(self, tokens: int, seed: int = 0, *, units: int = 1) -> "Corpus":
-        """Return randomly drawn rows, in their order here: with so many counted tokens together, of so many `units`, or all."""
+        """Return randomly drawn rows, in their order here: with so many counted tokens together, of so many `units`, or all.
+
+        Where rows with enough tokens are of fewer units, one row of each further unit is added.
+        """
         if self.n_tokens <= tokens:
             return self
         shuffled = list(range(self.n_rows))
         random.Random(f"sample {seed}").shuffle(shuffled)
         per_row = self._counted_per_row()
         enough = int((per_row[shuffled].cumsum(0) < tokens).sum()) + 1
-        first: dict[str, int] = {}
-        for place, document in enumerate(self.document[shuffled].tolist()):
-            first.setdefault(self.units[document], place)
-        enough = max(enough, [*first.values()][: max(1, units)][-1] + 1)
+        unit = [self.units[document] for document in self.document.tolist()]
+        drawn, seen = shuffled[:enough], {unit[row] for row in shuffled[:enough]}
+        for row in shuffled[enough:]:
+            if len(seen) < units and unit[row] not in seen:
+                seen.add(unit[row])
+                drawn.append(row)
         keep = torch.zeros(self.n_rows, dtype=torch.bool)
-        keep[shuffled[:enough]] = True
+        keep[drawn] = True
         return self._rows(keep)
 
     def _counted_per_row(self) -> Int[Tensor, "rows"]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -536,6 +537,21 @@ def test_only_keeps_documents_in_order_with_their_rows(model: Any) -> None:
     assert part.document.tolist() == sorted(part.document.tolist())
     with pytest.raises(CorpusError, match="no document"):
         corpus.only([])
+
+
+def test_a_sample_of_so_many_units_adds_a_row_of_each_that_is_missing(loaded: Any) -> None:
+    texts = [" ".join([f"word{n}"] * 60) for n in range(12)]
+    corpus = lu.read_corpus(texts, loaded, window=16)
+    assert corpus.n_rows > 3 * corpus.n_documents
+    few = corpus.sample(5, 3)
+    for units in (1, 4, 12, 99):
+        part = corpus.sample(5, 3, units=units)
+        assert part.n_documents == max(few.n_documents, min(units, 12))
+        assert part.n_rows == few.n_rows + part.n_documents - few.n_documents
+        assert set(few.keys) <= set(part.keys)
+        assert part.fingerprint == corpus.sample(5, 3, units=units).fingerprint
+    grouped = replace(corpus, groups=tuple(str(n % 3) for n in range(12)))
+    assert len(set(grouped.sample(5, 3, units=99).units)) == 3
 
 
 @given(st.integers(1, 400), st.integers(0, 3))
