@@ -267,13 +267,16 @@ def real_runs(args: argparse.Namespace) -> Iterator[Run]:
 
 
 def rates(runs: Sequence[Run], rule: str) -> list[str]:
-    """Return a row: how many runs chose an edit, in how many the budget is broken, and what is lost and forgotten on average."""
+    """Return a row: how many runs chose an edit, in how many the budget is broken, and what is lost and forgotten on average.
+
+    Shares are of all runs: one in which no strength was found to keep the budget changes nothing, and keeps it.
+    """
     chose = [run for run in runs if run.chosen[rule] is not None]
 
     def share(broken: Callable[[Run], bool]) -> str:
         count = sum(map(broken, chose))
-        low, high = wilson(count, len(chose)) if chose else (float("nan"), float("nan"))
-        return f"{count / max(1, len(chose)):.1%} [{low:.1%}, {high:.1%}]"
+        low, high = wilson(count, len(runs))
+        return f"{count / len(runs):.1%} [{low:.1%}, {high:.1%}]"
 
     known = [run for run in chose if run.true]
     forgot = [run.forgotten[rule] for run in chose if run.forgotten]

@@ -37,7 +37,7 @@ def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkey
     monkeypatch.setattr(demo_report, "STEPS", 24)
     monkeypatch.setattr(documents, "QUERIES", 200)
     monkeypatch.setattr(documents, "TUNED_ON", 15)  # too few for the demo's own budget
-    monkeypatch.setattr(demo_report, "BUDGET", 0.2)
+    monkeypatch.setattr(demo_report, "BUDGET", 0.4)
     monkeypatch.setattr(demo_report, "FRACTIONS", (0.2,))
     monkeypatch.setattr(demo_report, "FALSE_ALARMS", (0.05,))
     names_run = ("selective-pruning", "key-space-detection")  # the others run in the same way, on smaller models
