@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.experiments.plan import Plan
@@ -144,11 +145,10 @@ class Reader:
 
     def _tuning(self, name: str, corpora: Sequence[Corpus]) -> dict[str, Corpus]:
         """Draw what is tuned on: of each retain source by itself, and enough documents to bound what is lost."""
-        if name == "forget":
-            return {name: self._pool(name, corpora, self.plan.tokens // 2)}
         names = self.plan.retain if len(corpora) > 1 else (name,)
         tokens = max(2, self.plan.tokens // 2 // len(corpora))
-        sampled = (corpus.sample(tokens, self.plan.seed, units=TUNED_ON) for corpus in corpora)
+        units = FEWEST if name == "forget" else TUNED_ON
+        sampled = (corpus.sample(tokens, self.plan.seed, units=units) for corpus in corpora)
         return dict(zip(names, sampled, strict=True))
 
     def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:

@@ -257,7 +257,7 @@ def tune(
             f"{drop:.1%} of the {worst} {metric}, up to {most:.1%} on fresh documents; raise the budget, give more retain texts, "
             "or choose corpora that differ more"
         )
-    best = max(passed, key=lambda strength: forgotten[strength])
+    best = max(passed, key=lambda strength: (forgotten[strength], strength))  # few documents tie
     found = edits[best]
     if held_out is None and record.unlearns_answers and not facts:
         found = record.at(model, record.fit(model, whole_forget, whole_retain, settings), best, settings)

@@ -50,7 +50,7 @@ def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkey
         for method in names_run:
             assert part.selectivity(method).value > part.selectivity(f"{method}:control").value
         withheld = {name: part["key-space-detection", name, "abstained"].value for name in ("forget", "retain")}
-        assert withheld["forget"] > withheld["retain"] + 0.2, "few and short texts: about nine rows"
+        assert withheld["forget"] > withheld["retain"] + 0.1, "few and short texts: about nine rows, and a budget"
     persons = report.parts[1]
     known = {name: persons["simu", name, "exact_memorization"].value for name in ("forget", "retain", "never seen")}
     assert known["forget"] < persons["base", "forget", "exact_memorization"].value - 0.02, "a few steps"
