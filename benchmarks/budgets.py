@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("simulated, graded", [run for run in known if "nothing" not in run.name]),
         ("simulated, all or nothing", [run for run in known if "nothing" in run.name]),
     ):
-        for rule in RULES:
+        for rule in RULES if runs else ():
             table.row([kind, *rates(runs, rule)])
     each = record.table("real", ("run", "rule", "strength", "worst_loss", "loss_together", "forgotten"))
     found: list[Run] = []

@@ -56,6 +56,18 @@ def test_a_benchmark_runs_and_prints_its_rows(
 
 
 @pytest.mark.changes_random_state
+def test_budgets_are_kept_by_the_bound_and_broken_by_the_point_estimate(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets = load("budgets")
+    budgets.main(["--simulated", "12", "--real", "0"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| simulated | ")]
+    assert [row[1] for row in rows] == list(budgets.RULES)
+    broken = [float(row[3].partition("%")[0]) for row in rows]
+    assert broken[0] < 20 < broken[1]
+
+
+@pytest.mark.changes_random_state
 def test_memory_is_measured_in_a_process_of_its_own(
     load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
