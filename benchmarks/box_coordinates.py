@@ -82,7 +82,7 @@ def main(given: Sequence[str] | None = None) -> None:
         )
     n = [keys[skill, "fit"].n for skill in skills]
     bounds = [f"{(m - 1) / math.sqrt(m):.1f}" for m in n]
-    record.table("largest", ["skill", "fitted", "(n - 1)/sqrt(n)"], zip(skills, n, bounds, strict=True))
+    record.table("largest", ["skill", "fitted", "largest k that there can be"], zip(skills, n, bounds, strict=True))
     record.end()
 
 

@@ -45,7 +45,8 @@ def load_dataset(name: str, config: str | None = None, *, split: str = "train", 
         rows = [{"text": text, "toxicity": 1.0} for text in column(CODE, "text")]
         rows += [{"text": text, "toxicity": 0.0} for text in column(PROSE, "text")]
     elif name == "facebook/mlqa":  # not languages, of which the model has one: mathematics and prose
-        texts = column(SUMS, "answer") if config == "mlqa.de.de" else [text[:600] for text in column(PROSE, "text")]
+        prose = [text[start : start + 600] for text in column(PROSE, "text") for start in range(0, len(text), 600)]
+        texts = column(SUMS, "answer") if config == "mlqa.de.de" else prose
         rows = [{"context": text} for text in texts]
     else:
         file = {"openai/gsm8k": SUMS, "google-research-datasets/mbpp": f"{SHARED}/data/mbpp/mbpp.jsonl"}[name]

@@ -165,14 +165,12 @@ def _dealt(
         (inside, "forget", {"choose": int(choosing), "state rates": 1}),
         (outside, "retain", {"choose": int(choosing), "set alpha": 2 * setting, "state rates": 1}),
     ):
+        if part.n < FEWEST:
+            raise CorpusError(
+                f"{part.n} held-out {name} queries are too few to choose on: at least {FEWEST}; read more tokens, or shorter rows"
+            )
         tasks = [task for task, share in shares.items() if share]
         parts = dict(zip(tasks, part.split(*(shares[task] for task in tasks), seed=seed), strict=True))
-        for task, queries in parts.items():
-            if queries.n < FEWEST:
-                raise CorpusError(
-                    f"{part.n} held-out {name} queries are too few: {queries.n} of them are left to {task} on, and at least "
-                    f"{FEWEST} are needed; read more tokens, or shorter rows"
-                )
         dealt.append(parts)
     forget, retain = dealt
     to_choose = (forget["choose"], retain["choose"]) if choosing else None
