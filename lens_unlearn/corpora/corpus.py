@@ -27,7 +27,7 @@ from torch import Tensor
 from lens_unlearn.core.counter_rng import key_of, uniform
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.near_duplicates import Words, join_near_duplicates, words
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 
 __all__ = ["Answer", "Batch", "Corpus", "vocabulary_digest"]
 
@@ -329,6 +329,7 @@ class Corpus:
         Raises:
             CorpusError: If the model cannot run this corpus; the message names the difference.
         """
+        require_model(model)
         if int(self.tokens.max()) >= int(model.cfg.d_vocab):
             raise CorpusError(f"{self.name} has token ids beyond this model's vocabulary: read it with this model")
         tokenizer = getattr(model, "tokenizer", None)

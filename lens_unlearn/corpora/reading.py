@@ -25,7 +25,7 @@ from torch import Tensor
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
 from lens_unlearn.corpora.sources import Pair, Row, Source, open_source
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 
 __all__ = ["read_corpus", "tokenize"]
 
@@ -77,6 +77,7 @@ def read_corpus(
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
+        require_model(model)
         raise CorpusError("this model has no tokenizer: set one, as in load_model or boot_transformers(tokenizer=...)")
     bos = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else bool(prepend_bos)
     if bos and tokenizer.bos_token_id is None:

@@ -10,7 +10,7 @@ from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
-from lens_unlearn.model.host import Model, device_of, require_eval
+from lens_unlearn.model.host import Model, device_of, require_eval, require_model
 from lens_unlearn.model.shortcuts import shortcuts
 
 __all__ = ["generate"]
@@ -47,6 +47,7 @@ def generate(
     Raises:
         CorpusError: If the model has no tokenizer, or a prompt is empty or longer than the context.
     """
+    require_model(model)
     require_eval(model)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:

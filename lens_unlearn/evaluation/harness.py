@@ -27,7 +27,7 @@ from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.question_answering import SAMPLES, Asked, line_breaks
 from lens_unlearn.evaluation.teacher_forcing import outcomes, predict, split_rows
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.model.host import Model, require_eval
+from lens_unlearn.model.host import Model, require_eval, require_model
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -65,6 +65,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, model: Model, batch_size: int = 8) -> None:
         super().__init__()
+        require_model(model)
         require_eval(model)
         if getattr(model, "tokenizer", None) is None:
             raise CorpusError("this model has no tokenizer: tasks are texts")

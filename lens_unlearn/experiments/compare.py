@@ -22,7 +22,7 @@ from lens_unlearn.experiments.plan import Plan, settings_of
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.methods.budget import CONFIDENCE
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import fingerprint, load_model, model_name
 from lens_unlearn.reports.comparison_page import comparison_page
 
@@ -214,6 +214,7 @@ def compare(
         LensUnlearnError: If there are fewer than two skills, or a name or method cannot be used.
         CorpusError: If a corpus is too short to be split, fits another model, or is a part of another skill's.
     """
+    require_model(model)
     chosen = compared() if methods is None else tuple(methods)
     plans = plans_for(
         list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, confidence=confidence, tokens=tokens,

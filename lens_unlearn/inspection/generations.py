@@ -16,7 +16,7 @@ from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.report import BASE
 from lens_unlearn.inspection.shown import Shown, named_conditions, shortened
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
 
 __all__ = ["Generations", "generations"]
@@ -80,6 +80,7 @@ def generations(
         LensUnlearnError: If a condition is no intervention, or "base" is one.
         CorpusError: If there is no prompt, the model has no tokenizer, or a prompt is empty or longer than the context.
     """
+    require_model(model)
     given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     for number, prompt in enumerate(given):
         if not prompt:

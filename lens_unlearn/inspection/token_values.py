@@ -142,6 +142,7 @@ def token_activations(model: Model, text: Texts, neurons: Neurons) -> TokenValue
         CorpusError: If a text is empty.
         ActivationError: If an activation is NaN or infinite.
     """
+    require_model(model)
     places, points = neurons_of(model, neurons)
     corpus = corpus_of(model, text)
 
@@ -181,6 +182,7 @@ def token_firing(
         CorpusError: If a text is empty.
         ActivationError: If an activation is NaN or infinite.
     """
+    require_model(model)
     if measure not in ("count", "mean_abs"):
         raise LensUnlearnError(f"measure={measure!r} is not known: choose 'count' or 'mean_abs'")
     places, points = neurons_of(model, selection)
@@ -229,8 +231,8 @@ def token_losses(
         CorpusError: If a text is empty, or nothing in it is predicted.
         ActivationError: If a loss is NaN.
     """
-    conditions = named_conditions(interventions or {})
     require_model(model)
+    conditions = named_conditions(interventions or {})
     require_eval(model)
     corpus = corpus_of(model, text)
     losses: dict[str, list[Tensor]] = {}

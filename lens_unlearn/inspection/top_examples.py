@@ -19,7 +19,7 @@ from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.inspection.shown import Neurons, Shown, activations, neurons_of, pieces
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap
@@ -126,6 +126,7 @@ def top_examples(
         ActivationError: If a counted activation is NaN or infinite.
         CorpusError: If the corpus was tokenized for another model.
     """
+    require_model(model)
     if context < 0:
         raise LensUnlearnError(f"context={context} is no number of tokens: at least 0")
     places, points = neurons_of(model, neurons)

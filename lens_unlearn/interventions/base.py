@@ -36,7 +36,7 @@ from lens_unlearn.model.hooks import (
     on_logits,
     one_thread,
 )
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.layouts import require_known
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
@@ -268,6 +268,7 @@ class Intervention(ABC):
             SelectionError: If it has another number of neurons there, or another shape.
             ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         """
+        require_model(model)
         hooks, changes = list(self.hooks()), list(self.matrices())
         live = Live(self, model)
         removers: list[Remover] = []
@@ -325,6 +326,7 @@ class Intervention(ABC):
                 than the model, or no bias that a constant could go into; then nothing was changed.
             SelectionError: If this is no change of weights, or does not fit the model; then nothing was changed.
         """
+        require_model(model)
         edits = self.edits()
         require_known(hf_model)
         self.check(resolve(model, sites) if (sites := [site for site, _ in self.hooks()]) else {})

@@ -14,7 +14,7 @@ from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.interventions.ablate import WRITES, Ablate
 from lens_unlearn.interventions.base import HookFunction, Intervention, MatrixFunction, Parts
 from lens_unlearn.interventions.update import Edit, Update
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.matrices import MATRICES, Matrix, check_matrix, matrix_value
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.maps import NeuronMap
@@ -117,6 +117,7 @@ class Delta(Intervention):
         Raises:
             SelectionError: If it is of another value, in a basis, or not at `mlp.post` or `attn.z` alone.
         """
+        require_model(model)
         elsewhere = [site for site in ablation._sites() if site.kind not in WRITES]
         if elsewhere or isinstance(ablation.value, NeuronMap) or ablation.value != 0 or ablation.basis is not None:
             raise SelectionError(f"{ablation!r} is no change of weights: ablate to value 0 at {', '.join(WRITES)}")

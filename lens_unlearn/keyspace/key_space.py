@@ -31,7 +31,7 @@ from lens_unlearn.keyspace.separation import (
     coverage,
     unit_weights,
 )
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
@@ -171,6 +171,7 @@ def key_space(
         SiteError: If a site does not exist.
         LensUnlearnError: If there are fewer than two corpora, or all queries of a skill have the same key.
     """
+    require_model(model)
     if not isinstance(corpora, Mapping) or len(corpora) < 2 or {POOLED, CONTROL, ""} & set(corpora):
         raise LensUnlearnError(
             f"key_space compares two corpora or more: pass them by name (other than {POOLED!r} and {CONTROL!r}), "

@@ -24,7 +24,7 @@ from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.ov_basis import rotate
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons.collect import collect
@@ -81,6 +81,7 @@ def random_pruning(
     Raises:
         SelectionError: If nothing would be selected, or a layer has fewer neurons to draw from than are to be drawn.
     """
+    require_model(model)
     if like is None:
         share = check_fraction(fraction)
         pattern = {s: torch.zeros(point.shape, dtype=torch.bool) for s, point in resolve(model, site).items()}

@@ -21,7 +21,7 @@ from lens_unlearn.interventions.abstain import REFUSAL, Abstain
 from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
 from lens_unlearn.methods.controls import SHUFFLED_LABELS, shuffled_controls
 from lens_unlearn.methods.method import Method
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import query_keys
 from lens_unlearn.neurons.key_sample import KeySample
@@ -97,6 +97,7 @@ def key_space_detection(
         CorpusError: If there are no queries to fit or to choose on.
         LensUnlearnError: If a layer does not exist, an argument is out of range, or there are too few queries.
     """
+    require_model(model)
     sites = [Site(number, site) for number in _layers(layer, vote, int(model.cfg.n_layers))]
     fixed = layer is not None and alpha is not None and region != "auto"
     budget = check_fraction(false_alarms, "false_alarms")

@@ -12,7 +12,7 @@ from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.methods.method import Method
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
@@ -92,6 +92,7 @@ def neuron_adjust(
         SelectionError: If the selection is empty, or the moments lack the site.
         LensUnlearnError: If an option is unknown, or no neuron varies on one side.
     """
+    require_model(model)
     share = check_fraction(fraction)
     for name, given, known in (
         ("rank_by", rank_by, tuple(RANKINGS)),

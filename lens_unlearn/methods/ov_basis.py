@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, ModelError, SiteError
 from lens_unlearn.model.hooks import attach, backbone, detach_all
-from lens_unlearn.model.host import Model, processing
+from lens_unlearn.model.host import Model, processing, require_model
 from lens_unlearn.model.loading import load_model
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons.maps import NeuronMap
@@ -27,6 +27,7 @@ def ov_basis(model: Model) -> NeuronMap:
     Returns:
         One matrix per head at every `attn.z` site, ``[heads, d_head, d_head]``, float64.
     """
+    require_model(model)
     return NeuronMap({Site(layer, "attn.z"): _head_bases(model, layer) for layer in range(int(model.cfg.n_layers))})
 
 

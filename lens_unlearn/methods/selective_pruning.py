@@ -23,7 +23,7 @@ from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.methods.method import Fitted, Method
 from lens_unlearn.methods.ov_basis import ov_basis, rotate, value_offset
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
@@ -104,6 +104,7 @@ def selective_pruning(
         >>> lu.selective_pruning(model, code, prose, fraction=0.02, progress=False)  # doctest: +ELLIPSIS
         Ablate(zero, ... neurons, ... layers, mlp.post)
     """
+    require_model(model)
     fractions = _fractions(fraction, (site,) if isinstance(site, str) else tuple(site))
     _check_options(importance, replacement, unit, steps, within, tuple(fractions))
     if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:

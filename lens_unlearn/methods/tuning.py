@@ -25,7 +25,7 @@ from lens_unlearn.methods.budget import (
     within,
 )
 from lens_unlearn.methods.method import Method
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.neurons.maps import check_fraction
 
 __all__ = ["Tuned", "cut_prompts", "sweep", "tune"]
@@ -75,6 +75,7 @@ def sweep(
     Returns:
         A report whose conditions are named ``method@fraction`` and ``method:control@fraction``.
     """
+    require_model(model)
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)
     strengths = record.grid if fractions is None else fractions
@@ -194,6 +195,7 @@ def tune(
         CorpusError: If a retain corpus has fewer than 10 documents, or groups, to tune on.
         LensUnlearnError: If there are no texts to tune on, or nothing to lose on them.
     """
+    require_model(model)
     budget, confidence = check_fraction(retain_drop, "retain_drop"), check_confidence(confidence)
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)

@@ -3,6 +3,7 @@
 Knows `HookedTransformer` and `TransformerBridge` as objects with `hook_dict` and `cfg`; knows nothing of single hook points.
 """
 
+import os
 import re
 from functools import cache
 from typing import Any
@@ -30,17 +31,26 @@ Model = Any
 
 
 def require_model(model: Model) -> None:
-    """Refuse an object that is not a TransformerLens model.
+    """Refuse an object that is not a TransformerLens model: the first line of every public function that takes a model.
 
     Raises:
         ModelError: If the object has no hook points, or the installed TransformerLens is not one of those supported.
     """
     require_host()
-    if not (hasattr(model, "hook_dict") and hasattr(model, "cfg")):
-        raise ModelError(
-            f"a {type(model).__name__} has no hook points: pass a TransformerBridge or a HookedTransformer, "
-            "or a name or directory to lens_unlearn.load_model"
-        )
+    if not isinstance(model, type) and all(hasattr(model, name) for name in ("hook_dict", "cfg", "named_modules")):
+        return
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        raise ModelError(f"{name!r} is a name, and has no hook points: pass lens_unlearn.load_model({name!r})")
+    what = "None" if model is None else f"a {type(model).__name__}"
+    if isinstance(model, type):
+        what = f"the class {model.__name__}"
+    elif isinstance(model, torch.nn.Module):
+        what = f"a plain {type(model).__name__}"
+    raise ModelError(
+        f"{what} has no hook points: pass a TransformerBridge or a HookedTransformer, as "
+        "lens_unlearn.load_model(NAME_OR_DIRECTORY) returns it"
+    )
 
 
 def require_eval(model: Model) -> None:

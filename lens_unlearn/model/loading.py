@@ -55,6 +55,11 @@ def load_model(
         ModelError: If the directory holds no model, the hub cannot be reached or does not know the name, or the model cannot be
             placed as asked.
     """
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+        raise ModelError(
+            f"{_kind(name)} is no name of a model: give 'demo', a Hugging Face directory, or a hub name; a model that you hold "
+            "is given as it is, or, if it is a plain Hugging Face model, by the directory of its save_pretrained"
+        )
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and a device_map were given: give one of them")
     if device_map is None and (max_memory is not None or offload_folder is not None):
@@ -89,6 +94,10 @@ def load_model(
         module.training = False
     _names[model] = str(name)
     return model
+
+
+def _kind(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _default_device() -> str:

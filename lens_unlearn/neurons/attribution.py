@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
 from lens_unlearn.model.replay import Replay, replaying
 from lens_unlearn.model.shortcuts import shortcuts
@@ -151,6 +151,7 @@ def attribute(
         ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         LensUnlearnError: If an option is unknown.
     """
+    require_model(model)
     for name, given, known in (("objective", objective, Objective), ("mode", mode, Mode), ("rule", rule, Rule)):
         if given not in known.__args__:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known.__args__)}")

@@ -21,7 +21,7 @@ from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, ModelError
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
@@ -133,6 +133,7 @@ def query_keys(
     Raises:
         CorpusError: If nothing is long enough to make a prompt.
     """
+    require_model(model)
     queries = (corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)).queries()
     return collect(
         model, queries, sites, statistic=KeySample(capacity, seed=seed), batch_size=batch_size, progress=progress
@@ -150,6 +151,7 @@ def gather(
     progress: bool,
 ) -> Any:
     """Do what `collect` does, but leave the checkpoint: the caller removes it when the result is in a file."""
+    require_model(model)
     corpus.check(model)
     points = resolve(model, sites)
     total: Any = (Moments() if statistic is None else statistic).fresh()
