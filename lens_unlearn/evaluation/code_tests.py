@@ -1,75 +1,59 @@
-"""`passes_tests`: run a program that a model wrote against its unit tests, in a process with limits.
-
-The limits keep a program that goes wrong from doing harm by accident. They are no sandbox: run programs of a model that may
-mean harm in a container or a virtual machine.
-"""
+"""`passes_tests`: run a program that a model wrote against its unit tests, apart from them and from this system."""
 
 import contextlib
+import functools
 import json
 import os
-import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lens_unlearn.core.errors import LensUnlearnError
 
-__all__ = ["check_runner", "passes_tests"]
+__all__ = ["Isolation", "check_runner", "isolation", "passes_tests"]
 
 MEMORY = 1 << 29  # bytes of address space
+PASSED = 42
+"""Exit status behind the last test; as in code_process.py, which imports nothing of this package."""
+SCRIPT = str(Path(__file__).with_name("code_process.py"))
 
-# Runs in the child: python -I -S -B -c RUNNER TASK VERDICT. Reads what to do, gives up the right to most things, and writes
-# the secret to the pipe only after the last test, so that a program which exits before that has not passed.
-_RUNNER = r"""
-import ast, json, os, sys, types
-import resource as r
-with open(sys.argv[1]) as file:
-    task = json.load(file)
-os.remove(sys.argv[1])
-verdict = int(sys.argv[2])
-sys.argv = [""]
-for kind, limit in (
-    (r.RLIMIT_CPU, task["seconds"]),
-    (r.RLIMIT_AS, task["memory"]),
-    (r.RLIMIT_NPROC, 0),
-    (r.RLIMIT_NOFILE, 32),
-    (r.RLIMIT_FSIZE, 0),
-    (r.RLIMIT_CORE, 0),
-):
-    r.setrlimit(kind, (limit, limit))
-writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-refused = {"os", "shutil", "subprocess", "socket", "ctypes", "resource", "sqlite3"}
-harmless = {"os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.unsetenv"}
-def guard(event, given):
-    if event == "open":
-        bad = given[2] & writing
-    elif event == "import":
-        bad = given[0] in ("_ctypes", "_posixsubprocess")
-    else:
-        bad = event.partition(".")[0] in refused and event not in harmless
-    if bad:
-        raise PermissionError(event)
-lines = task["code"].splitlines(True)
-for end in range(len(lines), -1, -1):
-    try:
-        tree = ast.parse("".join(lines[:end]))
-        break
-    except (SyntaxError, ValueError):
-        pass
-while tree.body and isinstance(tree.body[-1], ast.Expr) and not isinstance(tree.body[-1].value, ast.Call):
-    tree.body.pop()
-parts = [compile(part, "answer", "exec") for part in (tree, task["setup"], *task["tests"])]
-module = sys.modules["answer"] = types.ModuleType("answer")
-finish, write = os._exit, os.write
-sys.addaudithook(guard)
-for part in parts:
-    exec(part, module.__dict__)
-write(verdict, task["secret"].encode())
-finish(0)
-"""
+
+@dataclass(frozen=True)
+class Isolation:
+    """A way to keep a program apart from this system: the command that its process is begun with, and its first role."""
+
+    words: str
+    command: tuple[str, ...] = ()
+    role: str = "program"
+
+
+ISOLATIONS = (
+    Isolation(
+        "in a sandbox (bubblewrap)",
+        (
+            *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+            *("--ro-bind", "/", "/", "--dev", "/dev", "--tmpfs", "/proc", "--"),
+        ),
+    ),
+    Isolation(
+        "in namespaces of its own (unshare), with a read-only file system",
+        (
+            *("unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts"),
+            *("--fork", "--kill-child", "--"),
+        ),
+        "read-only",
+    ),
+    Isolation("in a process with limits, which is no sandbox: neither bubblewrap nor unshare works here"),
+)
+"""The best first."""
 
 
 def passes_tests(
@@ -84,14 +68,16 @@ def passes_tests(
     """Say whether a Python program passes its unit tests.
 
     The program is the longest beginning of `code`, in whole lines, that is valid Python, without expressions at its end that
-    call nothing (such as ``[DONE]``), so that what a model writes behind it does not matter. It runs before `setup` and the
-    tests, with the standard library only, in a new process: isolated (``-I -S``), with an empty environment and an empty
-    folder that is deleted afterwards, without input or output, in a session of its own that is killed as a whole at the
-    end or after the time limit. It may use so much processor time and memory, write no file, start no process, and open
-    no connection; a program that tries fails. It has passed if every test ran to its end: exiting earlier, also with code
-    0, is a failure.
+    call nothing (such as ``[DONE]``), so that what a model writes behind it does not matter. It runs with the standard library
+    only, isolated (``-I -S``), with an empty environment and an empty folder that is deleted afterwards, without input or
+    output, and with so much processor time and memory; it may write no file, start no process, read nothing but the
+    standard library, and open no connection: a program that tries fails. `isolation` says what keeps it to that: bubblewrap,
+    or user, mount, process and network namespaces, where this system has them. Where it has neither, there is no sandbox:
+    accidents are stopped, but not a program written to break out.
 
-    This is no sandbox: it stops accidents, not a program written to break out.
+    The tests run in a process of their own, which calls the program's functions in the other one, and compares what comes
+    back; `setup` runs in both, behind the program. So nothing of the program, not even an ``__eq__`` that always agrees, runs
+    where the verdict is found. It has passed if every test ran to its end: exiting earlier, also with code 0, is a failure.
 
     Args:
         code: What a model wrote.
@@ -112,39 +98,18 @@ def passes_tests(
         raise LensUnlearnError("there is no unit test: nothing could fail")
     if os.name != "posix":
         raise LensUnlearnError("running code needs a POSIX system: elsewhere it could not be limited")
-    secret = secrets.token_hex(16)
-    task = {"code": code, "tests": list(tests), "setup": setup, "secret": secret, "memory": int(memory)}
-    task["seconds"] = max(1, -int(-seconds // 1))
-    with tempfile.TemporaryDirectory(prefix="lens-unlearn-") as folder:
-        path = Path(folder, "task.json")
-        path.write_text(json.dumps(task), encoding="utf-8")
-        return _run(str(path), folder, seconds) == secret.encode()
+    limits = {"memory": int(memory), "seconds": max(1, -int(-seconds // 1)), "setup": setup}
+    return _run({"code": code, **limits}, {"tests": list(tests), **limits}, seconds, isolation())
 
 
-def _run(task: str, folder: str, seconds: float) -> bytes:
-    """Run the child to its end or to the time limit, kill the rest of its session, and return its verdict."""
-    read, write = os.pipe()
-    try:
-        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _RUNNER, task, str(write)]
-        null = subprocess.DEVNULL
-        child = subprocess.Popen(
-            command, cwd=folder, env={}, stdin=null, stdout=null, stderr=null, pass_fds=[write], start_new_session=True
-        )
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(seconds)
-        finally:
-            # What the program started stays in its group, whose number nobody else gets as long as it has a member.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        os.set_blocking(read, False)
-        with contextlib.suppress(BlockingIOError):
-            return os.read(read, 1024) if child.returncode == 0 else b""
-        return b""
-    finally:
-        os.close(read)
-        os.close(write)
+@functools.cache
+def isolation() -> Isolation:
+    """Give what programs run in on this system: the first way of `ISOLATIONS` that works here."""
+    *sandboxes, limits = ISOLATIONS
+    for sandbox in sandboxes:
+        if shutil.which(sandbox.command[0]) and _passes_here(sandbox):
+            return sandbox
+    return limits
 
 
 def check_runner() -> None:
@@ -153,6 +118,56 @@ def check_runner() -> None:
     Raises:
         LensUnlearnError: If not, as where the limits cannot be set.
     """
-    verdicts = [passes_tests("x = 1", [f"assert x == {n}"], allow_code_execution=True, seconds=60.0) for n in (1, 2)]
-    if verdicts != [True, False]:
+    if not _passes_here(isolation()):
         raise LensUnlearnError("unit tests cannot be run with limits on this system: leave allow_code_execution out")
+
+
+def _passes_here(sandbox: Isolation) -> bool:
+    limits = {"memory": MEMORY, "seconds": 60, "setup": ""}
+    program = {"code": "def f():\n    return 1", **limits}
+    return [_run(program, {"tests": [f"assert f() == {n}"], **limits}, 60.0, sandbox) for n in (1, 2)] == [True, False]
+
+
+def _run(program: dict[str, Any], tests: dict[str, Any], seconds: float, sandbox: Isolation) -> bool:
+    """Run a program and its tests in two processes to the end of the tests or of the time, and kill what is left of both."""
+    ends = socket.socketpair()
+    running: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="lens-unlearn-") as folder:
+        try:
+            for end, task, role in zip(ends, (program, tests), (sandbox.role, "tests"), strict=True):
+                with end:
+                    running.append(_start(task, role, end, folder, sandbox.command))
+            return running[-1].wait(max(0.0, deadline - time.monotonic())) == PASSED
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            for end in ends:
+                end.close()
+            for child in running:
+                # What it started stays in its group, whose number nobody else gets as long as it has a member.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def _start(
+    task: dict[str, Any], role: str, end: socket.socket, folder: str, command: tuple[str, ...]
+) -> "subprocess.Popen[bytes]":
+    python = [sys.executable, "-I", "-S", "-B", "-X", "utf8", SCRIPT, role, str(end.fileno())]
+    if command and role != "tests":
+        python = [shutil.which(command[0]) or command[0], *command[1:], *python]
+    null = subprocess.DEVNULL
+    with tempfile.TemporaryFile() as file:
+        file.write(json.dumps(task).encode())
+        file.seek(0)
+        return subprocess.Popen(
+            python,
+            cwd=folder,
+            env={},
+            stdin=file,
+            stdout=null,
+            stderr=null,
+            pass_fds=[end.fileno()],
+            start_new_session=True,
+        )

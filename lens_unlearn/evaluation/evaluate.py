@@ -115,7 +115,7 @@ def evaluate(
             left out.
         answers: Questions to answer per corpus, at most, drawn at random and the same for every condition; 0 for none.
         max_new_tokens: The longest answer.
-        allow_code_execution: Whether to run answers that are programs, in a subprocess with limits; see
+        allow_code_execution: Whether to run answers that are programs, isolated as well as this system allows; see
             `lens_unlearn.evaluation.code_tests.passes_tests`. Otherwise the report says that unit tests were not run.
         memorization: Questions per corpus, at most, whose true answers are looked for; drawn as for `answers`; 0 for none.
         tasks: Names that lm-evaluation-harness knows, paths of its YAML files, or such configurations as mappings. Takes the extra

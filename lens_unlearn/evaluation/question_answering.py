@@ -26,7 +26,7 @@ from lens_unlearn.evaluation.answer_matching import (
     rouge_l,
 )
 from lens_unlearn.evaluation.bootstrap import Scores
-from lens_unlearn.evaluation.code_tests import check_runner, passes_tests
+from lens_unlearn.evaluation.code_tests import check_runner, isolation, passes_tests
 from lens_unlearn.evaluation.generation import Written, continue_rows
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.interventions.base import Intervention, acting
@@ -215,7 +215,7 @@ class QuestionAnswering:
         }
         tested = [name for name, rows in chosen.items() if _has_tests(corpora[name], rows)]
         if tested:
-            allowed = "run in a subprocess with limits" if self.allow_code_execution else "not run: not allowed"
+            allowed = f"run {isolation().words}" if self.allow_code_execution else "not run: not allowed"
             settings["unit_tests"] = dict.fromkeys(tested, allowed)
         return settings
 

@@ -17,6 +17,7 @@ from lens_unlearn.corpora.corpus import Answer, Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation import question_answering
 from lens_unlearn.evaluation.answer_matching import Ending, exact_match, rouge_l
+from lens_unlearn.evaluation.code_tests import isolation
 from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.generation import Written, continue_rows, generate
 from lens_unlearn.interventions.ablate import Ablate
@@ -309,7 +310,7 @@ def test_unit_tests_run_where_allowed(model: Any, monkeypatch: pytest.MonkeyPatc
     assert report["base", "c", "unit_tests"].value == 0.5
     assert report["base", "c", "unit_tests"].n == 2, "a row without tests cannot fail"
     assert report["base", "c", "exact_match"].n == 3
-    assert report.provenance["answers"]["unit_tests"] == {"c": "run in a subprocess with limits"}
+    assert report.provenance["answers"]["unit_tests"] == {"c": f"run {isolation().words}"}
     writes(monkeypatch, {"add": added, "sub": " " + SUB["code"] + "\n\nIt is simple", "bare": "x"}, model)
     assert ask(model, corpus, {}, allow_code_execution=True)["base", "c", "unit_tests"].value == 1
 
