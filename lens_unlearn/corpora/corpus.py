@@ -44,8 +44,8 @@ class Batch:
     """The indices of these rows in their corpus."""
     lengths: Int[Tensor, "batch"]
     """Number of tokens of each row, without its padding."""
-    bos: bool = False
-    """Whether every row begins with BOS."""
+    heads: Int[Tensor, "batch"]
+    """Number of tokens at the beginning of each row that are no text, such as BOS, and no prompt."""
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Batch:
         counted: Sequence[Bool[Tensor, "_"]],
         numbers: Sequence[int],
         *,
-        bos: bool,
+        heads: Int[Tensor, "batch"] | None = None,
     ) -> "Batch":
         """Pad rows of tokens, each with the mask of its counted tokens, to one length."""
         lengths = torch.tensor([len(row) for row in rows])
@@ -62,13 +62,14 @@ class Batch:
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
         for i, (row, row_mask) in enumerate(zip(rows, counted, strict=True)):
             tokens[i, : len(row)], mask[i, : len(row)] = row, row_mask
-        return cls(tokens, mask, torch.tensor(list(numbers)), lengths, bos)
+        heads = torch.zeros_like(lengths) if heads is None else heads
+        return cls(tokens, mask, torch.tensor(list(numbers)), lengths, heads)
 
     @property
     def prompt_ends(self) -> Int[Tensor, "batch"]:
         """The position of the last token of each row's prompt: before the first counted token; the row's last if all count."""
         first = torch.where(self.counted.any(1), self.counted.int().argmax(1), self.lengths)
-        return torch.where(first > int(self.bos), first, self.lengths) - 1
+        return torch.where(first > self.heads, first, self.lengths) - 1
 
     def run(self, function: Callable[["Batch"], T]) -> list[T]:
         """Return the results of a function on the batch, or on its halves if the device runs out of memory.
@@ -88,7 +89,8 @@ class Batch:
         middle = len(self.rows) // 2
         cuts = [slice(None, middle), slice(middle, None)]
         halves = [
-            Batch(self.tokens[cut], self.counted[cut], self.rows[cut], self.lengths[cut], self.bos) for cut in cuts
+            Batch(self.tokens[cut], self.counted[cut], self.rows[cut], self.lengths[cut], self.heads[cut])
+            for cut in cuts
         ]
         return [result for half in halves for result in half.run(function)]
 
@@ -121,7 +123,8 @@ class Answer:
 class Corpus:
     """Tokenized documents, cut into rows no longer than a window, with a mask of the counted positions.
 
-    Every token is counted unless it is BOS, padding, or (in question-answer corpora) part of the prompt. Statistics are taken
+    Every token is counted unless it is special (BOS, padding, or one that the text itself writes), or in question-answer corpora
+    part of the prompt. Statistics are taken
     at counted tokens; the loss is that of predicting counted tokens, so the first token of a row without BOS, which
     nothing predicts, counts for statistics only.
     """
@@ -146,6 +149,8 @@ class Corpus:
     """For each document a digest of its group, such as its author; empty where every document stands for itself."""
     answer_eos: int | None = None
     """The end-of-text token that was put behind every answer, and counts; None where answers end with their text."""
+    special: tuple[int, ...] = ()
+    """The special tokens in it, which are no text: they do not count, but for `answer_eos`."""
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -212,15 +217,26 @@ class Corpus:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether every row begins with a prompt: uncounted tokens other than BOS."""
-        return bool((self._prompt_lengths() > int(self.prepend_bos)).all())
+        """Whether every row begins with a prompt: uncounted tokens that are text."""
+        return bool((self._prompt_lengths() > self._heads()).all())
 
     def _prompt_lengths(self) -> Int[Tensor, "rows"]:
         """Return the number of tokens of each row before its first counted one, BOS included."""
+        return self._first(self.counted)
+
+    def _heads(self) -> Int[Tensor, "rows"]:
+        """Return the number of tokens at the beginning of each row that are no text: BOS, and other special ones."""
+        return self._first(~self._is_special()).clamp_min(int(self.prepend_bos))
+
+    def _is_special(self) -> Bool[Tensor, "total"]:
+        return torch.isin(self.tokens, torch.tensor(self.special, dtype=self.tokens.dtype))
+
+    def _first(self, wanted: Bool[Tensor, "total"]) -> Int[Tensor, "rows"]:
+        """Return of each row the place of the first token of some, or its length if there is none."""
         lengths = self.starts.diff()
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
-        first = torch.where(self.counted, place, lengths[row_of])
+        first = torch.where(wanted, place, lengths[row_of])
         return lengths.scatter_reduce(0, row_of, first, "amin", include_self=False)
 
     def with_prompts(self, tokens: int | None = None, *, seed: int = 0) -> "Corpus":
@@ -236,7 +252,7 @@ class Corpus:
         """
         if tokens is not None and tokens < 1:
             raise CorpusError(f"tokens={tokens} makes no prompt: at least 1")
-        head, lengths = int(self.prepend_bos), self.starts.diff()
+        head, lengths = self._heads(), self.starts.diff()
         body = lengths - head
         if tokens is None:
             draws = uniform(torch.tensor([self._row_key(row, seed) for row in range(self.n_rows)])).double()
@@ -244,13 +260,14 @@ class Corpus:
             room = (body - 1).clamp(1, 4)
             ends = head + (room + draws * (body - 2 * room + 1).clamp_min(1)).long().minimum((body - 1).clamp_min(1))
         else:
-            ends = torch.full_like(body, head + tokens)
+            ends = head + tokens
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
         # The answers are dropped: they belong to the prompts that were read, not to these.
         bare = {"answers": (), "answer_eos": None}
-        cut = replace(self, name=f"{self.name}, cut into prompts", counted=place >= ends[row_of], **bare)
-        long_enough = lengths > ends
+        counted = (place >= ends[row_of]) & ~self._is_special()
+        cut = replace(self, name=f"{self.name}, cut into prompts", counted=counted, **bare)
+        long_enough = (lengths > ends) & (cut._counted_per_row() > 0)
         if not bool(long_enough.any()):
             raise CorpusError(
                 f"no row of {self.name} is longer than a prompt of {tokens or 1} tokens: give longer texts"
@@ -264,7 +281,7 @@ class Corpus:
             CorpusError: If there are no prompts: read "question>answer", or make some with `with_prompts`.
         """
         ends = self._prompt_lengths()
-        prompted = ends > int(self.prepend_bos)
+        prompted = ends > self._heads()
         if not bool(prompted.any()):
             raise CorpusError(
                 f"{self.name} has no prompts: read it as 'question>answer', or cut its texts with .with_prompts()"
@@ -307,9 +324,10 @@ class Corpus:
 
     def _batch(self, rows: Sequence[int]) -> Batch:
         spans = [slice(int(self.starts[row]), int(self.starts[row + 1])) for row in rows]
-        return Batch.of(
-            [self.tokens[span] for span in spans], [self.counted[span] for span in spans], rows, bos=self.prepend_bos
-        )
+        tokens, counted = [self.tokens[span] for span in spans], [self.counted[span] for span in spans]
+        special, least = set(self.special), int(self.prepend_bos)
+        heads = [next((i for i, id in enumerate(row.tolist()) if id not in special), len(row)) for row in tokens]
+        return Batch.of(tokens, counted, rows, heads=torch.tensor(heads).clamp_min(least))
 
     def places(self, batch: Batch, *, by_unit: bool = False) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
         """Return for every position of a batch a key of its document, or unit, and a number that is unique in it."""
@@ -428,6 +446,7 @@ class Corpus:
             answers=self._answers() + other._answers() if self.answers or other.answers else (),
             groups=self.units + other.units if self.groups or other.groups else (),
             answer_eos=next(iter(ends), None),
+            special=tuple(sorted({*self.special, *other.special})),
             window=max(self.window, other.window),
             skipped={r: self.skipped.get(r, 0) + other.skipped.get(r, 0) for r in {**self.skipped, **other.skipped}},
         )

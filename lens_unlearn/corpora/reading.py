@@ -25,7 +25,8 @@ from torch import Tensor
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
 from lens_unlearn.corpora.sources import Pair, Row, Source, open_source
-from lens_unlearn.model.host import Model, require_model
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.special_tokens import bos_token, end_token, special_tokens, tokenizer_of
 
 __all__ = ["read_corpus", "tokenize"]
 
@@ -65,46 +66,51 @@ def read_corpus(
             them, MBPP does not say how the function is to be called.
         window: Longest row in tokens, BOS included; longer documents become several rows. Default: the model's
             context, at most 512.
-        prepend_bos: Whether every row begins with BOS. Default: as the model was trained (`cfg.default_prepend_bos`).
-        count: Which tokens are counted: "all", or only the "answer". Default: the answer, if there is one.
+        prepend_bos: Whether every row begins with BOS, once, also where the text writes it itself. Default: where the tokenizer
+            itself adds BOS, or has one that is its end-of-text token as well (GPT-2, Pythia); the corpus says which it was.
+        count: Which tokens are counted: "all", or only the "answer". Default: the answer, if there is one. Special tokens that
+            a text writes, such as an end of text inside it or the marks of a chat, are never counted.
         answer_eos: Whether the end-of-text token stands behind every answer of a "question>answer" source, and is counted, as
-            TOFU and OpenUnlearning have it; where an answer ends with it already, none is added.
+            TOFU and OpenUnlearning have it; where an answer ends with it already, none is added, and that one is counted.
         name: The name in reports; default the source.
 
     Raises:
         CorpusError: If the source, the file or the field does not exist, or holds no text of at least two tokens; if a row names no
             group where the others do; if the template, the window or the tokenizer cannot be used.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        require_model(model)
-        raise CorpusError("this model has no tokenizer: set one, as in load_model or boot_transformers(tokenizer=...)")
-    bos = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else bool(prepend_bos)
-    if bos and tokenizer.bos_token_id is None:
-        if prepend_bos:
-            raise CorpusError("prepend_bos=True, but this tokenizer has no BOS token")
-        bos = False
+    tokenizer = tokenizer_of(model)
+    bos = bos_token(model, prepend_bos)
+    shortest = 2 + (bos is not None)
     longest = min(DEFAULT_WINDOW, int(model.cfg.n_ctx)) if window is None else int(window)
-    if not bos + 2 <= longest <= int(model.cfg.n_ctx):
-        raise CorpusError(f"window={longest} does not fit this model: from {bos + 2} to {model.cfg.n_ctx} tokens")
+    if not shortest <= longest <= int(model.cfg.n_ctx):
+        raise CorpusError(f"window={longest} does not fit this model: from {shortest} to {model.cfg.n_ctx} tokens")
     if tokens is not None and tokens < 2:
         raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
-    if answer_eos and tokenizer.eos_token_id is None:
+    end = end_token(model)
+    if answer_eos and end is None:
         raise CorpusError(
             "answer_eos=True, but this tokenizer has no end-of-text token: set one, or leave answer_eos out"
         )
     opened = open_source(source, field, group)
-    eos = tokenizer.eos_token_id if answer_eos and opened.is_pairs else None
-    builder = _Builder(longest, tokenizer.bos_token_id if bos else None, tokens)
-    encoder = _Encoder(tokenizer, template or opened.template, count or ("answer" if opened.is_pairs else "all"), eos)
+    eos = end if answer_eos and opened.is_pairs else None
+    builder = _Builder(longest, bos, tokens)
+    counted = count or ("answer" if opened.is_pairs else "all")
+    encoder = _Encoder(tokenizer, template or opened.template, counted, bos, eos)
     for document in encoder.encode(opened.rows, builder.skipped):
         if not builder.add(*document):
             break
-    return builder.build(name or opened.name, bos, vocabulary_digest(tokenizer), eos)
+    corpus = builder.build(name or opened.name, vocabulary_digest(tokenizer), special_tokens(tokenizer), eos)
+    if int(corpus.tokens.max()) >= int(model.cfg.d_vocab):
+        unknown = tokenizer.convert_ids_to_tokens(int(corpus.tokens.max()))
+        raise CorpusError(
+            f"{corpus.name} holds {unknown!r}, which the tokenizer knows and the model does not: take it out of the texts"
+        )
+    return corpus
 
 
-_Document = tuple[list[int], list[bool], str, Answer | None, str | None]
-"""Token ids, the mask of those that are counted, a digest of the text, the answer, and a digest of the group."""
+_Document = tuple[list[int], list[bool], str, Answer | None, str | None, bool]
+"""Token ids, the mask of those that are counted, a digest of the text, the answer, a digest of the group, and whether it has a
+prompt."""
 _Text = tuple[str, int, Answer | None]
 """A text, the character at which its counted part begins, and the answer."""
 
@@ -112,12 +118,12 @@ _Text = tuple[str, int, Answer | None]
 class _Encoder:
     """Tokenizes documents in chunks, with the mask of the counted tokens of each."""
 
-    def __init__(self, tokenizer: Any, template: str, count: str, eos: int | None) -> None:
+    def __init__(self, tokenizer: Any, template: str, count: str, bos: int | None, eos: int | None) -> None:
         if count not in ("all", "answer"):
             raise CorpusError(f"count={count!r} is not known: count 'all' tokens or the 'answer'")
         if "{prompt}" not in template or not template.rstrip().endswith("{answer}"):
             raise CorpusError(f"the template {template!r} must hold {{prompt}} and end with {{answer}}")
-        self.tokenizer, self.template, self.count, self.eos = tokenizer, template, count, eos
+        self.tokenizer, self.template, self.count, self.bos, self.eos = tokenizer, template, count, bos, eos
         before = re.split(r"\{(?:prompt|tests)\}", template)[0].strip().splitlines()
         marker = before[-1].strip() if before else ""
         self.marker = marker if re.search(r"\w", marker) else ""  # "#" alone can also begin a line of an answer
@@ -151,10 +157,10 @@ class _Encoder:
 
     def _tokenize(self, chunk: list[tuple[_Text, str | int | None]]) -> Iterator[_Document]:
         texts, begins = [text for (text, *_), _ in chunk], [begin for (_, begin, _), _ in chunk]
-        tokenized = tokenize(self.tokenizer, texts, begins, self.eos)
-        for ((text, _, answer), group), (ids, counted) in zip(chunk, tokenized, strict=True):
+        tokenized = tokenize(self.tokenizer, texts, begins, self.bos, self.eos)
+        for ((text, begin, answer), group), (ids, counted) in zip(chunk, tokenized, strict=True):
             key = _digest(text.strip())
-            yield ids, counted, key, answer, None if group is None else self._group(group, key)
+            yield ids, counted, key, answer, None if group is None else self._group(group, key), begin > 0
 
     def _group(self, group: str | int, key: str) -> str:
         """Return a digest of a group: of its name, or of the text with which a run begins.
@@ -169,28 +175,36 @@ def _digest(text: str) -> str:
 
 
 def tokenize(
-    tokenizer: Any, texts: list[str], begins: list[int], eos: int | None = None
+    tokenizer: Any, texts: list[str], begins: list[int], bos: int | None = None, eos: int | None = None
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield each text's token ids without BOS, and the mask of the counted ones: those that end after the character `begin`.
+    """Yield each text's token ids, and the mask of the counted ones: those that end after the character `begin`.
 
-    With `eos`, that token ends each text, and is counted.
+    Special tokens that a text writes do not count. The `bos` that will be put before it is left out, where it writes that
+    itself; `eos` ends each text, and is counted.
     """
     # Prompt and answer are tokenized together, as the model reads them. So a token can straddle their border, such as the space
     # before the answer; it is counted, since predicting it takes predicting the answer's first characters.
     fast = getattr(tokenizer, "is_fast", False)
     # verbose=False: documents longer than the context are cut into rows here, so its warning would mislead.
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    special = special_tokens(tokenizer)
     for i, (text, begin) in enumerate(zip(texts, begins, strict=True)):
-        ids = out["input_ids"][i]
+        ids = list(out["input_ids"][i])
         if begin == 0:  # also tokens that cover no character
             counted = [True] * len(ids)
         elif fast:
             counted = [end > begin for _, end in out["offset_mapping"][i]]
         else:
-            before = len(tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
-            counted = [position >= before for position in range(len(ids))]
-        if eos is not None and ids[-1:] != [eos]:
-            ids, counted = [*ids, eos], [*counted, True]
+            # Behind the last token that the prompt has alone as well: its own last ones may go on into the answer.
+            alone = tokenizer(text[:begin], add_special_tokens=False, verbose=False)["input_ids"]
+            before = next((place for place, (a, b) in enumerate(zip(alone, ids)) if a != b), min(len(alone), len(ids)))
+            counted = [place >= before for place in range(len(ids))]
+        counted = [yes and id not in special for id, yes in zip(ids, counted, strict=True)]
+        if bos is not None and ids[:1] == [bos]:
+            ids, counted = ids[1:], counted[1:]
+        if eos is not None:
+            written = ids[-1:] == [eos]
+            ids, counted = (ids, [*counted[:-1], True]) if written else ([*ids, eos], [*counted, True])
         yield ids, counted
 
 
@@ -210,23 +224,27 @@ class _Builder:
         self.total = 0
 
     def add(
-        self, ids: list[int], counted: list[bool], key: str, answer: Answer | None = None, group: str | None = None
+        self,
+        ids: list[int],
+        counted: list[bool],
+        key: str,
+        answer: Answer | None = None,
+        group: str | None = None,
+        prompted: bool = False,
     ) -> bool:
         """Add a document; return whether the budget has room for more."""
         if len(ids) + (self.bos is not None) < 2 or not any(counted):
             self.skipped["shorter than two tokens"] += 1
             return True
         body = self.window - (self.bos is not None)
-        if not all(
-            counted
-        ):  # a prompt and its answer are never cut apart: without the prompt, the answer is another task
+        if prompted:  # a prompt and its answer are never cut apart: without the prompt, the answer is another task
             if len(ids) > body:
                 self.skipped["prompt and answer longer than the window"] += 1
                 return True
             self._row(ids, counted)
         else:
             for start in range(0, len(ids), body):
-                if self.total < self.budget:
+                if self.total < self.budget and any(counted[start : start + body]):
                     self._row(ids[start : start + body], counted[start : start + body])
         self.keys.append(key)
         self.answers.append(None if all(counted) else answer)  # without a prompt, nothing is answered
@@ -245,7 +263,7 @@ class _Builder:
         self.lengths.append(len(head) + len(ids))
         self.document.append(len(self.keys))
 
-    def build(self, name: str, bos: bool, vocabulary: str, eos: int | None) -> Corpus:
+    def build(self, name: str, vocabulary: str, special: Iterable[int], eos: int | None) -> Corpus:
         if not self.keys:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.skipped.items()) or "no documents"
             raise CorpusError(f"{name} holds no text that can be used: {reasons}")
@@ -258,10 +276,11 @@ class _Builder:
             document=torch.tensor(self.document),
             keys=tuple(self.keys),
             window=self.window,
-            prepend_bos=bos,
+            prepend_bos=self.bos is not None,
             vocabulary=vocabulary,
             skipped=dict(self.skipped),
             answers=tuple(self.answers) if any(self.answers) else (),
             groups=tuple(self.groups),
             answer_eos=eos,
+            special=tuple(sorted(special)),
         )

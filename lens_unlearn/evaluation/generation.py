@@ -1,17 +1,23 @@
 """`generate`: what a model writes, with and without an intervention."""
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.interventions.base import Intervention, acting
-from lens_unlearn.model.hooks import one_thread
+from lens_unlearn.model.finite import broken_logits, refuse_broken
+from lens_unlearn.model.hooks import Remover, detach_all, on_logits, one_thread
 from lens_unlearn.model.host import Model, device_of, require_eval, require_model
 from lens_unlearn.model.shortcuts import shortcuts
+from lens_unlearn.model.special_tokens import bos_token, encode, end_token, ends_of_text, tokenizer_of, written_after
 
 __all__ = ["generate"]
 
@@ -30,7 +36,8 @@ def generate(
 ) -> list[str]:
     """Continue prompts, and return only what was added.
 
-    Where an intervention abstains, its refusal is returned in place of a text.
+    A text ends at every end-of-text token that the tokenizer, the model's configuration or its `generation_config` names, as in
+    transformers. Where an intervention abstains, its refusal is returned in place of a text.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` with a tokenizer.
@@ -39,26 +46,41 @@ def generate(
         intervention: Acts while the text is written; leave it out inside a `with` block.
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
-        prepend_bos: Whether the prompt begins with BOS; default as the model was trained.
+        prepend_bos: Whether a prompt begins with BOS, once; default as `read_corpus` has it.
         use_cache: Whether to keep keys and values between tokens; the greedy text is the same either way.
         batch_size: Prompts of one length that are run together, at temperature 0.
         seed: Of the draws; the global random state is left as it was.
 
     Raises:
-        CorpusError: If the model has no tokenizer, or a prompt is empty or longer than the context.
+        CorpusError: If the model has no tokenizer, or a prompt is empty, longer than the context, or holds a token that the model
+            does not know; if BOS is wanted and there is none.
+        ActivationError: If the model's logits are NaN or infinite; names the layer.
+        LensUnlearnError: If there is nothing to write, or no such temperature.
     """
     require_model(model)
     require_eval(model)
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise CorpusError("this model has no tokenizer: text cannot be generated")
-    bos = bool(getattr(model.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
-    head = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
+    tokenizer = tokenizer_of(model, "text cannot be generated")
+    bos = bos_token(model, prepend_bos)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [head + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = [encode(tokenizer, text, bos) for text in texts]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "use_cache": use_cache}
     written = continue_rows(model, rows, intervention, batch_size=batch_size, seed=seed, **options)
+    require_unbroken(model, rows, written, intervention)
     return [one.text for one in written]
+
+
+def require_unbroken(
+    model: Model, rows: Sequence[Sequence[int]], written: Sequence["Written"], intervention: Intervention | None = None
+) -> None:
+    """Refuse a model that wrote something from logits that are no numbers.
+
+    Raises:
+        ActivationError: If so; names the layer.
+    """
+    for ids, one in zip(rows, written, strict=True):
+        if one.broken:
+            with nullcontext() if intervention is None else intervention.on(model):
+                refuse_broken(model, torch.tensor([*ids, *one.ids]))
 
 
 @dataclass(frozen=True)
@@ -67,6 +89,12 @@ class Written:
 
     text: str
     abstained: bool
+    cut: bool = False
+    """Whether it ended only where no more tokens were allowed, or the context was full."""
+    broken: bool = False
+    """Whether logits were NaN or infinite while it was written."""
+    ids: tuple[int, ...] = ()
+    """The tokens, up to the one that ended it or at which logits broke."""
 
 
 def continue_rows(
@@ -86,12 +114,24 @@ def continue_rows(
         raise LensUnlearnError(f"max_new_tokens={max_new_tokens} leaves nothing to write: at least 1")
     if batch_size < 1:
         raise LensUnlearnError(f"batch_size={batch_size} is too small: at least 1")
+    if not 0 <= temperature < math.inf:
+        raise LensUnlearnError(f"temperature={temperature} is no temperature: 0 for the most probable token, or above")
     tokenizer, context = model.tokenizer, int(model.cfg.n_ctx)
-    ends = [*_end_tokens(model), *stop]
+    of_text = ends_of_text(model)
+    ends = {*of_text, *stop}
+    if (
+        ends and end_token(model) is None
+    ):  # rows that end before others are filled with a token that this model may not know
+        batch_size = 1
     for ids in rows:
         if not 0 < len(ids) < context:
             start = repr(tokenizer.decode(list(ids))[:40])
             raise CorpusError(f"a prompt of {len(ids)} tokens does not fit a context of {context}: {start}")
+        if max(ids) >= int(model.cfg.d_vocab):
+            unknown = tokenizer.convert_ids_to_tokens(int(max(ids)))
+            raise CorpusError(
+                f"a prompt holds {unknown!r}, which the tokenizer knows and the model does not: leave it out"
+            )
     order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if temperature == 0 else range(len(rows))
     groups: list[list[int]] = []
     for i in order:
@@ -106,8 +146,9 @@ def continue_rows(
     forked = [device] if device.type == "cuda" else []
     # Without an intervention of its own, it writes under that of the thread that started this one, if there is one.
     entered = one_thread(model, joining=True) if intervention is None else intervention.on(model)
-    with entered, shortcuts(model), torch.random.fork_rng(devices=forked):
+    with entered, _noticing_broken(model) as breaks, shortcuts(model), torch.random.fork_rng(devices=forked):
         for group in groups:
+            breaks.clear()
             tokens = torch.tensor([list(rows[i]) for i in group], device=device)
             width = tokens.shape[1]
             if temperature > 0:  # draws of its own for each prompt, and for each time it is asked
@@ -124,7 +165,7 @@ def continue_rows(
                     temperature=temperature or 1.0,
                     use_past_kv_cache=use_cache,
                     stop_at_eos=bool(ends),
-                    eos_token_id=ends or None,
+                    eos_token_id=sorted(ends) or None,
                     return_type="tokens",
                     verbose=False,
                 )
@@ -132,15 +173,36 @@ def continue_rows(
                 for live in acting(model):
                     refusals[id(live)][i] = live.refusal(place)
                 refusal = next((texts[i] for texts in refusals.values() if texts[i] is not None), None)
-                text = tokenizer.decode(out[place, width:].tolist(), skip_special_tokens=True)
-                written[i] = Written(text if refusal is None else refusal, refusal is not None)
+                if refusal is not None:
+                    written[i] = Written(refusal, abstained=True)
+                    continue
+                new = out[place, width:].tolist()
+                over = next((at for at, token in enumerate(new) if token in ends), None)
+                # What ended the text is no part of it, but for a token of `stop`, whose text may go on before the line break.
+                kept = new if over is None else new[: over + (new[over] not in of_text)]
+                until = len(new) if over is None else over + 1
+                broken = next((step for step, rows_at in enumerate(breaks[:until]) if bool(rows_at[place])), None)
+                kept = kept[:broken]
+                text = written_after(tokenizer, rows[i], kept)
+                written[i] = Written(text, False, over is None, broken is not None, tuple(kept))
         for live in acting(model):
             live.tell([refusals[id(live)][i] for i in range(len(rows))])
     return [written[i] for i in range(len(rows))]
 
 
-def _end_tokens(model: Model) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, or those that TransformerLens knows of a chat model."""
-    known = getattr(model.cfg, "eos_token_id", None)
-    known = model.tokenizer.eos_token_id if known is None else known
-    return [] if known is None else [known] if isinstance(known, int) else list(known)
+@contextmanager
+def _noticing_broken(model: Model) -> Iterator[list[Bool[Tensor, "batch"]]]:
+    """Note in which rows the logits of each step are no numbers, and put zeros there, so that the other rows go on."""
+    steps: list[Tensor] = []
+
+    def look(logits: Tensor) -> Tensor:
+        broken = broken_logits(logits[:, -1])
+        steps.append(broken)
+        return torch.where(broken[:, None, None], 0, logits) if bool(broken.any()) else logits
+
+    removers: list[Remover] = []
+    try:
+        on_logits(model, look, removers)
+        yield steps
+    finally:
+        detach_all(removers)

@@ -28,6 +28,7 @@ from lens_unlearn.evaluation.question_answering import SAMPLES, Asked, line_brea
 from lens_unlearn.evaluation.teacher_forcing import outcomes, predict, split_rows
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.host import Model, require_eval, require_model
+from lens_unlearn.model.special_tokens import bos_token, encode
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -86,12 +87,9 @@ class HarnessModel(TemplateLM):
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return token ids, with BOS before them if the model was trained so."""
-        ids: list[int] = self.tokenizer(string, add_special_tokens=False)["input_ids"]
-        default = bool(getattr(self.model.cfg, "default_prepend_bos", True))
-        wanted = default if add_special_tokens is None else add_special_tokens
-        bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if wanted and bos is not None else ids
+        """Return token ids, with BOS before them, once, where `read_corpus` has it."""
+        bos = None if add_special_tokens is False else bos_token(self.model)
+        return encode(self.tokenizer, string, bos)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return of each continuation its log probability in nats, and whether it is the greedy one."""
@@ -135,7 +133,7 @@ class HarnessModel(TemplateLM):
         """Score the last tokens of rows, so many of each."""
         tokens = [torch.tensor(row) for row in rows]
         masks = [torch.arange(len(row)) >= len(row) - count for row, count in zip(rows, counts, strict=True)]
-        batch = Batch.of(tokens, masks, range(len(rows)), bos=False)
+        batch = Batch.of(tokens, masks, range(len(rows)))
         with torch.no_grad():
             predicted = predict(self.model, batch, last=False)
         quantities = ("loss", "right")

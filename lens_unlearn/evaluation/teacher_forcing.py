@@ -21,6 +21,7 @@ from lens_unlearn.corpora.corpus import Answer, Batch, Corpus
 from lens_unlearn.corpora.reading import tokenize
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.host import Model, device_of
+from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
 
 __all__ = [
     "Forced",
@@ -248,14 +249,13 @@ def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, s
     Raises:
         CorpusError: If none does, or the model has no tokenizer.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise CorpusError("this model has no tokenizer: answers cannot be put to it")
+    tokenizer = tokenizer_of(model, "answers cannot be put to it")
     texts, begins = [true.head + text for true, text in answers], [len(true.head) for true, _ in answers]
-    head = [tokenizer.bos_token_id] if corpus.prepend_bos else []
+    bos = bos_token(model, corpus.prepend_bos)
+    head = [] if bos is None else [bos]
     window = min(corpus.window, int(model.cfg.n_ctx))
     rows, masks, fitting = [], [], []
-    for number, (ids, counted) in enumerate(tokenize(tokenizer, texts, begins, corpus.answer_eos)):
+    for number, (ids, counted) in enumerate(tokenize(tokenizer, texts, begins, bos, corpus.answer_eos)):
         mask = [False] * len(head) + counted
         if len(mask) <= window and any(mask[1:]):
             rows.append(head + ids)

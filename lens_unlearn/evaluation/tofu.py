@@ -35,6 +35,7 @@ def read_tofu(
     group: str | int | None = None,
     tokens: int | None = None,
     window: int | None = None,
+    prepend_bos: bool | None = None,
     answer_eos: bool = True,
 ) -> Corpus:
     """Read one of TOFU's files, or others in its layout, with TOFU's own choice of what counts in an answer.
@@ -50,9 +51,11 @@ def read_tofu(
         group: What belongs together, such as 20 for the questions on one author in TOFU's own order.
         tokens: Stop after exactly this many counted tokens.
         window: Longest row in tokens.
+        prepend_bos: Whether every row begins with BOS.
         answer_eos: Whether the end-of-text token counts.
     """
     reading: dict[str, Any] = {"template": template, "group": group, "tokens": tokens, "window": window}
+    reading["prepend_bos"] = prepend_bos
     return read_corpus(source, model, field="question>answer", answer_eos=answer_eos, **reading)
 
 

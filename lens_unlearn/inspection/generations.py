@@ -72,7 +72,7 @@ def generations(
         conditions: By name: an intervention, or None. The model as it is here always comes first, as "base".
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
-        prepend_bos: Whether the prompt begins with BOS; default as the model was trained.
+        prepend_bos: Whether a prompt begins with BOS, once; default as `read_corpus` has it.
         batch_size: Prompts of equal length that are run together, at temperature 0.
         seed: Of the draws: the same for every condition.
 

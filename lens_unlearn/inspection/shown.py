@@ -139,8 +139,10 @@ def named_conditions(given: Mapping[str, Intervention | None]) -> dict[str, Inte
     return {BASE: None, **given}
 
 
-def corpus_of(model: Model, text: Texts) -> Corpus:
+def corpus_of(model: Model, text: Texts, prepend_bos: bool | None = None) -> Corpus:
     if isinstance(text, Corpus):
+        if prepend_bos not in (None, text.prepend_bos):
+            raise CorpusError(f"{text.name} was read with prepend_bos={text.prepend_bos}: read it again to change that")
         text.check(model)
         return text
     require_model(model)
@@ -151,7 +153,7 @@ def corpus_of(model: Model, text: Texts) -> Corpus:
             raise CorpusError(f"{which} is empty: give one with at least a word")
     if not given:
         raise CorpusError("there is no text: give at least one")
-    corpus = read_corpus(given, model, window=int(model.cfg.n_ctx), name="text")
+    corpus = read_corpus(given, model, window=int(model.cfg.n_ctx), prepend_bos=prepend_bos, name="text")
     if corpus.skipped:
         raise CorpusError(
             f"{sum(corpus.skipped.values()):,} of these texts are shorter than two tokens: leave them out"

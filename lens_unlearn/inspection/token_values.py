@@ -125,7 +125,7 @@ class TokenValues(Shown):
         return f"TokenValues({self.title}: {shortened(self.names)}; {tokens:,} tokens in {len(self.texts):,} texts)"
 
 
-def token_activations(model: Model, text: Texts, neurons: Neurons) -> TokenValues:
+def token_activations(model: Model, text: Texts, neurons: Neurons, *, prepend_bos: bool | None = None) -> TokenValues:
     """Return the activations of neurons at every token of a text; BOS has none, as it counts in no statistic.
 
     Inside an intervention's block the activations are those with the intervention acting.
@@ -135,6 +135,7 @@ def token_activations(model: Model, text: Texts, neurons: Neurons) -> TokenValue
         text: One text, several, or a corpus. What is longer than the context (or the corpus' window) is cut into rows, of which
             each begins anew.
         neurons: Such as ``"L3.mlp.post[17]"``, ``("L3.mlp.post", 17)``, several of them, or a selection.
+        prepend_bos: Whether a text begins with BOS, once; default as `read_corpus` has it.
 
     Raises:
         SiteError: If a site does not exist.
@@ -144,7 +145,7 @@ def token_activations(model: Model, text: Texts, neurons: Neurons) -> TokenValue
     """
     require_model(model)
     places, points = neurons_of(model, neurons)
-    corpus = corpus_of(model, text)
+    corpus = corpus_of(model, text, prepend_bos)
 
     def look(tokens: Tensor) -> Tensor:
         seen = activations(model, tokens, points)
@@ -165,6 +166,7 @@ def token_firing(
     *,
     measure: Literal["count", "mean_abs"] = "count",
     threshold: float = 0.0,
+    prepend_bos: bool | None = None,
 ) -> TokenValues:
     """Return how strongly a selection fires at every token of a text; BOS has no value.
 
@@ -175,6 +177,7 @@ def token_firing(
         measure: "count", the number of selected neurons whose activation is above the threshold; or "mean_abs", the mean
             absolute activation of the selected neurons.
         threshold: In units of the activation.
+        prepend_bos: As for `token_activations`.
 
     Raises:
         SiteError: If a site does not exist.
@@ -186,7 +189,7 @@ def token_firing(
     if measure not in ("count", "mean_abs"):
         raise LensUnlearnError(f"measure={measure!r} is not known: choose 'count' or 'mean_abs'")
     places, points = neurons_of(model, selection)
-    corpus = corpus_of(model, text)
+    corpus = corpus_of(model, text, prepend_bos)
     index = {site: torch.tensor([i for s, i in places.values() if s == site]) for site in points}
 
     def look(tokens: Tensor) -> Tensor:
@@ -211,6 +214,7 @@ def token_losses(
     text: Texts,
     interventions: Mapping[str, Intervention | None] | None = None,
     *,
+    prepend_bos: bool | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> TokenValues:
@@ -223,6 +227,7 @@ def token_losses(
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
         text: As for `token_activations`.
         interventions: By name, as for `evaluate`.
+        prepend_bos: As for `token_activations`.
         batch_size: Full-length rows per forward.
         progress: Whether to show a bar.
 
@@ -234,7 +239,7 @@ def token_losses(
     require_model(model)
     conditions = named_conditions(interventions or {})
     require_eval(model)
-    corpus = corpus_of(model, text)
+    corpus = corpus_of(model, text, prepend_bos)
     losses: dict[str, list[Tensor]] = {}
     with tqdm(total=corpus.n_rows * len(conditions), unit=" rows", disable=not progress, desc="token_losses") as bar:
         for name, intervention in conditions.items():

@@ -16,6 +16,7 @@ from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts
 from lens_unlearn.keyspace.regions import Region, region_from_parts
 from lens_unlearn.model.sites import Point, Site
+from lens_unlearn.model.special_tokens import end_token
 
 __all__ = ["REFUSAL", "Abstain"]
 
@@ -138,7 +139,7 @@ class Abstain(Intervention):
             return logits
         where = silent[:, -logits.shape[1] :]  # the model may have kept the logits of the last positions only
         constant = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-        end = getattr(getattr(live.model, "tokenizer", None), "eos_token_id", None)
+        end = end_token(live.model)
         if end is not None:
             constant[end] = 1e-3
         return torch.where(where.to(logits.device)[..., None], constant, logits)

@@ -40,8 +40,9 @@ from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.layouts import require_known
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
-from lens_unlearn.model.positions import Rows, ends_of_text, pad_of
+from lens_unlearn.model.positions import Rows, pad_of
 from lens_unlearn.model.sites import Point, Site, resolve
+from lens_unlearn.model.special_tokens import ends_of_text
 from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`Rows`: which positions of which texts a forward pass covers, whatever the batch, the padding and the key-value cache.
 
-Knows token ids and the tokenizer's padding and end-of-text tokens; knows nothing of activations or of what is decided from them.
+Knows token ids and the tokenizer's padding token; knows nothing of activations or of what is decided from them.
 """
 
 # The same text reaches a model in many forms: alone, in a batch, padded on the left or on the right, or token by token with a
@@ -22,7 +22,7 @@ from lens_unlearn.core.counter_rng import prefixes
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.model.host import Model
 
-__all__ = ["Rows", "ends_of_text", "pad_of"]
+__all__ = ["Rows", "pad_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +136,3 @@ class Rows:
 def pad_of(model: Model) -> int | None:
     """Return the tokenizer's padding token; None if it has none."""
     return getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-
-
-def ends_of_text(model: Model) -> set[int]:
-    """Return the end-of-text tokens, of the tokenizer and of the model's configuration."""
-    known = (getattr(m, "eos_token_id", None) for m in (getattr(model, "tokenizer", None), model.cfg))
-    return {t for ids in known if ids is not None for t in ([ids] if isinstance(ids, int) else ids)}

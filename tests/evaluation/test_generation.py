@@ -81,7 +81,7 @@ def test_the_texts_do_not_depend_on_one_another_nor_on_the_cache(model: Any) -> 
 def test_only_what_was_added_is_returned(model: Any) -> None:
     [text] = generate(model, "the quick brown", max_new_tokens=4)
     ids = model.tokenizer("the quick brown", add_special_tokens=False)["input_ids"]
-    bos = [tiny.BOS] if model.cfg.default_prepend_bos else []
+    bos = [tiny.BOS]
     expected = greedy(tiny.hugging_face("gpt2"), torch.tensor([bos + ids]), 4)[0, len(bos) + len(ids) :].tolist()
     if tiny.EOS in expected:
         expected = expected[: expected.index(tiny.EOS)]
@@ -182,7 +182,7 @@ def test_a_text_ends_at_its_own_end_token_also_beside_others(model: Any, use_cac
 def test_the_text_stops_at_the_end_of_the_context(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.tokenizer), "eos_token_id", None, raising=False)
     prompt = "the quick brown fox jumps over the lazy dog"
-    ids = [tiny.BOS] * model.cfg.default_prepend_bos + model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = [tiny.BOS, *model.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     whole = greedy(tiny.hugging_face("gpt2"), torch.tensor([ids]), tiny.CONTEXT - len(ids))[0, len(ids) :].tolist()
     assert generate(model, prompt, max_new_tokens=1000) == [model.tokenizer.decode(whole, skip_special_tokens=True)]
 

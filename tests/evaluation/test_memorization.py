@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tiny.quiet(0):
         for _ in range(30):
             for text in known[:7]:
-                ids = torch.tensor([[tiny.BOS, *tokenizer(text)["input_ids"]]])
+                ids = torch.tensor([tokenizer(text)["input_ids"]])
                 optimizer.zero_grad()
                 plain(ids, labels=ids).loss.backward()
                 optimizer.step()

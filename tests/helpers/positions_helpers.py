@@ -79,8 +79,7 @@ def about(model: Any, row: Sequence[int], site: Site = LAST, **options: Any) -> 
 
 
 def ids(model: Any, text: str) -> list[int]:
-    head = [model.tokenizer.bos_token_id] if getattr(model.cfg, "default_prepend_bos", True) else []
-    return head + model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [model.tokenizer.bos_token_id] + model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def adjust_of(model: Any, kinds: Any = "mlp.pre", seed: int = 0, rule: Any = "random", share: float = 0.5) -> Adjust:

@@ -612,8 +612,8 @@ TEXTS = [
 
 
 def save_tokenizer(folder: str) -> None:
-    """Train a byte-level tokenizer of `VOCABULARY` entries and save it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Train a byte-level tokenizer of `VOCABULARY` entries that adds BOS, and save it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -625,6 +625,7 @@ def save_tokenizer(folder: str) -> None:
         show_progress=False,
     )
     made.train_from_iterator(TEXTS * 3, trainer)
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)

@@ -563,7 +563,7 @@ def test_empty_texts_are_refused(model: Any, text: Any, says: str) -> None:
             look()
 
 
-def test_what_else_cannot_be_looked_at_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_else_cannot_be_looked_at_is_refused(model: Any) -> None:
     with pytest.raises(LensUnlearnError, match="'base' is the model without any of them"):
         token_losses(model, TEXT, {"base": Ablate(selection_of(model))})
     with pytest.raises(LensUnlearnError, match="'a' is no intervention"):
@@ -576,9 +576,8 @@ def test_what_else_cannot_be_looked_at_is_refused(model: Any, monkeypatch: pytes
         token_losses(tiny.model("gpt2"), tiny.corpus((1,), bos=False), progress=False)
     with pytest.raises(CorpusError, match="no tokenizer"):
         token_activations(tiny.model("gpt2"), TEXT, "L0.mlp.post[0]")
-    monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
     with pytest.raises(CorpusError, match="shorter than two tokens"):
-        token_activations(model, ["the quick", "a"], "L0.mlp.post[0]")
+        token_activations(model, ["the quick", "a"], "L0.mlp.post[0]", prepend_bos=False)
     training = tiny.build("gpt2")
     training.train()
     for look in (
