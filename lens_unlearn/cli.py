@@ -86,8 +86,10 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run every method and its control on the embedded model, and write one report."""
+    from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.experiments.demo_report import demo_report
 
+    check_numbers(tokens=tokens, seed=seed)
     report = demo_report(out, tokens=tokens, seed=seed, overwrite=overwrite, progress=not quiet)
     for part in (report, *report.parts):
         typer.echo(f"{part.title}\n{part.table(['top1']).to_string()}\n")
@@ -243,8 +245,10 @@ def compare(
     a folder of interventions per skill. Finished parts are stored in OUT.partial until the end, as by run.
     """
     from lens_unlearn.core import distributed
+    from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.experiments.compare import carry_out_comparison, compared, plans_for
 
+    check_numbers(seeds=seeds)
     skills = _pairs(skill, "--skill")
     plans = plans_for(
         list(skills),
@@ -294,8 +298,10 @@ def collect(
     """Stream a corpus through a model once, and save the moments of every neuron."""
     import lens_unlearn as lu
     from lens_unlearn.core import artefacts, distributed
+    from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.neurons.collect import gather, own_checkpoint
 
+    check_numbers(tokens=tokens, window=window, batch_size=batch_size)
     if out.suffix != ".safetensors":
         raise lu.ArtefactError(f"{out} does not end in .safetensors, the format it is written in: give another --out")
     if out.exists() and not overwrite:
@@ -370,9 +376,12 @@ def evaluate(
     import lens_unlearn as lu
     from lens_unlearn.core import distributed
     from lens_unlearn.core.artefacts import replace_file
+    from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.evaluation.metrics import metric
     from lens_unlearn.experiments.run_folder import check_folder, new_folder
 
+    check_numbers(tokens=tokens, window=window, batch_size=batch_size, seed=seed, task_limit=task_limit)
+    check_numbers(answers=answers, max_new_tokens=max_new_tokens, memorization=memorization)
     distributed.from_first(lambda: check_folder(out, overwrite=overwrite))
     sources = _pairs(corpus, "--corpus")
     loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
@@ -419,7 +428,9 @@ def generate(
 ) -> None:
     """Continue a prompt, with saved interventions if any are given."""
     import lens_unlearn as lu
+    from lens_unlearn.core.numbers import check_numbers
 
+    check_numbers(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

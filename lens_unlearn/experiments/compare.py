@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +12,8 @@ from lens_unlearn import figures, methods
 from lens_unlearn.core import distributed
 from lens_unlearn.core.artefacts import replace_file
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.names import check_name
+from lens_unlearn.core.numbers import NUMBERS
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
@@ -33,7 +34,8 @@ __all__ = ["Comparison", "carry_out_comparison", "compare", "compared", "plans_f
 
 SHARES = (0.65, 0.35)
 """Of each skill's documents: to fit and tune on, and to test on; where no separate test texts are given."""
-_NAME = re.compile(r"\w[\w .+-]*")
+_TAKEN = ("kept", "all others", "compare.html", "matrix.csv", "run.json")
+"""What no skill can be called, since something else is: a file of the folder, or what the report means by it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -230,16 +232,11 @@ def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, P
     Raises:
         LensUnlearnError: If there are fewer than two skills, or a name, method, budget or number cannot be used.
     """
-    for name in skills:
-        if not _NAME.fullmatch(name) or name in ("kept", "all others"):
-            raise LensUnlearnError(f"{name!r} cannot name a skill: use letters, digits, blanks, and . _ + -")
+    for number, name in enumerate(skills):
+        check_name(name, "a skill", taken=(*_TAKEN, *skills[:number]))
     if len(skills) < 2:
         raise LensUnlearnError(f"there are {len(skills)} skills to compare on: give two or more, each by a name")
-    budget, controls = settings.get("retain_drop"), settings.get("controls", 1)
-    if not isinstance(budget, int | float) or not 0 <= budget <= 1:
-        raise LensUnlearnError(f"retain_drop={budget} is no share of the accuracy: give a number from 0 to 1")
-    if controls < 1 or settings.get("tokens", 2) < 2:
-        raise LensUnlearnError("give at least one seed for the controls, and two tokens of each side")
+    NUMBERS["retain_drop"].check(settings.get("retain_drop"), "retain_drop")
     plans, facts = {}, settings.get("facts", False)
     for skill in skills:
         others = [name for name in skills if name != skill]

@@ -10,8 +10,11 @@ from typing import Any
 
 from lens_unlearn import methods
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.methods.budget import CONFIDENCE, check_confidence
+from lens_unlearn.core.names import check_name
+from lens_unlearn.core.numbers import NUMBERS, STRENGTH
+from lens_unlearn.methods.budget import CONFIDENCE
 from lens_unlearn.methods.method import Method
+from lens_unlearn.model.loading import dtype_of
 
 __all__ = ["Plan", "command_of", "option_names", "settings_of"]
 
@@ -74,10 +77,21 @@ class Plan:
         if not self.methods:
             raise LensUnlearnError(f"no method was named: choose from {', '.join(methods.names())}")
         for method in self.methods:
-            methods.by_name(method)
-        check_confidence(self.confidence)
+            check_name(methods.by_name(method).name, "a method", taken=("kept",))
+        if not self.retain:
+            raise LensUnlearnError("there is nothing to retain: give a source of texts that are to be retained")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in NUMBERS and not (value is None and one.default is None):
+                NUMBERS[one.name].check(value, one.name)
+        dtype_of(self.dtype)
+        for name in ("fractions", "false_alarms", "strengths"):
+            for value in getattr(self, name):
+                STRENGTH.check(value, name)
         for key in self.settings:
             self._check_setting(key)
+        for name, record in self.records.items():
+            record.require(self._as_given(name))
         for name in self.also:
             if name in ("forget", "retain", "") or any(c in name for c in "/@:=,"):
                 raise LensUnlearnError(f"{name!r} cannot name a corpus: use letters, and not 'forget' or 'retain'")
@@ -116,6 +130,13 @@ class Plan:
         record = methods.by_name(method)
         grids = {"fraction": self.fractions, "false_alarms": self.false_alarms, "strength": self.strengths}
         return grids.get(record.strength, record.grid)
+
+    def _as_given(self, method: str) -> dict[str, Any]:
+        """Return the options of a method, without the strength where that is tuned."""
+        options = self.options(method)
+        if self.retain_drop is not None:
+            options.pop(methods.by_name(method).strength, None)
+        return options
 
     def options(self, method: str) -> dict[str, Any]:
         """Return a method's options: what its name fixes, then what was set."""

@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.intervals import upper
+from lens_unlearn.core.numbers import NUMBERS
 from lens_unlearn.evaluation.report import Measure
 
 __all__ = ["CONFIDENCE", "check_confidence", "fewest_at_once", "strengths_from", "upper_bound", "within"]
@@ -42,11 +42,7 @@ def check_confidence(confidence: float) -> float:
     Raises:
         LensUnlearnError: If it is none.
     """
-    if not 0.5 <= confidence < 1:
-        raise LensUnlearnError(
-            f"confidence={confidence} is no confidence of a bound: give a number from 0.5 to below 1"
-        )
-    return float(confidence)
+    return NUMBERS["confidence"].check(confidence, "confidence")
 
 
 def strengths_from(weakest: float) -> tuple[float, ...]:

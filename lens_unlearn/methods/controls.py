@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.adjust import Adjust
@@ -82,6 +83,7 @@ def random_pruning(
         SelectionError: If nothing would be selected, or a layer has fewer neurons to draw from than are to be drawn.
     """
     require_model(model)
+    check_numbers(seed=seed, batch_size=batch_size)
     if like is None:
         share = check_fraction(fraction)
         pattern = {s: torch.zeros(point.shape, dtype=torch.bool) for s, point in resolve(model, site).items()}

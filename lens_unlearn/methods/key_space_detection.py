@@ -16,20 +16,23 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.intervals import auc, wilson_of_units
+from lens_unlearn.core.numbers import Range, check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.abstain import REFUSAL, Abstain
 from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
 from lens_unlearn.methods.controls import SHUFFLED_LABELS, shuffled_controls
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model, require_model
-from lens_unlearn.model.sites import Site
-from lens_unlearn.neurons.collect import query_keys
+from lens_unlearn.model.sites import Site, check_kind
+from lens_unlearn.neurons.collect import query_keys, query_places
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import check_fraction
 
 __all__ = ["METHOD", "key_space_detection"]
 
 SHAPES: tuple[Shape, ...] = ("box", "ellipsoid", "clusters", "contrast")
+_CONTRASTS = ("contrast", "auto")
+"""What is fitted on retain queries as well."""
 
 TINY = 1e-30
 
@@ -97,15 +100,15 @@ def key_space_detection(
         CorpusError: If there are no queries to fit or to choose on.
         LensUnlearnError: If a layer does not exist, an argument is out of range, or there are too few queries.
     """
-    require_model(model)
+    if not (isinstance(forget, KeySample) and hasattr(model, "cfg")):  # of keys, only the number of layers is asked
+        require_model(model)
+    _check(
+        model, forget, retain, layer=layer, alpha=alpha, coverage=coverage, region=region, vote=vote, when=when,
+        false_alarms=false_alarms, site=site, held_out=held_out, refusal=refusal, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
     sites = [Site(number, site) for number in _layers(layer, vote, int(model.cfg.n_layers))]
     fixed = layer is not None and alpha is not None and region != "auto"
-    budget = check_fraction(false_alarms, "false_alarms")
-    if retain is None and not fixed and held_out is None:
-        raise CorpusError("choosing a layer or alpha needs retain queries: give retain, or both layer and alpha")
-    contrasts = region in ("contrast", "auto")
-    if retain is None and contrasts:
-        raise CorpusError(f"region={region!r} needs retain queries to fit on: give retain")
+    budget, contrasts = check_fraction(false_alarms, "false_alarms"), region in _CONTRASTS
 
     def keys_of(part: Corpus | KeySample) -> KeySample:
         if isinstance(part, KeySample):
@@ -119,10 +122,7 @@ def key_space_detection(
 
     def detector(keys: KeySample, others: KeySample | None, held: tuple[KeySample, KeySample] | None) -> Abstain:
         if held is None and others is not None and not fixed:
-            keys, inside = keys.split(0.6, 0.4, seed=seed)
-            # Only a contrast is fitted on retain queries; the others are all held out.
-            others, outside = others.split(0.4, 0.6, seed=seed) if contrasts else (None, others)
-            held = inside, outside
+            keys, others, held = _parted(keys, others, contrasts=contrasts, seed=seed)
         fitting: dict[str, Any] = {"coverage": coverage, "alpha": 1.0 if alpha is None else alpha, "seed": seed}
         fits: list[Regions] = [
             {
@@ -153,6 +153,76 @@ def key_space_detection(
         shuffled = detector(*keys.shuffled(others, seed), None if held is None else held[0].shuffled(held[1], seed))
         return replace(act, rates={**act.rates, "control": shuffled.rates})
     return act
+
+
+def _parted(
+    keys: KeySample, others: KeySample, *, contrasts: bool, seed: int
+) -> tuple[KeySample, KeySample | None, tuple[KeySample, KeySample]]:
+    """Hold out queries of both sides; only a contrast is fitted on retain queries, which otherwise are all held out."""
+    keys, inside = keys.split(0.6, 0.4, seed=seed)
+    fitted, outside = others.split(0.4, 0.6, seed=seed) if contrasts else (None, others)
+    return keys, fitted, (inside, outside)
+
+
+def _check(
+    model: Model | None,
+    forget: Any,
+    retain: Any,
+    *,
+    layer: int | Sequence[int] | None = None,
+    alpha: float | None = None,
+    coverage: float = 1.0,
+    region: str = "box",
+    vote: int | None = None,
+    when: str = "prompt",
+    false_alarms: float = 0.05,
+    site: str = "mlp.post",
+    held_out: Any = None,
+    refusal: str = REFUSAL,
+    seed: int = 0,
+    batch_size: int = 8,
+    **_: Any,
+) -> None:
+    """Refuse options and corpora; without a model, options alone. Of corpora, the queries are dealt out as they will be."""
+    for name, given, known in (
+        ("region", region, (*SHAPES, "auto")),
+        ("when", when, ("prompt", "every_token")),
+    ):
+        if given not in known:
+            raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
+    given_layers = [] if layer is None else [layer] if not isinstance(layer, list | tuple) else layer
+    for number in given_layers:
+        Range(whole=True, what="is no number of a layer").check(number, "layer")
+    Range(0, 1, above=True, what="is out of range").check(coverage, "coverage")
+    Range(0, above=True, what="is out of range").check(1 if alpha is None else alpha, "alpha")
+    Range(1 if model is None else -math.inf, whole=True, what="is no number of layers").check(
+        1 if vote is None else vote, "vote"
+    )
+    check_fraction(false_alarms, "false_alarms")
+    check_kind(site)
+    check_numbers(seed=seed, batch_size=batch_size)
+    if not isinstance(refusal, str):
+        raise LensUnlearnError(f"refusal={refusal!r} is no text")
+    if model is None:
+        return
+    layers = _layers(layer, vote, int(model.cfg.n_layers))
+    fixed = layer is not None and alpha is not None and region != "auto"
+    if retain is None and not fixed and held_out is None:
+        raise CorpusError("choosing a layer or alpha needs retain queries: give retain, or both layer and alpha")
+    if retain is None and region in _CONTRASTS:
+        raise CorpusError(f"region={region!r} needs retain queries to fit on: give retain")
+    if held_out is not None or not (isinstance(forget, Corpus) and isinstance(retain, Corpus)):
+        return  # of keys that are collected, nothing is lost by finding out later
+    keys, others = (query_places(part, seed=seed) for part in (forget, retain))
+    if not fixed:
+        contrasts, choosing = region in _CONTRASTS, region == "auto" or len(layers) > 1
+        keys, others, held = _parted(keys, others, contrasts=contrasts, seed=seed)
+        _dealt(*held, choosing=choosing, setting=alpha is None, seed=seed)
+    for part, name in ((keys, "forget"), (others if region in _CONTRASTS else None, "retain")):
+        if part is not None and part.n < FEWEST:
+            raise CorpusError(
+                f"{part.n} {name} queries are too few to fit a region: at least {FEWEST}; read more tokens, or shorter rows"
+            )
 
 
 def _dealt(
@@ -346,6 +416,7 @@ METHOD = Method(
     fitted_to=KeySample,
     strength="false_alarms",
     grid=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+    check=_check,
     control=shuffled_controls,
     control_words=SHUFFLED_LABELS,
     summary="Abstains from prompts whose key lies where the keys of the forget prompts lie (Li, Sun and Weng 2025).",

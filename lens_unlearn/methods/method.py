@@ -5,20 +5,23 @@ with a function and a record, and a line in `lens_unlearn.methods.METHODS`.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.methods.controls import RANDOM_NEURONS, Controls, random_controls
 from lens_unlearn.model.host import Model
+from lens_unlearn.model.sites import resolve
 from lens_unlearn.neurons.collect import collect, query_keys
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["FRACTIONS", "Fitted", "Method"]
+__all__ = ["FRACTIONS", "Fitted", "Method", "require_some"]
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Shares of the neurons that are swept over, from weak to strong."""
@@ -62,6 +65,10 @@ class Method:
     statistic of `fitted_to`, collected at `sites` over each corpus; corpora as they are."""
     costly: tuple[str, ...] = ()
     """Options that a sweep leaves out, because each strength would cost passes over the corpora of its own."""
+    check: Callable[..., None] | None = None
+    """Takes ``(model, forget, retain, **options)`` and refuses, in a sentence, whatever the function would refuse: options, and
+    corpora of too few documents or queries. A run asks twice before it does anything: with None for all three before a model is
+    loaded, and with the corpora that the function or its `prepare` will get before the first pass over them."""
     control: Controls = random_controls
     """Makes the random controls of an intervention that the method found."""
     control_words: str = RANDOM_NEURONS
@@ -104,6 +111,15 @@ class Method:
     def takes(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of some options that the function has."""
         return {name: value for name, value in options.items() if name in self._parameters}
+
+    def require(self, options: Mapping[str, Any], model: Any = None, forget: Any = None, retain: Any = None) -> None:
+        """Refuse options and corpora that the function would refuse, as far as `check` knows: without a model, options alone.
+
+        Raises:
+            LensUnlearnError: What `check` raises.
+        """
+        if self.check is not None:
+            self.check(model, forget, retain, **{**self.settings, **options})
 
     def fit(self, model: Model, forget: Any, retain: Any, options: Mapping[str, Any]) -> Fitted:
         """Collect once what the function needs at every strength; what is no corpus was collected before.
@@ -177,3 +193,22 @@ class Method:
     def named(self, name: str, **settings: Any) -> "Method":
         """Return the same method under another name, with further options fixed."""
         return replace(self, name=name, settings={**self.settings, **settings})
+
+
+def require_some(
+    model: Model, fractions: Mapping[str, float], *, within: str = "model", heads: bool = False, name: str = "fraction"
+) -> None:
+    """Refuse fractions at which not one unit would be selected, before anything is collected.
+
+    Raises:
+        SelectionError: If nothing would be.
+        SiteError: If the model has no such site.
+    """
+    known = {kind: [point.shape for point in resolve(model, kind).values()] for kind in fractions}
+    sizes = {kind: [shape[0] if heads else math.prod(shape) for shape in shapes] for kind, shapes in known.items()}
+    if within == "model":
+        sizes = {kind: [sum(units)] for kind, units in sizes.items()}
+    if not any(round(fractions[kind] * units) for kind in fractions for units in sizes[kind]):
+        neurons = sum(math.prod(shape) for shapes in known.values() for shape in shapes)
+        given = next(iter(fractions.values())) if len(fractions) == 1 else dict(fractions)
+        raise SelectionError(f"{name}={given} selects nothing of {neurons:,} neurons: raise it")

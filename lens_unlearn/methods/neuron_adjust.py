@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.adjust import Adjust
-from lens_unlearn.methods.method import Method
+from lens_unlearn.methods.method import Method, require_some
 from lens_unlearn.model.host import Model, require_model
-from lens_unlearn.model.sites import Site
+from lens_unlearn.model.sites import Site, check_kind
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
@@ -76,7 +77,7 @@ def neuron_adjust(
     ablation: the shifted pre-activations are mostly negative.
 
     Args:
-        model: A `TransformerBridge` or `HookedTransformer`.
+        model: A `TransformerBridge` or `HookedTransformer`; not needed where both sides are moments.
         forget: Texts of the skill to remove, or their `Moments`.
         retain: Texts of what is to be retained, or their `Moments`.
         fraction: Share of the neurons to adjust, in [0, 1].
@@ -92,15 +93,13 @@ def neuron_adjust(
         SelectionError: If the selection is empty, or the moments lack the site.
         LensUnlearnError: If an option is unknown, or no neuron varies on one side.
     """
-    require_model(model)
+    if model is not None or not (isinstance(forget, Moments) and isinstance(retain, Moments)):
+        require_model(model)
+    _check(
+        model, forget, retain, fraction=fraction, rank_by=rank_by, rule=rule, site=site, within=within, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
     share = check_fraction(fraction)
-    for name, given, known in (
-        ("rank_by", rank_by, tuple(RANKINGS)),
-        ("rule", rule, ("random", "deterministic")),
-        ("within", within, ("model", "layer")),
-    ):
-        if given not in known:
-            raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
     forget_stats, retain_stats = (
         part if isinstance(part, Moments) else collect(model, part, site, batch_size=batch_size, progress=progress)
         for part in (forget, retain)
@@ -152,6 +151,39 @@ def _maps(forget_stats: Moments, retain_stats: Moments, kind: str) -> tuple[tupl
     return (means[0], stds[0], means[1], stds[1]), raised
 
 
+def _check(
+    model: Model | None,
+    forget: Any,
+    retain: Any,
+    *,
+    fraction: float = 0.03,
+    rank_by: str = "signed",
+    rule: str = "random",
+    site: str = "mlp.pre",
+    within: str = "model",
+    seed: int = 0,
+    batch_size: int = 8,
+    **_: Any,
+) -> None:
+    """Refuse options and corpora; without a model, options alone."""
+    for name, given, known in (
+        ("rank_by", rank_by, tuple(RANKINGS)),
+        ("rule", rule, ("random", "deterministic")),
+        ("within", within, ("model", "layer")),
+    ):
+        if given not in known:
+            raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
+    share = check_fraction(fraction)
+    if not share and model is None:  # with one, its neurons are counted below
+        raise SelectionError(f"fraction={fraction:g} selects nothing: raise it")
+    check_kind(site)
+    check_numbers(seed=seed, batch_size=batch_size)
+    if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:
+        raise LensUnlearnError(f"forget and retain are the same text ({forget.name}): nothing could tell them apart")
+    if model is not None:
+        require_some(model, {site: share}, within=within)
+
+
 def _figure_score(forget: Moments, retain: Moments, **options: Any) -> NeuronMap:
     shared = {name: value for name, value in options.items() if name in ("rank_by", "site")}
     return adjust_score(forget, retain, **shared)
@@ -161,6 +193,7 @@ METHOD = Method(
     name="neuron-adjust",
     function=neuron_adjust,
     fitted_to=Moments,
+    check=_check,
     score=_figure_score,
     summary="Mirrors the neurons that tell the two corpora apart to the retain side, wherever they look like the forget side "
     "(Li, Sun and Weng 2025).",

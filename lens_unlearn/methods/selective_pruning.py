@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.core.numbers import NOT_NEGATIVE, STEPS, check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
-from lens_unlearn.methods.method import Fitted, Method
+from lens_unlearn.methods.method import Fitted, Method, require_some
 from lens_unlearn.methods.ov_basis import ov_basis, rotate, value_offset
 from lens_unlearn.model.host import Model, require_model
-from lens_unlearn.model.sites import Site
+from lens_unlearn.model.sites import Site, check_kind
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
@@ -105,10 +106,11 @@ def selective_pruning(
         Ablate(zero, ... neurons, ... layers, mlp.post)
     """
     require_model(model)
+    _check(
+        model, forget, retain, fraction=fraction, importance=importance, site=site, steps=steps, within=within, eps=eps,
+        eps_relative=eps_relative, replacement=replacement, unit=unit, batch_size=batch_size,
+    )  # fmt: skip
     fractions = _fractions(fraction, (site,) if isinstance(site, str) else tuple(site))
-    _check_options(importance, replacement, unit, steps, within, tuple(fractions))
-    if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:
-        raise LensUnlearnError(f"forget and retain are the same text ({forget.name}): nothing could tell them apart")
     if steps > 1 and not (isinstance(forget, Corpus) and isinstance(retain, Corpus)):
         raise LensUnlearnError("steps > 1 collects anew under the mask so far: pass corpora, not moments")
     frame = _Frame(model, tuple(fractions), unit, reference)
@@ -123,8 +125,7 @@ def selective_pruning(
         score = pruning_score(forget_stats, retain_stats, importance=importance, eps=eps, eps_relative=eps_relative)
         selection = _select(score, fractions, step / steps, within, unit, chosen)
         chosen = Ablate(selection, frame.value(replacement, first), frame.basis)
-    if chosen is None:
-        raise LensUnlearnError(f"steps={steps} is no number of steps: at least 1")
+    assert chosen is not None  # there is a step at least
     return chosen
 
 
@@ -265,9 +266,24 @@ def _fractions(fraction: Fraction, kinds: tuple[str, ...]) -> dict[str, float]:
     return {kind: check_fraction(fraction[kind], f"fraction[{kind!r}]") for kind in kinds if kind in fraction}
 
 
-def _check_options(
-    importance: str, replacement: str, unit: str, steps: int, within: str, kinds: tuple[str, ...]
+def _check(
+    model: Model | None,
+    forget: Any,
+    retain: Any,
+    *,
+    fraction: Fraction = 0.02,
+    importance: str = "abs",
+    site: str | tuple[str, ...] = "mlp.post",
+    steps: int = 1,
+    within: str = "model",
+    eps: float | None = None,
+    eps_relative: float = 0.0,
+    replacement: str = "zero",
+    unit: str = "neuron",
+    batch_size: int = 8,
+    **_: Any,
 ) -> None:
+    """Refuse options and corpora; without a model, options alone."""
     for name, given, known in (
         ("importance", importance, tuple(IMPORTANCES)),
         ("replacement", replacement, ("zero", "mean")),
@@ -276,10 +292,21 @@ def _check_options(
     ):
         if given not in known:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
-    if steps < 1:
-        raise LensUnlearnError(f"steps={steps} is no number of steps: at least 1")
-    if unit != "neuron" and kinds != ("attn.z",):
+    fractions = _fractions(fraction, (site,) if isinstance(site, str) else tuple(site))
+    for kind in fractions:
+        check_kind(kind)
+    if not any(fractions.values()) and model is None:  # with one, its neurons are counted below
+        raise SelectionError(f"fraction={fraction} selects nothing: raise it")
+    STEPS.check(steps, "steps")
+    NOT_NEGATIVE.check(0 if eps is None else eps, "eps")
+    NOT_NEGATIVE.check(eps_relative, "eps_relative")
+    check_numbers(batch_size=batch_size)
+    if unit != "neuron" and tuple(fractions) != ("attn.z",):
         raise LensUnlearnError(f"unit={unit!r} is of attention: use it with site='attn.z' alone")
+    if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:
+        raise LensUnlearnError(f"forget and retain are the same text ({forget.name}): nothing could tell them apart")
+    if model is not None:
+        require_some(model, fractions, within=within, heads=unit == "head")
 
 
 _COLLECTED_WITH = ("importance", "site", "unit", "reference", "batch_size", "progress")
@@ -307,6 +334,7 @@ METHOD = Method(
     fitted_to=Moments,
     settings={"site": "mlp.post"},
     prepare=_prepare,
+    check=_check,
     costly=("steps",),
     score=_score,
     summary="Sets to zero the MLP neurons that matter more to the forget corpus than to the retain corpus "

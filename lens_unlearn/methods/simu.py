@@ -18,14 +18,15 @@ paper leaves open is an option. The defaults forget memorized facts at the least
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, SelectionError
+from lens_unlearn.core.numbers import NUMBER, THRESHOLD
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.delta import Delta
@@ -55,7 +56,7 @@ class AttributionSettings:
     """How critical neurons are found. Every field is the argument of `simu` of its name, and explained there.
 
     Raises:
-        LensUnlearnError: If the number of steps is out of range.
+        LensUnlearnError: If one is unknown or out of range.
     """
 
     threshold: float
@@ -64,8 +65,10 @@ class AttributionSettings:
     mode: Mode
 
     def __post_init__(self) -> None:
-        """Check the number of steps; `attribute` and `critical_mask` check the others."""
+        """Check choices and ranges."""
+        check_choices(self, {"objective": get_args(Objective), "mode": get_args(Mode)})
         check_counts(self, "attribution_steps")
+        THRESHOLD.check(self.threshold, "threshold", SelectionError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,7 +192,7 @@ def simu(
     """
     if isinstance(forget, Delta):
         return forget.at(strength)
-    _check_inputs(model, forget, retain, loss)
+    require_model(model)
     attribution = AttributionSettings(
         threshold=threshold, attribution_steps=attribution_steps, objective=objective, mode=mode
     )
@@ -214,6 +217,7 @@ def simu(
         check_every=check_every,
         seed=seed,
     )
+    _check_inputs(model, forget, retain, loss)
     trained_on, held_out = _split(retain, settings)
     critical = mask
     if not isinstance(critical, NeuronMap):
@@ -335,7 +339,6 @@ def _leaf(start: Tensor, like: Tensor) -> Tensor:
 
 
 def _check_inputs(model: Model, forget: Corpus, retain: Corpus | None, loss: str) -> None:
-    require_model(model)
     require_eval(model)
     require_float(model)
     forget.check(model)
@@ -345,6 +348,26 @@ def _check_inputs(model: Model, forget: Corpus, retain: Corpus | None, loss: str
         retain.check(model)
     elif loss != "gradient_ascent":
         raise CorpusError(f"loss={loss!r} needs a retain corpus: only 'gradient_ascent' goes without")
+
+
+def _check(model: Model | None, forget: Any, retain: Any, **options: Any) -> None:
+    """Refuse options and corpora; without a model, options alone."""
+    given = METHOD.defaults() | options
+    given |= {"lr": _learning_rate(given["optimizer"], given["attention"])} if given["lr"] is None else {}
+    given |= {"steps": 1} if given["steps"] is None else {}
+
+    def checked(kind: Any) -> Any:
+        return kind(**{one.name: given[one.name] for one in fields(kind)})
+
+    checked(AttributionSettings)
+    checked(MaskSettings)
+    settings = checked(TrainingSettings)
+    NUMBER.check(given["strength"], "strength")
+    if model is not None and isinstance(forget, Corpus):
+        _check_inputs(model, forget, retain, given["loss"])
+        _split(retain, settings)
+        if given["loss"] == "po":
+            refusals(forget, model, given["refusal"])
 
 
 def _prepare(model: Model, forget: Corpus | Delta, retain: Corpus | None, **options: Any) -> Fitted:
@@ -361,6 +384,7 @@ METHOD = Method(
     strength="strength",
     grid=(0.1, 0.25, 0.5, 0.75, 1.0),
     prepare=_prepare,
+    check=_check,
     control_words=RANDOM_UPDATES,
     unlearns_answers=True,
     trains=True,

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
+from lens_unlearn.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, read_answers, rows_at
 from lens_unlearn.evaluation.teacher_forcing import accuracy
@@ -53,9 +54,7 @@ def check_choices(settings: object, choices: Mapping[str, tuple[str, ...]]) -> N
 def check_counts(settings: object, *names: str) -> None:
     """Refuse a setting that is no whole number of at least 1, by a `LensUnlearnError`."""
     for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise LensUnlearnError(f"{name}={value!r} is no number of anything: a whole number, at least 1")
+        COUNT.check(getattr(settings, name), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,13 @@ class TrainingSettings:
         choices = {"loss": LOSSES, "optimizer": tuple(LEARNING_RATES), "curvature": ("gnb", "hutchinson")}
         check_choices(self, choices)
         check_counts(self, "steps", "batch_size", "accumulation", "check_every", "curvature_every")
-        if not self.lr > 0 or self.weight_decay < 0:
-            raise LensUnlearnError(f"lr={self.lr} and weight_decay={self.weight_decay}: above 0, and at least 0")
+        for name in ("lr", "rho", "beta", *(() if self.max_norm is None else ("max_norm",))):
+            POSITIVE.check(getattr(self, name), name)
+        for name in ("forget_weight", "retain_weight", "weight_decay", *(() if self.floor is None else ("floor",))):
+            NOT_NEGATIVE.check(getattr(self, name), name)
+        SEED.check(self.seed, "seed")
+        if not isinstance(self.refusal, str) or not self.refusal.strip():
+            raise LensUnlearnError(f"refusal={self.refusal!r} is no answer: give a text")
 
 
 @dataclass

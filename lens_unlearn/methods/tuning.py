@@ -11,6 +11,7 @@ from typing import Any
 
 from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.core.intervals import FEWEST
+from lens_unlearn.core.numbers import NUMBERS, STRENGTH, check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
@@ -26,7 +27,6 @@ from lens_unlearn.methods.budget import (
 )
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model, require_model
-from lens_unlearn.neurons.maps import check_fraction
 
 __all__ = ["Tuned", "cut_prompts", "sweep", "tune"]
 
@@ -78,7 +78,8 @@ def sweep(
     require_model(model)
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)
-    strengths = record.grid if fractions is None else fractions
+    strengths = record.grid if fractions is None else [STRENGTH.check(one, "fractions") for one in fractions]
+    check_numbers(batch_size=batch_size)
     fitted = record.fit(model, forget, retain, settings)
     conditions: dict[str, Condition] = {}
     for strength in strengths:
@@ -196,7 +197,9 @@ def tune(
         LensUnlearnError: If there are no texts to tune on, or nothing to lose on them.
     """
     require_model(model)
-    budget, confidence = check_fraction(retain_drop, "retain_drop"), check_confidence(confidence)
+    budget = NUMBERS["retain_drop"].check(retain_drop, "retain_drop", SelectionError)
+    confidence = check_confidence(confidence)
+    check_numbers(evaluations=evaluations, seed=seed, batch_size=batch_size)
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)
     whole_forget, whole_retain = forget, _together(retain)

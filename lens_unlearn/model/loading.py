@@ -21,7 +21,7 @@ from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
 from lens_unlearn.model.host import Model, boot, processing, require_model
 
-__all__ = ["as_in_file", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
+__all__ = ["as_in_file", "dtype_of", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
@@ -64,10 +64,7 @@ def load_model(
         raise ModelError(f"device={device!r} and a device_map were given: give one of them")
     if device_map is None and (max_memory is not None or offload_folder is not None):
         raise ModelError("max_memory and offload_folder are for a device_map: give one, such as device_map='auto'")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ModelError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    dtype = dtype_of(dtype)
     source = os.fspath(name)
     if source == "demo":
         from lens_unlearn import demo
@@ -94,6 +91,19 @@ def load_model(
         module.training = False
     _names[model] = str(name)
     return model
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype that weights can have, which may be given by its name.
+
+    Raises:
+        ModelError: If it is none of those.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ModelError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def _kind(value: Any) -> str:

@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
+from lens_unlearn.core.numbers import STEPS, THRESHOLD, check_numbers
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
@@ -155,8 +156,8 @@ def attribute(
     for name, given, known in (("objective", objective, Objective), ("mode", mode, Mode), ("rule", rule, Rule)):
         if given not in known.__args__:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known.__args__)}")
-    if steps < 1:
-        raise LensUnlearnError(f"steps={steps} is not a number of steps: give at least 1")
+    STEPS.check(steps, "steps")
+    check_numbers(batch_size=batch_size)
     corpus.check(model)
     points = resolve(model, sites)
     predicted = _predicted(corpus)
@@ -401,10 +402,7 @@ def critical(attribution: NeuronMap, threshold: float = 0.3) -> NeuronMap:
     Raises:
         SelectionError: If the threshold is outside (0, 1), an attribution is NaN, or no layer has anything positive.
     """
-    if not 0 < threshold < 1:
-        raise SelectionError(
-            f"threshold={threshold!r} is not a share of a layer's maximum: give one above 0 and below 1"
-        )
+    THRESHOLD.check(threshold, "threshold", SelectionError)
     chosen: dict[Site, Tensor] = {}
     for site, value in attribution.items():
         if bool(torch.isnan(value).any()):

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, ModelError
+from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
@@ -134,10 +135,29 @@ def query_keys(
         CorpusError: If nothing is long enough to make a prompt.
     """
     require_model(model)
-    queries = (corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)).queries()
+    queries = _queries(corpus, seed)
     return collect(
         model, queries, sites, statistic=KeySample(capacity, seed=seed), batch_size=batch_size, progress=progress
     )
+
+
+def _queries(corpus: Corpus, seed: int) -> Corpus:
+    return (corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)).queries()
+
+
+def query_places(corpus: Corpus, *, capacity: int = MOST_KEYS, seed: int = 0) -> KeySample:
+    """Return the sample that `query_keys` would, but for the keys: which queries there are, and how they would be split.
+
+    No model is run: so what a sample is too small for can be said before.
+    """
+    sample, site = KeySample(capacity, seed=seed), Site(0, "mlp.post")
+    queries = _queries(corpus, seed)
+    for batch in queries.batches(64):
+        part = sample.fresh()
+        part.locate(*queries.places(batch, by_unit=part.by_unit))
+        part.update(site, torch.zeros(batch.counted.numel(), 1), batch.counted.reshape(-1).float())
+        sample = sample.merge(part)
+    return sample
 
 
 def gather(
@@ -152,6 +172,7 @@ def gather(
 ) -> Any:
     """Do what `collect` does, but leave the checkpoint: the caller removes it when the result is in a file."""
     require_model(model)
+    check_numbers(batch_size=batch_size)
     corpus.check(model)
     points = resolve(model, sites)
     total: Any = (Moments() if statistic is None else statistic).fresh()

@@ -9,7 +9,6 @@ Knows sites by name, and tensors; knows nothing of models, nor of where the valu
 """
 
 import html
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -20,6 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.core.numbers import Range
 from lens_unlearn.model.sites import Site, check_kind
 
 if TYPE_CHECKING:
@@ -374,13 +374,10 @@ def check_fraction(fraction: float, name: str = "fraction") -> float:
     Raises:
         SelectionError: If it is not one.
     """
-    try:
-        value = float(fraction)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise SelectionError(f"{name}={fraction!r} is not a share of the neurons: give a number from 0 to 1")
-    return value
+    return _OF_NEURONS.check(fraction, name, SelectionError)
+
+
+_OF_NEURONS = Range(0, 1, what="is not a share of the neurons")
 
 
 def _order(item: tuple[Site, Any]) -> tuple[str, int]:

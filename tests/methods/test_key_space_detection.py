@@ -436,7 +436,7 @@ FORGET, RETAIN = planted([1.0, 1.0], n=40, m=40)
         ({"layer": []}, r"^layer=\[\] names no layer: give one at least, or None to choose$"),
         ({"coverage": 0.0}, r"^coverage=0\.0 is out of range"),
         ({"coverage": 2.0}, r"^coverage=2\.0 is out of range"),
-        ({"alpha": 0.0}, r"^alpha=0\.0 is out of range: give one above 0$"),
+        ({"alpha": 0.0}, r"^alpha=0\.0 is out of range: give a number above 0$"),
         ({"alpha": -1.4, "layer": 0}, r"^alpha=-1\.4 is out of range"),
         ({"vote": 0}, "^vote=0 needs"),
         ({"vote": 2}, "^vote=2 needs 3 layers for a majority, and there are 2$"),

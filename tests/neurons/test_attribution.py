@@ -440,7 +440,7 @@ def test_what_it_refuses() -> None:
         ({"objective": "nll"}, "objective='nll' is not known: choose from prob, logprob, loss"),
         ({"mode": "fast"}, "mode='fast' is not known"),
         ({"rule": "left"}, "rule='left' is not known"),
-        ({"steps": 0}, "steps=0 is not a number of steps"),
+        ({"steps": 0}, "steps=0 is no number of steps"),
     ):
         with pytest.raises(LensUnlearnError, match=message):
             run(model, corpus, **options)
