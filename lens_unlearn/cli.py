@@ -444,21 +444,21 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
     """Describe what a file holds."""
     from lens_unlearn import load_intervention, load_moments
     from lens_unlearn.core import artefacts
+    from lens_unlearn.core.text import visible
 
     header, _ = artefacts.read(file)
-    typer.echo(f"{header['kind']}, written by lens_unlearn {header['lens_unlearn']}")
+    lines = [f"{header['kind']}, written by lens_unlearn {header['lens_unlearn']}"]
     if header["kind"] == "intervention":
         edit = load_intervention(file)
-        typer.echo(repr(edit))
-        for place, text in edit.describe().items():
-            typer.echo(f"  {place}: {text}")
+        lines += [repr(edit), *(f"  {place}: {text}" for place, text in edit.describe().items())]
     elif header["kind"] == "moments":
         moments = load_moments(file)
-        typer.echo(repr(moments))
-        typer.echo(f"  statistics: mean, std, rms, mean_abs, positive {' '.join(moments.extra)}".rstrip())
+        lines += [repr(moments), f"  statistics: mean, std, rms, mean_abs, positive {' '.join(moments.extra)}".rstrip()]
     for key in ("model", "provenance", "note"):
-        if header.get(key):
-            typer.echo(f"  {key}: {header[key] if isinstance(header[key], str) else json.dumps(header[key])}")
+        if value := header.get(key):
+            lines.append(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
+    # A file may come from anywhere: nothing in it moves the cursor of a terminal, or writes a line that is not ours.
+    typer.echo("\n".join(visible(line, keep="") for line in lines))
 
 
 @app.command()
@@ -522,11 +522,12 @@ def _process() -> str:
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     from lens_unlearn.core.errors import LensUnlearnError
+    from lens_unlearn.core.text import visible
 
     try:
         app()
     except LensUnlearnError as error:
-        typer.echo(f"lens-unlearn{_process()}: {error}", err=True)
+        typer.echo(visible(f"lens-unlearn{_process()}: {error}"), err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("lens-unlearn: interrupted", err=True)

@@ -318,10 +318,10 @@ def _short(value: Any, length: int = 120) -> str:
 
 
 def replace_file(path: FilePath, data: bytes) -> None:
-    """Write a file atomically: into a temporary file, which then replaces the old one.
+    """Write a file atomically: into a temporary file, which then replaces the old one. Of a link, its target is written.
 
     Raises:
-        ArtefactError: If the folder does not exist or cannot be written.
+        ArtefactError: If the folder does not exist or cannot be written, or the path is a device, a pipe or a folder.
     """
     # A process can be killed at any byte. Renaming within a folder is atomic, so readers see the old file or the new one and
     # never a part; fsync comes first, or after a power cut the file could be empty. Each writer has its own temporary file, so two
@@ -330,6 +330,9 @@ def replace_file(path: FilePath, data: bytes) -> None:
     target = Path(path)
     temporary: str | None = None
     try:
+        target = Path(os.path.realpath(target))  # a rename would replace the link itself, and any other kind of node
+        if os.path.lexists(target) and not target.is_file():
+            raise ValueError("it is no file but a folder, a device, a pipe or a link to itself: give another path")
         sweep(target)
         handle, temporary = tempfile.mkstemp(*temporary_name(target), target.parent)
         with os.fdopen(handle, "wb") as file:

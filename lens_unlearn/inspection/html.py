@@ -10,12 +10,12 @@ light and in a dark notebook; all that stands around it takes the notebook's own
 import html
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.core.text import code_point, is_hidden
 
 __all__ = ["Html", "document"]
 
@@ -230,19 +230,11 @@ def safe_text(text: str, *, marks: bool = False) -> str:
         if character in _BREAKS:
             mark, reference = _BREAKS[character]
             out.append((_faint(mark) if marks else "") + reference)
-        elif _is_hidden(character):
-            out.append(_faint(f"[U+{ord(character):04X}]"))
+        elif is_hidden(character):
+            out.append(_faint(code_point(character)))
         else:
             out.append(html.escape(character))
     return "".join(out)
-
-
-def _is_hidden(character: str) -> bool:
-    """Say whether a character is a control, reverses text, or is no character at all; joiners, which emoji need, are kept."""
-    kind = unicodedata.category(character)
-    # Of the format characters, those with a direction of their own reverse text; zero-width joiners are neutral ("BN").
-    reverses = kind == "Cf" and unicodedata.bidirectional(character) not in ("BN", "ON")
-    return reverses or kind in ("Cc", "Cs", "Zl", "Zp") or character in "\u200b\ufeff"
 
 
 def short(text: object) -> str:

@@ -18,14 +18,19 @@ or what the functions that it hooks compute.
 # Interrupts. A KeyboardInterrupt can come between any two bytecode instructions. A remover is therefore in the caller's list
 # before its hook is added; it can be called twice; and it deletes last the entry by which it finds the hook. Callers run
 # `detach_all` in two nested `finally` clauses, since the interrupt can come before the first line of the inner one.
+#
+# Copies. `copy.deepcopy` copies the tables of hooks but not the functions in them: a copy made inside a block would stay edited for
+# ever. A hook point therefore copies itself without our hooks (`_Copier`), and PyTorch's hooks, which are told what module they are
+# called for, do nothing for another one than that to which they were added (`_own`).
 
+import copy
 import inspect
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, wraps
 from types import CodeType, FrameType
 from typing import Any
 
@@ -82,15 +87,18 @@ def attach(
 
     def remove() -> bool:
         # From TransformerLens' list and from PyTorch's; the latter last, since it is where an interrupted removal searches again.
-        keys = [key for key, other in hook._forward_hooks.items() if _closes_over(other, run)]
-        hook.fwd_hooks[:] = [handle for handle in hook.fwd_hooks if handle.user_hook is not run]
-        for key in keys:
-            hook._forward_hooks.pop(key, None)
-        return bool(keys) or not added
+        were_there = _unhook_point(hook, run)
+        if (copier := _Copier.of(hook)) is not None:
+            copier.left_out[:] = [other for other in copier.left_out if other is not run]
+            if not copier.left_out:
+                hook.__dict__.pop("__deepcopy__", None)
+        return were_there or not added
 
     if removers is not None:
         removers.append(remove)
     try:
+        copier = hook.__dict__.setdefault("__deepcopy__", _Copier(hook))
+        copier.left_out.append(run)
         hook.add_hook(run, is_permanent=True)
         if not any(handle.user_hook is run for handle in hook.fwd_hooks):  # pragma: no cover - another version
             raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
@@ -99,6 +107,38 @@ def attach(
         remove()
         raise
     return remove
+
+
+def _unhook_point(hook: Any, run: Callable[..., Any]) -> bool:
+    """Remove a function from a hook point; return False if it was already gone."""
+    keys = [key for key, other in hook._forward_hooks.items() if _closes_over(other, run)]
+    hook.fwd_hooks[:] = [handle for handle in hook.fwd_hooks if handle.user_hook is not run]
+    for key in keys:
+        hook._forward_hooks.pop(key, None)
+    return bool(keys)
+
+
+class _Copier:
+    """Copies a hook point as `copy.deepcopy` would, but for some hooks; where that function looks, in the hook point itself."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook, self.left_out = weakref.ref(hook), list[Callable[..., Any]]()
+
+    @classmethod
+    def of(cls, hook: Any) -> "_Copier | None":
+        return hook.__dict__.get("__deepcopy__")
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        hook = self.hook()
+        assert hook is not None
+        del hook.__dict__["__deepcopy__"]
+        try:
+            copied = copy.deepcopy(hook, memo)
+        finally:
+            hook.__dict__["__deepcopy__"] = self
+        for run in self.left_out:
+            _unhook_point(copied, run)
+        return copied
 
 
 def _closes_over(function: Any, value: Any) -> bool:
@@ -252,14 +292,16 @@ def register(
     """
     added = False
 
+    owned = [(module, kind, _own(module, hook)) for module, kind, hook in places]
+
     def remove() -> bool:
-        were_there = [_unhook(*place) for place in places]
+        were_there = [_unhook(*place) for place in owned]
         return all(were_there) or not added
 
     if removers is not None:
         removers.append(remove)
     try:
-        for module, kind, hook in places:
+        for module, kind, hook in owned:
             add = module.register_forward_hook if kind == "_forward_hooks" else module.register_forward_pre_hook
             add(hook, with_kwargs=with_kwargs)
         added = True
@@ -267,6 +309,18 @@ def register(
         remove()
         raise
     return remove
+
+
+def _own(module: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a PyTorch hook that does nothing when it is called for another module, such as a copy of its own."""
+    reference = weakref.ref(module)
+
+    @wraps(hook)
+    def run(called: Any, *args: Any) -> Any:
+        return hook(called, *args) if called is reference() else None
+
+    run.module = reference  # type: ignore[attr-defined]
+    return run
 
 
 def _unhook(module: Any, kind: str, function: Callable[..., Any]) -> bool:
@@ -307,8 +361,9 @@ def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list
 
 def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
     """Return the functions that `on_logits` has added to a model, in the order in which they act."""
-    hooks = getattr(getattr(model, "unembed", None), "_forward_hooks", {})
-    return [hook.function for hook in hooks.values() if hasattr(hook, "function")]
+    unembed = getattr(model, "unembed", None)
+    hooks = getattr(unembed, "_forward_hooks", {}).values()
+    return [hook.function for hook in hooks if hasattr(hook, "function") and hook.module() is unembed]
 
 
 def backbone(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:

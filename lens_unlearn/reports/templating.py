@@ -1,6 +1,7 @@
 """The Jinja2 templates of this room, and the filters they use.
 
-Knows how a value becomes HTML: everything a template is given is escaped, unless it is `Markup`. Knows nothing of reports.
+Knows how a value becomes HTML: everything a template is given is escaped, unless it is `Markup`, and what would be invisible in
+it, or reverse what follows, is shown by its code point. Knows nothing of reports.
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from lens_unlearn.core.text import visible
 from lens_unlearn.evaluation.metrics import words
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ def _environment() -> "Environment":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: (
+            visible(value) if type(value) is str else value
+        ),  # before it is escaped; `Markup` is no `str`
     )
     made.policies["json.dumps_kwargs"] = {}  # Jinja2 would sort the keys of a figure
     made.filters |= {"line": _line, "name": name, "series": _series, "words": words}
@@ -58,7 +63,7 @@ def name(text: object, length: int = 80) -> str:
 def _series(parts: Iterable[object], most: int | None = None) -> Markup:
     """List in a sentence, "a, b and c"; what is beyond `most` is counted."""
     listed = list(parts)
-    shown = [escape(part) for part in listed[:most]]
+    shown = [escape(visible(str(part))) if not isinstance(part, Markup) else part for part in listed[:most]]
     if most is not None and len(listed) > most:
         shown.append(escape(f"{len(listed) - most} more"))
     if not shown:

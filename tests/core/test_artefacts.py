@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
@@ -428,6 +429,34 @@ def test_paths_that_cannot_be_are_named(tmp_path: Path) -> None:
             load_intervention(path)
     with pytest.raises(ArtefactError, match="cannot be written"):
         prune.save("nul\0byte")
+
+
+def test_of_a_link_the_target_is_written_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    prune = Ablate(random_selection({POST[0]: (64,)}))
+    (tmp_path / "far").mkdir()
+    for target in (tmp_path / "far" / "a", tmp_path / "far" / "new"):
+        link = tmp_path / f"link to {target.name}"
+        link.symlink_to(target)
+        (tmp_path / "far" / "a").write_text("old")
+        prune.save(link)
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert same(load_intervention(target), prune)
+    assert sorted(os.listdir(tmp_path / "far")) == ["a", "new"]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to pipe").symlink_to(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path in (
+        tmp_path / "pipe",
+        tmp_path / "link to pipe",
+        Path("/dev/null"),
+        tmp_path / "far",
+        tmp_path / "circle",
+    ):
+        with pytest.raises(ArtefactError, match="cannot be written: "):
+            prune.save(path)
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 def test_selection_of_the_model_is_what_is_saved(tmp_path: Path) -> None:
@@ -974,7 +1003,7 @@ def test_a_deep_chain_that_is_read_can_be_used(tmp_path: Path) -> None:
 
 
 def test_nothing_imports_by_a_name_from_a_file() -> None:
-    """Beside what `test_layout` refuses, the other ways to the same; by hand: these two import what stands in their own source."""
+    """Beside what `test_layout` refuses, the other ways to the same; by hand: these import what stands in their own source."""
     import lens_unlearn
 
     root = Path(lens_unlearn.__file__).parent
@@ -987,7 +1016,7 @@ def test_nothing_imports_by_a_name_from_a_file() -> None:
         "run_path",
         "run_module",
     }
-    known = {"__init__.py", "demo/_english.py"}
+    known = {"__init__.py", "demo/_english.py", "evaluation/code_process.py"}
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):

@@ -1,5 +1,6 @@
 """Interventions: a hook is the weight edit it stands for, composition has laws, and afterwards nothing is different."""
 
+import copy
 import gc
 import weakref
 from contextlib import ExitStack
@@ -11,7 +12,18 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interventions_helpers import POST, Z, random_selection, selection_of, unchanged, under, value_matrices, zoo
+from interventions_helpers import (
+    FORMS,
+    POST,
+    Z,
+    one,
+    random_selection,
+    selection_of,
+    unchanged,
+    under,
+    value_matrices,
+    zoo,
+)
 from sites_helpers import values_seen
 from torch import Tensor
 
@@ -417,6 +429,42 @@ def test_the_users_hooks_stay_in_their_order_and_act(name: str) -> None:
         parameter.requires_grad_(True)
     model(tiny.some_tokens(), return_type="loss").backward()
     assert calls == ["temporary", "permanent", "inside", "backward"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-compat", "native-llama", *tiny.HOOKED[:1]])
+@pytest.mark.parametrize("form", [*FORMS, "all"])
+def test_a_copy_made_inside_a_block_is_of_the_unedited_model(name: str, form: str) -> None:
+    model = tiny.model(name)
+    act = one(name, form)
+    before = tiny.logits(model)
+    with act.on(model):
+        edited = tiny.logits(model)
+        with act.on(model):
+            copied = copy.deepcopy(model)
+        part = copy.deepcopy(model.blocks)
+        again = copy.deepcopy(copied)
+        assert torch.equal(tiny.logits(copied), before)
+        assert torch.equal(tiny.logits(again), before)
+        assert torch.equal(tiny.logits(model), edited), "copying changes nothing of the model"
+        assert not [each for each in part.modules() if getattr(each, "fwd_hooks", ()) and ours(each)]
+    assert torch.equal(tiny.logits(copied), before)
+    assert not [module for each in (model, copied) for module in each.modules() if "__deepcopy__" in vars(module)]
+
+
+def ours(hook_point: Any) -> bool:
+    """Whether a function of this package is at a hook point."""
+    return any(handle.user_hook.__module__.startswith("lens_unlearn") for handle in hook_point.fwd_hooks)
+
+
+def test_a_copy_keeps_the_users_hooks() -> None:
+    model, calls = tiny.build("gpt2"), list[str]()
+    hook = model.hook_dict["blocks.0.mlp.hook_post"]
+    hook.add_hook(lambda tensor, hook: calls.append("mine"), is_permanent=True)
+    with Ablate(selection_of(model)).on(model):
+        copied = copy.deepcopy(model)
+    calls.clear()
+    tiny.logits(copied)
+    assert calls == ["mine"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-compat", "native-llama", *tiny.HOOKED[:1]])

@@ -606,6 +606,13 @@ def test_markup_from_anywhere_is_shown_as_text(name):
     require_text_alone(page(hostile_report(MARKUP.get(name, EVERY))))
 
 
+def test_marks_that_reverse_text_and_controls_are_shown_by_their_code_points():
+    document = page(hostile_report("a\u202eb\x1b\u2066c"))
+    figures_apart = re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+    assert "a[U+202E]b[U+001B][U+2066]c" in figures_apart
+    assert not {"\u202e", "\x1b", "\u2066"} & set(figures_apart)
+
+
 @pytest.mark.parametrize("metric", ["image", "plotly"])
 def test_a_metric_of_ones_own_is_shown_as_text(metric):
     require_text_alone(page(hostile_report("m", MARKUP[metric])))
@@ -660,7 +667,7 @@ def test_half_a_letter_does_not_stop_the_writing(tmp_path):
     made.samples.append({"prompt": "a \ud800 b", "base": "\udfff"})
     made.provenance["corpora"]["forget"]["source"] = "\ud800.jsonl"
     made.to_html(tmp_path / "report.html")
-    assert "a \\ud800 b" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a [U+D800] b" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
