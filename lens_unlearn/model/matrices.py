@@ -310,7 +310,9 @@ def _around(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any, 
             remember(x.flatten(2))
 
         def last(module: Any, args: Any, kwargs: Any) -> None:
-            for key in [key for key, hook in point._forward_hooks.items() if getattr(hook, "__wrapped__", None) is look]:
+            for key in [
+                key for key, hook in point._forward_hooks.items() if getattr(hook, "__wrapped__", None) is look
+            ]:
                 point._forward_hooks.move_to_end(key)  # after ablations that were attached since
 
         def add(module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:

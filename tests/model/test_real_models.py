@@ -32,7 +32,7 @@ def test_selective_pruning_forgets_code_and_keeps_prose_and_maths(skillmix: Any)
     )
     controls = [lu.random_pruning(skillmix, like=prune, seed=seed) for seed in range(3)]
     test = {
-        name: read(skillmix, "heldout", skill)
+        name: read(skillmix, "heldout", skill, 6000)
         for name, skill in (("forget", "code"), ("retain", "prose"), ("math", "math"))
     }
     report = lu.evaluate(skillmix, test, {"pruned": prune, "pruned:control": controls}, progress=False)

@@ -404,7 +404,7 @@ def training(model: Any, folder: Path) -> None:
 
 
 def tuning(model: Any, folder: Path) -> None:
-    held = {"held_out": (tiny.corpus((60,), seed=3), tiny.corpus((60,), seed=4))}
+    held = {"held_out": (tiny.corpus((20,) * 10, seed=3), tiny.corpus((20,) * 10, seed=4))}
     corpora = tiny.corpus((6,), seed=1), tiny.corpus((7,), seed=2)
     tune(selective_pruning, model, *corpora, **held, retain_drop=1.0, metric="top10", evaluations=1, progress=False)
 
