@@ -299,33 +299,37 @@ def collect(
     import lens_unlearn as lu
     from lens_unlearn.core import artefacts, distributed
     from lens_unlearn.core.numbers import check_numbers
+    from lens_unlearn.experiments.output import reserved
     from lens_unlearn.neurons.collect import gather, own_checkpoint
 
     check_numbers(tokens=tokens, window=window, batch_size=batch_size)
     if out.suffix != ".safetensors":
         raise lu.ArtefactError(f"{out} does not end in .safetensors, the format it is written in: give another --out")
-    if out.exists() and not overwrite:
-        raise lu.ArtefactError(f"{out} exists: give another --out, or --overwrite to replace it")
-    partial = out.with_name(out.name + ".partial")
-    if os.path.exists(own_checkpoint(partial)) and not resume:
-        raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
-    statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
-    loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
-    reading = {
-        "tokens": tokens,
-        "window": window,
-        "template": template and _newlines(template),
-        "answer_eos": answer_eos,
-    }
-    texts = lu.read_corpus(corpus, loaded, **reading)
-    wanted = [site.strip() for site in sites.split(",") if site.strip()]
-    with _interruptible(out):
-        # The checkpoint is deleted below, once the result is in its file: killed in between, nothing is lost.
-        moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, progress=not quiet)
-        if distributed.is_first():
-            lu.save_moments(out, moments, loaded)
-            typer.echo(f"{out}: {moments!r}")
-    artefacts.remove(own_checkpoint(partial))
+    with reserved(out):
+        if out.is_dir():
+            raise lu.ArtefactError(f"{out} is a folder: give the file to write as --out")
+        if out.exists() and not overwrite:
+            raise lu.ArtefactError(f"{out} exists: give another --out, or --overwrite to replace it")
+        partial = out.with_name(out.name + ".partial")
+        if os.path.exists(own_checkpoint(partial)) and not resume:
+            raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
+        statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
+        loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
+        reading = {
+            "tokens": tokens,
+            "window": window,
+            "template": template and _newlines(template),
+            "answer_eos": answer_eos,
+        }
+        texts = lu.read_corpus(corpus, loaded, **reading)
+        wanted = [site.strip() for site in sites.split(",") if site.strip()]
+        with _interruptible(out):
+            # The checkpoint is deleted below, once the result is in its file: killed in between, nothing is lost.
+            moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, progress=not quiet)
+            if distributed.is_first():
+                lu.save_moments(out, moments, loaded)
+                typer.echo(f"{out}: {moments!r}")
+        artefacts.remove(own_checkpoint(partial))
 
 
 @app.command()
@@ -375,38 +379,41 @@ def evaluate(
     """Evaluate a model with and without saved interventions."""
     import lens_unlearn as lu
     from lens_unlearn.core import distributed
-    from lens_unlearn.core.artefacts import replace_file
     from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.evaluation.metrics import metric
-    from lens_unlearn.experiments.run_folder import check_folder, new_folder
+    from lens_unlearn.experiments.output import new_folder, write_settings
 
     check_numbers(tokens=tokens, window=window, batch_size=batch_size, seed=seed, task_limit=task_limit)
     check_numbers(answers=answers, max_new_tokens=max_new_tokens, memorization=memorization)
-    distributed.from_first(lambda: check_folder(out, overwrite=overwrite))
     sources = _pairs(corpus, "--corpus")
-    loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
-    edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
-    if len(edits) < len(intervention):
-        raise lu.LensUnlearnError(
-            "two intervention files have the same name, by which the report distinguishes them: rename one"
-        )
-    reading = {
-        "tokens": tokens,
-        "window": window,
-        "template": template and _newlines(template),
-        "answer_eos": answer_eos,
-    }
-    texts = {name: lu.read_corpus(source, loaded, **reading) for name, source in sources.items()}
-    quantities: dict[str, Any] = {"answers": answers, "max_new_tokens": max_new_tokens, "memorization": memorization}
-    quantities["allow_code_execution"] = allow_code_execution
-    quantities |= {"tasks": task, "task_limit": task_limit}
-    report = lu.evaluate(loaded, texts, edits, **quantities, batch_size=batch_size, seed=seed, progress=not quiet)
+    with new_folder(out, overwrite=overwrite) as folder:
+        loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
+        edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
+        if len(edits) < len(intervention):
+            raise lu.LensUnlearnError(
+                "two intervention files have the same name, by which the report distinguishes them: rename one"
+            )
+        reading = {
+            "tokens": tokens,
+            "window": window,
+            "template": template and _newlines(template),
+            "answer_eos": answer_eos,
+        }
+        texts = {name: lu.read_corpus(source, loaded, **reading) for name, source in sources.items()}
+        quantities: dict[str, Any] = {
+            "answers": answers,
+            "max_new_tokens": max_new_tokens,
+            "memorization": memorization,
+        }
+        quantities["allow_code_execution"] = allow_code_execution
+        quantities |= {"tasks": task, "task_limit": task_limit}
+        report = lu.evaluate(loaded, texts, edits, **quantities, batch_size=batch_size, seed=seed, progress=not quiet)
+        if distributed.is_first():
+            report.to_html(folder / "report.html")
+            report.to_csv(folder / "metrics.csv")
+            write_settings(folder, report.provenance, ("report.html", "metrics.csv"))
     if not distributed.is_first():
         return
-    with new_folder(out, overwrite=overwrite) as folder:
-        report.to_html(folder / "report.html")
-        report.to_csv(folder / "metrics.csv")
-        replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
     typer.echo(report.table([name for name in report.metrics if metric(name).brief]).to_string())
     if "not run" in str(report.provenance.get("answers", {}).get("unit_tests", "")):
         typer.echo("unit tests were not run: give --allow-code-execution to run them")
@@ -465,13 +472,25 @@ def show(file: Annotated[Path, typer.Argument(help="A file that lens-unlearn wro
 def push(
     path: Annotated[Path, typer.Argument(help="A file that lens-unlearn wrote, or the folder of a run.")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME of a model repository on the Hugging Face hub.")],
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private/--public", help="Who can read it; a public repository is written to with --public only."
+        ),
+    ] = True,
     revision: Annotated[str | None, typer.Option(help="A branch. [default: the main one]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
 ) -> None:
-    """Share a file or a run on the Hugging Face hub, with a model card; files can be loaded as hf:OWNER/NAME/FILE."""
-    from lens_unlearn.experiments.hub import push_to_hub
+    """Share a file or a run on the Hugging Face hub, with a model card; files can be loaded as hf:OWNER/NAME/FILE.
 
-    typer.echo(push_to_hub(path, repo, private=private or None, revision=revision))
+    Of a folder, the files that its run wrote are uploaded, and no others; they are listed first. Private unless --public.
+    """
+    from lens_unlearn.experiments.hub import push_to_hub, shared_files
+
+    names = [*shared_files(path), "README.md"]
+    typer.echo(f"to {repo} ({'private' if private else 'public'}): {', '.join(names)}")
+    if not dry_run:
+        typer.echo(push_to_hub(path, repo, private=private, revision=revision))
 
 
 @contextmanager
@@ -520,15 +539,16 @@ def _process() -> str:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one sentence and exit code 2."""
+    """Run the command line; bad input ends with one sentence and exit code 2, what fails later with 1."""
     from lens_unlearn.core.errors import LensUnlearnError
     from lens_unlearn.core.text import visible
 
     try:
         app()
     except LensUnlearnError as error:
-        typer.echo(visible(f"lens-unlearn{_process()}: {error}"), err=True)
-        sys.exit(2)
+        hint = f"; the same command with --resume goes on from {error.kept}" if error.kept else ""
+        typer.echo(visible(f"lens-unlearn{_process()}: {error}{hint}"), err=True)
+        sys.exit(1 if error.kept else 2)
     except KeyboardInterrupt:
         typer.echo("lens-unlearn: interrupted", err=True)
         sys.exit(130)

@@ -20,6 +20,9 @@ __all__ = [
 class LensUnlearnError(ValueError):
     """Base of every error that `lens_unlearn` raises about what it was given."""
 
+    kept: str | None = None
+    """Of a run: the folder that holds what was finished before; the same command with --resume goes on from there."""
+
 
 class SiteError(LensUnlearnError):
     """A hook point does not exist, never fires, or has no neuron axis."""

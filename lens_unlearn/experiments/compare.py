@@ -1,6 +1,5 @@
 """`compare`: all methods and their controls over a set of skills, each forgotten in turn while the others are retained."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
 from lens_unlearn.experiments.documents import Reader, reading_of
 from lens_unlearn.experiments.experiment import Experiment
+from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, settings_of
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
 from lens_unlearn.interventions.base import Intervention
@@ -366,8 +366,26 @@ def carry_out_comparison(
     settings |= {"turns": {skill: settings_of(plan) for skill, plan in plans.items()}}
     if test and set(test) != set(sources):
         raise LensUnlearnError(f"--test names {_list(test)}, and --skill {_list(sources)}: give each skill's, or none")
-    if distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite)):
-        return None
+    with folder.begun():
+        return _carried_out(
+            plans, sources, test, folder, settings, resume=resume, overwrite=overwrite, progress=progress
+        )
+
+
+def _carried_out(
+    plans: Mapping[str, Plan],
+    sources: Mapping[str, str],
+    test: Mapping[str, str] | None,
+    folder: RunFolder,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+) -> Comparison | None:
+    finished = distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite))
+    if not finished and distributed.is_first():
+        folder.make()
     plan = next(iter(plans.values()))
     model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
     reading = reading_of(plan, whole=plan.facts)
@@ -377,6 +395,10 @@ def carry_out_comparison(
     )
     texts = _texts(skills, tests or None, plan.seed, facts=plan.facts)
     runs = _skill_runs(plans, model, texts, progress=progress)
+    known = {f"{skill}: {key}": value for skill, run in runs.items() for key, value in run.texts().items()}
+    if finished:
+        folder.require_same_texts(known)
+        return None
     inputs = {f"{skill}: {key}": value for skill, run in runs.items() for key, value in run.inputs().items()}
     with folder.open(settings, inputs, model) if distributed.is_first() else nullcontext():
         for skill, run in runs.items():
@@ -386,7 +408,8 @@ def carry_out_comparison(
         if distributed.is_first():
             report.to_html(folder.folder / "compare.html")
             report.to_csv(folder.folder / "matrix.csv")
-            # The last: where it is, everything is.
-            replace_file(folder.folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+            edits = [f"{skill}/{name}.safetensors" for skill, run in runs.items() for name in run.edits]
+            content = {**report.provenance, "inputs": known}
+            write_settings(folder.folder, content, ("compare.html", "matrix.csv", *edits))
             folder.commit()
     return report

@@ -1,13 +1,11 @@
 """`lens-unlearn demo`: forget Python and keep English, then the other way round, then forget persons; one report."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lens_unlearn import figures, methods
-from lens_unlearn.core.artefacts import replace_file
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.demo import WITHOUT_FACTS_DIR
 from lens_unlearn.evaluation.evaluate import evaluate
@@ -15,8 +13,8 @@ from lens_unlearn.evaluation.report import Report
 from lens_unlearn.evaluation.tofu import forget_quality
 from lens_unlearn.experiments.documents import to_read
 from lens_unlearn.experiments.experiment import Experiment
+from lens_unlearn.experiments.output import new_folder, write_settings
 from lens_unlearn.experiments.plan import Plan
-from lens_unlearn.experiments.run_folder import check_folder, new_folder
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.methods.simu import simu
@@ -57,7 +55,11 @@ def demo_report(
     Raises:
         LensUnlearnError: If `out` holds something else, or a run and `overwrite` is not set.
     """
-    check_folder(Path(out), overwrite=overwrite)
+    with new_folder(out, overwrite=overwrite) as folder:
+        return _written(folder, tokens=tokens, seed=seed, progress=progress)
+
+
+def _written(folder: Path, *, tokens: int, seed: int, progress: bool) -> Report:
     model = load_model("demo")
     experiments, reports, known = [], [], {}
     command = f"lens-unlearn demo --tokens {tokens} --seed {seed} --out again"
@@ -89,14 +91,14 @@ def demo_report(
     persons, delta = forget_persons(model, tokens=tokens, seed=seed, progress=progress)
     persons.provenance["command"] = command
     whole = replace(reports[0], parts=(reports[1], persons))
-    with new_folder(out, overwrite=overwrite) as folder:
-        experiments[0].write(folder, whole)
-        (folder / "the-other-way-round").mkdir()
-        experiments[1].write(folder / "the-other-way-round", reports[1])
-        (folder / "persons").mkdir()
-        persons.to_csv(folder / "persons" / "metrics.csv")
-        delta.save(folder / "persons" / "simu.safetensors", model, note="forgets eight of the demo's persons")
-        replace_file(folder / "persons" / "run.json", json.dumps(persons.provenance, indent=2, default=str).encode())
+    for part in ("the-other-way-round", "persons"):
+        (folder / part).mkdir()
+    experiments[1].write(folder / "the-other-way-round", reports[1])
+    persons.to_csv(folder / "persons" / "metrics.csv")
+    delta.save(folder / "persons" / "simu.safetensors", model, note="forgets eight of the demo's persons")
+    write_settings(folder / "persons", persons.provenance, ("metrics.csv", "simu.safetensors"))
+    below = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    experiments[0].write(folder, whole, below)
     return whole
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lens_unlearn.core import artefacts, distributed
-from lens_unlearn.core.artefacts import replace_file
-from lens_unlearn.core.errors import BudgetError
+from lens_unlearn.core.errors import ArtefactError, BudgetError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments.documents import Reader
+from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder, fitted_form
@@ -65,10 +65,13 @@ class Experiment:
         self.folder: RunFolder | None = None
         """Where what is finished is kept, so that the run can go on if it is interrupted."""
 
+    def texts(self) -> dict[str, Any]:
+        """Return what has to be the same besides the plan for a finished run to be this one: texts and model."""
+        return {**self.documents.fingerprints(), "model": fingerprint(self.model)}
+
     def inputs(self) -> dict[str, Any]:
-        """Return what has to be the same besides the plan for an interrupted run to go on: texts, model, and what runs it."""
-        host = {"device": str(device_of(self.model)), **versions()}
-        return {**self.documents.fingerprints(), "model": fingerprint(self.model), **host}
+        """Return what has to be the same for an interrupted run to go on: also what runs the model."""
+        return {**self.texts(), "device": str(device_of(self.model)), **versions()}
 
     def fit(self) -> None:
         """Find every method's intervention: tuned to the retain budget if there is one, else as the options say."""
@@ -123,7 +126,13 @@ class Experiment:
         edit.save(path, self.model, note=json.dumps(chosen, default=str))
 
     def _load_edit(self, path: Path) -> tuple[Intervention, dict[str, Any]]:
-        return load_intervention(path, self.model), json.loads(artefacts.read(path)[0]["note"])
+        with artefacts.usable(path, "intervention of this run"):
+            chosen = json.loads(artefacts.read(path)[0]["note"])
+            options = json.loads(json.dumps(self.plan.options(path.stem), default=str))
+            for name, value in chosen["options"].items():
+                if options.get(name) != value:
+                    raise ArtefactError(f"{name}={value!r} there, {options.get(name)!r} in this run")
+        return load_intervention(path, self.model), chosen
 
     def _fit_pair(self, record: Method) -> tuple[Corpus, Corpus]:
         part = self.documents.queries if record.judges_prompts else self.documents.fit
@@ -196,14 +205,14 @@ class Experiment:
         texts = {name: self.documents.test[name] for name in ("forget", "retain")}
         return evaluate(self.model, texts, conditions, **self._measuring())
 
-    def write(self, folder: Path, report: Report) -> None:
-        """Write the report, the table, the interventions and the settings into a folder that exists."""
+    def write(self, folder: Path, report: Report, more: Sequence[str] = ()) -> None:
+        """Write the report, the table, the interventions, and the settings, which list all these files and `more`."""
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
         for name, edit in self.edits.items():
             self._save_edit(folder / f"{name}.safetensors", (edit, self.chosen[name]))
-        # The last: where it is, everything is.
-        replace_file(folder / "run.json", json.dumps(report.provenance, indent=2, default=str).encode())
+        files = ("report.html", "metrics.csv", *(f"{name}.safetensors" for name in self.edits))
+        write_settings(folder, {**report.provenance, "inputs": self.texts()}, (*files, *more))
 
 
 def carry_out(
@@ -240,14 +249,19 @@ def carry_out(
         ArtefactError: If the interrupted run was another one; the message names what differs.
     """
     folder, settings = RunFolder(out), settings_of(plan)
-    if distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite)):
-        return None
-    experiment = Experiment(plan, model, progress=progress and distributed.is_first(), known=known)
-    with folder.open(settings, experiment.inputs(), experiment.model) if distributed.is_first() else nullcontext():
-        experiment.folder = folder
-        experiment.fit()
-        report = experiment.report()
-        if distributed.is_first():
-            experiment.write(folder.folder, report)
-            folder.commit()
+    with folder.begun():
+        finished = distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite))
+        if not finished and distributed.is_first():
+            folder.make()
+        experiment = Experiment(plan, model, progress=progress and distributed.is_first(), known=known)
+        if finished:
+            folder.require_same_texts(experiment.texts())
+            return None
+        with folder.open(settings, experiment.inputs(), experiment.model) if distributed.is_first() else nullcontext():
+            experiment.folder = folder
+            experiment.fit()
+            report = experiment.report()
+            if distributed.is_first():
+                experiment.write(folder.folder, report)
+                folder.commit()
     return experiment, report

@@ -13,13 +13,14 @@ from typing import Any
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
+from lens_unlearn.core.names import check_name
 from lens_unlearn.evaluation.metrics import metric
+from lens_unlearn.experiments.output import files_of_run, settings_of_run, strangers
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.host import Model
 
-__all__ = ["push_to_hub"]
+__all__ = ["push_to_hub", "shared_files"]
 
-_SHARED = (".safetensors", ".html", ".csv", ".json")
 _ROWS = 60
 
 
@@ -29,13 +30,14 @@ def push_to_hub(
     *,
     model: Model | None = None,
     name: str = "intervention",
-    private: bool | None = None,
+    private: bool = True,
     revision: str | None = None,
     token: str | None = None,
     message: str | None = None,
 ) -> str:
     """Put an intervention, a file of ours, or the folder of a run on the Hugging Face hub, with a card that says what it is.
 
+    Of a folder, the files that its run wrote, as `run.json` lists them, and no others; links are refused.
     Whoever has the name can use it: ``load_intervention("hf:OWNER/NAME/FILE", model)``.
 
     Args:
@@ -43,7 +45,8 @@ def push_to_hub(
         repo: "OWNER/NAME" of a model repository; it is made if there is none.
         model: Of an intervention: whose fingerprint the file keeps, so that it refuses every other model.
         name: Of an intervention: what its file is called.
-        private: Whether a new repository is private; default as the owner's settings say.
+        private: Whether only its owner can read the repository, if it is new; to one that is public, nothing is uploaded unless
+            this is False.
         revision: A branch; default the main one.
         token: Default the one that `huggingface_hub` knows (``hf auth login``).
         message: Of the commit.
@@ -56,27 +59,25 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(what, Intervention):
-            file = Path(scratch) / f"{name}.safetensors"
-            what.save(file, model)
-            files = [file]
+            file = f"{check_name(name, 'a file')}.safetensors"
+            what.save(Path(scratch) / file, model)
+            files = {file: Path(scratch) / file}
         elif model is not None:
             raise LensUnlearnError("model is for an intervention: a file knows its own")
         else:
-            files = _files(Path(what))
-        headers = {file.name: artefacts.read(file)[0] for file in files if file.suffix == ".safetensors"}
+            files = shared_files(what)
+        headers = {name: artefacts.read(file)[0] for name, file in files.items() if file.suffix == ".safetensors"}
         if not headers:
-            raise ArtefactError(f"{os.fspath(files[0].parent)} has nothing to share: no .safetensors file of ours")
+            raise ArtefactError(f"{os.fspath(what)} has nothing to share: no .safetensors file of ours")  # type: ignore[arg-type]
         card = _card(repo, headers, files)
         commit_message = message or f"lens_unlearn: {', '.join(sorted(headers))}"
-        return _commit(
-            repo, {**{file.name: file for file in files}, "README.md": card}, private, revision, token, commit_message
-        )
+        return _commit(repo, {**files, "README.md": card}, private, revision, token, commit_message)
 
 
 def _commit(
     repo: str,
     files: Mapping[str, Path | bytes],
-    private: bool | None,
+    private: bool,
     revision: str | None,
     token: str | None,
     commit_message: str,
@@ -86,6 +87,10 @@ def _commit(
     api = HfApi(token=token, library_name="lens_unlearn")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and api.model_info(repo, revision="main").private is False:
+            raise ArtefactError(
+                "it is public: give --public (private=False) to share there, or name another repository"
+            )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         operations = [
@@ -98,18 +103,36 @@ def _commit(
     return str(done.commit_url)
 
 
-def _files(path: Path) -> list[Path]:
+def shared_files(what: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return what `push_to_hub` would upload of a file or a folder, by name: of a folder, the files that its run wrote.
+
+    Raises:
+        ArtefactError: If there is nothing of ours, or one of the files is missing or a link.
+    """
+    path = Path(what)
+    if path.is_symlink():
+        raise ArtefactError(f"{path} is a link: give what it leads to")
     if path.is_file():
-        return [path]
+        return {path.name: path}
     if not path.is_dir():
         raise ArtefactError(f"{path} cannot be shared: there is no such file or folder")
-    found = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _SHARED)
-    if not found:
-        raise ArtefactError(f"{path} has nothing to share: no .safetensors file of ours")
+    listed = files_of_run(path)
+    if listed is None:
+        raise ArtefactError(f"{path} has nothing to share: it is not the folder of a run; give a single file")
+    complete = "files" in (settings_of_run(path) or {})
+    others = set(strangers(path, listed))
+    found = {}
+    for name in listed:
+        if name in others or any((path / part).is_symlink() for part in Path(name).parents):
+            raise ArtefactError(f"{path / name} is a link, and no file of the run: put the file back, or run it again")
+        if (path / name).is_file():
+            found[name] = path / name
+        elif complete:
+            raise ArtefactError(f"{path} lacks {name}, which its run wrote: put the file back, or run it again")
     return found
 
 
-def _card(repo: str, headers: Mapping[str, Mapping[str, Any]], files: list[Path]) -> bytes:
+def _card(repo: str, headers: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path]) -> bytes:
     """Write the repository's page: what the files hold, how to use them, and what was measured."""
     lines = ["---", "library_name: lens_unlearn", "tags:", "- interpretability", "- unlearning", "---", ""]
     lines += [f"# {repo.split('/')[-1]}", ""]
@@ -135,11 +158,11 @@ def _card(repo: str, headers: Mapping[str, Mapping[str, Any]], files: list[Path]
     else:
         lines += [f'moments = lu.load_moments("hf:{repo}/{first}")']
     lines += ["```", ""]
-    for file in files:
-        if file.name == "metrics.csv":
+    for name, file in files.items():
+        if name == "metrics.csv":
             lines += _measured(file)
-        if file.name == "run.json":
-            lines += [f"Settings, seeds and versions: `{file.name}`.", ""]
+        if name == "run.json":
+            lines += [f"Settings, seeds and versions: `{name}`.", ""]
     return "\n".join(lines).encode()
 
 

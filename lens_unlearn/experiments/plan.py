@@ -201,7 +201,7 @@ def option_names(method: str) -> list[str]:
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return a plan as `run.json` keeps it."""
     kept = asdict(plan)
-    later: dict[str, Any] = {"facts": False, "confidence": CONFIDENCE}
+    later: dict[str, Any] = {"facts": False, "confidence": CONFIDENCE, "answer_eos": False}
     for name, usual in later.items():  # these options came later: without them the plan is that of an earlier run
         if kept[name] == usual:
             del kept[name]

@@ -7,7 +7,6 @@ fitted to, SIMU's checkpoint, evaluations. Each file is absent or whole at any m
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ProcessError
 from lens_unlearn.evaluation.report import Measure, Report
+from lens_unlearn.experiments.output import check_folder, put_in_place, reserved, settings_of_run, writing
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.model.host import Model
@@ -26,7 +26,7 @@ from lens_unlearn.model.loading import as_in_file
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["REPORT", "Form", "RunFolder", "check_folder", "fitted_form", "new_folder"]
+__all__ = ["REPORT", "Form", "RunFolder", "fitted_form"]
 
 T = TypeVar("T")
 
@@ -50,6 +50,8 @@ class RunFolder:
         self.folder = self.out.parent / f"{self.out.name}.partial"
         self.kept = self.folder / "kept"
         self.settings = self.kept / "settings.safetensors"
+        self.made = False
+        """Whether this process has made the folder, so that it may go again."""
 
     def check(self, plan: Mapping[str, Any], *, resume: bool) -> None:
         """Refuse what would be lost, and what is of another plan, before any work is done.
@@ -81,24 +83,43 @@ class RunFolder:
         """Refuse what cannot be, before any work is done; return whether this plan was finished before.
 
         Raises:
-            LensUnlearnError: If the output folder holds something that would be lost, or an interrupted run is there and
-                `resume` is not set.
+            LensUnlearnError: If the output folder holds something that would be lost, or lacks a file of its run, or an
+                interrupted run is there and `resume` is not set.
             ArtefactError: If the interrupted run was of another plan; the message names what differs.
         """
-        if resume and not overwrite and self._holds(plan):
+        before = settings_of_run(self.out) if resume and not overwrite else None
+        ours = before is not None and before.get("plan") == plan
+        if before is not None and ours and not before.get("failed"):
+            self._require_whole(before)
             return True
-        check_folder(self.out, overwrite=overwrite)
+        check_folder(self.out, overwrite=overwrite or ours)
         self.check(plan, resume=resume)
         if self.whole:  # all but the last step was done
             self.commit()
             return True
         return False
 
-    def _holds(self, plan: Mapping[str, Any]) -> bool:
+    def _require_whole(self, content: Mapping[str, Any]) -> None:
+        """Refuse a finished run of which files are missing; one of an earlier version does not say which it wrote."""
+        missing = [name for name in content.get("files", ()) if not (self.out / str(name)).is_file()]
+        if missing:
+            raise LensUnlearnError(
+                f"{self.out} lacks {', '.join(missing[:3])}, which its run wrote: give --overwrite to run it again"
+            )
+
+    def require_same_texts(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse to call a run finished whose texts or model were others than they are now.
+
+        Raises:
+            ArtefactError: If any differs; the message names what does.
+        """
+        theirs = (settings_of_run(self.out) or {}).get("inputs")
+        if theirs is None:  # a run of an earlier version
+            return
         try:
-            return json.loads((self.out / "run.json").read_text())["plan"] == plan
-        except (OSError, ValueError, LookupError, TypeError):
-            return False
+            artefacts.require_same(self.out, theirs, inputs, "this run")
+        except ArtefactError as error:
+            raise ArtefactError(f"{error}; give --overwrite to run it again, or another --out") from error
 
     @property
     def whole(self) -> bool:
@@ -108,12 +129,45 @@ class RunFolder:
     def _empty(self) -> bool:
         return not any(path.is_file() and not path.name.startswith(".") for path in self.folder.rglob("*"))
 
+    @property
+    def found(self) -> bool:
+        """Whether anything is finished that a run is for: a file of its output."""
+        files = (path for path in self.folder.rglob("*") if path.is_file() and self.kept not in path.parents)
+        return any(not path.name.startswith(".") for path in files)
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Hold the output and make the folder, before anything is loaded; it goes again if nothing comes into it.
+
+        Raises:
+            LensUnlearnError: If another process writes this output.
+            ArtefactError: If nothing can be written there.
+        """
+        with reserved(self.out):
+            try:
+                yield
+            finally:
+                if self.made and self._empty():
+                    shutil.rmtree(self.kept, ignore_errors=True)
+                    with suppress(OSError):
+                        self.folder.rmdir()
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ArtefactError: If it cannot be written.
+        """
+        with writing(self.kept):
+            self.kept.mkdir(parents=True, exist_ok=True)
+        self.made = True
+
     @contextmanager
     def open(self, plan: Mapping[str, Any], texts: Mapping[str, Any], model: Model) -> Iterator[None]:
         """Begin, or go on with what is there, for the length of a `with` block.
 
-        A `LensUnlearnError` in the block deletes everything: the same settings would come to the same end. An `ArtefactError`,
-        as from a full disk, does not; nor does any other.
+        A `LensUnlearnError` in the block deletes what is kept if no method was finished: the same settings would come to the same
+        end. Otherwise everything stays, and the error says where.
 
         Args:
             plan: The settings.
@@ -123,26 +177,20 @@ class RunFolder:
         Raises:
             ArtefactError: If what is there was made with something else; the message names what differs.
         """
-        made = [path for path in (self.kept, self.folder, *self.out.absolute().parents) if not path.exists()]
+        self.make()
         if self.settings.exists():
             header, _ = artefacts.read(self.settings, "run")
             ours = as_in_file(self.folder, header.get("texts"), texts, model)
             artefacts.require_same(self.folder, header.get("texts"), ours, "this run")
         else:
-            try:
-                self.kept.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ArtefactError(f"{self.kept} cannot be written: {error.strerror or error}") from error
             artefacts.write(self.settings, "run", {}, {"plan": dict(plan), "texts": dict(texts)})
         try:
             yield
-        except (ArtefactError, ProcessError):
-            raise
-        except LensUnlearnError:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            for path in made:
-                with suppress(OSError):
-                    path.rmdir()
+        except LensUnlearnError as error:
+            if isinstance(error, ArtefactError | ProcessError) or self.found:
+                error.kept = str(self.folder)
+            else:
+                shutil.rmtree(self.kept, ignore_errors=True)
             raise
 
     def keep(self, name: str, form: Form, make: Callable[[], T]) -> T:
@@ -161,60 +209,6 @@ class RunFolder:
         for path in self.folder.rglob(".*.part"):  # of a killed writer
             path.unlink()
         put_in_place(self.folder, self.out)
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        LensUnlearnError: If `out` holds something and `overwrite` is not set, or holds what no run wrote.
-    """
-    target = Path(out)
-    check_folder(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(*artefacts.temporary_name(target), target.parent))
-    try:
-        yield work
-        os.chmod(work, 0o755)
-        put_in_place(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def check_folder(target: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder whose content would be lost, before any work is done.
-
-    Raises:
-        LensUnlearnError: As in `new_folder`.
-    """
-    if target.name in ("", ".."):
-        raise LensUnlearnError(f"{target} has no name of its own: give a new folder as --out")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise LensUnlearnError(f"{target} is not a folder: give another --out")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not (target / "run.json").is_file():
-        raise LensUnlearnError(f"{target} holds files that no run wrote: give an empty or new folder as --out")
-    if not overwrite:
-        raise LensUnlearnError(f"{target} holds another run: give another --out, or --overwrite to replace it")
-
-
-def put_in_place(work: Path, target: Path) -> None:
-    """Make a finished folder the target, in place of what may be there."""
-    artefacts.sweep(target)
-    if not target.exists():
-        os.replace(work, target)
-        return
-    suffix, prefix = artefacts.temporary_name(target)
-    old = target.with_name(f"{prefix}{os.urandom(4).hex()}{suffix}")
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 STATISTICS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +22,10 @@ from interventions_helpers import one, unchanged
 import lens_unlearn as lu
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
+from lens_unlearn.experiments.output import write_settings
+from lens_unlearn.model.host import versions
 
+DATA = Path(__file__).parents[1] / "data"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -32,6 +37,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.asked: list[str] = []
         self.refuse: int = 0
+        self.public: set[str] = set()
 
     @property
     def address(self) -> str:
@@ -62,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             options = json.loads(body)
             name = "/".join(filter(None, (options.get("organization"), options["name"])))
+            if name not in self.server.repos and options.get("visibility") != "private":
+                self.server.public.add(name)
             self.server.repos.setdefault(name, {})
             return self.answer({"url": f"{self.server.address}/{name}", "name": name})
         if self.path.startswith("/api/validate-yaml"):
@@ -90,8 +98,9 @@ class Handler(BaseHTTPRequestHandler):
             files = self.server.repos.get(found[1])
             if files is None:
                 return self.answer({"error": "no repository"}, 404, {"X-Error-Code": "RepoNotFound"})
+            about = {"id": found[1], "sha": COMMIT, "siblings": [], "private": found[1] not in self.server.public}
             listed = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()]
-            return self.answer(listed if found[2] == "tree" else {"id": found[1], "sha": COMMIT, "siblings": []})
+            return self.answer(listed if found[2] == "tree" else about)
         if found := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             data = self.server.repos.get(found[1], {}).get(found[3])
             if data is None:
@@ -159,9 +168,15 @@ def test_the_folder_of_a_run_is_pushed_with_what_was_measured(hub: Hub, tmp_path
     (run / "metrics.csv").write_text(
         "condition,corpus,metric,value,low,high,n\nbase,forget,top1,0.5,0.4,0.6,100\nbase,forget,kl,0,0,0,100\n"
     )
-    (run / "run.json").write_text("{}")
-    (run / "private.txt").write_text("mine")
+    own = ("selective-pruning.safetensors", "other.safetensors", "metrics.csv")
+    write_settings(run, {"versions": versions()}, own)
+    for other in ("private.txt", "mine.csv", "notes.json", "page.html"):
+        (run / other).write_text("mine")
+    one("gpt2", "zero").save(run / "not-of-the-run.safetensors", tiny.model("gpt2"))
+    (tmp_path / "secret.json").write_text("secret")
+    (run / "settings.json").symlink_to(tmp_path / "secret.json")
     lu.push_to_hub(run, "somebody/run", token="hf_x")
+    assert not hub.public, "private unless asked otherwise"
     files = hub.repos["somebody/run"]
     assert set(files) == {"selective-pruning.safetensors", "other.safetensors", "metrics.csv", "run.json", "README.md"}
     assert "| base | forget | top1 | 0.500 | 0.400 to 0.600 |" in files["README.md"].decode()
@@ -170,6 +185,77 @@ def test_the_folder_of_a_run_is_pushed_with_what_was_measured(hub: Hub, tmp_path
     lu.push_to_hub(run / "other.safetensors", "somebody/one", revision="trial", token="hf_x")
     assert set(hub.repos["somebody/one"]) == {"other.safetensors", "README.md"}
     assert "POST /api/models/somebody/one/commit/trial" in hub.asked
+
+
+def test_a_link_in_place_of_a_runs_file_is_never_followed(hub: Hub, tmp_path: Path) -> None:
+    run, secret = tmp_path / "run", tmp_path / "secret"
+    (run / "python").mkdir(parents=True)
+    secret.mkdir()
+    for name in ("a.csv", "edit.safetensors"):
+        (secret / name).write_text("secret")
+    one("gpt2", "zero").save(run / "edit.safetensors", tiny.model("gpt2"))
+    for listed, link, target in (
+        ("a.csv", run / "a.csv", secret / "a.csv"),
+        ("below/a.csv", run / "below", secret),
+        ("gone.csv", run / "gone.csv", secret / "gone.csv"),
+    ):
+        write_settings(run, {"versions": versions()}, ("edit.safetensors", listed))
+        link.symlink_to(target)
+        with pytest.raises(ArtefactError, match="is a link"):
+            lu.push_to_hub(run, "somebody/a", token="hf_x")
+        link.unlink()
+    for listed in ("../secret/a.csv", str(secret / "a.csv"), "a/../../secret/a.csv", "", 3):
+        content = {"versions": versions(), "files": ["edit.safetensors", listed]}
+        (run / "run.json").write_text(json.dumps(content))
+        with pytest.raises(ArtefactError, match="is not the folder of a run"):
+            lu.push_to_hub(run, "somebody/a", token="hf_x")
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ArtefactError, match="is a link"):
+        lu.push_to_hub(tmp_path / "link", "somebody/a", token="hf_x")
+    write_settings(run, {"versions": versions()}, ("edit.safetensors", "metrics.csv"))
+    with pytest.raises(ArtefactError, match=r"lacks metrics\.csv, which its run wrote"):
+        lu.push_to_hub(run, "somebody/a", token="hf_x")
+    assert hub.repos == {}
+
+
+def test_a_run_of_an_earlier_version_is_pushed_by_the_names_that_it_gave(hub: Hub, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(DATA / "finished-run", run)
+    (run / "mine.csv").write_text("mine")
+    (run / "notes.safetensors").write_bytes(b"mine")
+    lu.push_to_hub(run, "somebody/old", token="hf_x")
+    expected = {
+        "key-space-detection.safetensors",
+        "selective-pruning.safetensors",
+        "metrics.csv",
+        "run.json",
+        "README.md",
+    }
+    assert set(hub.repos["somebody/old"]) == expected
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/b", "..", "a" * 300, "a\x00b", "", "con", None])
+def test_a_name_never_leaves_its_folder(name: Any, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(LensUnlearnError, match="cannot name a file"):
+        lu.push_to_hub(one("gpt2", "zero"), "somebody/a", model=tiny.model("gpt2"), name=name, token="hf_x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["scratch"]
+    assert hub.repos == {}
+
+
+def test_what_is_public_is_written_to_only_if_asked(hub: Hub, tmp_path: Path) -> None:
+    edit, model = one("gpt2", "zero"), tiny.model("gpt2")
+    lu.push_to_hub(edit, "somebody/open", model=model, private=False, token="hf_x")
+    assert hub.public == {"somebody/open"}
+    before = dict(hub.repos["somebody/open"])
+    with pytest.raises(
+        ArtefactError, match=r"^somebody/open cannot be written on the hub: it is public: give --public"
+    ):
+        lu.push_to_hub(edit, "somebody/open", model=model, name="more", token="hf_x")
+    assert hub.repos["somebody/open"] == before
+    lu.push_to_hub(edit, "somebody/open", model=model, name="more", private=False, token="hf_x")
+    assert "more.safetensors" in hub.repos["somebody/open"]
 
 
 def test_a_file_of_the_hub_is_trusted_no_more_than_another(hub: Hub) -> None:
@@ -211,8 +297,15 @@ def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_from_the_command_line(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one("gpt2", "zero").save(tmp_path / "zero.safetensors", tiny.model("gpt2"))
+    assert call("push", tmp_path / "zero.safetensors", "somebody/cli", "--dry-run") == 0
+    assert capsys.readouterr().out == "to somebody/cli (private): zero.safetensors, README.md\n"
+    assert hub.repos == {}
     assert call("push", tmp_path / "zero.safetensors", "somebody/cli") == 0
-    assert COMMIT in capsys.readouterr().out
+    assert hub.public == set()
+    shown = capsys.readouterr().out
+    assert shown.index("zero.safetensors, README.md") < shown.index(COMMIT)
+    assert call("push", tmp_path / "zero.safetensors", "somebody/seen", "--public") == 0
+    assert hub.public == {"somebody/seen"}
     assert call("show", "hf:somebody/cli/zero.safetensors") == 0
     assert "Ablate(" in capsys.readouterr().out
     assert call("push", tmp_path / "none", "somebody/cli") == 2

@@ -148,7 +148,7 @@ def at_every_moment(action: Callable[[Path], Any], places: Any, folder: Path, st
 def assert_whole(folder: Path) -> None:
     """Every file under a folder can be read, but for the temporary ones of who was killed."""
     for path in folder.rglob("*"):
-        if path.is_dir() or (path.name.startswith(".") and path.name.endswith(".part")):
+        if path.is_dir() or (path.name.startswith(".") and path.name.endswith((".part", ".lock"))):
             continue
         if path.suffix in (".safetensors", ".partial"):
             artefacts.read(path)

@@ -14,7 +14,9 @@ import lens_unlearn
 
 @pytest.mark.parametrize("module", [*MODULES])
 def test_nothing_is_unpickled_or_evaluated(module: str) -> None:
-    if module == "evaluation.code_process":  # runs generated programs; a script of its own, which the package does not import
+    if (
+        module == "evaluation.code_process"
+    ):  # runs generated programs; a script of its own, which the package does not import
         return
     tree = MODULES[module]
     names = {name.split(".")[0] for name, _ in imports(tree)}
