@@ -65,7 +65,7 @@ def read(args: argparse.Namespace, model: Any, prompts: str) -> tuple[dict[str, 
 def natural(source: str, template: str) -> Iterable[dict[str, str]]:
     """Cut texts where a prompt ends by nature: at the question's end, the answer's mark, a sentence's or line's end."""
     opened = open_source(source)
-    for text, _ in opened.rows:
+    for text, *_ in opened.rows:
         if isinstance(text, tuple):
             prompt, rest = template.split("{answer}")[0].replace("{prompt}", text[0]).rstrip(), " " + text[1]
         else:

@@ -117,6 +117,13 @@ class Answer:
     """The prompt in the template: all text before the answer."""
     prompt: str = field(default="", compare=False, repr=False)
     """The prompt as it was read, without the template."""
+    accepted: tuple[str, ...] = ()
+    """Further answers that are right as well."""
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return (self.text, *self.accepted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +158,8 @@ class Corpus:
     """The end-of-text token that was put behind every answer, and counts; None where answers end with their text."""
     special: tuple[int, ...] = ()
     """The special tokens in it, which are no text: they do not count, but for `answer_eos`."""
+    budget: int | None = None
+    """The number of counted tokens after which reading stopped; None if the source was read to its end."""
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -172,6 +181,14 @@ class Corpus:
         """Number of rows; a document longer than the window has several."""
         return len(self.document)
 
+    def more(self, otherwise: str = "") -> str:
+        """Say what to do where there is too little of it, or `otherwise` to give: a budget of tokens is no limit of the source."""
+        if self.budget is None:
+            return "give a longer source" + (f", or {otherwise}" if otherwise else "")
+        return f"raise tokens, since reading stopped at {self.budget:,}" + (
+            f", or give {otherwise}" if otherwise else ""
+        )
+
     @property
     def fingerprint(self) -> str:
         """A digest of the tokens, the mask and the document boundaries: equal exactly for equal corpora."""
@@ -191,6 +208,9 @@ class Corpus:
         ]
         if comparisons:
             digest.update(repr(comparisons).encode())
+        accepted = [(place, answer.accepted) for place, answer in enumerate(self.answers) if answer and answer.accepted]
+        if accepted:
+            digest.update(f"accepted {accepted!r}".encode())
         if self.groups:
             digest.update(repr(self.groups).encode())
         return digest.hexdigest()[:16]
@@ -269,8 +289,10 @@ class Corpus:
         cut = replace(self, name=f"{self.name}, cut into prompts", counted=counted, **bare)
         long_enough = (lengths > ends) & (cut._counted_per_row() > 0)
         if not bool(long_enough.any()):
+            cut_short = self.budget is not None and self.budget <= (tokens or 1)
             raise CorpusError(
-                f"no row of {self.name} is longer than a prompt of {tokens or 1} tokens: give longer texts"
+                f"no row of {self.name} is longer than a prompt of {tokens or 1} tokens: "
+                f"{self.more() if cut_short else 'give longer texts'}"
             )
         return cut if bool(long_enough.all()) else cut._rows(long_enough)
 
@@ -447,6 +469,7 @@ class Corpus:
             groups=self.units + other.units if self.groups or other.groups else (),
             answer_eos=next(iter(ends), None),
             special=tuple(sorted({*self.special, *other.special})),
+            budget=max((corpus.budget for corpus in (self, other) if corpus.budget is not None), default=None),
             window=max(self.window, other.window),
             skipped={r: self.skipped.get(r, 0) + other.skipped.get(r, 0) for r in {**self.skipped, **other.skipped}},
         )
@@ -478,7 +501,7 @@ class Corpus:
             alike = " (near-identical questions are one)" if any(self.answers) and near_duplicates is not False else ""
             raise CorpusError(
                 f"{self.name} has {len(distinct)} distinct {'groups' if self.groups else 'documents'}{alike}, too few to "
-                f"split into {len(shares)} parts: give a longer source, or separate test sources"
+                f"split into {len(shares)} parts: {self.more('separate test sources')}"
             )
         random.Random(f"split {seed}").shuffle(distinct)
         by_unit = Counter[str]()

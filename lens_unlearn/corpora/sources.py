@@ -1,59 +1,31 @@
-"""Text sources: files, hub data sets, the demo's texts and iterables, opened as a stream of texts or of prompts with answers.
+"""Text sources: files, demo corpora, data sets of the hub and what is in memory become a stream of texts, pairs or token ids.
 
-Knows file formats, paths and the field names of data sets; knows nothing of tokens. Files are streamed through `datasets`,
-without a cache.
+Knows names of sources and the fields that are asked for; knows nothing of file formats, nor of tokens.
 """
 
 # How a source is written: PATH, hf:NAME/CONFIG:SPLIT or demo:NAME:SPLIT, then `:FIELD` or `:PROMPT>ANSWER`, then `@GROUP`; all but
 # the name of the source can be left out. Paths and names of fields can hold ":" and "@" themselves, so nothing is cut by its looks
-# alone: the path ends at the last file ending at which there is such a file, and what follows is read in the one way in which the
-# first row has all its fields.
+# alone: the path is the longest beginning at which there is a file, and what follows is read in the one way in which the first row
+# has all its fields.
 
-import difflib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from typing import Any
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.files import is_file, locate, looks_like_file, open_file
+from lens_unlearn.corpora.rows import FURTHER, IDS, Row, plain_row, read_rows
+from lens_unlearn.corpora.tables import Table, of_dataset, table_of
 
-__all__ = ["Opened", "Pair", "Row", "Source", "open_source"]
+__all__ = ["Opened", "Source", "open_source"]
 
-Source = str | os.PathLike[str] | Iterable[Any]
-"""A path or name as on the command line, a `datasets` object, or any iterable of strings or rows."""
+Source = str | os.PathLike[str] | Iterable[Any] | Any
+"""A path or name as on the command line, or several; a `datasets`, pandas or Arrow table; any iterable of strings or rows."""
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 DEFAULT_TEMPLATE = "{prompt} {answer}"
-_SEPARATOR = "<|endoftext|>"
-
-
-class Pair(NamedTuple):
-    """A prompt and its answer, from one row."""
-
-    prompt: str
-    answer: str
-    tests: tuple[str, ...] = ()
-    """Unit tests, if the answer is a program: statements that fail if it is wrong, from the field "test_list"."""
-    setup: str = ""
-    """Code that has to run before the tests, from "test_setup_code" or "test_imports"."""
-    perturbed: tuple[str, ...] = ()
-    """Wrong answers of the same form, from the field "perturbed_answer"."""
-    paraphrase: str = ""
-    """A paraphrase of the answer, from "paraphrased_answer"."""
-    paraphrased_prompt: str = ""
-    """A paraphrase of the prompt, from "paraphrased_question"."""
-
-
-class Row(NamedTuple):
-    """What is read of one row."""
-
-    text: str | Pair | None
-    """Its text, or its prompt with the answer; None if it has no text, or lacks a part."""
-    group: str | int | None = None
-    """The value of the field that names its group, or the number of its run of rows."""
+_PEEKED = 1000  # rows in which a field is looked for, where only rows say what fields there are
 
 
 @dataclass(frozen=True)
@@ -65,6 +37,8 @@ class Opened:
     is_pairs: bool
     template: str = DEFAULT_TEMPLATE
     """How prompts and answers are joined by default."""
+    group: str | int | None = None
+    """The field that names groups, or the number of rows in one."""
 
 
 def open_source(source: Source, field: str | None = None, group: str | int | None = None) -> Opened:
@@ -74,14 +48,56 @@ def open_source(source: Source, field: str | None = None, group: str | int | Non
         CorpusError: If it does not exist, cannot be read, or has no such field (the message lists those it has).
     """
     if isinstance(source, os.PathLike):
-        source = os.fspath(source)
+        source = os.fsdecode(source)
     if isinstance(source, str):
         return _open_name(source, field, group)
-    if isinstance(source, bytes | Mapping):
-        raise CorpusError(f"a {type(source).__name__} is not a text source: pass a path, or an iterable of strings")
-    if not isinstance(source, Iterable):
-        raise CorpusError(f"a {type(source).__name__} is not a text source: pass a path, or an iterable of strings")
-    return _fields(type(source).__name__, source, field, group)
+    if isinstance(source, list | tuple) and (several := _paths(source)):
+        opened = [_open_name(path, field, group) for path in several]
+        return _joined(opened[0].name if len(opened) == 1 else f"{opened[0].name} and {len(opened) - 1} more", opened)
+    return _fields(table_of(source), field, group)
+
+
+def _paths(source: Sequence[Any]) -> list[str]:
+    """Return the sources that a list holds; none if it holds texts or rows."""
+    if any(isinstance(item, os.PathLike) for item in source):
+        strange = next((item for item in source if not isinstance(item, str | os.PathLike)), None)
+        if strange is not None:
+            raise CorpusError(f"a list of paths holds a {type(strange).__name__}: give paths alone")
+        return [os.fsdecode(item) for item in source]
+    if not all(isinstance(item, str) for item in source):
+        return []
+    named = [text for text in source if _looks_like_source(text)]
+    if len(named) == len(source):
+        return named
+    if (path := next(filter(is_file, named), None)) is not None:
+        other = next(text for text in source if not _looks_like_source(text))
+        raise CorpusError(
+            f"of a list of strings, {path!r} is a file, and {other[:40]!r} is not: give paths alone, or texts as rows, "
+            '[{"text": ...}]'
+        )
+    return []
+
+
+def _looks_like_source(text: str) -> bool:
+    return looks_like_file(text) or (text.startswith(("hf:", "demo:")) and not any(map(str.isspace, text)))
+
+
+def _joined(name: str, parts: Iterable[Opened]) -> Opened:
+    """Read one opened source after another; a run of rows does not go on in the next one."""
+    rest = iter(parts)
+    first = next(rest)
+
+    def rows() -> Iterator[Row]:
+        for number, part in enumerate(chain([first], rest)):
+            if (part.is_pairs, part.template) != (first.is_pairs, first.template):
+                raise CorpusError(
+                    f"{first.name} and {part.name} are not of one kind, questions with answers in one template, or texts: "
+                    "read them apart, and add the corpora"
+                )
+            for row in part.rows:
+                yield row._replace(group=(number, row.group[1])) if isinstance(row.group, tuple) else row
+
+    return replace(first, name=name, rows=rows())
 
 
 def _open_name(source: str, field: str | None, group: str | int | None) -> Opened:
@@ -89,84 +105,50 @@ def _open_name(source: str, field: str | None, group: str | int | None) -> Opene
         return _open_demo(source, field, group)
     if source.startswith("hf:"):
         return _open_hub(source, field, group)
-    path, written = _split_path(source)
-    path = os.path.expanduser(path)
-    if not os.path.exists(path):
-        folder = os.path.dirname(path) or "."
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), names, n=1)
-        hint = (
-            f": did you mean {near[0]}?"
-            if near
-            else f": {'that folder has no such file' if names else 'no such folder'}"
-        )
-        raise CorpusError(f"there is no file {path}{hint}")
-    suffix = Path(path).suffix.lower()
-    if suffix not in _BUILDERS or os.path.isdir(path):
-        raise CorpusError(f"{path} is not a file that can be read: give one of {', '.join(_BUILDERS)}")
-    if os.path.getsize(path) == 0:
-        raise CorpusError(f"{path} is empty")
-    rows = _documents(path) if suffix == ".txt" else _load(path, _BUILDERS[suffix])
-    return _fields(os.path.basename(path), rows, field, group, written)
-
-
-def _split_path(source: str) -> tuple[str, str]:
-    """Split ``path:field@group`` after the path, which can hold ":" and "@" itself: the longest that is a file."""
-    ends = re.finditer(r"\.(?:jsonl|json|csv|parquet|txt)(?=[:@]|$)", source, re.IGNORECASE)
-    cuts = [(source[: end.end()], source[end.end() :].removeprefix(":")) for end in ends][::-1]
-    if os.path.exists(source) or not cuts:
-        return source, ""
-    return next((cut for cut in cuts if os.path.isfile(os.path.expanduser(cut[0]))), cuts[0])
+    found = locate(source)
+    # Files without any content are no reason to leave a folder unread.
+    paths = [path for path in found.paths if os.path.getsize(path)] or found.paths
+    return _joined(found.name, (_fields(open_file(path), field, group, found.written) for path in paths))
 
 
 def _split_group(name: str) -> tuple[str, str]:
     """Split the name of a data set or of its split before ``@group``."""
     head, at, group = name.rpartition("@")
-    return (head, at + group) if at and not os.path.exists(name) else (name, "")
-
-
-def _load(path: str, builder: str) -> Iterable[Any]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(builder, data_files=path, split="train", streaming=True)
-    except Exception as error:
-        raise CorpusError(f"{path} cannot be read as {builder}: {_first_line(error)}") from error
-
-
-def _documents(path: str) -> Iterator[dict[str, str]]:
-    """Split a text file at ``<|endoftext|>`` if it contains that, else at blank lines."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    parts = text.split(_SEPARATOR) if _SEPARATOR in text else re.split(r"\n\s*\n", text)
-    return ({"text": part.strip()} for part in parts if part.strip())
+    return (head, at + group) if at else (name, "")
 
 
 def _open_hub(source: str, field: str | None, group: str | int | None) -> Opened:
     """Open ``hf:name/config:split:field@group``; the name can have an owner, and all but the name is optional."""
     import datasets
 
-    where, split, written = (source[3:].split(":") + ["", ""])[:3]
+    where, split, written = ([*source[3:].split(":", 2), "", ""])[:3]
     if not split:
         where, written = _split_group(where)
     elif not written:
         split, written = _split_group(split)
     name, config = where, None
-    if where.count("/") == 2 or (where.count("/") == 1 and not os.path.exists(where)):
+    if where.count("/") in (1, 2):
         name, _, config = where.rpartition("/")
     attempts = [(name, config), (where, None)] if config else [(where, None)]
     failure: Exception | None = None
     for repository, configuration in attempts:
         try:
-            rows = datasets.load_dataset(repository, configuration, split=split or "train", streaming=True)
-            return _fields(source, rows, field, group, written)
+            rows = datasets.load_dataset(_on_hub(repository), configuration, split=split or "train", streaming=True)
+            return _fields(of_dataset(source, rows), field, group, written)
         except CorpusError:
             raise
         except Exception as error:
             failure = failure or error
     raise CorpusError(f"{source} cannot be loaded from the hub: {_first_line(failure)}") from failure
+
+
+def _on_hub(repository: str) -> str:
+    """Return a name that `datasets` takes for one on the hub, also where a folder or a file format has the same name."""
+    from datasets import packaged_modules
+
+    if not repository or repository in packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise CorpusError(f"hf:{repository} is no data set on the hub: give its name, as hf:OWNER/NAME, or a path")
+    return f"hf://datasets/{repository}" if os.path.exists(repository) else repository
 
 
 def _open_demo(source: str, field: str | None, group: str | int | None) -> Opened:
@@ -183,49 +165,101 @@ def _open_demo(source: str, field: str | None, group: str | int | None) -> Opene
     except ValueError as error:
         raise CorpusError(f"{source}: {error}") from error
     facts = name.startswith("facts")
-    opened = _fields(source, rows, field or ("question>answer" if facts else None), group, written)
+    opened = _fields(
+        Table(source, lambda _: iter(rows)), field or ("question>answer" if facts else None), group, written
+    )
     # The format in which the demo model was trained.
     return replace(opened, template="Q: {prompt}\nA: {answer}" if facts else "{prompt}{answer}")
 
 
-def _fields(
-    name: str, rows: Iterable[Any], field: str | None, group: str | int | None = None, written: str = ""
-) -> Opened:
-    """Check the fields in the first row, then stream texts, or prompts with answers for ``question>answer``.
+def _fields(table: Table, field: str | None, group: str | int | None = None, written: str = "") -> Opened:
+    """Check the fields, then stream texts, or prompts with answers for ``question>answer``.
 
     What is `written` after the name of a source, ``field@group``, goes before the arguments.
     """
-    stream = iter(rows)
-    try:
-        first = next(stream)
-    except StopIteration:
-        raise CorpusError(f"{name} is empty") from None
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{name} is not UTF-8 text: convert it first") from error
-    except Exception as error:
-        raise CorpusError(f"{name} cannot be read: {_first_line(error)}") from error
-    all_rows = chain([first], _guard(name, stream))
-    if written and isinstance(first, Mapping):
-        field, group = _as_written(name, first, written, field or "text", group)
-    if isinstance(group, int) and group < 1:
-        raise CorpusError(f"{name}: {group} rows make no group: at least 1, or give the field that names the groups")
-    if not isinstance(first, Mapping):
-        if field is not None:
-            raise CorpusError(f"{name} holds plain strings, which have no field {field!r}")
-        if isinstance(group, str):
-            raise CorpusError(
-                f"{name} holds plain strings, which have no field {group!r} to group by: give rows, or a number of them"
-            )
-        return Opened(name, (Row(_text(row), _run(group, i)) for i, row in enumerate(all_rows)), is_pairs=False)
-    names = _names(field or "text")
-    if len(names) > 2:
+    name = table.name
+    if table.columns is None:
+        return _fields_of_rows(name, _guard(name, table.rows(())), field, group, written)
+    fields, group = _asked(name, table.columns, field, group, written)
+    named: dict[str, None] = dict.fromkeys([*fields, *([group] if isinstance(group, str) else []), *FURTHER])
+    stream = _guard(name, table.rows([one for one in named if one in table.columns]))
+    if not (seen := [*islice(stream, 1)]):
+        raise CorpusError(f"{name} is empty")
+    return Opened(name, read_rows(name, chain(seen, stream), fields, group), is_pairs=len(fields) == 2, group=group)
+
+
+def _fields_of_rows(
+    name: str, stream: Iterator[Any], field: str | None, group: str | int | None, written: str
+) -> Opened:
+    """Do so where only the rows say which fields there are: the first ones may lack some, or be no rows at all."""
+    seen: list[Any] = []
+
+    def more() -> bool:
+        """See one row more, if there is one, and not too many were seen."""
+        before = len(seen)
+        seen.extend(islice(stream, 1 if before < _PEEKED else 0))
+        return len(seen) > before
+
+    if not more():
+        raise CorpusError(f"{name} is empty")
+    while not isinstance(seen[-1], str | Mapping) and more():
+        pass
+    if not isinstance(seen[-1], Mapping):
+        run = _run_of_strings(name, field, group, written)
+        return Opened(
+            name, (plain_row(row, run, i) for i, row in enumerate(chain(seen, stream))), is_pairs=False, group=run
+        )
+    keys = dict.fromkeys(seen[-1])
+    while True:
+        try:
+            fields, group = _asked(name, tuple(keys), field, group, written)
+            break
+        except CorpusError:
+            if not more():
+                raise
+            keys |= dict.fromkeys(seen[-1]) if isinstance(seen[-1], Mapping) else {}
+    return Opened(name, read_rows(name, chain(seen, stream), fields, group), is_pairs=len(fields) == 2, group=group)
+
+
+def _run_of_strings(name: str, field: str | None, group: str | int | None, written: str) -> int | None:
+    """Return how many plain strings are a group; they have no fields that could be asked for."""
+    before, at, after = written.rpartition("@")
+    if at and after.isdecimal():
+        written, group = before, int(after)
+    if field or written:
+        raise CorpusError(f"{name} holds plain strings, which have no field {written or field!r}")
+    if isinstance(group, str):
+        raise CorpusError(
+            f"{name} holds plain strings, which have no field {group!r} to group by: give rows, or a number of them"
+        )
+    return _checked_run(name, group)
+
+
+def _checked_run(name: str, length: int | None) -> int | None:
+    if length is not None and length < 1:
+        raise CorpusError(f"{name}: {length} rows make no group: at least 1, or give the field that names the groups")
+    return length
+
+
+def _asked(
+    name: str, known: Sequence[str], field: str | None, group: str | int | None, written: str
+) -> tuple[list[str], str | int | None]:
+    """Return the fields and the group that were asked for, all of which there are."""
+    usual = IDS if IDS in known and "text" not in known else "text"
+    if written:
+        field, group = _as_written(name, known, written, field or usual, group)
+    fields = _names(field or usual)
+    if len(fields) > 2:
         raise CorpusError(f"{field!r} names more than a prompt and an answer: write 'question>answer'")
-    for wanted in names:
-        if wanted not in first:
-            raise CorpusError(f"{name} has no field {wanted!r}: its fields are {', '.join(map(str, first))}")
-    if isinstance(group, str) and group not in first:
-        raise CorpusError(f"{name} has no field {group!r} to group by: its fields are {', '.join(map(str, first))}")
-    return Opened(name, _rows(name, all_rows, names, group), is_pairs=len(names) == 2)
+    for wanted, purpose in [
+        *((one, "") for one in fields),
+        *([(group, " to group by")] if isinstance(group, str) else []),
+    ]:
+        if wanted not in known:
+            raise CorpusError(f"{name} has no field {wanted!r}{purpose}: its fields are {', '.join(map(str, known))}")
+        if list(known).count(wanted) > 1:
+            raise CorpusError(f"{name} has several columns {wanted!r}: rename those that are not to be read")
+    return fields, group if isinstance(group, str) else _checked_run(name, group)
 
 
 def _names(field: str) -> list[str]:
@@ -233,7 +267,7 @@ def _names(field: str) -> list[str]:
 
 
 def _as_written(
-    name: str, first: Mapping[str, Any], written: str, field: str, group: str | int | None
+    name: str, known: Sequence[str], written: str, field: str, group: str | int | None
 ) -> tuple[str, str | int | None]:
     """Return the field and the group of ``field@group``: of all places where it can be cut, the one at which the fields exist."""
     cuts: list[tuple[str, str | int | None]] = [(written, group)]
@@ -244,7 +278,7 @@ def _as_written(
     fits = [
         (fields, found)
         for fields, found in cuts
-        if all(part in first for part in _names(fields)) and (not isinstance(found, str) or found in first)
+        if all(part in known for part in _names(fields)) and (not isinstance(found, str) or found in known)
     ]
     if len(fits) > 1:
         ways = " or ".join(f"field={fields!r}, group={found!r}" for fields, found in fits)
@@ -253,69 +287,20 @@ def _as_written(
     return fits[0] if fits else cuts[-1]
 
 
-def _rows(name: str, rows: Iterable[Any], names: list[str], group: str | int | None) -> Iterator[Row]:
-    for i, row in enumerate(rows):
-        parts = [_text(row.get(wanted)) for wanted in names] if isinstance(row, Mapping) else []
-        match [part for part in parts if part is not None]:
-            case [text] if len(names) == 1:
-                pass
-            case [prompt, answer]:
-                text = Pair(prompt, answer, *_tests(row), *_comparisons(row))
-            case _:
-                yield Row(None)
-                continue
-        yield Row(text, _value(name, row, group, i) if isinstance(group, str) else _run(group, i))
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _run(length: int | None, i: int) -> int | None:
-    """Return which run of so many rows the row of an index is in, counted over all rows, those without text as well."""
-    return None if length is None else i // length
-
-
-def _value(name: str, row: Mapping[str, Any], group: str, i: int) -> str:
-    """Return the value of the field that names a row's group: without one, it could be anybody's, on either side of a split."""
-    value = row.get(group)
-    if not isinstance(value, str | int | float) or value != value or not str(value).strip():
-        raise CorpusError(
-            f"row {i + 1:,} of {name} has {value!r} for {group!r}, which names no group: "
-            "name one there, or leave the row out"
-        )
-    return str(value).strip()
-
-
-def _tests(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-    """Return a row's unit tests and their setup code, from the fields of MBPP; empty if it has none."""
-    tests, imports = row.get("test_list"), row.get("test_imports")
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        return (), ""
-    setup = [row.get("test_setup_code"), *(imports if isinstance(imports, list) else [])]
-    return tuple(tests), "\n".join(part for part in setup if isinstance(part, str) and part)
-
-
-def _comparisons(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
-    """Return a row's wrong answers, and the paraphrases of answer and prompt, from the fields of TOFU; empty if it has none."""
-    wrong = row.get("perturbed_answer")
-    wrong = wrong if isinstance(wrong, list) else [wrong]
-    paraphrases = (row.get(f"paraphrased_{part}") for part in ("answer", "question"))
-    answer, prompt = (text if isinstance(text, str) and text.strip() else "" for text in paraphrases)
-    return tuple(text for text in wrong if isinstance(text, str) and text.strip()), answer, prompt
-
-
 def _guard(name: str, rows: Iterator[Any]) -> Iterator[Any]:
     """Pass rows on; raise a `CorpusError` that names the row if one cannot be read."""
-    number = 1
+    number = 0
     while True:
         number += 1
         try:
             row = next(rows)
         except StopIteration:
             return
+        except CorpusError:
+            raise
         except Exception as error:
-            raise CorpusError(f"row {number:,} or later of {name} cannot be read: {_first_line(error)}") from error
+            which = f"row {number:,} or later of {name}" if number > 1 else name
+            raise CorpusError(f"{which} cannot be read: {_first_line(error)}") from error
         yield row
 
 

@@ -73,7 +73,8 @@ def evaluate(
       9 / (vocabulary - 1) to top-10. Where a corpus has no prompts, a row is judged at its last token, and nothing else changes.
 
     With `answers`, questions of the corpora that were read as "question>answer" are also answered, greedily, and compared
-    with the true answers; where an answer ends and how it is compared is said in `lens_unlearn.evaluation.answer_matching`:
+    with the true answers; where an answer ends and how it is compared is said in `lens_unlearn.evaluation.answer_matching`. Where a
+    row lists several right answers, each of these scores counts the one that it is highest for; everything else is about the first:
 
     - `exact_match`: share of answers that are the true one, both normalized.
     - `numeric_match`: share that end with the true answer's number; where the true answers end in numbers.

@@ -48,11 +48,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("kl", "divergence from the unedited model (nats per token)", "tokens", lambda t: t["kl"], quantities=("kl",), **_NATS),
     Metric("abstained", "share of rows abstained from", "rows", lambda r: r["abstained"], higher_is_better=False),
     Metric(
-        "exact_match", "share of exactly matching answers", "answers", lambda a: exact_match(a.text, a.truth.text),
+        "exact_match", "share of exactly matching answers", "answers",
+        lambda a: any(exact_match(a.text, right) for right in a.truth.right),
         headline=3, brief=True,
     ),
     Metric(
-        "numeric_match", "share of answers with the right number", "answers", lambda a: numeric_match(a.text, a.truth.text),
+        "numeric_match", "share of answers with the right number", "answers",
+        lambda a: any(numeric_match(a.text, right) for right in a.truth.right),
         applies=lambda asked: asked.numbers, brief=True,
     ),
     Metric("rouge_l", "ROUGE-L of the answers (recall)", "answers", lambda a: a.rouge[0], headline=2, brief=True),

@@ -52,8 +52,9 @@ class Answered:
 
     @cached_property
     def rouge(self) -> tuple[float, float]:
-        """ROUGE-L: recall and F-measure."""
-        return rouge_l(self.text, self.truth.text)
+        """ROUGE-L: recall and F-measure, each beside the answer that is right and closest."""
+        recalls, measures = zip(*(rouge_l(self.text, right) for right in self.truth.right), strict=True)
+        return max(recalls), max(measures)
 
     @cached_property
     def passes(self) -> bool:
@@ -143,7 +144,7 @@ class QuestionAnswering:
         stop = line_breaks(model) if ending.line else []
         bos = int(corpus.prepend_bos)
         samples: list[dict[str, Any]] = [
-            {"corpus": name, "prompt": model.tokenizer.decode(prompt[bos:]), "true answer": truth.text}
+            {"corpus": name, "prompt": model.tokenizer.decode(prompt[bos:]), "true answer": " / ".join(truth.right)}
             for prompt, truth in zip(prompts[:SAMPLES], truths)
         ]
         values: dict[str, list[np.ndarray]] = {}

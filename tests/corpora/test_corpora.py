@@ -137,7 +137,7 @@ def test_a_generator_is_read_no_further_than_the_budget_needs(model: Any) -> Non
     assert len(read) <= 1000
 
 
-@pytest.mark.parametrize("source", [b"bytes", {"text": "a"}, 3, None, 1.5])
+@pytest.mark.parametrize("source", [b"bytes", {"text": "a"}, {}, {"text": {"a": 1}}, {"text": 1}, 3, None, 1.5])
 def test_what_is_no_source_is_refused(model: Any, source: Any) -> None:
     with pytest.raises(CorpusError, match="is not a text source: pass a path, or an iterable of strings"):
         read_corpus(source, model)
@@ -198,7 +198,7 @@ def test_an_unknown_demo_lists_those_there_are(model: Any) -> None:
 
 
 def test_rows_without_text_are_counted_and_said(model: Any) -> None:
-    texts = ["good text", None, "", "   \n", 7, "more text", ["list"]]
+    texts = ["good text", None, "", "   \n", {7}, "more text", ["list"]]
     for source in (
         texts,
         [{"text": t} for t in texts],

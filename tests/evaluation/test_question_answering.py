@@ -285,6 +285,26 @@ def test_numbers_count_where_the_true_answers_end_in_them(model: Any, monkeypatc
     assert "numeric_match" not in ask(model, words, {}).metrics
 
 
+def test_every_answer_that_a_row_lists_counts_as_right(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"q": "one", "a": ["Paris", "the city of light"]},
+        {"q": "two", "a": {"text": ["Rome"], "answer_start": [0]}},
+        {"q": "ten", "a": [10, "ten"]},
+        {"q": "six", "a": 6},
+    ]
+    corpus = read_corpus(rows, model, field="q>a")
+    writes(monkeypatch, {"one": " City of light!\n", "two": " Roma\n", "ten": " Ten.\n", "six": " 6\n"}, model)
+    report = ask(model, corpus, {})
+    assert report["base", "c", "exact_match"].value == 3 / 4
+    assert report["base", "c", "rouge_l"].value == pytest.approx((3 / 4 + 1 + 1) / 4)
+    assert report.samples[0]["true answer"] == "Paris / the city of light"
+    first = read_corpus([{**rows[0], "a": "Paris"}, *rows[1:]], model, field="q>a")
+    assert ask(model, first, {})["base", "c", "exact_match"].value == 2 / 4
+    numbers = read_corpus([{"q": "six", "a": ["7", "6"]}, {"q": "ten", "a": 10}], model, field="q>a")
+    writes(monkeypatch, {"six": " it is 6\n", "ten": " 11\n"}, model)
+    assert ask(model, numbers, {})["base", "c", "numeric_match"].value == 1 / 2
+
+
 def test_a_line_break_before_the_answer_does_not_end_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = read_corpus([{"q": "one", "a": "Paris"}, {"q": "two", "a": "Rome"}], model, field="q>a")
     calls = writes(monkeypatch, {"one": "\n Paris\nand so on", "two": " Rome\nof course"}, model)
