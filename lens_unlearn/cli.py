@@ -63,6 +63,13 @@ AnswerEos = Annotated[
     bool,
     typer.Option("--answer-eos", help="Put the end-of-text token behind every answer, and count it, as TOFU does."),
 ]
+PrependBos = Annotated[
+    bool | None,
+    typer.Option(
+        "--prepend-bos/--no-prepend-bos",
+        help="Begin texts with BOS, or not. [default: where the tokenizer adds it, or it is the end-of-text token as well]",
+    ),
+]
 
 
 class MethodsCommand(TyperCommand):
@@ -124,6 +131,7 @@ def run(
     ] = False,
     template: Template = None,
     answer_eos: AnswerEos = False,
+    prepend_bos: PrependBos = None,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
@@ -171,6 +179,7 @@ def run(
         test_retain=tuple(test_retain),
         template=template and _newlines(template),
         answer_eos=answer_eos,
+        prepend_bos=prepend_bos,
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
@@ -221,6 +230,7 @@ def compare(
     ] = False,
     template: Template = None,
     answer_eos: AnswerEos = False,
+    prepend_bos: PrependBos = None,
     tokens: Tokens = 20_000,
     window: Window = None,
     retain_drop: Annotated[
@@ -257,6 +267,7 @@ def compare(
         settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
         template=template and _newlines(template),
         answer_eos=answer_eos,
+        prepend_bos=prepend_bos,
         tokens=tokens,
         window=window,
         retain_drop=retain_drop,
@@ -288,6 +299,7 @@ def collect(
     window: Window = None,
     template: Template = None,
     answer_eos: AnswerEos = False,
+    prepend_bos: PrependBos = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -320,6 +332,7 @@ def collect(
             "window": window,
             "template": template and _newlines(template),
             "answer_eos": answer_eos,
+            "prepend_bos": prepend_bos,
         }
         texts = lu.read_corpus(corpus, loaded, **reading)
         wanted = [site.strip() for site in sites.split(",") if site.strip()]
@@ -351,6 +364,7 @@ def evaluate(
     window: Window = None,
     template: Template = None,
     answer_eos: AnswerEos = False,
+    prepend_bos: PrependBos = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -398,6 +412,7 @@ def evaluate(
             "window": window,
             "template": template and _newlines(template),
             "answer_eos": answer_eos,
+            "prepend_bos": prepend_bos,
         }
         texts = {name: lu.read_corpus(source, loaded, **reading) for name, source in sources.items()}
         quantities: dict[str, Any] = {
@@ -430,6 +445,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation in tokens.")] = 60,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    prepend_bos: PrependBos = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
 ) -> None:
@@ -440,7 +456,8 @@ def generate(
     check_numbers(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
     edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling["prepend_bos"] = prepend_bos
     prompts = [_newlines(text) for text in prompt]
     for text, answer in zip(prompts, lu.generate(loaded, prompts, intervention=edit, **sampling), strict=True):
         typer.echo(text + answer)

@@ -8,22 +8,37 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import groupby
 from typing import Any
+
+import regex
 
 from lens_unlearn.corpora.corpus import Answer
 
 __all__ = ["Ending", "ends_in_number", "exact_match", "last_number", "normalize", "numeric_match", "program", "rouge_l"]
 
 NORMALIZATION = (
-    "Unicode NFKC and casefolded; without punctuation, but for the sign, the point and the stroke of numbers; without the "
-    "articles a, an and the; runs of white space as one space"
+    "Unicode NFKC and casefolded; without punctuation, but for signs that distinguish (C++, x < y, -5, 3.5, 10:30); without the "
+    "articles a, an and the; runs of white space as one space, and none around signs or in scripts without spaces"
 )
 FEW = 0.01
 """The share of true answers that may be of another form than the corpus."""
 
 _MINUS = str.maketrans({"\N{MINUS SIGN}": "-"})
-_OF_NUMBERS = re.compile(r"(?<!\w)-(?=[$€£]?\.?\d)|(?<=\d)[./](?=\d)|(?<![\w.])\.(?=\d)")
+_DASHES = re.compile(r"(?<=\d)\s*[-\u2010-\u2015]\s*(?=\d)")
+_GROUPED = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=[^\s*_])(.+?)(?<=[^\s*_])\1(?!\w)")
+_DISTINGUISHES = re.compile(
+    r"[+#<=>^|~\\]|!(?==)|-(?=>)"  # C++, C#, x < y, a != b, a -> b
+    r"|(?<!\w)-(?=[$€£]?[\w.])|(?<=\d)[-./:](?=\d)|(?<![\w.])\.(?=\d)"  # -5, -x, 1914-1918, 3.5, 3/4, 10:30, .5
+    r"|(?<=\w)[*_](?=\w)|(?<=\w)-(?!\S)"  # 2*3, foo_bar, B-; not well-known
+)
+_SIGNS = re.compile(r"\s*(->|!=|[+<=>^|~*\\])\s*")
+_NO_SPACES = "".join(
+    rf"\p{{scx={script}}}" for script in ("Han", "Hira", "Kana", "Bopo", "Thai", "Lao", "Khmr", "Mymr")
+)
+"""Scripts whose words have no spaces between them."""
+_BETWEEN = regex.compile(rf"(?<=[{_NO_SPACES}])\s+(?=[{_NO_SPACES}])")
+_WORD = regex.compile(rf"[{_NO_SPACES}&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_NO_SPACES}]]+", regex.V1)
 _NUMBER = re.compile(
     r"((?<![\w.)\]])-[$€£]?)?"
     r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
@@ -41,19 +56,27 @@ def normalize(text: str) -> str:
     (Unicode categories P*, and the ASCII signs ``$+<=>^`|~``), then the words a, an and the, then each run of white space
     becomes one space and none stands at the ends.
 
-    Differs from SQuAD's, which takes "-1.5" for "15": the sign before a number, and a point or stroke within it, stay. An
-    answer that is nothing but an article (the choice "A") or punctuation stays as it is.
+    Differs from SQuAD's, which takes "-1.5" for "15" and "C++" for "C": signs stay that distinguish, which are
+    ``+ # < = > ^ | ~ \\ != ->``, the sign before a number or variable, a point, stroke, colon or dash between digits, ``*`` and
+    ``_`` within a word, and a minus at its end. Units (``$``, ``%``) do not. Markdown's emphasis is taken off. Spaces do not
+    count around signs, nor in scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese). An answer
+    that is nothing but an article (the choice "A") or punctuation stays as it is.
 
     >>> normalize("The answer:  \u201cJane Austen\u201d!")
     'answer jane austen'
-    >>> normalize("-1,250.5"), normalize("A"), normalize("+")
-    ('-1250.5', 'a', '+')
+    >>> normalize("-1,250.5"), normalize("A"), normalize("+"), normalize("**C++**, the language")
+    ('-1250.5', 'a', '+', 'c++language')
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_MINUS)
-    numeric = {match.start() for match in _OF_NUMBERS.finditer(text)}
-    bare = "".join(c for i, c in enumerate(text) if i in numeric or not _is_punctuation(c))
+    text = _EMPHASIS.sub(r"\2", _GROUPED.sub(lambda match: match[0].replace(",", ""), text))
+    text = re.sub(r"(?<=\d),(?=\d)", " ", _DASHES.sub("-", text))  # 1,2 are two numbers
+    kept = {i for match in _DISTINGUISHES.finditer(text) for i in range(*match.span())}
+    bare = "".join(c for i, c in enumerate(text) if i in kept or not _is_punctuation(c))
     words = (bare if bare.strip() else text).split()
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+    beside = {place + by for place, word in enumerate(words) if _SIGNS.fullmatch(word) for by in (-1, 1)}  # of a = b
+    named = [word for place, word in enumerate(words) if word not in ("a", "an", "the") or place in beside]
+    joined = " ".join(named or words)
+    return _BETWEEN.sub("", _SIGNS.sub(r"\1", joined)) or joined
 
 
 def _is_punctuation(character: str) -> bool:
@@ -131,6 +154,9 @@ def rouge_l(text: str, truth: str) -> tuple[float, float]:
     recall l / n, which is what TOFU reports, precision l / m, F-measure their harmonic mean. Both are 0 where there is no
     common word. Words are runs of letters, marks and digits, in lower case; those in ASCII are stemmed.
 
+    In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character, with its marks, is a
+    word.
+
     Differs from the library's own tokenizer, and so from TOFU's figures, in words that are not ASCII: those it cuts at
     such letters, and answers in other scripts have no words at all.
 
@@ -152,9 +178,7 @@ def _scorer() -> Any:
 
     class Words(tokenizers.Tokenizer):
         def tokenize(self, text: str) -> list[str]:
-            normalized = unicodedata.normalize("NFKC", text).lower()
-            runs = groupby(normalized, key=lambda character: unicodedata.category(character)[0] in "LMN")
-            words = ["".join(run) for inside, run in runs if inside]
+            words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
             return [part for word in words for part in (ascii_only.tokenize(word) if word.isascii() else [word])]
 
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
@@ -208,6 +232,14 @@ class Ending:
         if marker and (following := re.search(rf"^[^\S\n]*{re.escape(marker)}", text, re.MULTILINE)):
             text = text[: following.start()].rstrip()
         return text.split("\n")[0].rstrip() if self.line else text
+
+    def is_open(self, text: str, marker: str = "") -> bool:
+        r"""Say whether a generated text goes on to its end: whether the answer in it could have been longer.
+
+        >>> Ending(line=True).is_open("Paris.\nQ:"), Ending(line=True).is_open("Paris is")
+        (False, True)
+        """
+        return self.cut(text, marker) == text.replace("\r\n", "\n").strip()
 
     def __str__(self) -> str:
         """Say it in words."""

@@ -27,7 +27,7 @@ from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, in_order, needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
-from lens_unlearn.evaluation.teacher_forcing import Forced, outcomes, predict
+from lens_unlearn.evaluation.teacher_forcing import Forced, outcomes, predict, require_finite
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
@@ -80,6 +80,7 @@ def evaluate(
     - `numeric_match`: share that end with the true answer's number; where the true answers end in numbers.
     - `rouge_l`, `rouge_l_f`: mean ROUGE-L, recall (as TOFU reports it) and F-measure.
     - `unit_tests`: share that pass their unit tests; where rows have some, and with `allow_code_execution` only.
+    - `truncated`: share cut at `max_new_tokens`, or where the context was full.
     - `refused`: share refused; where any intervention can abstain. A refused answer scores 0 in all others.
 
     With `memorization`, the true answers to questions are looked for under teacher forcing: each token is predicted from the prompt
@@ -128,6 +129,8 @@ def evaluate(
         CorpusError: If a corpus fits another model, or has no token that anything predicts; if answers or memorization are
             wanted and no corpus has any true answers.
         ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
+        ActivationError: If the unedited model's logits are NaN or infinite; names the layer. Where those of an edit are, what it
+            measures is NaN.
         LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention; if `base` is a report of
             another model or corpus, or with other resamples.
     """
@@ -337,6 +340,8 @@ def _run(
     rare = (~common[batch.tokens[:, 1:][where]]).numpy().astype(np.float64)
     with torch.no_grad():
         reference = predict(model, batch) if BASE in runs else None
+        if reference is not None:
+            require_finite(model, batch, reference)
         tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}
         for name, run in runs.items():
             for intervention in run:

@@ -64,6 +64,9 @@ METRICS: tuple[Metric, ...] = (
         over=lambda a: bool(a.truth.tests), applies=lambda asked: asked.tests, brief=True,
     ),
     Metric(
+        "truncated", "share of answers cut at the limit of tokens", "answers", lambda a: a.cut, higher_is_better=False,
+    ),
+    Metric(
         "refused", "share of generated answers refused", "answers", lambda a: a.abstained,
         applies=lambda asked: asked.abstains, higher_is_better=False,
     ),

@@ -27,7 +27,7 @@ from lens_unlearn.evaluation.answer_matching import (
 )
 from lens_unlearn.evaluation.bootstrap import Scores
 from lens_unlearn.evaluation.code_tests import check_runner, isolation, passes_tests
-from lens_unlearn.evaluation.generation import Written, continue_rows
+from lens_unlearn.evaluation.generation import Written, continue_rows, require_unbroken
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.host import Model
@@ -48,6 +48,8 @@ class Answered:
     truth: Answer
     abstained: bool = False
     """Whether it was refused."""
+    cut: bool = False
+    """Whether it goes on where no more tokens were allowed."""
     allow_code_execution: bool = False
 
     @cached_property
@@ -142,7 +144,7 @@ class QuestionAnswering:
         ending, metrics = Ending.of(_truths(corpus)), self._applying(model, corpus, rows, runs)
         prompts = [corpus.prompt(row).tolist() for row in rows]
         stop = line_breaks(model) if ending.line else []
-        bos = int(corpus.prepend_bos)
+        bos, allow = int(corpus.prepend_bos), self.allow_code_execution
         samples: list[dict[str, Any]] = [
             {"corpus": name, "prompt": model.tokenizer.decode(prompt[bos:]), "true answer": " / ".join(truth.right)}
             for prompt, truth in zip(prompts[:SAMPLES], truths)
@@ -152,14 +154,21 @@ class QuestionAnswering:
             values[condition] = []
             for intervention in run:
                 written = self._write(model, prompts, intervention, stop, corpus.window, bar)
+                if intervention is None:
+                    require_unbroken(model, prompts, written)
                 texts = [ending.cut(one.text, truth.marker) for one, truth in zip(written, truths, strict=True)]
                 answered = [
-                    Answered(text, truth, one.abstained, self.allow_code_execution)
+                    Answered(text, truth, one.abstained, one.cut and ending.is_open(one.text, truth.marker), allow)
                     for text, truth, one in zip(texts, truths, written, strict=True)
                 ]
-                values[condition].append(np.array([[_value(metric, one) for metric in metrics] for one in answered]))
-                for sample, one, text in zip(samples, written, texts):
-                    sample.setdefault(condition, one.text if one.abstained else text)
+                table = np.array([[_value(metric, one) for metric in metrics] for one in answered])
+                table[[one.broken for one in written]] = np.nan  # as everywhere where an edit breaks the model
+                values[condition].append(table)
+                for sample, one, text, answer in zip(samples, written, texts, answered):
+                    if condition not in sample:
+                        sample[condition] = one.text if one.abstained else text
+                        if answer.cut:
+                            sample.setdefault("cut", []).append(condition)
         blank = [Answered("", truth) for truth in truths]
         counts = np.array([[1.0 if m.over is None else float(m.over(one)) for m in metrics] for one in blank])
         units = [corpus.units[document] for document in corpus.document[torch.tensor(rows)].tolist()]

@@ -20,6 +20,7 @@ from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Answer, Batch, Corpus
 from lens_unlearn.corpora.reading import tokenize
 from lens_unlearn.interventions.base import Intervention, acting
+from lens_unlearn.model.finite import broken_logits, refuse_broken
 from lens_unlearn.model.host import Model, device_of
 from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
 
@@ -32,6 +33,7 @@ __all__ = [
     "outcomes",
     "predict",
     "recalled",
+    "require_finite",
     "split_rows",
     "with_answers",
 ]
@@ -73,6 +75,18 @@ def predict(model: Model, batch: Batch, *, last: bool = True) -> Predicted:
         silent |= live.abstained.cpu()
     target, row = batch.tokens[:, 1:][where], where.nonzero()[:, 0]
     return Predicted(picked, target.to(picked.device), row.to(picked.device), silent)
+
+
+def require_finite(model: Model, batch: Batch, predicted: Predicted) -> None:
+    """Refuse a model whose logits for a batch hold NaN or infinity.
+
+    Raises:
+        ActivationError: If so; names the layer.
+    """
+    broken = broken_logits(predicted.logits)
+    if bool(broken.any()):
+        row = int(predicted.row[broken.nonzero()[0, 0]])
+        refuse_broken(model, batch.tokens[row, : int(batch.lengths[row])])
 
 
 class Outcome:
@@ -193,6 +207,8 @@ def force(
     with nullcontext() if intervention is None else intervention.on(model), torch.no_grad():
         for batch in corpus.batches(batch_size):
             predicted = predict(model, batch)
+            if intervention is None and not acting(model):
+                require_finite(model, batch, predicted)
             rows = split_rows(predicted, outcomes(predicted, quantities), quantities)
             forced |= zip(batch.rows.tolist(), rows, strict=True)
             bar.update(len(batch.rows))

@@ -68,6 +68,7 @@ def reading_of(plan: Plan, *, whole: bool) -> dict[str, Any]:
         "template": plan.template,
         "window": plan.window,
         "answer_eos": plan.answer_eos,
+        "prepend_bos": plan.prepend_bos,
     }
 
 

@@ -47,6 +47,8 @@ class Plan:
     """Whether the end-of-text token stands behind every answer, and counts."""
     tokens: int = 20_000
     window: int | None = None
+    prepend_bos: bool | None = None
+    """Whether rows and prompts begin with BOS; None leaves it to the tokenizer."""
     retain_drop: float | None = None
     confidence: float = CONFIDENCE
     """With which fresh documents are to lose no more than `retain_drop`."""
@@ -182,6 +184,7 @@ def command_of(plan: Plan) -> str:
         if value != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
     flags = [*(["--facts"] if plan.facts else []), *(["--answer-eos"] if plan.answer_eos else [])]
+    flags += {None: [], True: ["--prepend-bos"], False: ["--no-prepend-bos"]}[plan.prepend_bos]
     flags += [] if plan.sweep else ["--no-sweep"]
     return shlex.join([*words, *flags, "--out", "again"])
 
@@ -201,7 +204,7 @@ def option_names(method: str) -> list[str]:
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return a plan as `run.json` keeps it."""
     kept = asdict(plan)
-    later: dict[str, Any] = {"facts": False, "confidence": CONFIDENCE, "answer_eos": False}
+    later: dict[str, Any] = {"facts": False, "confidence": CONFIDENCE, "answer_eos": False, "prepend_bos": None}
     for name, usual in later.items():  # these options came later: without them the plan is that of an earlier run
         if kept[name] == usual:
             del kept[name]

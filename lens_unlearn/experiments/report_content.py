@@ -27,6 +27,7 @@ from lens_unlearn.keyspace.key_space import key_space
 from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.model.special_tokens import written_after
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.histogram import Histogram
 from lens_unlearn.neurons.maps import NeuronMap
@@ -195,7 +196,9 @@ class Content:
     def _continue(self, samples: list[dict[str, Any]]) -> None:
         prompts = [sample["prompt"] for sample in samples]
         for condition, edit in {BASE: None, **self.edits}.items():
-            written = generate(self.model, prompts, intervention=edit, max_new_tokens=WRITTEN)
+            written = generate(
+                self.model, prompts, intervention=edit, max_new_tokens=WRITTEN, prepend_bos=self.plan.prepend_bos
+            )
             for sample, text in zip(samples, written, strict=True):
                 abstained = isinstance(edit, Abstain) and text == edit.refusal
                 if abstained:
@@ -211,7 +214,8 @@ class Content:
             bos, tokens = int(corpus.prepend_bos), corpus.row(row).tolist()
             end = len(corpus.prompt(row)) if corpus.has_prompts else bos + PROMPT
             prompt, answer = decode(tokens[bos:end]), corpus.answer(row)
-            true = decode(tokens[end : end + WRITTEN]) if answer is None else answer.text
+            follows = written_after(self.model.tokenizer, tokens[:end], tokens[end : end + WRITTEN])
+            true = follows if answer is None else answer.text
             if prompt.strip():
                 yield {"corpus": name, "prompt": prompt, "true text" if answer is None else "true answer": true}
 

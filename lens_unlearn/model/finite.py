@@ -44,7 +44,9 @@ def broken_at(model: Model, tokens: Int[Tensor, "pos"]) -> str:
             first.append(name)
 
     removers: list[Remover] = []
-    points = {id(point): (name, point) for name, point in reversed(model.hook_dict.items())}
+    # A point of a bridge has several names: the shortest is that of TransformerLens' own models, such as mlp.hook_post.
+    names = sorted(model.hook_dict, key=lambda name: (-name.count("."), -len(name)))
+    points = {id(model.hook_dict[name]): (name, model.hook_dict[name]) for name in names}
     with one_thread(model), torch.no_grad():
         try:
             for name, point in points.values():

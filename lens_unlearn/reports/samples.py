@@ -18,6 +18,8 @@ __all__ = ["cut", "written"]
 TEXT_LIMIT = 4000
 TRUE = ("true answer", "true text")
 """Entries of a sample that no condition wrote."""
+NOTES = {"withheld": "abstained", "cut": "cut at the limit of tokens"}
+"""What is said of the conditions in a list of a sample."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ def written(report: Report, drawn: list[tuple[str, Markup]], level: int) -> str:
     """Write texts before and after side by side, what differs from the unedited model marked; then coloured tokens."""
     samples, corpus = [], None
     for sample in report.samples:
-        base, abstained = sample.get(BASE), sample.get("withheld", ())
+        base = sample.get(BASE)
+        notes = {name: note for key, note in NOTES.items() for name in sample.get(key, ())}
         panels = [
-            _panel(condition, text, None if condition in (BASE, *TRUE) else base, condition in abstained)
+            _panel(condition, text, None if condition in (BASE, *TRUE) else base, notes.get(condition, ""))
             for condition, text in sample.items()
-            if condition not in ("prompt", "corpus", "withheld")
+            if condition not in ("prompt", "corpus", *NOTES)
         ]
         begins = sample.get("corpus", corpus) != corpus
         corpus = sample.get("corpus", corpus)
@@ -47,11 +50,11 @@ def written(report: Report, drawn: list[tuple[str, Markup]], level: int) -> str:
     return render("samples.html", samples=samples, drawn=drawn, level=level)
 
 
-def _panel(condition: str, text: object, base: object, abstained: bool) -> Panel:
+def _panel(condition: str, text: object, base: object, note: str) -> Panel:
     who = "unedited model" if condition == BASE else condition
     if base is not None and text == base:
         return Panel(who, "as the unedited model", cut(text))
-    note, answer = "abstained" if abstained else "", str(text)
+    answer = str(text)
     if base is None:
         return Panel(who, note, cut(answer))
     same = len(os.path.commonprefix([answer[:TEXT_LIMIT], str(base)[:TEXT_LIMIT]]))

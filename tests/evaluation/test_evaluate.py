@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from interventions_helpers import POST, selection_of, under
+from interventions_helpers import POST, final, selection_of, under
 from positions_helpers import LAST, around, everywhere
 from positions_helpers import key as key_of
 from scipy.stats import beta, t
@@ -28,7 +28,7 @@ from lens_unlearn.evaluation.report import BASE, Measure, Report, separability
 from lens_unlearn.evaluation.teacher_forcing import Outcome
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
-from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.interventions.base import Chain
 from lens_unlearn.neurons.maps import NeuronMap
 
 QUIET = {"progress": False, "resamples": 50}
@@ -128,27 +128,6 @@ def test_the_result_does_not_depend_on_the_batch_size(name: str) -> None:
             assert report[key].n == measure.n
             assert report[key].value == pytest.approx(measure.value, rel=1e-5, abs=1e-5, nan_ok=True), key
             np.testing.assert_allclose(report[key].draws, measure.draws, rtol=1e-4, atol=1e-5, err_msg=str(key))
-
-
-class Flat(Intervention):
-    """Makes the logits constant, or whatever a function makes of the last residual; only for tests."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def hooks(self) -> Any:
-        return [(site, lambda x, live: torch.full_like(x, self.value)) for site in self.sites]
-
-    def parts(self) -> Any:
-        raise NotImplementedError
-
-
-def final(value: float) -> Flat:
-    from lens_unlearn.model.sites import Site
-
-    made = Flat(value)
-    made.sites = [Site(1, "resid")]
-    return made
 
 
 def test_constant_logits_earn_what_guessing_earns() -> None:

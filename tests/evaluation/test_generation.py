@@ -200,3 +200,17 @@ def test_what_cannot_be_generated_is_refused(model: Any) -> None:
     training.train()
     with pytest.raises(ModelError, match="training mode"):
         generate(training, "a")
+
+
+def test_a_text_that_the_limit_cuts_says_so(model: Any) -> None:
+    rows = [ids(model, prompt) for prompt in PROMPTS]
+    whole = continue_rows(model, rows, max_new_tokens=tiny.CONTEXT)
+    stop = [whole[0].ids[2]]
+    for most in (1, 2, 3, 5):
+        for one, other in zip(
+            continue_rows(model, rows, max_new_tokens=most, stop=stop),
+            continue_rows(model, rows, max_new_tokens=tiny.CONTEXT, stop=stop),
+            strict=True,
+        ):
+            ends_within = len(other.ids) + (not other.ids or other.ids[-1] not in stop) <= most and not other.cut
+            assert one.cut == (not ends_within)

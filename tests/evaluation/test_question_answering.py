@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from interventions_helpers import unchanged
+from interventions_helpers import selection_of, unchanged
 
 import lens_unlearn as lu
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
@@ -416,3 +416,25 @@ def test_the_tokens_of_a_line_break(model: Any) -> None:
     assert model.tokenizer("\n", add_special_tokens=False)["input_ids"][0] in found
     assert all("\n" in model.tokenizer.decode([token]) for token in found)
     assert found == [token for token in range(tiny.VOCABULARY) if "\n" in model.tokenizer.decode([token])]
+
+
+def test_answers_cut_at_the_limit_are_marked_and_their_share_is_reported(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [{"question": q, "answer": "Rome"} for q in ("one", "two", "three")]
+    corpus = read_corpus(rows, model, field="question>answer")
+    texts = {"one": "Paris, which is", "two": "Rome\nand so on", "three": "Oslo"}
+
+    def write(model_: Any, rows_: Any, intervention: Any = None, **_: Any) -> list[Written]:
+        asked = [next(q for q in texts if q in model.tokenizer.decode(row)) for row in rows_]
+        return [Written(texts[q], False, cut=q != "three") for q in asked]
+
+    monkeypatch.setattr(question_answering, "continue_rows", write)
+    report = evaluate(model, {"c": corpus}, {"same": Ablate(selection_of(model))}, answers=3, **QUIET)
+    for condition in ("base", "same"):
+        assert report[condition, "c", "truncated"].value == pytest.approx(1 / 3)
+    assert [sample.get("cut") for sample in report.samples] == [
+        ["base", "same"] if sample["base"].startswith("Paris") else None for sample in report.samples
+    ]
+    report.to_html(tmp_path / "r.html")
+    assert "cut at the limit of tokens" in (tmp_path / "r.html").read_text()

@@ -145,3 +145,22 @@ def unchanged(model: Any) -> Iterator[Tensor]:
     assert tiny.hooks_of(model) == hooks
     assert tiny.weights_hash(model) == weights
     assert torch.equal(tiny.logits(model), before)
+
+
+class Flat(Intervention):
+    """Makes the logits constant, or whatever a function makes of the last residual; only for tests."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def hooks(self) -> Any:
+        return [(site, lambda x, live: torch.full_like(x, self.value)) for site in self.sites]
+
+    def parts(self) -> Any:
+        raise NotImplementedError
+
+
+def final(value: float) -> Flat:
+    made = Flat(value)
+    made.sites = [Site(1, "resid")]
+    return made

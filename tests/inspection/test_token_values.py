@@ -11,7 +11,7 @@ import torch
 from faults_helpers import run_matrix
 from hypothesis import given
 from hypothesis import strategies as st
-from interventions_helpers import selection_of, unchanged
+from interventions_helpers import final, selection_of, unchanged
 from torch import Tensor
 
 import lens_unlearn as lu
@@ -607,8 +607,10 @@ def test_broken_activations_and_losses_are_named() -> None:
         token_firing(broken, corpus, NeuronMap(masks))
     with pytest.raises(ActivationError, match=r"L1\.mlp\.post\[5\] is nan at a counted token"):
         top_examples(broken, corpus, NeuronMap(masks), progress=False)
-    with pytest.raises(ActivationError, match="the loss under 'base' is NaN"):
+    with pytest.raises(ActivationError, match=r"logits are NaN or infinite: that begins in layer 1, at mlp\.hook_post"):
         token_losses(broken, corpus, progress=False)
+    with pytest.raises(ActivationError, match="the loss under 'broken' is NaN"):
+        token_losses(tiny.model("gpt2"), corpus, {"broken": final(math.nan)}, progress=False)
 
 
 def look(model: Any) -> None:
