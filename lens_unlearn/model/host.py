@@ -94,8 +94,8 @@ def processing(model: Model) -> str:
     return "hooked transformer"
 
 
-def boot(source: str, *, dtype: torch.dtype, **placed: Any) -> Model:
-    """Load a model by hub name or directory as a raw `TransformerBridge`.
+def boot(source: str, *, dtype: torch.dtype, **options: Any) -> Model:
+    """Load a model by hub name or directory, or wrap a loaded one (`hf_model`), as a raw `TransformerBridge`.
 
     Raises:
         ModelError: If the installed TransformerLens is not one of those supported.
@@ -103,7 +103,7 @@ def boot(source: str, *, dtype: torch.dtype, **placed: Any) -> Model:
     require_host()
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(source, dtype=dtype, **placed)
+    return TransformerBridge.boot_transformers(source, dtype=dtype, **options)
 
 
 def host_version() -> str:

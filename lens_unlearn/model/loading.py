@@ -6,6 +6,7 @@ Knows Hugging Face directories, devices and parameters; knows nothing of hooks o
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import warnings
 import weakref
@@ -19,7 +20,8 @@ from torch import Tensor
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
-from lens_unlearn.model.host import Model, boot, processing, require_model
+from lens_unlearn.model.gguf import read_gguf
+from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model
 
 __all__ = ["as_in_file", "dtype_of", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
 
@@ -28,13 +30,16 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "
 
 
 def load_model(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | torch.nn.Module,
     *,
     device: str | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
     max_memory: Mapping[str | int, str | int] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
 ) -> Model:
     """Load a model as a raw `TransformerBridge`, in evaluation mode.
 
@@ -42,55 +47,141 @@ def load_model(
     run on the device of each layer.
 
     Args:
-        name: "demo" (the embedded model, offline), a local Hugging Face directory, or a hub name.
-        device: The device; default "cuda" if available, else "cpu". Of several processes started by `torchrun`, each takes the
-            GPU of its local rank.
-        dtype: The dtype of the weights, also by name, such as "bfloat16".
+        name: "demo" (the embedded model, offline), a local Hugging Face directory, a GGUF file ("folder/model.gguf", or
+            "OWNER/NAME/model.gguf" of the hub; its weights are dequantized), or a hub name. Or a Hugging Face model that you
+            hold, such as one that a PEFT adapter was merged into: it becomes a part of the bridge, and is not to be used by itself
+            any more.
+        device: The device; default "cuda" if available, else "cpu"; of a model that you hold, the one it is on. Of several
+            processes started by `torchrun`, each takes the GPU of its local rank.
+        dtype: The dtype of the weights, also by name, such as "bfloat16"; default float32, and of a model that you hold, its own.
         device_map: The placement of the modules, as in `transformers`: "auto", "balanced", or a device for each; weights on "cpu"
             and "disk" are offloaded, and loaded for each forward pass. Instead of `device`. Needs accelerate.
         max_memory: With a `device_map` such as "auto": the memory limit of each device, such as ``{0: "20GiB", "cpu": "60GiB"}``.
         offload_folder: The folder for weights offloaded to "disk"; needs TransformerLens 4.
+        revision: A branch, tag or commit of a repository on the hub.
+        trust_remote_code: Whether to run the code that comes with a model, if it does: off unless you trust it.
+        tokenizer: The tokenizer, for a model that you hold; default the one of the directory or repository that it was loaded from.
 
     Raises:
-        ModelError: If the directory holds no model, the hub cannot be reached or does not know the name, or the model cannot be
-            placed as asked.
+        ModelError: If the directory or file holds no model, the hub cannot be reached or does not know the name, or the model
+            cannot be placed as asked.
     """
-    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+    held = isinstance(name, torch.nn.Module)
+    if not held and (not isinstance(name, str | os.PathLike) or not os.fspath(name)):
         raise ModelError(
-            f"{_kind(name)} is no name of a model: give 'demo', a Hugging Face directory, or a hub name; a model that you hold "
-            "is given as it is, or, if it is a plain Hugging Face model, by the directory of its save_pretrained"
+            f"{_kind(name)} is no name of a model: give 'demo', a Hugging Face directory, a GGUF file, a hub name, or a "
+            "Hugging Face model that you hold"
         )
     if device is not None and device_map is not None:
         raise ModelError(f"device={device!r} and a device_map were given: give one of them")
     if device_map is None and (max_memory is not None or offload_folder is not None):
         raise ModelError("max_memory and offload_folder are for a device_map: give one, such as device_map='auto'")
-    dtype = dtype_of(dtype)
-    source = os.fspath(name)
-    if source == "demo":
-        from lens_unlearn import demo
-
-        source = str(demo.MODEL_DIR)
-    if os.path.isdir(source):
-        _check_directory(Path(source))
-    elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ModelError(f"there is no model directory {source}")
+    dtype = dtype if dtype is None else dtype_of(dtype)
     placed: dict[str, Any] = {"device": device or _default_device()}
     if device_map is not None:
         given = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         placed = {key: value for key, value in given.items() if value is not None}
+    source: Any = name if held else os.fspath(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if held:
+        if revision is not None or device_map is not None:
+            raise ModelError("revision and device_map are for loading: the model that was given is already loaded")
+        return _wrapped(source, dtype, device, tokenizer)
+    if tokenizer is not None:
+        raise ModelError(f"a tokenizer is for a model that you hold: {source!r} comes with its own")
+    return _loaded(source, dtype or torch.float32, placed, options)
+
+
+def _loaded(source: str, dtype: torch.dtype, placed: dict[str, Any], options: dict[str, Any]) -> Model:
+    """Load a model by its name, directory or GGUF file."""
+    name = source
+    if source == "demo":
+        from lens_unlearn import demo
+
+        source = str(demo.MODEL_DIR)
+    if source.lower().endswith(".gguf"):
+        folder, file = _gguf(source, options["revision"])
+        with _as_model_error(source):
+            hugging_face, tokenizer = read_gguf(folder, file, dtype=dtype, **placed, **options)
+            model = boot(source, dtype=dtype, hf_model=hugging_face, tokenizer=tokenizer, device=placed.get("device"))
+    else:
+        if os.path.isdir(source):
+            _check_directory(Path(source))
+        elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
+            raise ModelError(f"there is no model directory {source}")
+        with _as_model_error(source):
+            model = boot(source, dtype=dtype, **placed, **{key: value for key, value in options.items() if value})
+    return _ready(model, name)
+
+
+def _wrapped(held: Any, dtype: torch.dtype | None, device: str | None, tokenizer: Any) -> Model:
+    """Make a bridge of a Hugging Face model."""
+    kind = type(held).__name__
+    if is_wrapped(held):
+        raise ModelError(f"the {kind} is a model with hook points already: pass it as it is")
+    if hasattr(held, "merge_and_unload"):
+        raise ModelError(f"the {kind} has adapters that are not merged: give model.merge_and_unload()")
+    if not hasattr(held, "config") or not hasattr(held, "get_input_embeddings"):
+        raise ModelError(
+            f"the {kind} is no Hugging Face model: give one of transformers' classes for causal language models"
+        )
+    source = str(getattr(held.config, "_name_or_path", "") or "")
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source or os.devnull)
+        except Exception as error:
+            raise ModelError(
+                f"the {kind} does not say where its tokenizer is: give load_model(model, tokenizer=...)"
+            ) from error
+    with _as_model_error(kind):
+        held = held.to(device=device, dtype=dtype)
+        where, first = device or str(held.device), next(held.parameters())
+        held.config.architectures = held.config.architectures or [kind]
+        model = boot(source or kind, dtype=first.dtype, hf_model=held, tokenizer=tokenizer, device=where)
+    return _ready(model, source or kind)
+
+
+def _ready(model: Model, name: str) -> Model:
+    for module in model.modules():
+        module.training = False
+    _names[model] = name
+    return model
+
+
+@contextlib.contextmanager
+def _as_model_error(source: str) -> Iterator[None]:
+    """Give whatever goes wrong while a model is loaded as one sentence."""
     try:
         # Building a model draws initial weights, which must not change the caller's random state.
         with _quiet(), torch.random.fork_rng(devices=[]):
-            model = boot(source, dtype=dtype, **placed)
+            yield
+    except ModelError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
         raise ModelError(f"{source!r} cannot be loaded as a model: {reason}") from error
-    for module in model.modules():
-        module.training = False
-    _names[model] = str(name)
-    return model
+
+
+def _gguf(source: str, revision: str | None) -> tuple[str, str]:
+    """Return the folder, or the repository, of a GGUF file, and its name there."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"{source!r} is a GGUF file, and the package gguf is missing: pip install 'lens-unlearn[gguf]'"
+        )
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{source} is no GGUF file: it does not begin with GGUF")
+        return str(path.parent), path.name
+    parts = source.split("/")
+    if len(parts) < 3 or path.is_absolute() or source.startswith((".", "~")) or path.exists():
+        raise ModelError(f"there is no GGUF file {source}")
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
@@ -128,7 +219,9 @@ def model_name(model: Model) -> str:
 
 def _check_directory(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json: give a Hugging Face model directory")
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"the path of its GGUF file, such as {path / files[0]}" if files else "a Hugging Face model directory"
+        raise ModelError(f"{path} has no config.json: give {hint}")
     if not any(True for pattern in _WEIGHTS for _ in path.glob(pattern)):
         raise ModelError(f"{path} has a configuration but no weights (no .safetensors or pytorch_model.bin)")
 

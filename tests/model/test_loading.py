@@ -1,5 +1,6 @@
 """Models: loading says what is wrong, and a fingerprint tells apart what is different and nothing else."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -397,3 +398,49 @@ def test_digests_of_earlier_versions_are_recognized_under_either_transformer_len
     assert as_in_file("file", other, ours, model)["weights"] not in (ours["weights"], other["weights"])
     for theirs in (None, {}, {"weights": 3}, [1]):
         assert as_in_file("file", theirs, ours, model) == ours
+
+
+# --- models that one holds -----------------------------------------------------------------------------------------------------
+
+
+def test_a_hugging_face_model_is_taken_as_it_is(model: Any, model_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for dtype in (torch.float32, torch.bfloat16):
+        held = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        tokens = tiny.some_tokens()
+        with torch.no_grad():
+            expected = held.eval()(tokens).logits
+        wrapped = load_model(held)
+        assert next(wrapped.parameters()).dtype == dtype
+        if dtype == torch.float32:  # in half precision, fused attention, which a bridge replaces, rounds otherwise
+            torch.testing.assert_close(tiny.logits(wrapped, tokens), expected)
+        assert wrapped.tokenizer.bos_token == "<bos>"
+        assert model_name(wrapped) == model_dir.name
+        assert not any(module.training for module in wrapped.modules())
+    held = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    assert fingerprint(load_model(held, dtype="float32"))["dtype"] == "float32"
+
+
+def test_a_model_without_a_directory_needs_its_tokenizer_given(model: Any) -> None:
+    held = tiny.hugging_face("gpt2")
+    with pytest.raises(ModelError, match="give load_model\\(model, tokenizer=...\\)"):
+        load_model(held)
+    assert load_model(copy.deepcopy(held), tokenizer=model.tokenizer).tokenizer.bos_token == "<bos>"
+
+
+def test_what_cannot_be_taken_as_it_is_is_refused_saying_what_can(model: Any, model_dir: Path) -> None:
+    class Adapted(torch.nn.Module):
+        def merge_and_unload(self) -> None: ...
+
+    for given, message in (
+        (model, "hook points already: pass it as it is"),
+        (Adapted(), r"give model\.merge_and_unload\(\)"),
+        (torch.nn.Linear(2, 2, device="meta"), "is no Hugging Face model"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_model(given)
+    with pytest.raises(ModelError, match="already loaded"):
+        load_model(tiny.hugging_face("gpt2"), tokenizer=model.tokenizer, revision="main")
+    with pytest.raises(ModelError, match="comes with its own"):
+        load_model(model_dir, tokenizer=model.tokenizer)
