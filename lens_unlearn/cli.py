@@ -45,6 +45,10 @@ DeviceMap = Annotated[
     str | None,
     typer.Option(help="Spread the model over devices with accelerate: auto, balanced, ... [default: one device]"),
 ]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the model. [default: the main one]")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model; only if you trust it.")
+]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -145,6 +149,8 @@ def run(
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of strengths for the trade-off figure.")] = True,
     answers: Annotated[
         int, typer.Option(help="Also generate answers to at most this many questions of each question>answer corpus.")
@@ -188,6 +194,8 @@ def run(
         batch_size=batch_size,
         dtype=dtype,
         device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         sweep=sweep,
         answers=answers,
         memorization=memorization,
@@ -245,6 +253,8 @@ def compare(
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -277,6 +287,8 @@ def compare(
         batch_size=batch_size,
         dtype=dtype,
         device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         facts=facts,
     )
     settings: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": not quiet}
@@ -303,6 +315,8 @@ def collect(
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
     resume: Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     quiet: Quiet = False,
@@ -326,7 +340,9 @@ def collect(
         if os.path.exists(own_checkpoint(partial)) and not resume:
             raise lu.ArtefactError(f"{partial} is left of an interrupted run: give --resume to go on, or delete it")
         statistic = lu.Moments(extra=[name for name in extra.split(",") if name])
-        loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
+        loaded = lu.load_model(
+            model, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=trust_remote_code
+        )
         reading = {
             "tokens": tokens,
             "window": window,
@@ -368,6 +384,8 @@ def evaluate(
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
     answers: Annotated[
         int, typer.Option(help="Also generate answers to at most this many questions of each question>answer corpus.")
     ] = 0,
@@ -401,7 +419,9 @@ def evaluate(
     check_numbers(answers=answers, max_new_tokens=max_new_tokens, memorization=memorization)
     sources = _pairs(corpus, "--corpus")
     with new_folder(out, overwrite=overwrite) as folder:
-        loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
+        loaded = lu.load_model(
+            model, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=trust_remote_code
+        )
         edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
         if len(edits) < len(intervention):
             raise lu.LensUnlearnError(
@@ -448,13 +468,17 @@ def generate(
     prepend_bos: PrependBos = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Continue a prompt, with saved interventions if any are given."""
     import lens_unlearn as lu
     from lens_unlearn.core.numbers import check_numbers
 
     check_numbers(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    loaded = lu.load_model(model, dtype=dtype, device_map=device_map)
+    loaded = lu.load_model(
+        model, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=trust_remote_code
+    )
     edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     sampling["prepend_bos"] = prepend_bos

@@ -387,7 +387,7 @@ def _carried_out(
     if not finished and distributed.is_first():
         folder.make()
     plan = next(iter(plans.values()))
-    model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map)
+    model = load_model(plan.model, **plan.loading)
     reading = reading_of(plan, whole=plan.facts)
     skills, tests = (
         {name: read_corpus(source, model, name=source, **reading) for name, source in (given or {}).items()}

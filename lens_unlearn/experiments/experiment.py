@@ -55,7 +55,7 @@ class Experiment:
     ) -> None:
         self.plan, self.records = plan, plan.records
         self.progress = progress
-        self.model = load_model(plan.model, dtype=plan.dtype, device_map=plan.device_map) if model is None else model
+        self.model = load_model(plan.model, **plan.loading) if model is None else model
         self.documents = self.reader(plan, self.model, {} if known is None else known).read()
         self.edits: dict[str, Intervention] = {}
         self.chosen: dict[str, dict[str, Any]] = {}

@@ -71,8 +71,18 @@ class Plan:
     """Of the model's weights."""
     device_map: str | None = None
     """How a model that does not fit one device is spread: "auto", "balanced", ..."""
+    revision: str | None = None
+    """A branch, tag or commit of a model on the hub."""
+    trust_remote_code: bool = False
+    """Whether to run the code that comes with a model."""
     facts: bool = False
     """Whether forget is a list of memorized facts: fitted, tuned and tested on whole, while retain is split."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded: options of `load_model`."""
+        names = ("dtype", "device_map", "revision", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -179,12 +189,14 @@ def command_of(plan: Plan) -> str:
         "memorization",
         "dtype",
         "device_map",
+        "revision",
     ):
         value = getattr(plan, name)
         if value != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
     flags = [*(["--facts"] if plan.facts else []), *(["--answer-eos"] if plan.answer_eos else [])]
     flags += {None: [], True: ["--prepend-bos"], False: ["--no-prepend-bos"]}[plan.prepend_bos]
+    flags += ["--trust-remote-code"] if plan.trust_remote_code else []
     flags += [] if plan.sweep else ["--no-sweep"]
     return shlex.join([*words, *flags, "--out", "again"])
 
