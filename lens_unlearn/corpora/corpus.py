@@ -13,10 +13,12 @@ Knows token ids, documents and their answers; knows nothing of files, tokenizati
 
 import hashlib
 import json
+import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +28,11 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, uniform
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.numbers import NUMBERS, POSITIVE, Range
 from lens_unlearn.corpora.near_duplicates import Words, join_near_duplicates, words
 from lens_unlearn.model.host import Model, require_model
 
-__all__ = ["Answer", "Batch", "Corpus", "vocabulary_digest"]
+__all__ = ["Answer", "Batch", "Corpus", "require_corpora", "require_corpus", "vocabulary_digest"]
 
 T = TypeVar("T")
 
@@ -217,15 +220,24 @@ class Corpus:
 
     def row(self, index: int) -> Int[Tensor, "pos"]:
         """Return the tokens of one row."""
-        return self.tokens[int(self.starts[index]) : int(self.starts[index + 1])].long()
+        return self.tokens[self._span(index)].long()
+
+    def _span(self, index: int) -> slice:
+        """Return where a row stands among the tokens.
+
+        Raises:
+            CorpusError: If there is no such row; they are counted from 0, and none from the end.
+        """
+        [index] = _indices([index], self.n_rows, f"row of {self.name}")
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def prompt(self, index: int) -> Int[Tensor, "pos"]:
         """Return the tokens of one row before its first counted token: BOS, and the prompt where there is one."""
-        counted = self.counted[int(self.starts[index]) : int(self.starts[index + 1])]
-        return self.row(index)[: int(counted.int().argmax())]
+        return self.row(index)[: int(self.counted[self._span(index)].int().argmax())]
 
     def answer(self, index: int) -> Answer | None:
         """Return the true answer to the prompt of one row; None if it was not read as a prompt with an answer."""
+        [index] = _indices([index], self.n_rows, f"row of {self.name}")
         return self.answers[int(self.document[index])] if self.answers else None
 
     def ends_with_eos(self, index: int) -> bool:
@@ -233,7 +245,7 @@ class Corpus:
 
         The last row of a corpus may have been cut before it, where its budget of tokens was full.
         """
-        return self.answer(index) is not None and int(self.tokens[int(self.starts[index + 1]) - 1]) == self.answer_eos
+        return self.answer(index) is not None and int(self.row(index)[-1]) == self.answer_eos
 
     @property
     def has_prompts(self) -> bool:
@@ -270,8 +282,8 @@ class Corpus:
         Raises:
             CorpusError: If no row is longer than its prompt.
         """
-        if tokens is not None and tokens < 1:
-            raise CorpusError(f"tokens={tokens} makes no prompt: at least 1")
+        tokens = None if tokens is None else int(_PROMPT.check(tokens, "tokens", CorpusError))
+        seed = int(NUMBERS["seed"].check(seed, "seed", CorpusError))
         head, lengths = self._heads(), self.starts.diff()
         body = lengths - head
         if tokens is None:
@@ -328,8 +340,10 @@ class Corpus:
         Args:
             batch_size: Number of rows per batch, if they fill the window; of shorter rows, as many as have no more tokens.
         """
-        if batch_size < 1:
-            raise CorpusError(f"batch_size={batch_size} is too small: at least 1")
+        batch_size = int(NUMBERS["batch_size"].check(batch_size, "batch_size", CorpusError))
+        return self._batches(batch_size)  # what is wrong is said here, not when the first batch is asked for
+
+    def _batches(self, batch_size: int) -> Iterator[Batch]:
         lengths = self.starts.diff()
         order = torch.sort(lengths, descending=True, stable=True).indices.tolist()
         budget = batch_size * min(self.window, int(lengths.max())) if order else 0
@@ -341,7 +355,13 @@ class Corpus:
             start = end
 
     def take(self, rows: Sequence[int]) -> Batch:
-        """Return some rows, by index, as one batch."""
+        """Return some rows, by index, as one batch.
+
+        Raises:
+            CorpusError: If there are none, or there is no such row.
+        """
+        if not (rows := _indices(rows, self.n_rows, f"row of {self.name}")):
+            raise CorpusError(f"no row of {self.name} was asked for: give at least one index")
         return self._batch(rows)
 
     def _batch(self, rows: Sequence[int]) -> Batch:
@@ -382,8 +402,9 @@ class Corpus:
         """Return the corpus of some documents, given by index, in their order here.
 
         Raises:
-            CorpusError: If there are none.
+            CorpusError: If there are none, or there is no such document.
         """
+        documents = _indices(documents, self.n_documents, f"document of {self.name}")
         wanted = torch.zeros(self.n_documents, dtype=torch.bool)
         wanted[torch.tensor(sorted(set(documents)), dtype=torch.long)] = True
         if not bool(wanted.any()):
@@ -394,7 +415,12 @@ class Corpus:
         """Return randomly drawn rows, in their order here: with so many counted tokens together, of so many `units`, or all.
 
         Where rows with enough tokens are of fewer units, one row of each further unit is added.
+
+        Raises:
+            CorpusError: If a number cannot be meant.
         """
+        tokens, units = (int(_SOME.check(n, name, CorpusError)) for n, name in ((tokens, "tokens"), (units, "units")))
+        seed = int(NUMBERS["seed"].check(seed, "seed", CorpusError))
         if self.n_tokens <= tokens:
             return self
         shuffled = list(range(self.n_rows))
@@ -437,7 +463,12 @@ class Corpus:
         )
 
     def first(self, tokens: int) -> "Corpus":
-        """Return the first documents, uncut, with at least so many counted tokens together."""
+        """Return the first documents, uncut, with at least so many counted tokens together.
+
+        Raises:
+            CorpusError: If that is no number of tokens.
+        """
+        tokens = int(_SOME.check(tokens, "tokens", CorpusError))
         per_row = self._counted_per_row()
         per_document = torch.zeros(self.n_documents, dtype=torch.long).index_add_(0, self.document, per_row)
         enough = int((per_document.cumsum(0) < tokens).sum()) + 1
@@ -449,6 +480,7 @@ class Corpus:
         Raises:
             CorpusError: If they were tokenized differently.
         """
+        require_corpus(other, f"what is added to {self.name}")
         if (self.vocabulary, self.prepend_bos) != (other.vocabulary, other.prepend_bos):
             raise CorpusError(f"{self.name} and {other.name} were tokenized differently: read both with one model")
         ends = {corpus.answer_eos for corpus in (self, other) if corpus.answers}
@@ -490,8 +522,13 @@ class Corpus:
             near_duplicates: Whether near-duplicates are kept together. Default: questions with answers are, plain texts are not.
 
         Raises:
-            CorpusError: If there are fewer distinct documents, or groups, than parts.
+            CorpusError: If there are fewer distinct documents, or groups, than parts; if there is no share, or one is not above 0.
         """
+        if not shares:
+            raise CorpusError("split() names no parts: give their shares, as split(0.6, 0.4)")
+        for share in shares:
+            _SHARE.check(share, f"split({', '.join(map(repr, shares))}): share", CorpusError)
+        seed = int(NUMBERS["seed"].check(seed, "seed", CorpusError))
         size = torch.zeros(self.n_documents, dtype=torch.long)
         lengths = torch.tensor([int(part.sum()) for part in torch.split(self.counted, self.starts.diff().tolist())])
         size.index_add_(0, self.document, lengths)
@@ -524,6 +561,8 @@ class Corpus:
         Raises:
             CorpusError: If no document remains.
         """
+        for other in others:
+            require_corpus(other, f"what is taken out of {self.name}")
         tied, *known = _tied([self, *others], near_duplicates)
         elsewhere = set().union(*known)
         rest = [i for i, unit in enumerate(tied) if unit not in elsewhere]
@@ -541,6 +580,72 @@ class Corpus:
         return (
             f"Corpus({self.name!r}, {self.n_tokens:,} tokens in {self.n_documents:,} documents{groups}, {bos}{skipped})"
         )
+
+
+_PROMPT = Range(1, whole=True, what="makes no prompt")
+_SHARE = replace(POSITIVE, what="is no part")
+_SOME = Range(1, whole=True, what="is no number of anything")
+
+
+def _indices(given: Iterable[int], count: int, what: str) -> list[int]:
+    """Check indices, which are counted from 0."""
+    if not isinstance(given, Iterable):
+        raise CorpusError(f"{given!r} is no list of indices: give several, as [{given!r}]")
+    indices = list(given)
+    for index in indices:
+        whole = isinstance(index, Integral) and not isinstance(index, bool)
+        if not whole or not 0 <= index < count:
+            raise CorpusError(f"there is no {what} with the index {index!r}: they are 0 to {count - 1}")
+    return indices
+
+
+def require_corpus(value: Any, role: str = "corpus") -> Corpus:
+    """Return a corpus; refuse anything else that stands in its place, saying how to make one of it.
+
+    Raises:
+        CorpusError: If it is none.
+    """
+    if isinstance(value, Corpus):
+        return value
+    read = "lens_unlearn.read_corpus"
+    match value:
+        case str() | os.PathLike():
+            raise CorpusError(
+                f"{role} is {os.fspath(value)!r}, which has not been read: pass {read}({os.fspath(value)!r}, model)"
+            )
+        case None:
+            raise CorpusError(f"{role} is None, and no corpus: pass {read}(source, model)")
+        case Mapping():
+            raise CorpusError(
+                f"{role} is a {type(value).__name__}, and no corpus: pass one of those in it, or {read}(source, model)"
+            )
+        case _ if hasattr(value, "hook_dict"):
+            raise CorpusError(
+                f"{role} is a model, and no corpus: pass the model first, and {read}(source, model) behind it"
+            )
+        case _:
+            raise CorpusError(f"{role} is a {type(value).__name__}, and no corpus: pass {read}(texts, model)")
+
+
+def require_corpora(value: Any, role: str = "corpora") -> Mapping[str, Corpus]:
+    """Return corpora by name; refuse anything else, saying how to make such of it.
+
+    Raises:
+        CorpusError: If it is no mapping, or holds what is no corpus.
+    """
+    if isinstance(value, Corpus):
+        raise CorpusError(f"{role} are given by name: pass {{'a name': corpus}}, and not the corpus {value.name} alone")
+    if not isinstance(value, Mapping):
+        raise CorpusError(
+            f"{role} are given by name: pass {{'a name': lens_unlearn.read_corpus(source, model)}}, not {_short(value)}"
+        )
+    for name, corpus in value.items():
+        require_corpus(corpus, f"the corpus {name!r}")
+    return value
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _tied(corpora: Sequence[Corpus], near_duplicates: bool | None) -> list[list[str]]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.numbers import NUMBERS
 from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
 from lens_unlearn.corpora.sources import Source, open_source
 from lens_unlearn.corpora.tokenizing import Document, Encoder, tokenize
@@ -93,13 +94,16 @@ def read_corpus(
             group where the others do; if the template, the window or the tokenizer cannot be used.
     """
     tokenizer = tokenizer_of(model)
+    tokens, window = (_whole(n, name) for n, name in ((tokens, "tokens"), (window, "window")))
+    shuffle, seed = _whole(shuffle, "shuffle"), int(NUMBERS["seed"].check(seed, "seed", CorpusError))
+    for text, what in ((field, "field"), (template, "template"), (name, "name")):
+        if not isinstance(text, str | None):
+            raise CorpusError(f"{what}={text!r} is a {type(text).__name__}: give a string")
     bos = bos_token(model, prepend_bos)
     shortest = 2 + (bos is not None)
-    longest = min(DEFAULT_WINDOW, int(model.cfg.n_ctx)) if window is None else int(window)
+    longest = min(DEFAULT_WINDOW, int(model.cfg.n_ctx)) if window is None else window
     if not shortest <= longest <= int(model.cfg.n_ctx):
         raise CorpusError(f"window={longest} does not fit this model: from {shortest} to {model.cfg.n_ctx} tokens")
-    if tokens is not None and tokens < 2:
-        raise CorpusError(f"tokens={tokens} is too small a budget: at least 2")
     end = end_token(model)
     if answer_eos and end is None:
         raise CorpusError(
@@ -123,6 +127,11 @@ def read_corpus(
     if isinstance(opened.group, str) and not shuffle:
         _warn_if_sorted(corpus, opened.group)
     return corpus
+
+
+def _whole(value: int | None, name: str) -> int | None:
+    """Check a number of tokens or documents; None stands for the default."""
+    return None if value is None else int(NUMBERS[name].check(value, name, CorpusError))
 
 
 def _warn_if_sorted(corpus: Corpus, group: str) -> None:

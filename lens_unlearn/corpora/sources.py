@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from numbers import Integral
 from typing import Any
 
 from lens_unlearn.core.errors import CorpusError
@@ -236,9 +237,11 @@ def _run_of_strings(name: str, field: str | None, group: str | int | None, writt
 
 
 def _checked_run(name: str, length: int | None) -> int | None:
+    if length is not None and (isinstance(length, bool) or not isinstance(length, Integral)):
+        raise CorpusError(f"{name}: group={length!r} names no groups: give a field, or a whole number of rows")
     if length is not None and length < 1:
         raise CorpusError(f"{name}: {length} rows make no group: at least 1, or give the field that names the groups")
-    return length
+    return None if length is None else int(length)
 
 
 def _asked(

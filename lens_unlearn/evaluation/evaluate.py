@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core import distributed
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
-from lens_unlearn.corpora.corpus import Batch, Corpus
+from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpora
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
 from lens_unlearn.evaluation.memorization import Memorization, single_values
 from lens_unlearn.evaluation.metric import Metric
@@ -136,6 +136,7 @@ def evaluate(
     """
     require_model(model)
     require_eval(model)
+    require_corpora(corpora)
     runs = replicates(conditions)
     measures: dict[tuple[str, str, str], Measure] = {}
     if base is not None:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.intervals import auc, weights_of, widening
-from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.corpus import Corpus, require_corpus
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, over_replicates, transformed
 from lens_unlearn.evaluation.evaluate import Condition, replicates
 from lens_unlearn.evaluation.metric import Metric
@@ -86,8 +86,8 @@ def membership(
     privacy_leak(0.5, retrained)
     runs = replicates(conditions)
     sides = (members, nonmembers)
-    for corpus in sides:
-        corpus.check(model)
+    for role, corpus in zip(("members", "nonmembers"), sides, strict=True):
+        require_corpus(corpus, role).check(model)
     sizes = [_compressed(model, corpus) for corpus in sides]
     attacks = needing("membership")
     quantities = tuple(dict.fromkeys(name for attack in attacks for name in attack.quantities))

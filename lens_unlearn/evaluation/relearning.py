@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.intervals import LEVEL
-from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.corpus import Corpus, require_corpora, require_corpus
 from lens_unlearn.evaluation.answer_losses import gradients_of, read_answers, rows_at
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
 from lens_unlearn.evaluation.metrics import metric
@@ -209,7 +209,7 @@ def relearn(
         raise LensUnlearnError("nothing would be measured: give corpora, as in measured={'forget': facts}")
     if not (math.isfinite(lr) and lr > 0) or batch_size < 1:
         raise LensUnlearnError(f"lr={lr} and batch_size={batch_size}: above 0, and at least 1")
-    for corpus in (texts, *measured.values()):
+    for corpus in (require_corpus(texts, "texts"), *require_corpora(measured, "measured").values()):
         corpus.check(model)
     updates = _begin(model, None if attached else intervention)
     delta, trained = Delta(updates), [update.value for update in updates.values()]

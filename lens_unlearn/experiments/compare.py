@@ -13,7 +13,7 @@ from lens_unlearn.core.artefacts import replace_file
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.names import check_name
 from lens_unlearn.core.numbers import NUMBERS
-from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.corpus import Corpus, require_corpora
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.report import BASE, Measure, Report, mean_of, provenance_of
 from lens_unlearn.experiments.documents import Reader, reading_of
@@ -217,6 +217,9 @@ def compare(
         CorpusError: If a corpus is too short to be split, fits another model, or is a part of another skill's.
     """
     require_model(model)
+    require_corpora(skills, "skills")
+    if test is not None:
+        require_corpora(test, "test texts")
     chosen = compared() if methods is None else tuple(methods)
     plans = plans_for(
         list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, confidence=confidence, tokens=tokens,

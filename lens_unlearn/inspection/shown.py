@@ -146,6 +146,8 @@ def corpus_of(model: Model, text: Texts, prepend_bos: bool | None = None) -> Cor
         text.check(model)
         return text
     require_model(model)
+    if not isinstance(text, Iterable):
+        raise CorpusError(f"a {type(text).__name__} is no text: give a string, several, or a corpus")
     given = [text] if isinstance(text, str) else list(text)
     for number, part in enumerate(given):
         if not (isinstance(part, str) and part.strip()):

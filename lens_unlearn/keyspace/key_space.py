@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
-from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.corpus import Corpus, require_corpus
 from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
 from lens_unlearn.keyspace.separation import (
     POOLED,
@@ -178,8 +178,7 @@ def key_space(
             'as in {"python": code, "english": prose}'
         )
     for name, corpus in corpora.items():
-        if not isinstance(corpus, Corpus):
-            raise LensUnlearnError(f"key_space: {name!r} is a {type(corpus).__name__}, not a Corpus: use read_corpus")
+        require_corpus(corpus, f"the corpus {name!r}")
     if capacity < FEWEST:
         raise LensUnlearnError(f"capacity={capacity} leaves too few queries to fit a region: give at least {FEWEST}")
     queries = {name: c if c.has_prompts else c.with_prompts(seed=seed) for name, c in corpora.items()}

@@ -174,7 +174,9 @@ def _alive(
     turn = None if basis is None else {site: partial(rotate, basis=basis[site]) for site in basis}
     known = []
     for part in parts:
-        if isinstance(part, Corpus):
+        if isinstance(part, Corpus) or not (
+            part is None or hasattr(part, "fresh")
+        ):  # no statistic: `collect` refuses it
             part = collect(model, part, kinds, transform=turn, batch_size=batch_size, progress=progress)
         if isinstance(part, Moments):
             known.append(part.mean.live)

@@ -27,7 +27,7 @@ from torch import Tensor
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.core.numbers import NUMBER, THRESHOLD
-from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.corpus import Corpus, require_corpus
 from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
@@ -193,6 +193,8 @@ def simu(
     if isinstance(forget, Delta):
         return forget.at(strength)
     require_model(model)
+    require_model(model)
+    require_corpus(forget, "forget")
     attribution = AttributionSettings(
         threshold=threshold, attribution_steps=attribution_steps, objective=objective, mode=mode
     )
@@ -262,7 +264,7 @@ def _unseen(model: Model, unseen: Corpus | None, batch_size: int) -> tuple[float
     if unseen is None:
         # A model that never saw an answer still knows its form: at the loss of chance it would have lost much more than the fact.
         return None, math.log(int(model.cfg.d_vocab)) / 2
-    return accuracy(model, unseen, batch_size)
+    return accuracy(model, require_corpus(unseen, "unseen"), batch_size)
 
 
 def critical_neurons(
@@ -341,11 +343,11 @@ def _leaf(start: Tensor, like: Tensor) -> Tensor:
 def _check_inputs(model: Model, forget: Corpus, retain: Corpus | None, loss: str) -> None:
     require_eval(model)
     require_float(model)
-    forget.check(model)
+    require_corpus(forget, "forget").check(model)
     if not forget.has_prompts:
         raise CorpusError(f"{forget.name} has no answers to forget: read it as 'question>answer'")
     if retain is not None:
-        retain.check(model)
+        require_corpus(retain, "retain").check(model)
     elif loss != "gradient_ascent":
         raise CorpusError(f"loss={loss!r} needs a retain corpus: only 'gradient_ascent' goes without")
 

@@ -12,7 +12,7 @@ from typing import Any
 from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError, SelectionError
 from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.core.numbers import NUMBERS, STRENGTH, check_numbers
-from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.corpora.corpus import Corpus, require_corpora, require_corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.interventions.base import Intervention
@@ -76,6 +76,7 @@ def sweep(
         A report whose conditions are named ``method@fraction`` and ``method:control@fraction``.
     """
     require_model(model)
+    require_corpora(test, "test corpora")
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)
     strengths = record.grid if fractions is None else [STRENGTH.check(one, "fractions") for one in fractions]
@@ -205,6 +206,9 @@ def tune(
     whole_forget, whole_retain = forget, _together(retain)
     if held_out is None:
         if not isinstance(forget, Corpus) or not isinstance(whole_retain, Corpus):
+            for role, part in (("forget", forget), ("retain", whole_retain)):
+                if not hasattr(part, "fresh"):  # no statistic, either
+                    require_corpus(part, role)
             raise LensUnlearnError(
                 "moments and keys hold no texts to tune on: pass corpora, or held_out=(forget, retain)"
             )
@@ -271,7 +275,7 @@ def tune(
 
 def _by_name(retain: Corpus | Mapping[str, Corpus]) -> dict[str, Corpus]:
     """Return retain corpora by name."""
-    named = {"retain": retain} if isinstance(retain, Corpus) else dict(retain)
+    named = {"retain": retain} if isinstance(retain, Corpus) else dict(require_corpora(retain, "retain corpora"))
     if not named or "forget" in named:
         raise LensUnlearnError("give one retain corpus, or several by names other than 'forget'")
     return named
@@ -279,6 +283,8 @@ def _by_name(retain: Corpus | Mapping[str, Corpus]) -> dict[str, Corpus]:
 
 def _together(retain: Any) -> Any:
     """Join retain corpora that are given by name; anything else is returned as it is."""
+    if isinstance(retain, Mapping):
+        require_corpora(retain, "retain corpora")
     return functools.reduce(operator.add, retain.values()) if isinstance(retain, Mapping) and retain else retain
 
 

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.core.numbers import STEPS, THRESHOLD, check_numbers
-from lens_unlearn.corpora.corpus import Batch, Corpus
+from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
@@ -158,7 +158,7 @@ def attribute(
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known.__args__)}")
     STEPS.check(steps, "steps")
     check_numbers(batch_size=batch_size)
-    corpus.check(model)
+    require_corpus(corpus).check(model)
     points = resolve(model, sites)
     predicted = _predicted(corpus)
     nodes = (torch.arange(1, steps + 1) - (0.5 if rule == "midpoint" else 0)) / steps

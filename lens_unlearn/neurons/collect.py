@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, ModelError
 from lens_unlearn.core.numbers import check_numbers
-from lens_unlearn.corpora.corpus import Batch, Corpus
+from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
@@ -142,7 +142,7 @@ def query_keys(
 
 
 def _queries(corpus: Corpus, seed: int) -> Corpus:
-    return (corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)).queries()
+    return (corpus if require_corpus(corpus).has_prompts else corpus.with_prompts(seed=seed)).queries()
 
 
 def query_places(corpus: Corpus, *, capacity: int = MOST_KEYS, seed: int = 0) -> KeySample:
@@ -173,7 +173,7 @@ def gather(
     """Do what `collect` does, but leave the checkpoint: the caller removes it when the result is in a file."""
     require_model(model)
     check_numbers(batch_size=batch_size)
-    corpus.check(model)
+    require_corpus(corpus).check(model)
     points = resolve(model, sites)
     total: Any = (Moments() if statistic is None else statistic).fresh()
     checkpoint = None if checkpoint is None else own_checkpoint(checkpoint)

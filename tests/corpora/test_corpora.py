@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -270,13 +272,21 @@ def test_a_tokenizer_without_bos_prepends_none_unless_asked(model: Any, monkeypa
         read_corpus(TEXTS, model, prepend_bos=True)
 
 
+NO_NUMBERS = (1, 0, -5, 2.5, True, False, "100", float("nan"), float("inf"), [3])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"window": 2}, "window=2 does not fit this model: from 3 to 64 tokens"),
         ({"window": 65}, "window=65 does not fit"),
-        ({"tokens": 1}, "tokens=1 is too small"),
-        ({"tokens": 0}, "tokens=0 is too small"),
+        *(({"tokens": n}, f"tokens={n!r} is no number of tokens: give a whole number, at least 2") for n in NO_NUMBERS),
+        *(({"window": n}, f"window={n!r} is no number of tokens: give a whole number, at least 2") for n in NO_NUMBERS),
+        *(({"shuffle": n}, f"shuffle={n!r} is no number of documents") for n in NO_NUMBERS),
+        *(({"seed": n}, f"seed={n!r} is no seed: give a whole number from 0") for n in (-5, 2.5, True, "1")),
+        *(({"group": n}, f"group={n!r} names no groups: give a field, or a whole number") for n in (2.5, True, ["a"])),
+        ({"group": -1}, "-1 rows make no group"),
+        *(({name: 3}, f"{name}=3 is a int: give a string") for name in ("field", "template", "name")),
         ({"count": "some"}, "count='some' is not known"),
         ({"template": "{prompt}"}, "must hold {prompt} and end with {answer}"),
         ({"template": "{answer} {prompt}"}, "must hold {prompt} and end with {answer}"),
@@ -284,8 +294,61 @@ def test_a_tokenizer_without_bos_prepends_none_unless_asked(model: Any, monkeypa
     ],
 )
 def test_options_that_cannot_be_are_refused(model: Any, options: Any, message: str) -> None:
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(CorpusError, match=re.escape(message)):
         read_corpus(TEXTS, model, **{"prepend_bos": True, **options})
+
+
+NO_COUNTS = NO_NUMBERS[1:]
+
+
+@pytest.mark.parametrize(
+    ("ask", "wrong", "message"),
+    [
+        (lambda c, n: c.with_prompts(n), NO_COUNTS, "tokens={n!r} makes no prompt: give a whole number, at least 1"),
+        (lambda c, n: c.with_prompts(seed=n), (-5, 2.5, True, "1"), "seed={n!r} is no seed"),
+        (lambda c, n: c.split(1, 1, seed=n), (-5, 2.5, True, "1"), "seed={n!r} is no seed"),
+        (lambda c, n: c.sample(5, n), (-5, 2.5, True, "1"), "seed={n!r} is no seed"),
+        (lambda c, n: c.sample(n), NO_COUNTS, "tokens={n!r} is no number of anything"),
+        (lambda c, n: c.sample(5, units=n), NO_COUNTS, "units={n!r} is no number of anything"),
+        (lambda c, n: c.first(n), NO_COUNTS, "tokens={n!r} is no number of anything"),
+        (
+            lambda c, n: c.batches(n),
+            NO_COUNTS,
+            "batch_size={n!r} is no number of rows: give a whole number, at least 1",
+        ),
+        (
+            lambda c, n: c.split(n, 1),
+            (0, -1, True, "1", float("nan"), [0.5]),
+            "split({n!r}, 1): share={n!r} is no part: give a number above 0",
+        ),
+        (lambda c, n: c.split(*n), ((0, 0),), "split(0, 0): share=0 is no part: give a number above 0"),
+        (lambda c, n: c.split(*n), ((),), "split() names no parts: give their shares, as split(0.6, 0.4)"),
+        (
+            lambda c, n: c.row(n),
+            (4, -1, 1.0, True, "0", None),
+            "there is no row of list with the index {n!r}: they are 0 to 3",
+        ),
+        (lambda c, n: c.prompt(n), (4, -1), "there is no row of list with the index {n!r}: they are 0 to 3"),
+        (lambda c, n: c.answer(n), (4, -1), "there is no row of list with the index {n!r}: they are 0 to 3"),
+        (lambda c, n: c.take([0, n]), (4, -1), "there is no row of list with the index {n!r}: they are 0 to 3"),
+        (lambda c, n: c.take(n), ([],), "no row of list was asked for"),
+        (
+            lambda c, n: c.only([0, n]),
+            (4, -1, 0.0, True),
+            "there is no document of list with the index {n!r}: they are 0 to 3",
+        ),
+        (lambda c, n: c.only(n), (3,), "3 is no list of indices: give several, as [3]"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused_at_once(model: Any, ask: Any, wrong: Any, message: str) -> None:
+    corpus = read_corpus(TEXTS, model)
+    for n in wrong:
+        with pytest.raises(CorpusError) as error:
+            ask(corpus, n)
+        assert str(error.value).startswith(message.replace("{n!r}", repr(n)))
+        assert "\n" not in str(error.value)
+    assert next(corpus.batches(np.int64(2))).rows.tolist()
+    assert len(corpus.split(np.float32(1), 1)) == 2
 
 
 def test_a_model_without_tokenizer_is_refused() -> None:
@@ -694,7 +757,7 @@ def test_texts_have_no_prompts_and_say_so(model: Any) -> None:
     assert not mixed.has_prompts, "not every row has one"
     assert mixed.queries().n_rows == len(TEXTS)
     for tokens in (0, -3):
-        with pytest.raises(CorpusError, match=f"tokens={tokens} makes no prompt: at least 1"):
+        with pytest.raises(CorpusError, match=f"tokens={tokens} makes no prompt: give a whole number, at least 1"):
             texts.with_prompts(tokens)
 
 

@@ -374,7 +374,7 @@ def test_bad_input_gets_a_sentence():
         (lambda: lu.key_space(made, one), LensUnlearnError, "two corpora or more"),
         (lambda: lu.key_space(made, list(given.values())), LensUnlearnError, "by name"),
         (lambda: lu.key_space(made, {**one, POOLED: given["prose"]}), LensUnlearnError, "other than 'others'"),
-        (lambda: lu.key_space(made, {**one, "prose": ["text"]}), LensUnlearnError, "not a Corpus"),
+        (lambda: lu.key_space(made, {**one, "prose": ["text"]}), LensUnlearnError, "and no corpus"),
         (lambda: lu.key_space(made, given, capacity=3), LensUnlearnError, "capacity=3"),
         (lambda: lu.key_space(made, {**one, "few": tiny.corpus([9] * 6)}), CorpusError, "few: "),
         (lambda: lu.key_space(made, {**one, "single": tiny.corpus([9])}), CorpusError, "too few to split"),
