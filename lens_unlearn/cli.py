@@ -375,6 +375,15 @@ def evaluate(
         ),
     ] = [],  # noqa: B006
     task_limit: Annotated[int | None, typer.Option(help="Documents per task. [default: all]")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt of a task. [default: as the task says]")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put the prompts of tasks into the tokenizer's chat template.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="What stands before every prompt of a task, or is the system's turn.")
+    ] = None,
     intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
     tokens: Tokens = 20_000,
     window: Window = None,
@@ -441,7 +450,8 @@ def evaluate(
             "memorization": memorization,
         }
         quantities["allow_code_execution"] = allow_code_execution
-        quantities |= {"tasks": task, "task_limit": task_limit}
+        quantities |= {"tasks": task, "task_limit": task_limit, "num_fewshot": num_fewshot}
+        quantities |= {"apply_chat_template": apply_chat_template, "system_instruction": system_instruction}
         report = lu.evaluate(loaded, texts, edits, **quantities, batch_size=batch_size, seed=seed, progress=not quiet)
         if distributed.is_first():
             report.to_html(folder / "report.html")

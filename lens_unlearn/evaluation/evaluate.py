@@ -57,6 +57,9 @@ def evaluate(
     memorization: int = 0,
     tasks: Sequence[str | os.PathLike[str] | Mapping[str, Any]] = (),
     task_limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool | str = False,
+    system_instruction: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure what a model predicts and answers on corpora, with and without interventions.
@@ -123,6 +126,10 @@ def evaluate(
         tasks: Names that lm-evaluation-harness knows, paths of its YAML files, or such configurations as mappings. Takes the extra
             `lens-unlearn[harness]`.
         task_limit: Documents per task, from the first; None for all.
+        num_fewshot: Of tasks: examples in each prompt; None leaves it to the task.
+        apply_chat_template: Of tasks: whether prompts are put into the tokenizer's chat template, or the name of one of several;
+            examples are turns of the conversation then.
+        system_instruction: Of tasks: what stands before every prompt, or is the system's turn.
         progress: Whether to show a bar.
 
     Raises:
@@ -142,6 +149,11 @@ def evaluate(
     if base is not None:
         measures |= _taken(base, model, corpora, resamples, seed)
         runs.pop(BASE)
+    if not tasks and (num_fewshot is not None or apply_chat_template or system_instruction is not None):
+        raise LensUnlearnError(
+            "num_fewshot, apply_chat_template and system_instruction are for tasks, of which there are none: give some, or leave "
+            "them out"
+        )
     if not corpora and not tasks:
         raise LensUnlearnError("there is no corpus to evaluate on: give at least one, by name, or tasks")
     for corpus in corpora.values():
@@ -188,11 +200,13 @@ def evaluate(
     of_tasks: dict[str, Any] = {}
     missing: dict[str, str] = {}
     if tasks:
-        from lens_unlearn.evaluation.harness import run_tasks
+        from lens_unlearn.evaluation.harness import DERIVED, TaskOptions, run_tasks
 
+        options = TaskOptions(task_limit, num_fewshot, apply_chat_template, system_instruction)
+        derived += DERIVED
         with one_thread(model):
             of_tasks, missing = run_tasks(
-                model, tasks, {BASE: [None], **runs}, limit=task_limit, batch_size=batch_size, progress=progress
+                model, tasks, {BASE: [None], **runs}, options=options, batch_size=batch_size, progress=progress
             )
         if twice := set(of_tasks) & set(corpora):
             raise LensUnlearnError(
@@ -216,6 +230,9 @@ def evaluate(
     if tasks:
         settings["tasks"] = {name: {"documents": len(asked.scores.counts)} for name, asked in of_tasks.items()}
         settings["tasks"] |= {"left out": missing} if missing else {}
+        put = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
+        put["system_instruction"] = system_instruction
+        settings["tasks"] |= {"options": put} if any(value not in (None, False) for value in put.values()) else {}
     if kept_rows:
         settings["memorization"] = recalling.settings()
     settings["weights"] = WEIGHTS

@@ -6,10 +6,11 @@ for `lm_eval.simple_evaluate`, inside a `with intervention.on(model)` block.
 
 import contextlib
 import io
+import math
 import os
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,170 +19,58 @@ import torch
 from tqdm.auto import tqdm
 
 from lens_unlearn.core import distributed
-from lens_unlearn.core.errors import CorpusError, LensUnlearnError
-from lens_unlearn.corpora.corpus import Batch
+from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.evaluation.bootstrap import Scores
-from lens_unlearn.evaluation.generation import continue_rows
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import metric as metric_of
-from lens_unlearn.evaluation.question_answering import SAMPLES, Asked, line_breaks
-from lens_unlearn.evaluation.teacher_forcing import outcomes, predict, split_rows
+from lens_unlearn.evaluation.question_answering import SAMPLES, Asked
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.model.host import Model, require_eval, require_model
-from lens_unlearn.model.special_tokens import bos_token, encode
+from lens_unlearn.model.host import Model
 
 try:
-    from lm_eval.api.model import TemplateLM
     from lm_eval.evaluator import evaluate as _evaluate
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    from lens_unlearn.evaluation.harness_model import HarnessModel
 except ImportError as error:
     raise LensUnlearnError(
         f"tasks need lm-evaluation-harness ({error}): pip install 'lens-unlearn[harness]'"
     ) from error
 
-__all__ = ["HarnessModel", "run_tasks"]
+__all__ = ["DERIVED", "HarnessModel", "TaskOptions", "run_tasks"]
 
 FEWSHOT_SEED = 1234
 """The harness' own default: the few-shot examples are those of its command line, and the same for every condition."""
 
+DERIVED = (replace(metric_of("perplexity"), derived_from="loss_per_continuation"),)
+"""Metrics that tasks derive from others than corpora do."""
+
 Task = str | os.PathLike[str] | Mapping[str, Any]
 
 
-class HarnessModel(TemplateLM):
-    """A `TransformerBridge` or `HookedTransformer` as lm-evaluation-harness takes models.
+@dataclass(frozen=True)
+class TaskOptions:
+    """How the questions of tasks are put, by the names that the harness has for it.
 
-    A text begins with BOS as the model was trained, as everywhere in lens_unlearn. A continuation that an intervention withholds
-    has constant logits: every token has probability 1 / vocabulary, and none is the most probable one. Where it generates, the
-    refusal is what was written.
-
-    Args:
-        model: With a tokenizer, in evaluation mode.
-        batch_size: Rows per forward.
-
-    Raises:
-        CorpusError: If the model has no tokenizer; in use, if a continuation is longer than the context.
-        ModelError: If the model is in training mode.
+    Attributes:
+        limit: Documents per task, from the first; None for all.
+        num_fewshot: Examples in each prompt; None leaves it to the task.
+        apply_chat_template: Whether prompts are put into the tokenizer's chat template, or the name of one of several; examples
+            are turns of the conversation then.
+        system_instruction: What stands before every prompt, or is the system's turn.
     """
 
-    def __init__(self, model: Model, batch_size: int = 8) -> None:
-        super().__init__()
-        require_model(model)
-        require_eval(model)
-        if getattr(model, "tokenizer", None) is None:
-            raise CorpusError("this model has no tokenizer: tasks are texts")
-        if batch_size < 1:
-            raise LensUnlearnError(f"batch_size={batch_size} is too small: at least 1")
-        self.model, self.tokenizer, self.batch_size = model, model.tokenizer, batch_size
-        self._breaks: list[int] | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool | str = False
+    system_instruction: str | None = None
 
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return token ids, with BOS before them, once, where `read_corpus` has it."""
-        bos = None if add_special_tokens is False else bos_token(self.model)
-        return encode(self.tokenizer, string, bos)
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return of each continuation its log probability in nats, and whether it is the greedy one."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Return the log probability of whole texts, in windows of the context's length."""
-        pieces: list[tuple[tuple[str, str], list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0], False),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=int(self.model.cfg.n_ctx),
-                context_len=1,
-            )
-            for window in windows:
-                pieces.append((("", ""), *make_disjoint_window(window)))
-                owners.append(owner)
-        sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(pieces), strict=True):
-            sums[owner] += value
-        return sums
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        context = int(self.model.cfg.n_ctx)
-        for _text, _given, continuation in requests:
-            if not 0 < len(continuation) <= context:
-                raise CorpusError(f"a continuation of {len(continuation)} tokens does not fit a context of {context}")
-        rows = [(given + continuation)[-(context + 1) :] for _text, given, continuation in requests]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        found: dict[int, tuple[float, bool]] = {}
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            found |= zip(part, self._score([rows[i] for i in part], [len(requests[i][2]) for i in part]), strict=True)
-        return [found[i] for i in range(len(rows))]
-
-    def _score(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> Iterator[tuple[float, bool]]:
-        """Score the last tokens of rows, so many of each."""
-        tokens = [torch.tensor(row) for row in rows]
-        masks = [torch.arange(len(row)) >= len(row) - count for row, count in zip(rows, counts, strict=True)]
-        batch = Batch.of(tokens, masks, range(len(rows)))
-        with torch.no_grad():
-            predicted = predict(self.model, batch, last=False)
-        quantities = ("loss", "right")
-        for row in split_rows(predicted, outcomes(predicted, quantities), quantities):
-            yield -float(row["loss"].sum()), bool(row["right"].all())
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Return what is written after each context, up to the first of its stop texts."""
-        groups: dict[tuple[tuple[str, ...], int, float], list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[_generation(request.args[1])].append(number)
-        answers: dict[int, str] = {}
-        context = int(self.model.cfg.n_ctx)
-        for (until, longest, temperature), numbers in groups.items():
-            room = max(1, context - longest)
-            rows = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            options: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature}
-            stop = self._line_breaks() if "\n" in until else []
-            written = continue_rows(self.model, rows, batch_size=self.batch_size, stop=stop, **options)
-            for number, one in zip(numbers, written, strict=True):
-                answers[number] = one.text if one.abstained else _cut(one.text, until)
-        return [answers[number] for number in range(len(requests))]
-
-    def _line_breaks(self) -> list[int]:
-        if self._breaks is None:
-            self._breaks = line_breaks(self.model)
-        return self._breaks
-
-
-def _generation(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float]:
-    """Read a task's generation settings: stop texts, most tokens, temperature."""
-    given = dict(settings)
-    until = given.pop("until", None) or ()
-    longest = given.pop("max_gen_toks", None) or given.pop("max_new_tokens", None) or 256
-    drawn = given.pop("do_sample", None)
-    temperature = float(given.pop("temperature", None) or 0.0)
-    if drawn is not None:
-        temperature = (temperature or 1.0) if drawn else 0.0
-    odd = [key for key, value in given.items() if value not in (None, 1, 1.0, False)]
-    if odd:
-        raise LensUnlearnError(
-            f"a task wants text generated with {', '.join(sorted(odd))}, which is not here: leave it out"
-        )
-    return (until,) if isinstance(until, str) else tuple(until), int(longest), temperature
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    return min((text.split(stop, 1)[0] for stop in until if stop), key=len, default=text)
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        if self.limit is not None and self.limit < 1:
+            raise LensUnlearnError(f"limit={self.limit} leaves no document of a task: at least 1, or None for all")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise LensUnlearnError(f"num_fewshot={self.num_fewshot} is no number of examples: 0 for none")
 
 
 def run_tasks(
@@ -189,7 +78,7 @@ def run_tasks(
     tasks: Sequence[Task],
     runs: Mapping[str, Sequence[Intervention | None]],
     *,
-    limit: int | None = None,
+    options: TaskOptions = TaskOptions(),
     batch_size: int = 8,
     progress: bool = True,
 ) -> tuple[dict[str, Asked], dict[str, str]]:
@@ -199,21 +88,21 @@ def run_tasks(
         model: In evaluation mode, with a tokenizer.
         tasks: Names that the harness knows, task configurations as mappings, or paths of YAML files.
         runs: By condition, its interventions.
-        limit: Documents per task, from the first; None for all.
+        options: How questions are put.
         batch_size: Rows per forward.
         progress: Whether to show a bar.
 
     Returns:
-        By task, what was scored per document; and what was left out, with the reason: metrics that are no mean over documents
-        (such as corpus BLEU) have no interval over documents, and groups are given by their tasks.
+        By task, what was scored per document; and what was left out, with the reason: metrics that are no ratio of sums over
+        documents (such as corpus BLEU) have no interval over documents, groups are given by their tasks, and prompts longer than
+        the context lose their beginnings.
 
     Raises:
         LensUnlearnError: If a task is not known or its data cannot be had, with the harness' own message.
     """
-    if limit is not None and limit < 1:
-        raise LensUnlearnError(f"limit={limit} leaves no document of a task: at least 1, or None for all")
-    reader = HarnessModel(model, batch_size)
+    reader = HarnessModel(model, batch_size, options.apply_chat_template)
     scores: dict[str, dict[str, list[np.ndarray]]] = {}
+    counts: dict[str, np.ndarray] = {}
     columns: dict[str, list[str]] = {}
     samples: dict[str, list[dict[str, Any]]] = {}
     left_out: dict[str, str] = {}
@@ -222,35 +111,57 @@ def run_tasks(
     passes = [(condition, one) for condition, run in runs.items() for one in run]
     for condition, intervention in tqdm(passes, disable=not (progress and distributed.is_first()), desc="tasks"):
         with contextlib.nullcontext() if intervention is None else intervention.on(model):
-            found = _run(reader, manager, tasks, limit)
+            found = _run(reader, manager, tasks, options, left_out)
+        if reader.lost:
+            left_out["prompts"] = (
+                f"the beginnings of {reader.lost:,}, longer than the context of {model.cfg.n_ctx} tokens"
+            )
+            reader.lost = 0
         for name, task in found["samples"].items():
-            means, dropped = _means(found["configs"][name], task)
+            named, dropped = _columns(found["configs"][name], task)
             left_out |= {f"{name}: {metric}": reason for metric, reason in dropped.items()}
-            columns.setdefault(name, means)
-            table = _table(task, columns[name])
+            columns.setdefault(name, named)
+            table, counts[name] = _tables(task, columns[name])
             scores.setdefault(name, {}).setdefault(condition, []).append(table)
             _sample(samples.setdefault(name, []), name, condition, task)
     asked = {
-        name: Asked(_scores(name, [metric_of(column) for column in columns[name]], of_task), samples[name])
+        name: Asked(
+            _scores(name, [metric_of(column) for column in columns[name]], of_task, counts[name]), samples[name]
+        )
         for name, of_task in scores.items()
         if columns[name]
     }
     return asked, left_out
 
 
-def _scores(name: str, metrics: Sequence[Metric], of_task: dict[str, list[np.ndarray]]) -> Scores:
-    ones = np.ones_like(next(iter(of_task.values()))[0])
-    return Scores(metrics, of_task, ones, [f"{name} {document}" for document in range(len(ones))])
+def _scores(name: str, metrics: Sequence[Metric], of_task: dict[str, list[np.ndarray]], counts: np.ndarray) -> Scores:
+    return Scores(metrics, of_task, counts, [f"{name} {document}" for document in range(len(counts))])
 
 
-def _run(reader: HarnessModel, manager: Any, tasks: Sequence[Task], limit: int | None) -> Mapping[str, Any]:
+def _run(
+    reader: HarnessModel, manager: Any, tasks: Sequence[Task], options: TaskOptions, left_out: dict[str, str]
+) -> Mapping[str, Any]:
     with _one_sentence(tasks):
         loaded = manager.load([_spec(task) for task in tasks])
-        for task in loaded["tasks"].values():
+        for name, task in loaded["tasks"].items():
             # As the harness does before its own runs. Without it the examples in a prompt come from the system's entropy: each
             # condition would get others, and differences between conditions would mean nothing.
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        found = _evaluate(reader, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+            usual = task.get_config("num_fewshot")
+            if options.num_fewshot and usual == 0:  # as the harness has it
+                left_out[f"{name}: num_fewshot"] = "the task itself says that its prompts have no examples"
+            elif options.num_fewshot is not None or usual is None:
+                task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
+        found = _evaluate(
+            reader,
+            loaded,
+            limit=options.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            system_instruction=options.system_instruction,
+            apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=bool(options.apply_chat_template),
+        )
     assert found is not None  # None is for the other processes of the harness' own sharing, which is not used
     return found
 
@@ -314,37 +225,56 @@ def _name(task: Task) -> str:
     return str(task.get("task", "of a mapping")) if isinstance(task, Mapping) else os.fspath(task)
 
 
-def _key(sample: Mapping[str, Any], metric: str, filters: set[str]) -> str:
-    return metric if len(filters) == 1 else f"{metric} ({sample['filter']})"
+_RATIOS: dict[str, tuple[str, float]] = {
+    "word_perplexity": ("loss_per_word", 1.0),
+    "byte_perplexity": ("bits_per_byte", math.log(2)),
+    "bits_per_byte": ("bits_per_byte", math.log(2)),
+    "perplexity": ("loss_per_continuation", 1.0),
+}
+"""What is summed up of the documents for metrics of log probabilities, and the unit of that in nats; the rest is derived."""
 
 
-def _means(config: Mapping[str, Any], task: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
-    """Return the metrics that are means over documents, in the task's order, and why the others are not there."""
+def _columns(config: Mapping[str, Any], task: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """Return what is summed up over documents, in the task's order, and why the other metrics are not there."""
     filters = {sample["filter"] for sample in task}
     how = {one["metric"]: one.get("aggregation", "mean") for one in config.get("metric_list") or ()}
-    means: dict[str, None] = {}
+    columns: dict[str, None] = {}
     dropped: dict[str, str] = {}
     for sample in task:
         for metric in sample["metrics"]:
             key = _key(sample, metric, filters)
-            if how.get(metric, "mean") != "mean":
+            if metric not in _RATIOS and how.get(metric, "mean") != "mean":
                 dropped[key] = f"aggregated by {how[metric]}, not a mean over documents"
-            elif not isinstance(sample[metric], int | float | np.number):
+            elif metric not in _RATIOS and not isinstance(sample[metric], int | float | np.number):
                 dropped[key] = "no number per document"
             else:
-                means[key] = None
-    return [key for key in means if key not in dropped], dropped
+                columns[key] = None
+    return [key for key in columns if key not in dropped], dropped
 
 
-def _table(task: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> np.ndarray:
+def _key(sample: Mapping[str, Any], metric: str, filters: set[str]) -> str:
+    name = _RATIOS.get(metric, (metric, 1.0))[0]
+    return name if len(filters) == 1 else f"{name} ({sample['filter']})"
+
+
+def _tables(task: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each document adds to each column, and how much it counts there: [documents, columns] each."""
     filters = {sample["filter"] for sample in task}
     documents = {number: place for place, number in enumerate(dict.fromkeys(sample["doc_id"] for sample in task))}
     table = np.full((len(documents), len(columns)), np.nan)
+    counts = np.ones_like(table)
     for sample in task:
         for metric in sample["metrics"]:
-            if (key := _key(sample, metric, filters)) in columns:
-                table[documents[sample["doc_id"]], columns.index(key)] = float(sample[metric])
-    return table
+            if (key := _key(sample, metric, filters)) not in columns:
+                continue
+            place = documents[sample["doc_id"]], columns.index(key)
+            value = sample[metric]
+            if metric in _RATIOS:
+                total, weight = value if isinstance(value, tuple | list) else (value, 1)
+                table[place], counts[place] = -float(total) / _RATIOS[metric][1], float(weight)
+            else:
+                table[place] = float(value)
+    return table, counts
 
 
 def _sample(into: list[dict[str, Any]], name: str, condition: str, task: Sequence[Mapping[str, Any]]) -> None:

@@ -104,6 +104,22 @@ METRICS: tuple[Metric, ...] = (
     Metric("privacy_leak", "privacy leak", "membership", derived_from="mia_min_k", unit="privacy leak", range=(-inf, 1.0)),
     Metric("acc", "accuracy", brief=True),
     Metric("acc_norm", "accuracy (by normalized length)", brief=True),
+    Metric(
+        "loss_per_word", "loss (nats per word)", unit="nats per word", range=(0.0, inf), higher_is_better=False, brief=True,
+    ),
+    Metric(
+        "word_perplexity", "perplexity per word", of=np.exp, derived_from="loss_per_word", unit="perplexity",
+        range=(1.0, inf), higher_is_better=False, brief=True,
+    ),
+    Metric("bits_per_byte", "bits per byte", unit="bits per byte", range=(0.0, inf), higher_is_better=False, brief=True),
+    Metric(
+        "byte_perplexity", "perplexity per byte", of=np.exp2, derived_from="bits_per_byte", unit="perplexity",
+        range=(1.0, inf), higher_is_better=False,
+    ),
+    Metric(
+        "loss_per_continuation", "loss (nats per continuation)", unit="nats per continuation", range=(0.0, inf),
+        higher_is_better=False,
+    ),
 )  # fmt: skip
 """Every metric, in the order of reports."""
 

@@ -86,7 +86,7 @@ def require_finite(model: Model, batch: Batch, predicted: Predicted) -> None:
     broken = broken_logits(predicted.logits)
     if bool(broken.any()):
         row = int(predicted.row[broken.nonzero()[0, 0]])
-        refuse_broken(model, batch.tokens[row, : int(batch.lengths[row])])
+        refuse_broken(model, batch.tokens[row, : min(int(batch.lengths[row]), int(model.cfg.n_ctx))])
 
 
 class Outcome:

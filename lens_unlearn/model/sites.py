@@ -149,17 +149,22 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
 
 def _hook_point(model: Model, site: Site) -> Any:
     name = f"blocks.{site.layer}.{KINDS[site.kind]}"
+    prefix = f"blocks.{site.layer}."
+    here = [kind for kind, tail in KINDS.items() if prefix + tail in model.hook_dict]
     if site.kind.startswith("mlp") and mlp_width(model, site.layer) is None:
-        mlp = type(getattr(model.blocks[site.layer], "mlp", None)).__name__
+        mlp = getattr(model.blocks[site.layer], "mlp", None)
+        if mlp is None:  # Mamba's blocks are mixers; those of RecurrentGemma are wrapped as a whole
+            raise SiteError(
+                f"{site} does not exist in this model: TransformerLens knows no MLP in layer {site.layer}, which has "
+                f"{', '.join(here) or 'no site'}"
+            )
         raise SiteError(
-            f"{site} has no neuron axis: layer {site.layer} has a {mlp}, without one output matrix "
+            f"{site} has no neuron axis: layer {site.layer} has a {type(mlp).__name__}, without one output matrix "
             "(mixture-of-experts layers route each token to other neurons, and are not supported)"
         )
     try:
         return model.hook_dict[name]
     except KeyError:
-        prefix = f"blocks.{site.layer}."
-        here = [kind for kind, tail in KINDS.items() if prefix + tail in model.hook_dict]
         raise SiteError(f"{site} does not exist in this model: layer {site.layer} has {', '.join(here)}") from None
 
 

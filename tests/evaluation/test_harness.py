@@ -13,7 +13,7 @@ import torch
 from positions_helpers import LAST, around, key
 
 import lens_unlearn as lu
-from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
@@ -22,7 +22,7 @@ from lens_unlearn.neurons.maps import NeuronMap
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
-from lens_unlearn.evaluation.harness import HarnessModel, run_tasks
+from lens_unlearn.evaluation.harness import HarnessModel, _own_random_state, run_tasks
 
 TOLD: dict[str, Any] = {"resamples": 20, "progress": False}
 
@@ -130,7 +130,7 @@ def test_tasks_stand_in_the_report_with_intervals(demo: Any, sums: dict[str, Any
     assert report.measures["none", "sums_write", "exact_match"].value == 0
     assert report.measures["none", "sums_choice", "acc"].value < 1
     assert len(report.measures["none", "sums_choice", "acc"].draws) == 20
-    assert "mean over documents" in str(report.provenance["tasks"]["left out"]) or "no number" in str(report.provenance)
+    assert "left out" not in report.provenance["tasks"]
     assert {sample["corpus"] for sample in report.samples} == {"sums_write"}
     assert report.samples[0]["base"].strip() == report.samples[0]["true answer"]
     assert "sums_choice" in report.to_frame().corpus.tolist()
@@ -235,7 +235,149 @@ def test_what_cannot_be_run_is_reported_in_a_sentence(demo: Any, sums: dict[str,
 
 
 def test_without_the_harness_it_is_said_what_to_install(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "lens_unlearn.evaluation.harness")
+    for module in ("harness", "harness_model"):
+        monkeypatch.delitem(sys.modules, f"lens_unlearn.evaluation.{module}")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(LensUnlearnError, match=r"pip install 'lens-unlearn\[harness\]'"):
         evaluate(demo, {}, {}, tasks=["arc_easy"], **TOLD)
+
+
+# --- what is asked, and how much of it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [6, 200, 256, 1000], ids=["short", "nearly all", "all", "more"])
+def test_an_answer_that_may_fill_the_context_leaves_the_prompt_whole(
+    demo: Any, sums: dict[str, Any], most: int
+) -> None:
+    """The harness' default is 256 tokens, which is all that small models have."""
+    task = {**sums["sums_write"], "generation_kwargs": {"until": ["\n", ","], "max_gen_toks": most}}
+    report = evaluate(demo, {}, {}, tasks=[task], task_limit=4, **TOLD)
+    assert report.measures["base", "sums_write", "exact_match"].value == 1
+    assert "left out" not in report.provenance["tasks"]
+    [alone] = HarnessModel(demo).generate_until([request("2+11=", {"until": ["\n"], "max_gen_toks": most})])
+    assert alone.strip() == "13"
+
+
+def test_a_prompt_longer_than_the_context_loses_its_beginning_and_that_is_said(demo: Any, sums: dict[str, Any]) -> None:
+    filler = "The king said that. " * demo.cfg.n_ctx
+    task = {**sums["sums_write"], "doc_to_text": filler + "\n{{q}}"}
+    report = evaluate(demo, {}, {"same": Chain()}, tasks=[task], task_limit=3, **TOLD)
+    said = report.provenance["tasks"]["left out"]["prompts"]
+    assert said == f"the beginnings of 3, longer than the context of {demo.cfg.n_ctx} tokens"
+    ours = HarnessModel(demo)
+    ids = ours._shortened(ours.tok_encode(filler), 6)
+    assert ids[0] == demo.tokenizer.bos_token_id
+    assert len(ids) == demo.cfg.n_ctx - 6
+    assert ids[1:] == ours.tok_encode(filler)[-len(ids) + 1 :]
+
+
+def test_bos_stands_once_before_a_text(demo: Any) -> None:
+    ours, bos = HarnessModel(demo), demo.tokenizer.bos_token
+    plain = ours.tok_encode("2+11=")
+    assert ours.tok_encode(bos + "2+11=") == plain
+    assert plain.count(demo.tokenizer.bos_token_id) == 1
+    assert ours.tok_encode("2+11=", add_special_tokens=False) == plain[1:]
+    one, other = ours.loglikelihood([request("2+11=", "13"), request(bos + "2+11=", "13")])
+    assert one == other
+
+
+def asked(model: Any, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:
+    """The prompts that a task puts."""
+    seen: list[str] = []
+    real = HarnessModel.generate_until
+
+    def look(self: Any, requests: list[Any], **rest: Any) -> list[str]:
+        seen.extend(one.args[0] for one in requests)
+        return real(self, requests, **rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HarnessModel, "generate_until", look)
+        evaluate(model, {}, {}, tasks=[task], task_limit=2, **options, **TOLD)
+    return seen
+
+
+def test_examples_templates_and_instructions_are_options(
+    demo: Any, sums: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {**sums["sums_write"], "fewshot_split": "test", "fewshot_delimiter": "\n"}
+    bare = asked(demo, task, monkeypatch)
+    assert bare == ["2+11=", "2+12="]
+    few = asked(demo, task, monkeypatch, num_fewshot=2)
+    assert all(prompt.count("=") == 3 and prompt.endswith(end) for prompt, end in zip(few, bare))
+    assert asked(demo, {**task, "num_fewshot": 2}, monkeypatch) == few, "as the task itself would have it"
+    assert asked(demo, {**task, "num_fewshot": 2}, monkeypatch, num_fewshot=0) == bare
+    assert all(
+        one.startswith("Add.") and one.endswith(end)
+        for one, end in zip(asked(demo, task, monkeypatch, system_instruction="Add."), bare, strict=True)
+    )
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with pytest.raises(CorpusError, match="has no chat template"):
+        evaluate(demo, {}, {}, tasks=[task], apply_chat_template=True, **TOLD)
+    monkeypatch.setattr(demo.tokenizer, "chat_template", template)
+    chat: dict[str, Any] = {"apply_chat_template": True, "system_instruction": "Add.", "num_fewshot": 1}
+    for prompt, end in zip(asked(demo, task, monkeypatch, **chat), bare, strict=True):
+        assert prompt.startswith("<system>Add.</system><user>")
+        assert prompt.endswith(f"</assistant><user>{end}</user><assistant>")
+    report = evaluate(demo, {}, {}, tasks=[task], task_limit=1, **chat, **TOLD)
+    assert report.provenance["tasks"]["options"] == chat
+
+
+def test_options_of_tasks_that_cannot_be_are_refused(demo: Any, sums: dict[str, Any]) -> None:
+    for options in ({"num_fewshot": 2}, {"apply_chat_template": True}, {"system_instruction": "Add."}):
+        with pytest.raises(LensUnlearnError, match="are for tasks, of which there are none"):
+            evaluate(demo, {"c": lu.read_corpus("demo:python", demo, tokens=100)}, {}, **options, **TOLD)
+    with pytest.raises(LensUnlearnError, match="num_fewshot=-1 is no number of examples"):
+        evaluate(demo, {}, {}, tasks=[sums["sums_write"]], num_fewshot=-1, **TOLD)
+    fixed = {**sums["sums_write"], "num_fewshot": 0, "fewshot_split": "test"}
+    report = evaluate(demo, {}, {}, tasks=[fixed], num_fewshot=2, task_limit=1, **TOLD)
+    assert report.provenance["tasks"]["left out"]["sums_write: num_fewshot"].startswith("the task itself says")
+
+
+def test_perplexities_are_those_of_the_harness_with_intervals(demo: Any, sums: dict[str, Any]) -> None:
+    from lm_eval.evaluator import evaluate as theirs
+    from lm_eval.tasks import TaskManager
+
+    whole = {
+        **sums["sums_text"],
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        "doc_to_target": "The king said that {{q}}{{good}} is right.",
+    }
+    ends = {
+        **sums["sums_choice"],
+        "task": "sums_ends",
+        "output_type": "loglikelihood",
+        "doc_to_target": "{{good}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+    }
+    del ends["doc_to_choice"]
+    edit = one_of(demo)
+    report = evaluate(demo, {}, {"edit": edit}, tasks=[whole, ends], **TOLD)
+    for condition in ("base", "edit"):
+        with edit.on(demo) if condition == "edit" else torch.no_grad(), _own_random_state():
+            loaded = TaskManager(include_defaults=False).load([whole, ends])
+            found = theirs(HarnessModel(demo), loaded, bootstrap_iters=0)
+        assert found is not None
+        for task, metric in (
+            *(("sums_text", one["metric"]) for one in whole["metric_list"]),
+            ("sums_ends", "perplexity"),
+            ("sums_ends", "acc"),
+        ):
+            ours = report.measures[condition, task, metric]
+            assert ours.value == pytest.approx(found["results"][task][f"{metric},none"], rel=1e-6)
+            assert len(ours.draws) == 20
+    assert "left out" not in report.provenance["tasks"]
+
+
+def test_a_model_whose_logits_are_no_numbers_is_refused_in_tasks_too(demo: Any, sums: dict[str, Any]) -> None:
+    broken = lu.load_model("demo")
+    with torch.no_grad():
+        broken.blocks[1].mlp.out.weight[3] = float("nan")
+    for name in ("sums_choice", "sums_write", "sums_text"):
+        with pytest.raises(ActivationError, match="NaN or infinite: that begins in layer 1"):
+            evaluate(broken, {}, {}, tasks=[sums[name]], task_limit=1, **TOLD)

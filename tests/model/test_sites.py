@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from sites_helpers import values_seen
 from torch import nn
 
@@ -13,6 +14,9 @@ from lens_unlearn.model import host, sites
 from lens_unlearn.model.hooks import attach
 from lens_unlearn.model.host import processing
 from lens_unlearn.model.sites import KINDS, Site, parse_sites, resolve
+from lens_unlearn.neurons.collect import collect
+
+CORPUS = tiny.corpus((5,), tokens=range(3, 60))
 
 
 def test_every_kind_holds_what_plain_hooks_see_in_the_plain_model(dense: str) -> None:
@@ -250,6 +254,25 @@ def test_resolving_is_probed_once_and_again_after_hook_points_were_replaced(monk
     stand_in.hook_dict["blocks.0.mlp.hook_pre"] = model.hook_dict["blocks.0.mlp.hook_post"]
     point = resolve(stand_in, "L0.mlp.pre")[Site(0, "mlp.pre")]
     assert point.hook is model.hook_dict["blocks.0.mlp.hook_post"]
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "RecurrentGemma"])
+def test_a_model_without_mlps_is_not_taken_for_one_of_experts(kind: str) -> None:
+    builder = pytest.importorskip("transformer_lens.model_bridge.sources")
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3}
+    sizes |= {"Mamba": {"state_size": 4}, "RecurrentGemma": {"num_attention_heads": 2, "intermediate_size": 24}}[kind]
+    with tiny.quiet():
+        plain = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+        plain.config.architectures = [type(plain).__name__]
+        model = builder.build_bridge_from_module(
+            plain, architecture=type(plain).__name__, hf_config=plain.config, device="cpu"
+        ).eval()
+    for look in (lambda: resolve(model, "mlp.post"), lambda: resolve(model, "mlp.pre"), lambda: collect(model, CORPUS)):
+        with pytest.raises(
+            SiteError, match=r"does not exist in this model: TransformerLens knows no MLP in layer 0, which"
+        ):
+            look()
+    assert len(resolve(model, "resid")) == 3
 
 
 def test_a_model_is_freed_although_its_points_were_remembered() -> None:
