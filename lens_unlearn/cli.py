@@ -105,6 +105,8 @@ def demo(
     for part in (report, *report.parts):
         typer.echo(f"{part.title}\n{part.table(['top1']).to_string()}\n")
     typer.echo(f"report: {out / 'report.html'}")
+    for part in (report, *report.parts):
+        _end(part, resume=False)
 
 
 @app.command(cls=MethodsCommand)
@@ -213,6 +215,7 @@ def run(
             typer.echo(f"{name}: {edit!r}")
         typer.echo(report.table(["top1"]).to_string())
     typer.echo(f"report: {out / 'report.html'}")
+    _end(done and done[1])
 
 
 @app.command(cls=MethodsCommand)
@@ -298,6 +301,7 @@ def compare(
         return
     typer.echo(f"{out} already holds this comparison, finished before" if report is None else repr(report))
     typer.echo(f"report: {out / 'compare.html'}")
+    _end(report)
 
 
 @app.command()
@@ -542,6 +546,19 @@ def push(
     typer.echo(f"to {repo} ({'private' if private else 'public'}): {', '.join(names)}")
     if not dry_run:
         typer.echo(push_to_hub(path, repo, private=private, revision=revision))
+
+
+def _end(report: Any, *, resume: bool = True) -> None:
+    """Say what failed of a run, and exit with code 1 if anything did."""
+    from lens_unlearn.core.text import visible
+
+    failed = {} if report is None else report.provenance.get("failed", {})
+    for what, why in failed.items():
+        typer.echo(visible(f"lens-unlearn: {what} failed: {why}"), err=True)
+    if failed:
+        hint = ", and the same command with --resume tries it again" if resume else ""
+        typer.echo(f"lens-unlearn: the rest is in the report{hint}", err=True)
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`compare`: all methods and their controls over a set of skills, each forgotten in turn while the others are retained."""
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -129,7 +130,14 @@ class SkillRun(Experiment):
         try:
             return super()._find(name)
         except LensUnlearnError as error:
-            raise type(error)(f"forgetting {self.plan.forget} by {name}: {error}") from error
+            raise type(error)(f"{self.words_of(name)}{error}") from error
+
+    def words_of(self, name: str) -> str:
+        """Return how an error about a method begins: with the skill and the method."""
+        return f"forgetting {self.plan.forget} by {name}: "
+
+    def _require_some(self) -> None:
+        """Go on with the other skills: of all together, `_report` looks whether there is anything."""
 
     def part(self) -> Report:
         """Measure everything on the test documents."""
@@ -144,6 +152,7 @@ class SkillRun(Experiment):
             "chosen": self.chosen,
             "controls": self.control_words(),
             "documents": self.documents.counts(),
+            **self.failures(),
         }
         return replace(report, provenance=provenance, title=f"Forget {self.plan.forget}, keep the rest")
 
@@ -161,11 +170,11 @@ class _SkillFolder(RunFolder):
         self.skill = skill
         self.kept = whole.kept / skill
 
-    def keep(self, name: str, form: Form, make: Any) -> Any:
+    def keep(self, name: str, form: Form, make: Any, unless: Any = lambda: False) -> Any:
         kept = name.startswith("kept/")
         own = f"kept/{self.skill}/{name.removeprefix('kept/')}" if kept else f"{self.skill}/{name}"
         (self.folder / own).parent.mkdir(parents=True, exist_ok=True)
-        return super().keep(own, form, make)
+        return super().keep(own, form, make, unless)
 
 
 def compare(
@@ -248,6 +257,7 @@ def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, P
             also={name: _test(name) for name in others}, test_forget=None if facts else _test(skill),
             test_retain=tuple(map(_test, others)), sweep=False, **settings,
         )  # fmt: skip
+        plans[skill].require_options()
     return plans
 
 
@@ -292,7 +302,9 @@ def _skill_runs(
 
 
 def _fitted(runs: Mapping[str, SkillRun]) -> Iterator[tuple[str, SkillRun]]:
-    """Fit and tune every method, skill by skill."""
+    """Fit and tune every method, skill by skill; what each needs is checked before the first pass."""
+    for run in runs.values():
+        run.require()
     for skill, run in runs.items():
         run.fit()
         yield skill, run
@@ -301,6 +313,8 @@ def _fitted(runs: Mapping[str, SkillRun]) -> Iterator[tuple[str, SkillRun]]:
 
 def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Comparison:
     one = next(iter(runs.values()))
+    if not any(run.edits for run in runs.values()):
+        raise one._errors[0]
     settings = {
         "model": model_name(one.model),
         "fingerprint": fingerprint(one.model),
@@ -316,8 +330,13 @@ def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Compar
     }
     title = f"Forget {', '.join(parts)}, each in turn"
     whole = Comparison(_means(list(parts.values())), provenance_of(settings), title=title, parts=tuple(parts.values()))
-    drawn = {"frontier": figures.frontier(whole), "matrix": figures.forgetting_matrix(whole)}
-    return replace(whole, figures=drawn)
+    drawn: dict[str, Any] = {}
+    for name, draw in {"frontier": figures.frontier, "matrix": figures.forgetting_matrix}.items():
+        with one.going_on(f"the figure of the {name}"):
+            drawn[name] = draw(whole)
+    failed = {f"forgetting {skill}, {what}": why for skill, run in runs.items() for what, why in run.failed.items()}
+    provenance = {**whole.provenance, **({"failed": failed} if failed else {})}
+    return replace(whole, figures=drawn, provenance=provenance)
 
 
 def _means(parts: Sequence[Report]) -> dict[tuple[str, str, str], Measure]:
@@ -328,7 +347,10 @@ def _means(parts: Sequence[Report]) -> dict[tuple[str, str, str], Measure]:
     """
     keys = dict.fromkeys(key for part in parts for key in part.measures if key[1] in ("forget", "retain"))
     means: dict[tuple[str, str, str], Measure] = {}
+    incomplete = {method for part in parts for method in part.provenance.get("failed", {})}
     for condition, corpus, metric in keys:
+        if condition.removesuffix(":control") in incomplete:
+            continue  # for what failed, the unedited model does not stand
         found = [p.measures.get((condition, corpus, metric), p.measures.get((BASE, corpus, metric))) for p in parts]
         known = [one for one in found if one is not None]
         if metric != "perplexity" and len(known) == len(parts):
@@ -409,10 +431,12 @@ def _carried_out(
         report = _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
         report = replace(report, provenance={**report.provenance, "plan": settings})
         if distributed.is_first():
-            report.to_html(folder.folder / "compare.html")
-            report.to_csv(folder.folder / "matrix.csv")
-            edits = [f"{skill}/{name}.safetensors" for skill, run in runs.items() for name in run.edits]
-            content = {**report.provenance, "inputs": known}
-            write_settings(folder.folder, content, ("compare.html", "matrix.csv", *edits))
-            folder.commit()
+            with folder.result(whole="failed" not in report.provenance) as result:
+                report.to_html(result / "compare.html")
+                report.to_csv(result / "matrix.csv")
+                edits = [f"{skill}/{name}.safetensors" for skill, run in runs.items() for name in run.edits]
+                for edit in edits if result != folder.folder else ():
+                    (result / edit).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(folder.folder / edit, result / edit)
+                write_settings(result, {**report.provenance, "inputs": known}, ("compare.html", "matrix.csv", *edits))
     return report

@@ -5,17 +5,21 @@ records, and folders; knows no method by name, and leaves what the page shows to
 """
 
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lens_unlearn.core import artefacts, distributed
-from lens_unlearn.core.errors import ArtefactError, BudgetError
+from lens_unlearn.core.errors import ArtefactError, BudgetError, LensUnlearnError, ProcessError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
+from lens_unlearn.evaluation.memorization import Memorization
+from lens_unlearn.evaluation.metrics import needing
+from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.output import write_settings
@@ -25,7 +29,7 @@ from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder, fitted_
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.methods.method import Fitted, Method
-from lens_unlearn.methods.tuning import cut_prompts, tune
+from lens_unlearn.methods.tuning import check_units, cut_prompts, tune
 from lens_unlearn.model.host import Model, device_of, versions
 from lens_unlearn.model.loading import fingerprint, load_model
 
@@ -53,6 +57,7 @@ class Experiment:
         progress: bool = True,
         known: dict[Any, Corpus] | None = None,
     ) -> None:
+        plan.require_options()
         self.plan, self.records = plan, plan.records
         self.progress = progress
         self.model = load_model(plan.model, **plan.loading) if model is None else model
@@ -62,6 +67,9 @@ class Experiment:
         """By method: the options that it was used with, and what tuning chose."""
         self.fitted: dict[str, Fitted] = {}
         """What each method was fitted to: moments, keys, or the corpora themselves."""
+        self.failed: dict[str, str] = {}
+        """What could not be done, by method or part, and why; the rest goes on without it."""
+        self._errors: list[Exception] = []
         self.folder: RunFolder | None = None
         """Where what is finished is kept, so that the run can go on if it is interrupted."""
 
@@ -73,19 +81,76 @@ class Experiment:
         """Return what has to be the same for an interrupted run to go on: also what runs the model."""
         return {**self.texts(), "device": str(device_of(self.model)), **versions()}
 
+    def require(self) -> None:
+        """Refuse, before the first pass over texts, whatever a method, the budget or a measure would refuse later.
+
+        Raises:
+            LensUnlearnError: If a method cannot be used as it was asked for, or on these documents; the message names it.
+        """
+        for name, record in self.records.items():
+            try:
+                record.require(self.plan.as_given(name), self.model, *self._fit_pair(record))
+                if self.plan.retain_drop is not None:
+                    tuned = cut_prompts(self.documents.tuned_retain, [record])
+                    check_units(tuned, self.plan.retain_drop, self.plan.confidence, at_once=record.judges_prompts)
+            except LensUnlearnError as error:
+                raise type(error)(f"{self.words_of(name)}{error}") from error
+        asked = QuestionAnswering(needing("answers"), self.plan.answers, seed=self.plan.seed)
+        asked.choose(self.documents.test)
+        recalled = Memorization(needing("memorization"), self.plan.memorization, seed=self.plan.seed)
+        recalled.choose(self.model, self.documents.test)
+
+    def words_of(self, name: str) -> str:
+        """Return how an error about a method begins: with its name, where there are several."""
+        return f"{name}: " if len(self.records) > 1 else ""
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Note what fails in a `with` block, so that the rest is finished and reported.
+
+        Of several processes, all end instead: only one of them may have failed, and the others wait for it. So they do where files
+        cannot be written.
+        """
+        try:
+            yield
+        except (ArtefactError, ProcessError):
+            raise
+        except Exception as error:
+            if distributed.count() > 1:
+                raise
+            if isinstance(error, LensUnlearnError):
+                self.failed[what] = str(error)
+            else:  # a fault of ours or of a library, which whoever looks for it needs to see
+                self.failed[what] = f"{type(error).__name__}: {artefacts.first_line(error)}"
+                logging.getLogger("lens_unlearn").error("%s failed; the rest goes on", what, exc_info=error)
+            self._errors.append(error)
+
     def fit(self) -> None:
-        """Find every method's intervention: tuned to the retain budget if there is one, else as the options say."""
+        """Find every method's intervention: tuned to the retain budget if there is one, else as the options say.
+
+        Raises:
+            Exception: If every method fails, that of the first; what only some fail with is noted in `failed`.
+        """
         for name in self.records:
-            self.fitted[name] = self._kept(
-                f"kept/{name}.fitted.safetensors", fitted_form(self.model), lambda name=name: self._prepare(name)
-            )
-            form = Form(self._save_edit, self._load_edit)
-            self.edits[name], self.chosen[name] = self._kept(
-                f"{name}.safetensors", form, lambda name=name: self._find(name)
-            )
+            with self.going_on(name):
+                self.fitted[name] = self._kept(
+                    f"kept/{name}.fitted.safetensors", fitted_form(self.model), lambda name=name: self._prepare(name)
+                )
+                form = Form(self._save_edit, self._load_edit)
+                self.edits[name], self.chosen[name] = self._kept(
+                    f"{name}.safetensors", form, lambda name=name: self._find(name)
+                )
+        self._require_some()
+
+    def _require_some(self) -> None:
+        if not self.edits:
+            raise self._errors[0]
 
     def _kept(self, name: str, form: Form, make: Callable[[], Any]) -> Any:
-        return make() if self.folder is None else self.folder.keep(name, form, make)
+        """Return what the folder holds, or make it, and keep it if it is all that it was to be."""
+        if self.folder is None:
+            return make()
+        return self.folder.keep(name, form, make, unless=lambda: bool(self.failed) and form is REPORT)
 
     def _prepare(self, name: str) -> Fitted:
         record = self.records[name]
@@ -161,10 +226,22 @@ class Experiment:
         }
         command = command_of(self.plan)
         provenance |= {"command": command} if command else {}
-        content = Content(self.model, self.plan, self.documents, self.edits, self.fitted, self.progress)
-        report = replace(report, provenance=provenance, samples=content.samples(report.samples))
-        curves = self._kept("kept/curves.safetensors", REPORT, self.curves) if self.plan.sweep else None
-        return replace(report, figures=content.figures(report, curves))
+        content = Content(
+            self.model, self.plan, self.documents, self.edits, self.fitted, self.progress, self.going_on
+        )  # fmt: skip
+        report, curves = replace(report, provenance=provenance), None
+        with self.going_on("the texts before and after"):
+            report = replace(report, samples=content.samples(report.samples))
+        if self.plan.sweep:
+            with self.going_on("the trade-off over strengths"):
+                curves = self._kept("kept/curves.safetensors", REPORT, self.curves)
+        with self.going_on("the figures"):
+            report = replace(report, figures=content.figures(report, curves))
+        return replace(report, provenance={**provenance, **self.failures()})
+
+    def failures(self) -> dict[str, Any]:
+        """Return what `run.json` says of what failed: nothing if nothing did."""
+        return {"failed": dict(self.failed)} if self.failed else {}
 
     def control_words(self) -> dict[str, str]:
         """Return what each method's control is, as reports say it."""
@@ -177,9 +254,10 @@ class Experiment:
             if "nothing" in self.chosen[name]:
                 continue
             seeds = range(self.plan.seed, self.plan.seed + self.plan.controls)
-            controls = self._controls(name, edit, seeds, self.chosen[name].get(self.records[name].strength))
-            if controls:
-                conditions[f"{name}:control"] = controls
+            with self.going_on(f"the random control of {name}"):
+                controls = self._controls(name, edit, seeds, self.chosen[name].get(self.records[name].strength))
+                if controls:
+                    conditions[f"{name}:control"] = controls
         asked: dict[str, Any] = {"answers": self.plan.answers, "memorization": self.plan.memorization}
         return evaluate(self.model, self.documents.test, conditions, **self._measuring(), **asked)
 
@@ -189,21 +267,28 @@ class Experiment:
     def curves(self) -> Report:
         """Evaluate every method over strengths on the test documents, for the trade-off curves."""
         conditions: dict[str, Condition] = {}
-        for name, record in self.records.items():
-            left_out = (record.strength, *record.costly)
-            options = {key: value for key, value in self.plan.options(name).items() if key not in left_out}
-            fitted = self.fitted[name]
-            if isinstance(fitted[0], Corpus):  # what is fitted in several steps shares nothing, but one step of it does
-                fitted = record.fit(self.model, *self._fit_pair(record), options)
-            for strength in self.plan.strengths_of(name):
-                edit = record.at(self.model, fitted, strength, record.with_progress(options, False))
-                conditions[f"{name}@{strength:g}"] = edit
-                controls = self._controls(name, edit, [self.plan.seed], strength)
-                if controls:
-                    conditions[f"{name}:control@{strength:g}"] = controls
+        for name in self.edits:
+            with self.going_on(f"the strengths of {name}"):
+                conditions |= self._strengths(name)
         # The same texts and seed as the main evaluation, so that both have the same base and the same resamples.
         texts = {name: self.documents.test[name] for name in ("forget", "retain")}
         return evaluate(self.model, texts, conditions, **self._measuring())
+
+    def _strengths(self, name: str) -> dict[str, Condition]:
+        """Return a method over strengths, each beside one control."""
+        record, conditions = self.records[name], dict[str, Condition]()
+        left_out = (record.strength, *record.costly)
+        options = {key: value for key, value in self.plan.options(name).items() if key not in left_out}
+        fitted = self.fitted[name]
+        if isinstance(fitted[0], Corpus):  # what is fitted in several steps shares nothing, but one step of it does
+            fitted = record.fit(self.model, *self._fit_pair(record), options)
+        for strength in self.plan.strengths_of(name):
+            edit = record.at(self.model, fitted, strength, record.with_progress(options, False))
+            conditions[f"{name}@{strength:g}"] = edit
+            controls = self._controls(name, edit, [self.plan.seed], strength)
+            if controls:
+                conditions[f"{name}:control@{strength:g}"] = controls
+        return conditions
 
     def write(self, folder: Path, report: Report, more: Sequence[str] = ()) -> None:
         """Write the report, the table, the interventions, and the settings, which list all these files and `more`."""
@@ -228,8 +313,11 @@ def carry_out(
     """Do what a plan says, and write everything into a new folder, whole or not at all.
 
     What is finished on the way is kept in a folder `OUT.partial`, which becomes `out` at the end: what each method was fitted
-    to and what it found, the steps of SIMU's training, and evaluations. It stays when the run is interrupted or killed, and
-    goes when the run ends with an error that the same plan would bring again.
+    to and what it found, the steps of SIMU's training, and evaluations. It stays when the run is interrupted or killed.
+
+    Whatever a method needs is checked before the first pass over texts. What fails later (a method, its control, a figure) is
+    noted in the report's provenance, "failed"; the rest goes on, `out` is written without it, and `OUT.partial` stays, so that
+    `resume` tries it again. An error that leaves nothing finished is raised.
 
     Args:
         plan: What to do.
@@ -248,6 +336,7 @@ def carry_out(
         LensUnlearnError: If `out` holds something that would be lost, or an interrupted run is there and `resume` is not set.
         ArtefactError: If the interrupted run was another one; the message names what differs.
     """
+    plan.require_options()
     folder, settings = RunFolder(out), settings_of(plan)
     with folder.begun():
         finished = distributed.from_first(lambda: folder.is_finished(settings, resume=resume, overwrite=overwrite))
@@ -258,10 +347,11 @@ def carry_out(
             folder.require_same_texts(experiment.texts())
             return None
         with folder.open(settings, experiment.inputs(), experiment.model) if distributed.is_first() else nullcontext():
+            experiment.require()
             experiment.folder = folder
             experiment.fit()
             report = experiment.report()
             if distributed.is_first():
-                experiment.write(folder.folder, report)
-                folder.commit()
+                with folder.result(whole=not experiment.failed) as result:
+                    experiment.write(result, report)
     return experiment, report

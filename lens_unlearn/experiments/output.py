@@ -25,6 +25,7 @@ __all__ = [
     "reserved",
     "settings_of_run",
     "strangers",
+    "taking_the_place_of",
     "write_settings",
     "writing",
 ]
@@ -89,14 +90,21 @@ def new_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path
             yield target
             return
         check_folder(target, overwrite=overwrite)
-        with writing(target):
-            work = Path(tempfile.mkdtemp(*artefacts.temporary_name(target), target.parent))
-        try:
+        with taking_the_place_of(target) as work:
             yield work
-            os.chmod(work, 0o755)
-            put_in_place(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def taking_the_place_of(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of an output that is held."""
+    with writing(target):
+        work = Path(tempfile.mkdtemp(*artefacts.temporary_name(target), target.parent))
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        put_in_place(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Knows what can be asked for and the command that asks for it; knows nothing of m
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lens_unlearn import methods
@@ -28,6 +28,13 @@ FACTS = (
 )
 _NOT_SET = ("progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
 """Options of methods that a run decides itself, so that `--set` cannot give them."""
+
+_FIRST = (
+    "model", "forget", "retain", "also", "methods", "settings", "test_forget", "test_retain", "template", "tokens", "window",
+    "retain_drop", "seed", "batch_size", "controls", "sweep", "fractions", "false_alarms", "strengths", "answers", "memorization",
+    "dtype", "device_map",
+)  # fmt: skip
+"""The fields of the first plans, which every `run.json` has."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,6 @@ class Plan:
                 STRENGTH.check(value, name)
         for key in self.settings:
             self._check_setting(key)
-        for name, record in self.records.items():
-            record.require(self._as_given(name))
         for name in self.also:
             if name in ("forget", "retain", "") or any(c in name for c in "/@:=,"):
                 raise LensUnlearnError(f"{name!r} cannot name a corpus: use letters, and not 'forget' or 'retain'")
@@ -143,7 +148,16 @@ class Plan:
         grids = {"fraction": self.fractions, "false_alarms": self.false_alarms, "strength": self.strengths}
         return grids.get(record.strength, record.grid)
 
-    def _as_given(self, method: str) -> dict[str, Any]:
+    def require_options(self) -> None:
+        """Refuse options that a method would refuse, before a model is loaded.
+
+        Raises:
+            LensUnlearnError: If one cannot be; the message names it.
+        """
+        for name, record in self.records.items():
+            record.require(self.as_given(name))
+
+    def as_given(self, method: str) -> dict[str, Any]:
         """Return the options of a method, without the strength where that is tuned."""
         options = self.options(method)
         if self.retain_drop is not None:
@@ -214,10 +228,10 @@ def option_names(method: str) -> list[str]:
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    """Return a plan as `run.json` keeps it."""
-    kept = asdict(plan)
-    later: dict[str, Any] = {"facts": False, "confidence": CONFIDENCE, "answer_eos": False, "prepend_bos": None}
-    for name, usual in later.items():  # these options came later: without them the plan is that of an earlier run
-        if kept[name] == usual:
-            del kept[name]
-    return json.loads(json.dumps(kept, default=str))
+    """Return a plan as `run.json` keeps it.
+
+    Fields that came later are left out where they have their default: without them a plan is that of an earlier run.
+    """
+    kept = {one.name: getattr(plan, one.name) for one in fields(plan)}
+    later = {one.name: one.default for one in fields(plan) if one.name not in _FIRST}
+    return json.loads(json.dumps({n: v for n, v in kept.items() if n not in later or v != later[n]}, default=str))

@@ -5,7 +5,7 @@ Knows what an experiment has found, and draws it by what kind of intervention it
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,8 @@ class Content:
     fitted: dict[str, tuple[Any, Any]]
     """What each method was fitted to: moments, keys, or the corpora themselves."""
     progress: bool = True
+    going_on: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext()
+    """Makes a block in which a figure may fail without the others."""
 
     def figures(self, report: Report, curves: Report | None) -> dict[str, Any]:
         """Draw what the page shows: first what each method lost and cost, then where it was found, then the details."""
@@ -69,13 +71,16 @@ class Content:
         controls: dict[str, NeuronMap] = {}
         details: dict[str, Any] = {}
         for name, edit in self.edits.items():
-            details |= next((draw(self, name, edit) for kind, draw in DETAILS.items() if isinstance(edit, kind)), {})
-            places = self._selected(edit)
-            if places is not None:
-                selected[name] = places
-                control = next(iter(controls_for(self.model, edit, [self.plan.seed], *self.fitted[name])), None)
-                places = None if isinstance(control, Delta) or control is None else self._selected(control)
-                controls |= {} if places is None else {f"{name}:control": places}
+            with self.going_on(f"the figures of {name}"):
+                details |= next(
+                    (draw(self, name, edit) for kind, draw in DETAILS.items() if isinstance(edit, kind)), {}
+                )
+                places = self._selected(edit)
+                if places is not None:
+                    selected[name] = places
+                    control = next(iter(controls_for(self.model, edit, [self.plan.seed], *self.fitted[name])), None)
+                    places = None if isinstance(control, Delta) or control is None else self._selected(control)
+                    controls |= {} if places is None else {f"{name}:control": places}
         if len(selected) > 1:
             drawn["Where the methods found the skill"] = figures.layer_importance(
                 selected, title="Neurons selected, by layer"

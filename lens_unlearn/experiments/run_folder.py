@@ -18,7 +18,14 @@ from torch import Tensor
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ProcessError
 from lens_unlearn.evaluation.report import Measure, Report
-from lens_unlearn.experiments.output import check_folder, put_in_place, reserved, settings_of_run, writing
+from lens_unlearn.experiments.output import (
+    check_folder,
+    put_in_place,
+    reserved,
+    settings_of_run,
+    taking_the_place_of,
+    writing,
+)
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.model.host import Model
@@ -193,15 +200,30 @@ class RunFolder:
                 shutil.rmtree(self.kept, ignore_errors=True)
             raise
 
-    def keep(self, name: str, form: Form, make: Callable[[], T]) -> T:
-        """Return what a file of the folder holds; if there is none yet, make it, and write the file."""
+    def keep(self, name: str, form: Form, make: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T:
+        """Return what a file of the folder holds; if there is none yet, make it and write the file, `unless` it is not to stay."""
         path = self.folder / name
         if distributed.from_first(path.exists):
             return distributed.from_first(lambda: form.load(path))
         made = make()
-        if distributed.is_first():
+        if distributed.is_first() and not unless():
             form.save(path, made)
         return made
+
+    @contextmanager
+    def result(self, *, whole: bool) -> Iterator[Path]:
+        """Yield the folder to write the output into; when the block ends well, it is in the output's place.
+
+        Args:
+            whole: Whether everything was done. If not, the output is written beside what is finished, which stays, so that the run
+                can go on.
+        """
+        if whole:
+            yield self.folder
+            self.commit()
+        else:
+            with taking_the_place_of(self.out) as work:
+                yield work
 
     def commit(self) -> None:
         """Leave nothing but the output in the folder, and put it in the output's place."""

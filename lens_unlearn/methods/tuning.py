@@ -28,7 +28,7 @@ from lens_unlearn.methods.budget import (
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model, require_model
 
-__all__ = ["Tuned", "cut_prompts", "sweep", "tune"]
+__all__ = ["Tuned", "check_units", "cut_prompts", "sweep", "tune"]
 
 Given = Method | str | Callable[..., Intervention]
 """A method as users give it: its function, its name, or its record."""
@@ -225,8 +225,8 @@ def tune(
     else:
         tune_forget, tune_retain = held_out[0], _by_name(held_out[1])
     corpora = cut_prompts({"forget": tune_forget, **tune_retain}, [record], seed)
-    units = {name: len(set(corpora[name].units)) for name in tune_retain}
-    _check_units(units, budget, confidence, at_once=record.judges_prompts)
+    tuned_on = {name: corpora[name] for name in tune_retain}
+    units = check_units(tuned_on, budget, confidence, at_once=record.judges_prompts)
     fitted = record.fit(model, forget, _together(retain), settings)
     edits: dict[float, Intervention] = {}
     forgotten: dict[float, float] = {}
@@ -288,13 +288,14 @@ def _together(retain: Any) -> Any:
     return functools.reduce(operator.add, retain.values()) if isinstance(retain, Mapping) and retain else retain
 
 
-def _check_units(units: Mapping[str, int], budget: float, confidence: float, *, at_once: bool) -> None:
-    """Refuse to tune on so few documents that they bound nothing.
+def check_units(corpora: Mapping[str, Corpus], budget: float, confidence: float, *, at_once: bool) -> dict[str, int]:
+    """Return how many documents, or groups, of each retain corpus there are to tune on; refuse so few that they bound nothing.
 
     Raises:
         CorpusError: If there are fewer than 10 of any corpus.
         BudgetError: If losses come all at once, and even if none were seen, more than the budget could be lost.
     """
+    units = {name: len(set(corpus.units)) for name, corpus in corpora.items()}
     corpus = min(units, key=lambda name: units[name])
     few, fewest = units[corpus], fewest_at_once(budget, confidence) if at_once else 0
     if few < FEWEST:
@@ -308,3 +309,4 @@ def _check_units(units: Mapping[str, int], budget: float, confidence: float, *, 
             f"retain_drop={budget:g} of fresh ones could be, with {confidence:.0%} confidence; give at least {fewest}, or raise "
             "the budget"
         )
+    return units

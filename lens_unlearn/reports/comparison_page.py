@@ -12,7 +12,7 @@ from lens_unlearn.evaluation.conditions import Estimate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures.forgetting_matrix import reports_by_skill
 from lens_unlearn.reports.figure_html import drawing
-from lens_unlearn.reports.findings import Finding, confidence_of, controls_of, findings, gave_up
+from lens_unlearn.reports.findings import Finding, confidence_of, controls_of, failures, findings, gave_up
 from lens_unlearn.reports.numbers import csv_data
 from lens_unlearn.reports.settings import settings
 from lens_unlearn.reports.templating import macro, render
@@ -59,6 +59,7 @@ def comparison_page(report: Report) -> str:
             metric=METRIC,
             protocol=report.provenance.get("protocol", ""),
             overall=overall(report),
+            failed=failures(report),
             figures=[drawing(number, "", figure) for number, figure in enumerate(report.figures.values())],
             summary=comparison_summary(report),
             data=csv_data(report.csv()),

@@ -21,6 +21,7 @@ __all__ = [
     "control_kind",
     "controls_of",
     "exceeds",
+    "failures",
     "findings",
     "gave_up",
     "headline_metric",
@@ -163,6 +164,12 @@ def gave_up(report: Report) -> list[str]:
     chosen = report.provenance.get("chosen")
     known = chosen.items() if isinstance(chosen, Mapping) else ()
     return [str(method) for method, choice in known if isinstance(choice, Mapping) and "nothing" in choice]
+
+
+def failures(report: Report) -> dict[str, str]:
+    """Return what a run could not do, and why, by method or part."""
+    failed = report.provenance.get("failed")
+    return {str(what): str(why) for what, why in failed.items()} if isinstance(failed, Mapping) else {}
 
 
 def exceeds(finding: Finding, budget: float) -> bool:

@@ -20,7 +20,7 @@ from lens_unlearn.figures.sweep_curves import sweep_curves
 from lens_unlearn.figures.tradeoff import tradeoff
 from lens_unlearn.inspection.html import Html, short
 from lens_unlearn.reports.figure_html import Drawing, drawing, origin
-from lens_unlearn.reports.findings import FORGET, RETAIN, controls_of, headline_metric, summary
+from lens_unlearn.reports.findings import FORGET, RETAIN, controls_of, failures, headline_metric, summary
 from lens_unlearn.reports.headline import documents_of, headline
 from lens_unlearn.reports.numbers import numbers
 from lens_unlearn.reports.samples import written
@@ -41,6 +41,7 @@ class Part:
     level: int
     """Of its headings."""
     headline: list[str]
+    failed: dict[str, str]
     lead: str
     first: list[Drawing]
     more: list[Drawing]
@@ -81,6 +82,7 @@ def _part(report: Report, counter: Iterator[int], number: int) -> Part:
         title=report.title,
         level=level,
         headline=headline(report),
+        failed=failures(report),
         lead=_lead(report),
         first=[drawing(next(counter), *figure) for figure in first],
         more=[drawing(next(counter), *figure) for figure in more],

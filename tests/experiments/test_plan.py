@@ -1,7 +1,9 @@
 """Plans: whatever can be refused is refused when a plan is made, before a model is loaded, and names what was given."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import lens_unlearn as lu
 from lens_unlearn import cli, methods
 from lens_unlearn.core.errors import LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.experiments.compare import plans_for
-from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.plan import Plan, settings_of
 from lens_unlearn.model import loading
 
 MOST_FIRING = "most-firing"
@@ -122,15 +124,15 @@ def test_every_method_of_the_table_says_what_it_needs() -> None:
 )
 def test_an_option_that_cannot_be_is_refused_with_the_plan(method: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(LensUnlearnError, match=words):
-        plan(methods=(method,), settings=options)
+        plan(methods=(method,), settings=options).require_options()
     owned = {f"{method}.{name}": value for name, value in options.items()}
     with pytest.raises(LensUnlearnError, match=words):
-        plan(methods=("selective-pruning-attention", method), settings=owned)
+        plan(methods=("selective-pruning-attention", method), settings=owned).require_options()
 
 
 def test_with_a_budget_the_strength_is_not_asked_for() -> None:
-    plan(settings={"fraction": 0}, retain_drop=0.1)
-    plan(settings={"importance": "rms"}, retain_drop=0)
+    plan(settings={"fraction": 0}, retain_drop=0.1).require_options()
+    plan(settings={"importance": "rms"}, retain_drop=0).require_options()
 
 
 @pytest.mark.parametrize(
@@ -267,3 +269,11 @@ def test_a_dtype_is_known_by_its_name() -> None:
 def test_the_commands_are_those_of_the_command_line() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
     assert set(COMMANDS) | {"show", "push"} == names
+
+
+def test_fields_that_came_later_do_not_tell_a_plan_from_an_earlier_one() -> None:
+    """Whatever field is added: with its default, the plan is that of a run which did not have it."""
+    earlier = json.loads((Path(__file__).parents[1] / "data" / "finished-run" / "run.json").read_text())["plan"]
+    lists = {name: tuple(value) for name, value in earlier.items() if isinstance(value, list)}
+    assert settings_of(Plan(**{**earlier, **lists})) == earlier
+    assert settings_of(plan(facts=True, answer_eos=True)).keys() - earlier.keys() == {"facts", "answer_eos"}

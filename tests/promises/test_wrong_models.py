@@ -117,5 +117,5 @@ def test_files_with_a_wrong_model_are_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, "", ["gpt2"], torch.nn.Identity(), torch.nn.Identity, b"gpt2"], ids=repr)
 def test_what_is_no_name_is_not_loaded(wrong: Any) -> None:
-    with pytest.raises(LensUnlearnError, match="is no name of a model: give 'demo', a Hugging Face directory"):
+    with pytest.raises(LensUnlearnError, match="is no (name of a model|Hugging Face model): give "):
         lu.load_model(wrong)
