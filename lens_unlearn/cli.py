@@ -27,8 +27,8 @@ app = typer.Typer(
 )
 
 SRC = (
-    "a file (jsonl, json, csv, parquet, txt; FILE:FIELD), hf:NAME/CONFIG:SPLIT:FIELD, or demo:NAME; with @FIELD or @ROWS after it, "
-    "the groups that stay together, such as authors"
+    "a file (jsonl, json, csv, tsv, parquet, txt, also .gz or .zst; FILE:FIELD), a folder, a pattern such as 'texts/*.jsonl', "
+    "hf:NAME/CONFIG:SPLIT:FIELD, or demo:NAME; with @FIELD or @ROWS after it, the groups that stay together, such as authors"
 )
 Model = Annotated[str, typer.Option(help="'demo', a Hugging Face directory, or a hub name.")]
 Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
@@ -39,6 +39,12 @@ Resume = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Tokens = Annotated[int, typer.Option(help="Number of tokens to read from each corpus.")]
 BatchSize = Annotated[int, typer.Option(help="Rows of full length per forward pass.")]
+Shuffle = Annotated[
+    int | None,
+    typer.Option(
+        help="Draw the documents that are read from a buffer of so many, for sources that are sorted. [default: as they come]"
+    ),
+]
 Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context length, at most 512]")]
 Dtype = Annotated[str, typer.Option(help="The dtype of the weights: float32, bfloat16, float16 or float64.")]
 DeviceMap = Annotated[
@@ -139,6 +145,7 @@ def run(
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
     tokens: Tokens = 20_000,
+    shuffle: Shuffle = None,
     window: Window = None,
     retain_drop: Annotated[
         float | None,
@@ -189,6 +196,7 @@ def run(
         answer_eos=answer_eos,
         prepend_bos=prepend_bos,
         tokens=tokens,
+        shuffle=shuffle,
         window=window,
         retain_drop=retain_drop,
         confidence=confidence,
@@ -243,6 +251,7 @@ def compare(
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
     tokens: Tokens = 20_000,
+    shuffle: Shuffle = None,
     window: Window = None,
     retain_drop: Annotated[
         float,
@@ -282,6 +291,7 @@ def compare(
         answer_eos=answer_eos,
         prepend_bos=prepend_bos,
         tokens=tokens,
+        shuffle=shuffle,
         window=window,
         retain_drop=retain_drop,
         confidence=confidence,
@@ -312,6 +322,7 @@ def collect(
     sites: Annotated[str, typer.Option(help="Comma-separated sites, such as mlp.post,attn.z.")] = "mlp.post",
     extra: Annotated[str, typer.Option(help="Comma-separated further statistics: sqrt, extrema.")] = "",
     tokens: Annotated[int | None, typer.Option(help="Number of tokens to read. [default: all]")] = None,
+    shuffle: Shuffle = None,
     window: Window = None,
     template: Template = None,
     answer_eos: AnswerEos = False,
@@ -332,7 +343,7 @@ def collect(
     from lens_unlearn.experiments.output import reserved
     from lens_unlearn.neurons.collect import gather, own_checkpoint
 
-    check_numbers(tokens=tokens, window=window, batch_size=batch_size)
+    check_numbers(tokens=tokens, shuffle=shuffle, window=window, batch_size=batch_size)
     if out.suffix != ".safetensors":
         raise lu.ArtefactError(f"{out} does not end in .safetensors, the format it is written in: give another --out")
     with reserved(out):
@@ -349,6 +360,7 @@ def collect(
         )
         reading = {
             "tokens": tokens,
+            "shuffle": shuffle,
             "window": window,
             "template": template and _newlines(template),
             "answer_eos": answer_eos,
@@ -390,6 +402,7 @@ def evaluate(
     ] = None,
     intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
     tokens: Tokens = 20_000,
+    shuffle: Shuffle = None,
     window: Window = None,
     template: Template = None,
     answer_eos: AnswerEos = False,
@@ -428,7 +441,9 @@ def evaluate(
     from lens_unlearn.evaluation.metrics import metric
     from lens_unlearn.experiments.output import new_folder, write_settings
 
-    check_numbers(tokens=tokens, window=window, batch_size=batch_size, seed=seed, task_limit=task_limit)
+    check_numbers(
+        tokens=tokens, shuffle=shuffle, window=window, batch_size=batch_size, seed=seed, task_limit=task_limit
+    )
     check_numbers(answers=answers, max_new_tokens=max_new_tokens, memorization=memorization)
     sources = _pairs(corpus, "--corpus")
     with new_folder(out, overwrite=overwrite) as folder:
@@ -442,6 +457,8 @@ def evaluate(
             )
         reading = {
             "tokens": tokens,
+            "shuffle": shuffle,
+            "seed": seed,
             "window": window,
             "template": template and _newlines(template),
             "answer_eos": answer_eos,

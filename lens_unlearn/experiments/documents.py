@@ -65,6 +65,8 @@ def reading_of(plan: Plan, *, whole: bool) -> dict[str, Any]:
     """Return the options with which a source is read: to `to_read` tokens, or to its end."""
     return {
         "tokens": None if whole else to_read(plan.tokens),
+        "shuffle": plan.shuffle,
+        "seed": plan.seed,
         "template": plan.template,
         "window": plan.window,
         "answer_eos": plan.answer_eos,

@@ -53,6 +53,8 @@ class Plan:
     answer_eos: bool = False
     """Whether the end-of-text token stands behind every answer, and counts."""
     tokens: int = 20_000
+    shuffle: int | None = None
+    """Documents of a buffer from which those that are read are drawn; None takes them as they come."""
     window: int | None = None
     prepend_bos: bool | None = None
     """Whether rows and prompts begin with BOS; None leaves it to the tokenizer."""
@@ -194,6 +196,7 @@ def command_of(plan: Plan) -> str:
         "test_forget",
         "template",
         "tokens",
+        "shuffle",
         "window",
         "retain_drop",
         "confidence",
