@@ -18,7 +18,7 @@ import lens_unlearn as lu
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import BudgetError
 from lens_unlearn.experiments import compare, experiment
-from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 
 
 @pytest.fixture
@@ -511,3 +511,18 @@ def test_weights_may_be_of_another_dtype(model_dir: Path, texts: dict[str, Path]
     assert call("collect", *options, "--out", tmp_path / "b.safetensors", "--dtype", "int8") == 2
     assert call("collect", *options, "--out", tmp_path / "b.safetensors", "--device-map", "nowhere") == 2
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_whether_prompts_begin_with_bos_is_an_option(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], bos: bool
+) -> None:
+    prompt, flag = "the quick brown", "--prepend-bos" if bos else "--no-prepend-bos"
+    capsys.readouterr()
+    assert call("generate", "--model", model_dir, "--prompt", prompt, "--max-new-tokens", 6, flag) == 0
+    [written] = lu.generate(lu.load_model(model_dir), [prompt], max_new_tokens=6, prepend_bos=bos)
+    assert capsys.readouterr().out == f"{prompt}{written}\n"
+    plan = Plan("demo", "demo:python", ("demo:english",), prepend_bos=bos)
+    assert f" {flag} " in command_of(plan)
+    assert settings_of(plan)["prepend_bos"] is bos
+    assert "prepend_bos" not in settings_of(Plan("demo", "demo:python", ("demo:english",)))
