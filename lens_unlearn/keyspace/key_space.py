@@ -220,7 +220,7 @@ def _halves(name: str, corpus: Corpus, seed: int) -> tuple[Corpus, Corpus]:
     if held is None or min(fit.n_rows, count) < FEWEST:
         raise CorpusError(
             f"{name}: {fit.n_rows} queries to fit on and {count} others to judge on are too few, at least {FEWEST} each: "
-            "give a longer corpus"
+            f"{corpus.more()}"
         )
     return fit, held
 

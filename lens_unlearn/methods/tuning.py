@@ -300,8 +300,8 @@ def check_units(corpora: Mapping[str, Corpus], budget: float, confidence: float,
     few, fewest = units[corpus], fewest_at_once(budget, confidence) if at_once else 0
     if few < FEWEST:
         raise CorpusError(
-            f"the {corpus} corpus has {few} documents or groups to tune on, too few to bound what fresh ones lose: give more "
-            f"texts, so that the part that is tuned on, 25 to 40 % where they are split, has at least {FEWEST}"
+            f"the {corpus} corpus has {few} documents or groups to tune on, too few to bound what fresh ones lose: "
+            f"{corpora[corpus].more()}, so that the part that is tuned on, 25 to 40 % where they are split, has at least {FEWEST}"
         )
     if few < fewest:
         raise BudgetError(

@@ -26,6 +26,7 @@ from test_corpora import PAIRS, TEXTS, decoded, write
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.corpora.sources import open_source
+from lens_unlearn.methods.tuning import check_units
 
 ROWS = [{"text": text} for text in TEXTS]
 SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]
@@ -702,6 +703,10 @@ def test_what_is_too_little_because_of_the_budget_says_so(model: Any) -> None:
         cut.split(0.5, 0.5)
     with pytest.raises(CorpusError, match="raise tokens, since reading stopped at 20"):
         cut.with_prompts(50)
+    with pytest.raises(
+        CorpusError, match="too few to bound what fresh ones lose: raise tokens, since reading stopped at 20"
+    ):
+        check_units({"retain": cut}, 0.05, 0.9, at_once=False)
     for part in (cut.only([0]), cut + read_corpus(TEXTS, model).only([0]), cut.sample(5)):
         assert part.budget == 20
     with pytest.raises(
