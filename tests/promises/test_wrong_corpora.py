@@ -71,7 +71,9 @@ def test_random_controls_refuse_it_too() -> None:
                 lu.random_pruning(tiny.model("gpt2"), WRONG[kind](), None, fraction=0.5)
 
 
-@pytest.mark.parametrize("wrong", ["code.jsonl", None, ["a text"], 3, fine], ids=str)
+@pytest.mark.parametrize(
+    "wrong", ["code.jsonl", None, ["a text"], 3, fine], ids=["a path", "None", "texts", "a number", "a corpus"]
+)
 def test_corpora_are_given_by_name(wrong: Any) -> None:
     model = tiny.model("gpt2")
     given = wrong() if callable(wrong) else wrong
