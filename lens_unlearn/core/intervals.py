@@ -18,6 +18,7 @@ Knows numbers and keys of units; knows nothing of what was measured. Everything 
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,15 +53,20 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     """Return the central 95 % of bootstrap draws; NaN where there are none, as from a single document."""
     if draws.size == 0 or np.isnan(draws).any():
         return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return _quantile(draws, (1 - LEVEL) / 2, "lower"), _quantile(draws, (1 + LEVEL) / 2, "higher")
+
+
+def _quantile(draws: np.ndarray, share: float, outwards: Literal["lower", "higher"]) -> float:
+    """Return a quantile of draws, of which some may be infinite, as where a share of nothing is lost."""
+    # Between two infinite draws there is nothing to interpolate.
+    return float(np.quantile(draws, share, method="linear" if np.isfinite(draws).all() else outwards))
 
 
 def upper(draws: np.ndarray, confidence: float) -> float:
     """Return the bound below which a share of bootstrap draws lies; NaN where there are none."""
     if draws.size == 0 or np.isnan(draws).any():
         return float("nan")
-    return float(np.quantile(draws, confidence))
+    return _quantile(draws, confidence, "higher")
 
 
 def weights_of(units: Sequence[str], draws: int, seed: int) -> Float[np.ndarray, "draws units"]:

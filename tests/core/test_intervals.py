@@ -152,3 +152,13 @@ def test_an_interval_is_the_central_95_percent_and_nan_where_nothing_was_drawn()
     assert interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
     assert all(map(math.isnan, interval(np.empty(0))))
     assert all(map(math.isnan, interval(np.array([1.0, math.nan]))))
+
+
+def test_draws_may_be_infinite() -> None:
+    """A share of an accuracy that is 0 in some replicates."""
+    draws = np.r_[np.full(50, -np.inf), np.linspace(0, 1, 950)]
+    assert interval(draws)[0] == -np.inf
+    assert 0.9 < interval(draws)[1] < 1
+    assert interval(np.r_[draws, np.full(50, np.inf)]) == (-np.inf, np.inf)
+    assert interval(np.full(20, -np.inf)) == (-np.inf, -np.inf)
+    assert upper(np.r_[np.zeros(80), np.full(20, np.inf)], 0.9) == np.inf
