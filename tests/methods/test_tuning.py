@@ -110,7 +110,7 @@ def fake_drops(monkeypatch: pytest.MonkeyPatch, table: Any, noise: float = 0.0) 
 
 
 def pretended(**settings: Any) -> Tuned:
-    return tune(method_of(None), None, TEXTS_CODE, TEXTS_PROSE, **{"held_out": HELD, **QUIET, **settings})  # type: ignore[arg-type]
+    return tune(method_of(None), tiny.model("gpt2"), TEXTS_CODE, TEXTS_PROSE, **{"held_out": HELD, **QUIET, **settings})
 
 
 def test_of_all_within_the_budget_the_one_that_forgets_most_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_several_retain_corpora_are_fitted_together_and_split_one_by_one(monkeyp
         return Ablate(NeuronMap({Site(0, "mlp.post"): torch.ones(4, dtype=torch.bool)}), fraction)
 
     fake_drops(monkeypatch, lambda f: (f, f, f))
-    tune(spy, None, texts(range(10, 60), 1, 40), retain, **QUIET)  # type: ignore[arg-type]
+    tune(spy, tiny.model("gpt2"), texts(range(10, 60), 1, 40), retain, **QUIET)
     parts = [corpus.split(0.6, 0.4)[0].keys for corpus in retain.values()]
     assert {part.keys for part in fitted} == {parts[0] + parts[1]}
 
@@ -218,15 +218,15 @@ def test_what_unlearns_answers_is_fitted_again_on_all_of_them(monkeypatch: pytes
     fake_drops(monkeypatch, lambda f: (f, f))
     corpora = texts(range(10, 60), 1, 50), texts(PROSE, 2, 50)
     record = Method(name="own", function=pretend, unlearns_answers=True)
-    found = tune(record, None, *corpora, retain_drop=0.3, **QUIET)  # type: ignore[arg-type]
+    found = tune(record, tiny.model("gpt2"), *corpora, retain_drop=0.3, **QUIET)
     assert fitted[-1] == (50, 50)
     assert set(fitted[:-1]) == {(30, 30)}
     assert found.intervention.value == found.fraction
     fitted.clear()
-    tune(record, None, *corpora, held_out=HELD, retain_drop=0.3, **QUIET)  # type: ignore[arg-type]
+    tune(record, tiny.model("gpt2"), *corpora, held_out=HELD, retain_drop=0.3, **QUIET)
     assert set(fitted) == {(50, 50)}, "what is held out explicitly is not trained on"
     fitted.clear()
-    tune(replace(record, unlearns_answers=False), None, *corpora, retain_drop=0.3, **QUIET)  # type: ignore[arg-type]
+    tune(replace(record, unlearns_answers=False), tiny.model("gpt2"), *corpora, retain_drop=0.3, **QUIET)
     assert set(fitted) == {(30, 30)}
 
 
@@ -241,7 +241,7 @@ def test_a_metric_of_which_nothing_is_there_to_lose_is_refused(monkeypatch: pyte
     with pytest.raises(
         LensUnlearnError, match="the unedited model has top1 0 on the forget corpus: there is nothing to lose"
     ):
-        tune(method_of(None), None, TEXTS_CODE, TEXTS_PROSE, held_out=held, **QUIET)
+        tune(method_of(None), tiny.model("gpt2"), TEXTS_CODE, TEXTS_PROSE, held_out=held, **QUIET)
 
 
 def test_where_no_fraction_selects_anything_the_reason_is_given() -> None:

@@ -17,7 +17,14 @@ from interventions_helpers import selection_of, unchanged
 from statistics_helpers import READINGS, assert_close, oracle
 from torch import Tensor
 
-from lens_unlearn.core.errors import ActivationError, ArtefactError, CorpusError, ModelError, SiteError
+from lens_unlearn.core.errors import (
+    ActivationError,
+    ArtefactError,
+    CorpusError,
+    LensUnlearnError,
+    ModelError,
+    SiteError,
+)
 from lens_unlearn.corpora.corpus import Batch
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.model.sites import Site, resolve
@@ -253,7 +260,7 @@ def test_wrong_models_sites_and_corpora_are_refused() -> None:
         collect(model, tiny.corpus(tokens=[5000]), progress=False)
     with pytest.raises(CorpusError, match="rows longer than this model's context of 64"):
         collect(model, tiny.corpus((80,)), progress=False)
-    with pytest.raises(CorpusError, match="batch_size=0"):
+    with pytest.raises(LensUnlearnError, match="batch_size=0"):
         collect(model, tiny.corpus(), batch_size=0, progress=False)
     training = tiny.build("gpt2")
     training.train()
