@@ -97,12 +97,13 @@ class Abstain(Intervention):
             rows.check(x)
             rows = rows.beside(x)
             keys = x.detach().flatten(2)
-            ends, width = (rows.ends - rows.cached)[:, None], x.shape[1]  # in this pass, or before or behind it
+            end, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
+            ends = end[:, None]
             place = torch.arange(width, device=x.device)
             if self.when == "every_token":
                 inside = region.contains(keys) & (place >= ends) & rows.text
             else:
-                last = keys[torch.arange(len(keys), device=x.device), ends[:, 0].clamp(0, width - 1)]
+                last = keys[torch.arange(len(keys), device=x.device), end.clamp(0, width - 1)]
                 inside = region.contains(last)[:, None] & (place == ends)
             if rows.repeats:  # what was decided at the positions of the pass before stands, and is not decided twice
                 inside = inside & (place == width - 1)
