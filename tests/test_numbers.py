@@ -67,23 +67,32 @@ def test_each_number_that_is_changed_by_hand_is_found(path: str) -> None:
 
 
 TAMPERED = {
-    "a cell of a table": ("| 48.3% [", "| 49.3% [", "the table pruning.budgets is not the stored one"),
+    "a cell of a table": (
+        r"(<!-- table pruning\.budgets -->.*?% \[)",
+        r"\g<1>9",
+        "the table pruning.budgets is not the stored one",
+    ),
     "the command": ("--budgets 0.05 0.10", "--budgets 0.05 0.20", "the command of pruning is not the stored one"),
-    "a number in the prose": ("49 %<!-- = pruning", "50 %<!-- = pruning", "'50 %', but the output gives"),
-    "a range": ("37 to\n  39 %<!--", "37 to\n  49 %<!--", "'37 to 49 %', but the output gives"),
+    "a number in the prose": (r"\d\d %<!-- = pruning", "99 %<!-- = pruning", "'99 %', but the output gives"),
+    "a range": (r"to\s+\d\d %<!-- = pruning", "to 99 %<!-- = pruning", "to 99 %', but the output gives"),
     "a number of nothing": ("Findings:", "Findings: it forgets 37 % more.", "'37 %' in "),
-    "the source of a number": ("<!-- = pruning.budgets[", " of <!-- = pruning.budgets[", "not right behind a number"),
-    "the name of a column": ('["control: selectivity"]', '["selectivity"]', "has no column 'selectivity'"),
-    "another section": ("pruning.budgets[", "relearning.budgets[", "relearning.json has no table 'budgets'"),
+    "the source of a number": (
+        r"<!-- = pruning\.budgets\[",
+        " of <!-- = pruning.budgets[",
+        "not right behind a number",
+    ),
+    "the name of a column": (r'\["control: selectivity"\]', '["selectivity"]', "has no column 'selectivity'"),
+    "another section": (r"pruning\.budgets\[", "relearning.budgets[", "relearning.json has no table 'budgets'"),
 }
+"""What to look for, which is whatever was measured last; what to put there; and what is said of it."""
 
 
 @pytest.mark.parametrize("kind", TAMPERED)
 def test_a_page_that_was_tampered_with_is_found(kind: str) -> None:
     before, after, expected = TAMPERED[kind]
-    page = PAGES["docs/results.md"]
-    assert before in page
-    found = "\n".join(make.problems("docs/results.md", page.replace(before, after, 1), STORED))
+    page, changed = re.subn(before, after, PAGES["docs/results.md"], count=1, flags=re.DOTALL)
+    assert changed
+    found = "\n".join(make.problems("docs/results.md", page, STORED))
     assert expected in found
 
 

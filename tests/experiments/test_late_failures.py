@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line_helpers import WORDS, call, run_arguments, write_texts
+from command_line_helpers import WORDS, call, run_arguments
 
 import lens_unlearn as lu
 from lens_unlearn import methods
@@ -22,14 +22,6 @@ from lens_unlearn.neurons import collect
 from lens_unlearn.neurons.collect import query_keys, query_places
 from lens_unlearn.neurons.moments import Moments
 from lens_unlearn.reports.comparison_page import comparison_page
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Path]:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    forget = write_texts(folder / "forget.jsonl", 1, words=[word[::-1] for word in WORDS])
-    return {"forget": forget, "retain": write_texts(folder / "retain.jsonl", 2)}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line_helpers import WORDS, call, run_arguments, write_texts
+from command_line_helpers import call, run_arguments
 
 import lens_unlearn as lu
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
@@ -30,12 +30,14 @@ from lens_unlearn.model.host import versions
 DATA = Path(__file__).parents[1] / "data"
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Path]:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    forget = write_texts(folder / "forget.jsonl", 1, words=[word[::-1] for word in WORDS])
-    return {"forget": forget, "retain": write_texts(folder / "retain.jsonl", 2)}
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a model is to be loaded."""
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was to be loaded")
+
+    for room in (lu, experiment, compare, demo_report):
+        monkeypatch.setattr(room, "load_model", load, raising=False)
 
 
 def a_run(folder: Path, files: tuple[str, ...] = ("report.html", "a/edit.safetensors"), **content: Any) -> Path:
@@ -80,11 +82,7 @@ def held_elsewhere(tmp_path: Path) -> Iterator[Path]:
 def test_a_second_process_is_refused_from_the_first_second(
     held_elsewhere: Path, model_dir: Path, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def load(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a model was to be loaded")
-
-    for room in (lu, experiment, compare, demo_report):
-        monkeypatch.setattr(room, "load_model", load, raising=False)
+    refuse_to_load(monkeypatch)
     source = f"{texts['forget']}:text"
     commands: list[list[object]] = [
         [*run_arguments(model_dir, texts, held_elsewhere)],
@@ -123,11 +121,7 @@ def nowhere(tmp_path: Path) -> list[Path]:
 def test_an_output_that_cannot_be_written_is_said_before_a_model_is_loaded(
     model_dir: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def load(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a model was to be loaded")
-
-    for room in (lu, experiment, compare, demo_report):
-        monkeypatch.setattr(room, "load_model", load, raising=False)
+    refuse_to_load(monkeypatch)
     source = f"{texts['forget']}:text"
     for out in nowhere(tmp_path):
         before = sorted(os.listdir(tmp_path))
