@@ -63,6 +63,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "interventions.base": (
         "Chain",
         "Intervention",
+        "Placed",
     ),
     "interventions.delta": ("Delta",),
     "interventions.files": ("load_intervention",),
@@ -154,7 +155,7 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.ablate import Ablate
     from lens_unlearn.interventions.abstain import Abstain
     from lens_unlearn.interventions.adjust import Adjust
-    from lens_unlearn.interventions.base import Chain, Intervention
+    from lens_unlearn.interventions.base import Chain, Intervention, Placed
     from lens_unlearn.interventions.delta import Delta
     from lens_unlearn.interventions.files import load_intervention
     from lens_unlearn.interventions.update import Update

@@ -15,11 +15,8 @@ from lens_unlearn.interventions.base import (
     HookFunction,
     Intervention,
     Parts,
-    check_shape,
-    describe_selection,
-    maps_in,
-    selection_in,
 )
+from lens_unlearn.interventions.selections import check_shape, describe_selection, maps_in, selection_in
 from lens_unlearn.interventions.update import Edit
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Point, Site

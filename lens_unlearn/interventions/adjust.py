@@ -18,11 +18,8 @@ from lens_unlearn.interventions.base import (
     Intervention,
     Live,
     Parts,
-    check_shape,
-    describe_selection,
-    maps_in,
-    selection_in,
 )
+from lens_unlearn.interventions.selections import check_shape, describe_selection, maps_in, selection_in
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 

@@ -1,4 +1,4 @@
-"""`Intervention`: a frozen value that becomes hooks for the length of a `with` block; `Live`, its run; `Chain`, several.
+"""`Intervention`: a frozen value that becomes hooks for the length of a `with` block; `Chain`, several; `Placed`, somewhere only.
 
     prune = Ablate(score.top(0.02))
     with prune.on(model):
@@ -16,34 +16,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import SelectionError
+from lens_unlearn.interventions.live import Finish, Live, acting
+from lens_unlearn.interventions.place import SINK_RATIO, At, Place
 from lens_unlearn.interventions.update import Edit, merge
 from lens_unlearn.model.hooks import (
     Remover,
     attach,
     detach_all,
-    generation,
-    logit_functions,
     on_forward,
     on_logits,
+    on_residual,
     one_thread,
 )
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.layouts import require_known
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
-from lens_unlearn.model.positions import Rows, pad_of
+from lens_unlearn.model.residual import residual_scale
 from lens_unlearn.model.sites import Point, Site, resolve
-from lens_unlearn.model.special_tokens import ends_of_text
-from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = [
     "Chain",
@@ -52,11 +50,8 @@ __all__ = [
     "Live",
     "MatrixFunction",
     "Parts",
+    "Placed",
     "acting",
-    "check_shape",
-    "describe_selection",
-    "maps_in",
-    "selection_in",
 ]
 
 HookFunction = Callable[[Tensor, "Live"], Tensor]
@@ -66,139 +61,6 @@ MatrixFunction = Callable[[Tensor, Tensor, "Live"], Tensor]
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 """What a file holds of an intervention: a header for JSON, and tensors by name."""
 ReadParts = Callable[[Mapping[str, Any], Mapping[str, Tensor]], "Intervention"]
-
-
-class Live:
-    """One intervention acting on one model: yielded by `Intervention.on`, ended with the block."""
-
-    def __init__(self, intervention: "Intervention", model: Model) -> None:
-        self.intervention = intervention
-        self.model = model
-        self.active = True
-        self.abstained: Tensor = torch.zeros(0, dtype=torch.bool)
-        """For each row of the last forward pass (or generation), whether the model abstained."""
-        self.rows: Rows | None = None
-        """Where the current forward pass stands in the texts of its rows; only for interventions that look at rows."""
-        self.notes: dict[int, Any] = {}
-        """State of the members by their id: from hook to hook, and from a prompt to the tokens generated behind it."""
-        self._ends: Tensor | None = None
-        self._lengths: Tensor | None = None
-        self._stop: tuple[int, ...] = ()
-        self._generation: FrameType | None = None
-        self._refusals: dict[int, str] = {}
-        self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, int, Tensor]] = {}
-
-    def expect(
-        self,
-        ends: Int[Tensor, "batch"] | None,
-        stop: Sequence[int] = (),
-        lengths: Int[Tensor, "batch"] | None = None,
-    ) -> None:
-        """Announce where each row's prompt ends in the next forward pass, which begins new texts.
-
-        It holds for that pass, and for the generation that the pass begins: announce it again before each pass of a text that you
-        continue by hand without a key-value cache.
-
-        Args:
-            ends: Positions of the prompts' last tokens; None for each row's last token that is not padding, which is also
-                the default where this is not called.
-            stop: Tokens that end a text that is being generated, besides the tokenizer's.
-            lengths: Tokens of each row of text padded on the right; None to look for the tokenizer's padding token.
-        """
-        self._ends, self._stop, self._lengths, self.rows = ends, tuple(stop), lengths, None
-        self.notes.clear()
-
-    def refusal(self, row: int) -> str | None:
-        """Return the refusal written in place of a row of the last forward pass or generation; None if it did not abstain."""
-        return self._refusals.get(row)
-
-    def begin(self, tokens: Int[Tensor, "batch pos"] | None, cached: int) -> None:
-        """Read the tokens of a forward pass before it runs; None where it runs on something else.
-
-        A hook sees activations alone. Whether the pass begins new texts or goes on with a generation, where the prompts end, and
-        which positions are padding can only be read off its tokens and its cache, so it has to be known before any hook fires.
-        """
-        self._settle()  # the pass before, if it ended before its logits
-        if tokens is None:
-            self.rows = None
-            return
-        stop = {*ends_of_text(self.model), *self._stop}
-        # A pass with a cache continues whatever filled that. Without one, nothing in the tokens tells the next step of a generation
-        # from a text of the user's that happens to be one token longer than the last: only a call of `generate` does.
-        call = None if cached else generation(self.model)
-        last = self.rows if cached or (call is not None and call is self._generation) else None
-        self._generation = call
-        self.rows = Rows.of(tokens, cached, last, pad_of(self.model), self._ends, stop, self._lengths)
-        self._ends = self._lengths = None
-        if not self.rows.continues:
-            self.notes.clear()
-            self._refusals.clear()
-            self.abstained = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-    def withhold(self, rows: Bool[Tensor, "batch"], refusal: str) -> None:
-        """Note that the model abstains in these rows, and the refusal that is written instead."""
-        self.abstained = self.abstained | rows
-        for row in rows.nonzero()[:, 0].tolist():
-            self._refusals.setdefault(row, refusal)
-
-    def tell(self, refusals: Sequence[str | None]) -> None:
-        """Set the refusals of the rows of several passes, in the user's order; None where the model answered."""
-        abstained = [refusal is not None for refusal in refusals]
-        self.abstained = torch.tensor(abstained, dtype=torch.bool, device=self.abstained.device)
-        self._refusals = {row: refusal for row, refusal in enumerate(refusals) if refusal is not None}
-
-    def _settle(self) -> None:
-        for member in members_of(self.intervention):
-            member.settle(self)
-
-    def _end(self) -> None:
-        self.active, self.rows, self._generation = False, None, None
-        self._moved.clear()
-        self.notes.clear()
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Forget the forward passes of a `with` block, which are not the user's."""
-        state = dict(vars(self))
-        self._refusals, self.notes = {}, {}
-        try:
-            yield
-        finally:
-            vars(self).update(state)
-
-    def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
-        """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.
-
-        The copy is cached for the next forward pass, until the original is changed in place, and unless it needs a gradient.
-        """
-        # Copies live here and not on the intervention, which is frozen and may act on several models at once; they go with the
-        # block. A tensor is known by its id; the cache holds the tensor too, so that no other one can be given the same id.
-        # A copy of a tensor that needs a gradient belongs to one graph, and is made anew.
-        dtype = activation.dtype if tensor.is_floating_point() else tensor.dtype
-        if tensor.requires_grad:
-            return tensor.to(device=activation.device, dtype=dtype)
-        key, version = (id(tensor), activation.device, dtype), 0 if tensor.is_inference() else tensor._version
-        if key not in self._moved or self._moved[key][1] != version:
-            self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))
-        return self._moved[key][2]
-
-    def __repr__(self) -> str:
-        return f"Live({self.intervention!r}, {'acting' if self.active else 'ended'})"
-
-
-class _Finish:
-    """The last hook of an intervention that looks at rows: it passes the logits on to `Intervention.finish`."""
-
-    def __init__(self, live: Live) -> None:
-        self.live = live
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return self.live.intervention.finish(logits, self.live)
-
-
-def acting(model: Model) -> list[Live]:
-    """Return the interventions that look at rows and act on a model now, outermost first."""
-    return [f.live for f in logit_functions(model) if isinstance(f, _Finish)]
 
 
 class Intervention(ABC):
@@ -235,6 +97,11 @@ class Intervention(ABC):
     abstains: bool = False
     """Whether it can abstain from answering."""
 
+    @property
+    def norm_layers(self) -> frozenset[int]:
+        """The layers at whose input the norms of the residual stream are wanted, in `Live.norms`; only where `looks_at_rows`."""
+        return frozenset()
+
     def settle(self, live: Live) -> None:  # noqa: B027 - most have nothing to decide
         """Decide from what the hooks noted in a forward pass that is over; only called where `looks_at_rows`."""
 
@@ -248,9 +115,31 @@ class Intervention(ABC):
             return NotImplemented
         return Chain((*members_of(self), *members_of(other)))
 
+    def placed(self, at: At = None, *, skip_special: bool = False, sink_ratio: float = SINK_RATIO) -> "Placed":
+        """Return the intervention acting at some positions only: at all others its hooks leave what they see bitwise as it is.
+
+        Args:
+            at: "prompt", the positions up to the prompt's end; "generated", those behind it; "last", the prompt's last token, from
+                which the first new one is predicted; a boolean mask ``[batch, pos]`` for forward passes of that shape, whose
+                columns are counted from the beginning of the text also behind a key-value cache; None for every position. In
+                generation the prompt is what was given, and in teacher forcing what stands before the counted answer. Every
+                position of a text without an answer, and of a plain forward pass, belongs to the prompt, unless `Live.expect`
+                says where that ends.
+            skip_special: Whether never to act at special tokens (BOS, the marks of a chat, padding in front) nor at attention
+                sinks: the first token of a text, and every position where the residual stream is too large at the layer's input.
+            sink_ratio: From how many times the model's usual norm there on it is: the median on a fixed text of random tokens, so
+                that nothing else in the batch decides.
+
+        Raises:
+            SelectionError: If there is no such place, or it abstains: that is decided on whole prompts.
+        """
+        return Placed(self, Place(at, skip_special, sink_ratio))
+
     @contextmanager
-    def on(self, model: Model) -> Iterator[Live]:
+    def on(self, model: Model, *, at: At = None, skip_special: bool = False) -> Iterator[Live]:
         """Attach to a model for the length of a `with` block.
+
+        With `at` or `skip_special`, it acts at some positions only, see `placed`.
 
         Every site and matrix is resolved before the first hook is added. Leaving the block, in whatever way, removes exactly the
         hooks that were added here; blocks may nest, repeat, and close in any order; a user's own hooks are untouched.
@@ -269,6 +158,10 @@ class Intervention(ABC):
             SelectionError: If it has another number of neurons there, or another shape.
             ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         """
+        if at is not None or skip_special:
+            with self.placed(at, skip_special=skip_special).on(model) as live:
+                yield live
+            return
         require_model(model)
         hooks, changes = list(self.hooks()), list(self.matrices())
         live = Live(self, model)
@@ -279,6 +172,7 @@ class Intervention(ABC):
                     outer.enter_context(other._aside())
                 points = resolve(model, [site for site, _ in hooks]) if hooks else {}
                 shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
+                scale = residual_scale(model) if self.norm_layers else ()
             self.check(points)
             self.check_matrices(shapes)
             try:
@@ -287,7 +181,8 @@ class Intervention(ABC):
                 try:
                     if self.looks_at_rows:
                         on_forward(model, live.begin, removers)
-                        on_logits(model, _Finish(live), removers)
+                        on_logits(model, Finish(live), removers)
+                        on_residual(model, self.norm_layers, partial(live.measure, scale), removers)
                     for site, function in hooks:
                         attach(points[site].hook, lambda t, f=function: f(t, live), removers)
                     for matrix, change in changes:
@@ -393,6 +288,16 @@ class Chain(Intervention):
         """Return the members' edits, those of the last one first."""
         return [edit for member in reversed(self.members) for edit in member.edits()]
 
+    @property
+    def norm_layers(self) -> frozenset[int]:
+        """Those of all members."""
+        return frozenset[int]().union(*(member.norm_layers for member in self.members))
+
+    def settle(self, live: Live) -> None:
+        """Let every member decide."""
+        for member in self.members:
+            member.settle(live)
+
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Let every member finish, in order."""
         for member in self.members:
@@ -425,36 +330,101 @@ class Chain(Intervention):
         return " + ".join(map(repr, self.members)) if self.members else "Chain(nothing)"
 
 
-def check_shape(site: Site, shape: tuple[int, ...], point: Point) -> None:
-    """Refuse a site of another shape.
+@dataclass(frozen=True, eq=False, repr=False)
+class Placed(Intervention):
+    """An intervention that acts at some positions of a text only; made by `Intervention.placed`.
+
+    Args:
+        inner: What acts.
+        place: Where.
 
     Raises:
-        SelectionError: Naming both shapes.
+        SelectionError: If `inner` abstains.
     """
-    if shape != point.shape:
-        raise SelectionError(
-            f"{site} has neurons of shape {point.shape} in this model, and {shape} in the intervention"
-        )
 
+    kind: ClassVar[str] = "placed"
 
-def describe_selection(selection: NeuronMap) -> dict[str, str]:
-    """Return how many neurons of each site a selection has, of those sites that have any."""
-    return {
-        str(site): f"{int(chosen.sum()):,} of {chosen.numel():,} neurons"
-        for site, chosen in selection.items()
-        if bool(chosen.any())
-    }
+    inner: Intervention
+    place: Place
 
+    looks_at_rows = True
 
-def maps_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[Site, Tensor]:
-    """Read the tensors ``prefix/site`` of a file."""
-    return {Site.parse(n.removeprefix(f"{prefix}/")): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
+    def __post_init__(self) -> None:
+        """Refuse what judges whole prompts."""
+        if self.inner.abstains:
+            raise SelectionError(
+                f"{self.inner!r} abstains, which is decided on whole prompts and not at some positions: place what else acts, and "
+                "add the abstention to it"
+            )
 
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return the hooks, each limited to the place."""
 
-def selection_in(tensors: Mapping[str, Tensor]) -> NeuronMap:
-    """Read the selection of a file."""
-    flags = maps_in(tensors, "selection")
-    for site, value in flags.items():
-        if value.dtype != torch.uint8 or bool((value > 1).any()) or value.ndim not in (1, 2):
-            raise SelectionError(f"{site}: a selection holds something other than 0 and 1 for each neuron")
-    return NeuronMap({site: value.bool() for site, value in flags.items()})
+        def limited(site: Site, function: HookFunction) -> HookFunction:
+            return lambda x, live: self._limit(live, site.layer, x, function(x, live))
+
+        return [(site, limited(site, function)) for site, function in self.inner.hooks()]
+
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return the changes, each limited to the place."""
+
+        def limited(matrix: Matrix, function: MatrixFunction) -> MatrixFunction:
+            return lambda x, y, live: self._limit(live, matrix.layer, y, function(x, y, live))
+
+        return [(matrix, limited(matrix, function)) for matrix, function in self.inner.matrices()]
+
+    def _limit(self, live: Live, layer: int | None, before: Tensor, after: Tensor) -> Tensor:
+        if after is before:
+            return before
+        where = self.place.within(live, before, layer)
+        if before.shape[:2] != where.shape:  # OPT runs its MLP on tokens without a batch dimension
+            where = where.reshape(-1)
+        return torch.where(where.reshape(*where.shape, *[1] * (before.ndim - where.ndim)), after, before)
+
+    @property
+    def norm_layers(self) -> frozenset[int]:
+        """Every layer where it acts, if it has to know the attention sinks."""
+        if not self.place.skip_special:
+            return self.inner.norm_layers
+        layers = {where.layer for where, _ in (*self.inner.hooks(), *self.inner.matrices())}
+        return self.inner.norm_layers | layers
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Let what acts check."""
+        self.inner.check(points)
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:
+        """Let what acts check."""
+        self.inner.check_matrices(shapes)
+
+    def settle(self, live: Live) -> None:
+        """Let what acts decide."""
+        self.inner.settle(live)
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Change the logits at the place."""
+        after = self.inner.finish(logits, live)
+        if after is logits:
+            return logits
+        where = self.place.within(live, logits, None)[
+            :, -logits.shape[1] :
+        ]  # the model may have kept the last ones only
+        return torch.where(where[..., None], after, logits)
+
+    def describe(self) -> dict[str, str]:
+        """Return what is done where."""
+        return {place: f"{text}, {self.place}" for place, text in self.inner.describe().items()}
+
+    def parts(self) -> Parts:
+        """Return the place and what acts there."""
+        header, tensors = self.inner.parts()
+        return {"kind": self.kind, **self.place.parts(), "inner": header}, tensors
+
+    @classmethod
+    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], read: ReadParts) -> "Placed":
+        """Rebuild from `parts`; `read` rebuilds what acts, of whatever kind it is."""
+        place = Place(header["at"], header["skip_special"], float(header["sink_ratio"]))
+        return cls(read(header["inner"], tensors), place)
+
+    def __repr__(self) -> str:
+        return f"Placed({self.inner!r}, {self.place})"

@@ -15,14 +15,14 @@ from lens_unlearn.core.errors import ArtefactError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.adjust import Adjust
-from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.interventions.base import Chain, Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import require_model_of
 
 __all__ = ["CLASSES", "load_intervention"]
 
-CLASSES = (Ablate, Adjust, Abstain, Delta, Chain)
+CLASSES = (Ablate, Adjust, Abstain, Delta, Chain, Placed)
 """Every intervention that can be read from a file: a new one is a file of this room and a name here."""
 _BY_KIND: dict[str, Any] = {cls.kind: cls for cls in CLASSES}
 
@@ -62,4 +62,4 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Int
     if header["kind"] not in _BY_KIND:
         raise ArtefactError(f"{header['kind']!r} is not a kind of intervention this version knows: upgrade to read it")
     cls = _BY_KIND[header["kind"]]
-    return Chain.from_parts(header, tensors, _from_parts) if cls is Chain else cls.from_parts(header, tensors)
+    return cls.from_parts(header, tensors, *([_from_parts] if cls in (Chain, Placed) else []))

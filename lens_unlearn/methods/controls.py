@@ -21,7 +21,7 @@ from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.adjust import Adjust
-from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.interventions.base import Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.ov_basis import rotate
@@ -227,7 +227,7 @@ def controls_for(
     """Return random selections of equal per-layer counts, one per seed; none for what selects nothing.
 
     Of an `Adjust`, random neurons are adjusted by their own means and standard deviations; of a `Delta`, the controls are
-    random updates of the same singular values.
+    random updates of the same singular values. What acts at some positions only has controls that act there.
 
     Args:
         model: The model.
@@ -237,6 +237,9 @@ def controls_for(
             either side, and, where there were too few of them, those that it has chosen. Anything else says nothing.
         retain: Likewise.
     """
+    if isinstance(intervention, Placed):
+        inner = controls_for(model, intervention.inner, seeds, forget, retain)
+        return [Placed(control, intervention.place) for control in inner]
     draw = AT_RANDOM.get(type(intervention))
     if draw is None:
         return []

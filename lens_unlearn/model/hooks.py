@@ -28,14 +28,14 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_unlearn.core.errors import ModelError, SiteError
@@ -50,6 +50,7 @@ __all__ = [
     "logit_functions",
     "on_forward",
     "on_logits",
+    "on_residual",
     "one_thread",
     "register",
 ]
@@ -338,6 +339,40 @@ def _cached(value: Any) -> int:
     if hasattr(value, "get_seq_length"):
         return int(value.get_seq_length())
     return int(value.past_keys.shape[1]) if hasattr(value, "past_keys") else 0
+
+
+def on_residual(
+    model: Model,
+    layers: Iterable[int],
+    function: Callable[[int, Float[Tensor, "batch pos d_model"]], None],
+    removers: list[Remover] | None = None,
+    *,
+    output: bool = False,
+) -> Remover:
+    """Show a function the residual stream at the input of layers, or at their output, in every forward pass.
+
+    Args:
+        model: The model.
+        layers: Which layers.
+        function: Takes the number of the layer and the stream, before anything in the layer runs (or behind all of it).
+        removers: As in `attach`.
+        output: Whether to look at the output.
+
+    Returns:
+        The remover of the hooks.
+    """
+
+    def show(layer: int, given: Iterable[Any]) -> None:
+        function(layer, next(t for t in given if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3))
+
+    def before(layer: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: show(layer, (*args, *kwargs.values()))
+
+    def behind(layer: int) -> Callable[..., None]:
+        return lambda module, args, kwargs, result: show(layer, result if isinstance(result, tuple) else [result])
+
+    kind, hook = ("_forward_hooks", behind) if output else ("_forward_pre_hooks", before)
+    return register([(model.blocks[layer], kind, hook(layer)) for layer in layers], removers)
 
 
 def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list[Remover] | None = None) -> Remover:

@@ -36,6 +36,8 @@ class Rows:
     """The position of each prompt's last token, counted from the beginning of the text."""
     text: Bool[Tensor, "batch pos"]
     """False at padding after a prompt, and after the end of a generated text."""
+    number: Int[Tensor, "batch pos"]
+    """Which of the text's real tokens each position holds, counted from 1; 0 at padding before the text."""
     keys: Int[Tensor, "batch pos"]
     """A key for random numbers at each position, computed from the real tokens up to it."""
     continues: bool
@@ -81,6 +83,7 @@ class Rows:
         before = last.carry if last is not None and cached else tokens.new_zeros(rows, 2, dtype=torch.int64)
         # Only padding on the left can shift keys: nothing real follows padding on the right.
         leading = blank.long().cumprod(1).bool() & (before[:, :1] == 0)
+        number = before[:, :1] + (~leading).long().cumsum(1)
         keys, carry = prefixes(tokens.long(), (~leading).long(), before)
         if last is not None:
             ends = last.ends
@@ -97,7 +100,7 @@ class Rows:
                 if prompt_ends.shape != ends.shape:
                     raise LensUnlearnError(f"{len(prompt_ends)} ends of prompts were given for {rows} rows")
                 ends = prompt_ends.to(tokens.device)
-        return cls(tokens, cached, ends, text, keys, last is not None, carry, over)
+        return cls(tokens, cached, ends, text, number, keys, last is not None, carry, over)
 
     @property
     def repeats(self) -> bool:

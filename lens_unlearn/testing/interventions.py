@@ -184,7 +184,11 @@ class InterventionPromises(Promises):
         results = []
         with self.intervention.on(self.model) as live, torch.no_grad():
             if self.intervention.looks_at_rows:
+                if self.intervention.norm_layers:  # measured in a pass
+                    self._run()
+                norms = dict(live.norms)
                 live.begin(self._tokens, 0)
+                live.norms.update(norms)
                 calls.append(("the logits", self.intervention.finish))
             for where, function in calls:
                 given = tuple(x.to(dtype, copy=True) for x in seen[where])
@@ -379,6 +383,8 @@ class InterventionPromises(Promises):
             point.hook.add_hook(note(f"a permanent hook at {site}"), is_permanent=True)
             point.hook.add_hook(note(f"a prepended hook at {site}"), prepend=True)
             point.hook.add_hook(note(f"a backward hook at {site}"), dir="bwd")
+        self._inside()  # so that what is looked up once per model is known
+        calls.clear()
         self._run()
         expected, before = [*calls], Picture(self.model)
         for when, block in (("inside the block", self.intervention), ("after the block", Chain(()))):

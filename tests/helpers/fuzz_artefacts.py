@@ -100,6 +100,7 @@ def interventions() -> dict[str, Intervention]:
         "adjust": Adjust(SELECTION, maps["a"], maps["b"], maps["c"], maps["b"], "deterministic", 3, 1),
         "abstain": Abstain(regions, 2, "every_token", "No.", rates),
         "delta": Delta(updates, -0.5, record),
+        "placed": means.placed("generated", skip_special=True, sink_ratio=7.5),
     }
     return {**made, "chain": Chain((number, Chain(()), Chain((made["adjust"], Ablate(Z)))))}
 
@@ -278,6 +279,8 @@ NASTY += [
     "chain",
     "ablate",
     "delta",
+    "placed",
+    "prompt",
     "L0.mlp.post",
     "L00.mlp.post",
 ]

@@ -81,6 +81,7 @@ def zoo(model: Any, seed: int = 0) -> dict[str, Intervention]:
         "basis": Ablate(z, maps(z), ov_basis(model)),
         "random": Adjust(pre, **normal, rule="random", seed=seed),
         "deterministic": Adjust(pre, **normal, rule="deterministic"),
+        "prompt": Ablate(post, maps(post)).placed("prompt", skip_special=True),
         "abstain": Abstain({POST[1]: box_around_half(model, POST[1], seed)}),
         "every token": Abstain(
             {POST[0]: box_around_half(model, POST[0], seed), POST[1]: box_around_half(model, POST[1], seed + 1)},
@@ -105,6 +106,7 @@ FORMS = [
     "basis",
     "random",
     "deterministic",
+    "prompt",
     "abstain",
     "every token",
     "rows",

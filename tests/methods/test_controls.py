@@ -9,11 +9,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interventions_helpers import selection_of
 
 from lens_unlearn import methods
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.base import Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.controls import controls_for, random_delta, random_pruning
@@ -322,3 +324,17 @@ def test_what_is_half_precision_stays_so_and_needs_no_gradient() -> None:
     assert not control.value.requires_grad
     expected, found = (np.linalg.svd(u.detach().double().numpy(), compute_uv=False) for u in (leaf, control.value))
     np.testing.assert_allclose(found, expected, atol=2e-2 * expected[0])
+
+
+def test_the_control_of_what_acts_somewhere_only_acts_there() -> None:
+    model = tiny.model("llama")
+    prune = Ablate(selection_of(model))
+    inner = controls_for(model, prune, [0, 1])
+    controls = controls_for(model, prune.placed("generated", skip_special=True), [0, 1])
+    assert len(controls) == 2
+    for control, other in zip(controls, inner, strict=True):
+        assert isinstance(control, Placed)
+        assert (control.place.at, control.place.skip_special) == ("generated", True)
+        assert isinstance(control.inner, Ablate)
+        assert isinstance(other, Ablate)
+        assert control.inner.selection.equals(other.selection)

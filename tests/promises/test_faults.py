@@ -38,7 +38,7 @@ from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.methods.tuning import tune
-from lens_unlearn.model import hooks, host, matrices, replay, shortcuts, sites
+from lens_unlearn.model import hooks, host, matrices, replay, residual, shortcuts, sites
 from lens_unlearn.model.replay import replaying
 from lens_unlearn.neurons import collect as collecting
 from lens_unlearn.neurons.attribution import attribute
@@ -246,6 +246,7 @@ class Calls:
             (base, "resolve"),
             (base, "matrix_shapes"),
             (sites, "backbone"),
+            (residual, "backbone"),
             (matrices, "backbone"),
             (collecting, "backbone"),
             (hook_class(model), "add_hook"),
@@ -264,8 +265,8 @@ class Calls:
             (Sophia, "step"),
         ):
             patch.setattr(owner, name, self.counting(getattr(owner, name), name))
-        act = base._Finish.__call__
-        patch.setattr(base._Finish, "__call__", self.counting(act, "finish"))
+        act = base.Finish.__call__
+        patch.setattr(base.Finish, "__call__", self.counting(act, "finish"))
 
     def counting(self, real: Any, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

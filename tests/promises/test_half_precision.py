@@ -45,6 +45,7 @@ def begun(intervention: Intervention, model: Any, tokens: Tensor = TOKENS) -> Li
     """An intervention that knows its rows, as at the beginning of a pass."""
     live = Live(intervention, model)
     live.begin(tokens, 0)
+    live.norms.update({layer: torch.ones(tokens.shape) for layer in intervention.norm_layers})
     return live
 
 
@@ -75,7 +76,7 @@ def test_a_hook_does_in_half_precision_what_it_does_in_single_but_for_the_roundi
         expected = hook(x.float(), begun(act, tiny.model("gpt2")))
         assert got.dtype == dtype
         assert torch.equal(x, kept), "the input is not written to"
-        if form in ("zero", "mean", "heads", "random", "deterministic", "abstain", "every token"):
+        if form in ("zero", "mean", "heads", "random", "deterministic", "prompt", "abstain", "every token"):
             assert torch.equal(got, expected.to(dtype))
         else:
             near = 8 * torch.finfo(dtype).eps
@@ -237,7 +238,7 @@ def test_what_one_calls_leaves_torchs_settings(model: Any, tmp_path: Any) -> Non
 # --- devices --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("random", "abstain", "every token")])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("random", "prompt", "abstain", "every token")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_what_an_intervention_holds_follows_the_activation_to_its_device(form: str, dtype: torch.dtype) -> None:
     act = one("gpt2", form)
@@ -292,6 +293,7 @@ def test_a_model_may_be_spread_over_devices(fake: FakeTensorMode, form: str) -> 
         given = {one.name: getattr(read, one.name) for one in fields(read)}
         live.rows = replace(read, **{n: v.to("cuda:0") for n, v in given.items() if isinstance(v, Tensor)})
         live.abstained = torch.zeros(len(TOKENS), dtype=torch.bool, device="cuda:0")
+        live.norms.update({layer: torch.ones(TOKENS.shape, device="cuda:0") for layer in act.norm_layers})
         for number, (hook, shape) in enumerate(hooks, 1):
             x = torch.zeros(*TOKENS.shape, *shape, dtype=torch.bfloat16, device=f"cuda:{number}")
             got = hook(x, live) if not isinstance(act, Delta) else _split(act, x, live)

@@ -1,0 +1,79 @@
+"""How large the residual stream of a model is, and where it is far larger than that: at attention sinks.
+
+Knows norms of the residual stream, and a model's usual ones; knows nothing of what is left out or left alone because of them.
+"""
+
+# Some positions of a text, its first one above all and often delimiters, carry a few huge activations ("massive activations", Sun
+# et al. 2024) by which later tokens attend to them without reading anything ("attention sinks", Xiao et al. 2023). Their norm is
+# far from that of all other positions, so where the line is drawn matters little.
+#
+# An intervention cannot compare a position with its row: the row's later positions are not there yet, and under a key-value cache
+# the earlier ones are not there any more. What it compares with is therefore a property of the model alone.
+
+import weakref
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_unlearn.core.counter_rng import key_of, mix, uniform
+from lens_unlearn.model.hooks import Remover, backbone, detach_all, on_residual, one_thread
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.special_tokens import special_tokens
+
+__all__ = ["norms", "residual_scale", "sinks_of"]
+
+_PROBE = 64  # tokens of the text on which the usual norms of a model are measured
+
+# Per model: the state of its weights when it was measured, and the median norm at the input of each layer.
+_measured: "weakref.WeakKeyDictionary[Any, tuple[list[tuple[int, int]], tuple[float, ...]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def norms(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos"]:
+    """Return the norm of the residual stream at each position, in float32, in which the largest do not overflow."""
+    return torch.linalg.vector_norm(stream.detach(), dim=-1, dtype=torch.float32)
+
+
+def sinks_of(
+    stream: Float[Tensor, "batch pos d_model"], real: Bool[Tensor, "batch pos"], ratio: float
+) -> Bool[Tensor, "batch pos"]:
+    """Return the positions whose norm is more than `ratio` times the median of the real positions of their row."""
+    size = norms(stream)
+    median = torch.where(real.to(size.device), size, torch.nan).nanmedian(1, keepdim=True).values
+    return size > ratio * median
+
+
+def residual_scale(model: Model) -> tuple[float, ...]:
+    """Return the median norm of the residual stream at the input of each layer, on a fixed text of random tokens without its first.
+
+    Measured once for the same weights.
+    """
+    state = [(p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference()]
+    known = _measured.get(model)
+    if known is None or known[0] != state:
+        known = _measured[model] = (state, _measure(model))
+    return known[1]
+
+
+def _measure(model: Model) -> tuple[float, ...]:
+    special = torch.tensor(sorted(special_tokens(model.tokenizer)) if getattr(model, "tokenizer", None) else [])
+    usual = torch.arange(int(model.cfg.d_vocab))
+    usual = usual[~torch.isin(usual, special)]
+    places = torch.arange(min(_PROBE, int(model.cfg.n_ctx)))
+    drawn = uniform(mix(places + key_of("residual scale"))).double() * len(usual)
+    medians: dict[int, float] = {}
+    removers: list[Remover] = []
+    with one_thread(model), torch.no_grad():
+        try:
+            try:
+                layers = range(int(model.cfg.n_layers))
+                on_residual(model, layers, lambda n, x: medians.update({n: float(norms(x)[0, 1:].median())}), removers)
+                backbone(model, usual[drawn.long()][None])
+            finally:
+                detach_all(removers)
+        finally:  # once more, for an interrupt just before the line above
+            detach_all(removers)
+    return tuple(medians[layer] for layer in layers)
