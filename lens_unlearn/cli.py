@@ -63,6 +63,13 @@ Template = Annotated[
 ]
 
 
+SkipSinks = Annotated[
+    float | None,
+    typer.Option(
+        metavar="K",
+        help="Leave attention sinks out of the statistics: positions whose residual norm is more than K times their row's median.",
+    ),
+]
 Confidence = Annotated[
     float,
     typer.Option(
@@ -147,6 +154,7 @@ def run(
     tokens: Tokens = 20_000,
     shuffle: Shuffle = None,
     window: Window = None,
+    skip_sinks: SkipSinks = None,
     retain_drop: Annotated[
         float | None,
         typer.Option(
@@ -189,7 +197,7 @@ def run(
         retain=tuple(retain),
         also=_pairs(also, "--also"),
         methods=tuple(method),
-        settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
+        settings=_settings(set_, skip_sinks),
         test_forget=test_forget,
         test_retain=tuple(test_retain),
         template=template and _newlines(template),
@@ -253,6 +261,7 @@ def compare(
     tokens: Tokens = 20_000,
     shuffle: Shuffle = None,
     window: Window = None,
+    skip_sinks: SkipSinks = None,
     retain_drop: Annotated[
         float,
         typer.Option(
@@ -286,7 +295,7 @@ def compare(
         list(skills),
         model,
         methods=tuple(method) or compared(),
-        settings={key: _value(text) for key, text in _pairs(set_, "--set").items()},
+        settings=_settings(set_, skip_sinks),
         template=template and _newlines(template),
         answer_eos=answer_eos,
         prepend_bos=prepend_bos,
@@ -327,6 +336,7 @@ def collect(
     template: Template = None,
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
+    skip_sinks: SkipSinks = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -343,7 +353,7 @@ def collect(
     from lens_unlearn.experiments.output import reserved
     from lens_unlearn.neurons.collect import gather, own_checkpoint
 
-    check_numbers(tokens=tokens, shuffle=shuffle, window=window, batch_size=batch_size)
+    check_numbers(tokens=tokens, shuffle=shuffle, window=window, batch_size=batch_size, skip_sinks=skip_sinks)
     if out.suffix != ".safetensors":
         raise lu.ArtefactError(f"{out} does not end in .safetensors, the format it is written in: give another --out")
     with reserved(out):
@@ -370,7 +380,8 @@ def collect(
         wanted = [site.strip() for site in sites.split(",") if site.strip()]
         with _interruptible(out):
             # The checkpoint is deleted below, once the result is in its file: killed in between, nothing is lost.
-            moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, progress=not quiet)
+            options: dict[str, Any] = {"progress": not quiet, "skip_sinks": skip_sinks}
+            moments = gather(loaded, texts, wanted, statistic, batch_size, None, partial, **options)
             if distributed.is_first():
                 lu.save_moments(out, moments, loaded)
                 typer.echo(f"{out}: {moments!r}")
@@ -602,6 +613,12 @@ def _pairs(entries: list[str], option: str) -> dict[str, str]:
             raise LensUnlearnError(f"{option} {key} was given twice")
         pairs[key] = value
     return pairs
+
+
+def _settings(given: list[str], skip_sinks: float | None) -> dict[str, Any]:
+    """Return the options of methods: those of --set, and one that has a name of its own."""
+    read = {key: _value(text) for key, text in _pairs(given, "--set").items()}
+    return read if skip_sinks is None else {**read, "skip_sinks": skip_sinks}
 
 
 def _value(text: str) -> Any:

@@ -294,6 +294,38 @@ def test_collect_evaluate_and_generate_work_together(
     assert output == "the quick" + lu.generate(model, "the quick", intervention=edit, max_new_tokens=5)[0]
 
 
+def test_attention_sinks_are_left_out_where_that_is_asked_for_and_it_is_recorded(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = []
+    for number, more in enumerate(([], ["--skip-sinks", 1.1])):
+        out = tmp_path / f"{number}.safetensors"
+        reading = ["--model", model_dir, "--corpus", texts["forget"], "--window", 16, "--quiet"]
+        assert call("collect", *reading, "--out", out, *more) == 0
+        moments = lu.load_moments(out)
+        assert moments.provenance.get("skip_sinks") == (1.1 if more else None)
+        counts.append(int(moments.state()["L1.mlp.post.count"]))
+    assert counts[1] < counts[0]
+    assert call(*run_arguments(model_dir, texts, tmp_path / "run"), "--skip-sinks", 1.1) == 0
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert settings["plan"]["settings"] == {"skip_sinks": 1.1}
+    capsys.readouterr()
+    for method, ratio, refusal in (
+        (
+            "selective-pruning",
+            1,
+            "skip_sinks=1.0 times the usual norm makes sinks of usual positions: give a number above 1",
+        ),
+        ("key-space-detection", 3, "--set skip_sinks: no method of this run has such an option"),
+    ):
+        given = ["--method", method, "--skip-sinks", ratio]
+        assert call(*run_arguments(model_dir, texts, tmp_path / "refused"), *given) == 2
+        assert refusal in capsys.readouterr().err
+    assert call("collect", *reading, "--out", tmp_path / "no.safetensors", "--skip-sinks", "nan") == 2
+    assert not (tmp_path / "refused").exists()
+    assert not (tmp_path / "no.safetensors").exists()
+
+
 def test_collect_resumes_to_the_same_bytes(
     model_dir: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "POSITIVE",
     "SEED",
     "SHARE",
+    "SINKS",
     "STEPS",
     "STRENGTH",
     "THRESHOLD",
@@ -80,6 +81,7 @@ NUMBER = Range()
 NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
 SEED = Range(0, 2**63, whole=True, below=True, what="is no seed")
+SINKS = Range(1, above=True, what="times the usual norm makes sinks of usual positions")
 _CONTROLS = Range(1, whole=True, what="is no number of random controls, which take at least one seed")
 
 NUMBERS = {
@@ -98,6 +100,7 @@ NUMBERS = {
     "max_new_tokens": Range(1, whole=True, what="is no number of tokens"),
     "temperature": Range(0, what="is no temperature"),
     "evaluations": COUNT,
+    "skip_sinks": SINKS,
 }
 """The numbers of plans and commands, by the name under which they are given."""
 

@@ -423,7 +423,7 @@ class Placed(Intervention):
     @classmethod
     def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], read: ReadParts) -> "Placed":
         """Rebuild from `parts`; `read` rebuilds what acts, of whatever kind it is."""
-        place = Place(header["at"], header["skip_special"], float(header["sink_ratio"]))
+        place = Place(header["at"], header["skip_special"], header["sink_ratio"])
         return cls(read(header["inner"], tensors), place)
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.core.numbers import SINKS
 from lens_unlearn.interventions.live import Live
 from lens_unlearn.model.positions import Rows
 
@@ -48,10 +49,7 @@ class Place:
             )
         if not isinstance(self.skip_special, bool):
             raise SelectionError(f"skip_special={self.skip_special!r} is not True or False")
-        if not 1 < self.sink_ratio < float("inf"):
-            raise SelectionError(
-                f"sink_ratio={self.sink_ratio} would take usual positions for attention sinks: give a number above 1"
-            )
+        object.__setattr__(self, "sink_ratio", SINKS.check(self.sink_ratio, "sink_ratio", SelectionError))
 
     def within(self, live: Live, x: Tensor, layer: int | None) -> Bool[Tensor, "batch pos"]:
         """Return the positions of the current forward pass at which to act.

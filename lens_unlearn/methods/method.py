@@ -29,7 +29,7 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 Fitted = tuple[Any, Any]
 """What a method takes as forget and retain: statistics, corpora, or what its `prepare` made of them."""
 
-_SHARED = ("batch_size", "progress", "seed")
+_SHARED = ("batch_size", "progress", "seed", "skip_sinks")
 
 
 @dataclass(frozen=True)

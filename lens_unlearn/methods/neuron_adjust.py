@@ -15,7 +15,7 @@ from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.methods.method import Method, require_some
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Site, check_kind
-from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.collect import collect, require_skipped
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
 
@@ -60,6 +60,7 @@ def neuron_adjust(
     site: str = "mlp.pre",
     within: Literal["model", "layer"] = "model",
     seed: int = 0,
+    skip_sinks: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Adjust:
@@ -86,6 +87,7 @@ def neuron_adjust(
         site: "mlp.pre" (in a gated MLP the gate, before its activation function), or another kind of site.
         within: Whether the fraction is of the whole model or of each layer.
         seed: Of the random rule's draws.
+        skip_sinks: Leave attention sinks out of means and standard deviations, see `collect`.
         batch_size: Full-length rows per forward.
         progress: Whether to show bars.
 
@@ -97,11 +99,13 @@ def neuron_adjust(
         require_model(model)
     _check(
         model, forget, retain, fraction=fraction, rank_by=rank_by, rule=rule, site=site, within=within, seed=seed,
-        batch_size=batch_size,
+        skip_sinks=skip_sinks, batch_size=batch_size,
     )  # fmt: skip
     share = check_fraction(fraction)
     forget_stats, retain_stats = (
-        part if isinstance(part, Moments) else collect(model, part, site, batch_size=batch_size, progress=progress)
+        require_skipped(part, skip_sinks)
+        if isinstance(part, Moments)
+        else collect(model, part, site, batch_size=batch_size, skip_sinks=skip_sinks, progress=progress)
         for part in (forget, retain)
     )
     maps, raised = _maps(forget_stats, retain_stats, site)
@@ -162,6 +166,7 @@ def _check(
     site: str = "mlp.pre",
     within: str = "model",
     seed: int = 0,
+    skip_sinks: float | None = None,
     batch_size: int = 8,
     **_: Any,
 ) -> None:
@@ -177,7 +182,7 @@ def _check(
     if not share and model is None:  # with one, its neurons are counted below
         raise SelectionError(f"fraction={fraction:g} selects nothing: raise it")
     check_kind(site)
-    check_numbers(seed=seed, batch_size=batch_size)
+    check_numbers(seed=seed, batch_size=batch_size, skip_sinks=skip_sinks)
     if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:
         raise LensUnlearnError(f"forget and retain are the same text ({forget.name}): nothing could tell them apart")
     if model is not None:

@@ -26,7 +26,7 @@ from lens_unlearn.methods.method import Fitted, Method, require_some
 from lens_unlearn.methods.ov_basis import ov_basis, rotate, value_offset
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Site, check_kind
-from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.collect import collect, require_skipped
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
 
@@ -63,6 +63,7 @@ def selective_pruning(
     replacement: Literal["zero", "mean"] = "zero",
     unit: Unit = "neuron",
     reference: Model | None = None,
+    skip_sinks: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Ablate:
@@ -87,6 +88,7 @@ def selective_pruning(
             singular basis of each head's W_V W_O.
         reference: The same model unprocessed; needed where TransformerLens folded value biases away, because then
             `attn.z` lacks a constant and zero would be another ablation (see `value_offset`).
+        skip_sinks: Leave attention sinks out of the importance, see `collect`.
         batch_size: Full-length rows per forward.
         progress: Whether to show bars.
 
@@ -108,17 +110,19 @@ def selective_pruning(
     require_model(model)
     _check(
         model, forget, retain, fraction=fraction, importance=importance, site=site, steps=steps, within=within, eps=eps,
-        eps_relative=eps_relative, replacement=replacement, unit=unit, batch_size=batch_size,
+        eps_relative=eps_relative, replacement=replacement, unit=unit, skip_sinks=skip_sinks, batch_size=batch_size,
     )  # fmt: skip
     fractions = _fractions(fraction, (site,) if isinstance(site, str) else tuple(site))
     if steps > 1 and not (isinstance(forget, Corpus) and isinstance(retain, Corpus)):
         raise LensUnlearnError("steps > 1 collects anew under the mask so far: pass corpora, not moments")
-    frame = _Frame(model, tuple(fractions), unit, reference)
+    frame = _Frame(model, tuple(fractions), unit, reference, skip_sinks)
     chosen: Ablate | None = None
     first: Moments | None = None
     for step in range(1, steps + 1):
         forget_stats, retain_stats = (
-            part if isinstance(part, Moments) else frame.collect(part, importance, chosen, batch_size, progress)
+            require_skipped(part, skip_sinks)
+            if isinstance(part, Moments)
+            else frame.collect(part, importance, chosen, batch_size, progress)
             for part in (forget, retain)
         )
         first = first or retain_stats
@@ -165,19 +169,22 @@ def pruning_moments(
     site: str | tuple[str, ...] = "mlp.post",
     unit: Unit = "neuron",
     reference: Model | None = None,
+    skip_sinks: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Moments:
     """Collect what `selective_pruning` scores, so that several fractions can share one pass over the corpus."""
-    frame = _Frame(model, (site,) if isinstance(site, str) else tuple(site), unit, reference)
+    frame = _Frame(model, (site,) if isinstance(site, str) else tuple(site), unit, reference, skip_sinks)
     return frame.collect(corpus, importance, None, batch_size, progress)
 
 
 class _Frame:
     """The coordinates in which units are scored: raw pre-out values, and the OV basis if asked for."""
 
-    def __init__(self, model: Model, kinds: tuple[str, ...], unit: Unit, reference: Model | None) -> None:
-        self.model, self.kinds = model, kinds
+    def __init__(
+        self, model: Model, kinds: tuple[str, ...], unit: Unit, reference: Model | None, skip_sinks: float | None
+    ) -> None:
+        self.model, self.kinds, self.skip_sinks = model, kinds, skip_sinks
         self.basis = ov_basis(model) if unit == "direction" else None
         self.offset = value_offset(model, reference) if "attn.z" in kinds else None
 
@@ -189,6 +196,7 @@ class _Frame:
         options = {
             "statistic": statistic,
             "batch_size": batch_size,
+            "skip_sinks": self.skip_sinks,
             "progress": progress,
             "transform": self._transform(),
         }
@@ -280,6 +288,7 @@ def _check(
     eps_relative: float = 0.0,
     replacement: str = "zero",
     unit: str = "neuron",
+    skip_sinks: float | None = None,
     batch_size: int = 8,
     **_: Any,
 ) -> None:
@@ -300,7 +309,7 @@ def _check(
     STEPS.check(steps, "steps")
     NOT_NEGATIVE.check(0 if eps is None else eps, "eps")
     NOT_NEGATIVE.check(eps_relative, "eps_relative")
-    check_numbers(batch_size=batch_size)
+    check_numbers(batch_size=batch_size, skip_sinks=skip_sinks)
     if unit != "neuron" and tuple(fractions) != ("attn.z",):
         raise LensUnlearnError(f"unit={unit!r} is of attention: use it with site='attn.z' alone")
     if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:
@@ -309,7 +318,7 @@ def _check(
         require_some(model, fractions, within=within, heads=unit == "head")
 
 
-_COLLECTED_WITH = ("importance", "site", "unit", "reference", "batch_size", "progress")
+_COLLECTED_WITH = ("importance", "site", "unit", "reference", "skip_sinks", "batch_size", "progress")
 
 
 def _prepare(model: Model, forget: Corpus | Moments, retain: Corpus | Moments, **options: Any) -> Fitted:

@@ -349,7 +349,9 @@ def on_residual(
     *,
     output: bool = False,
 ) -> Remover:
-    """Show a function the residual stream at the input of layers, or at their output, in every forward pass.
+    """Show a function the residual stream at the input of layers, or at the output of their blocks, in every forward pass.
+
+    Of a bridge it is the plain module that is looked at, which `shortcuts` runs as well.
 
     Args:
         model: The model.
@@ -372,7 +374,9 @@ def on_residual(
         return lambda module, args, kwargs, result: show(layer, result if isinstance(result, tuple) else [result])
 
     kind, hook = ("_forward_hooks", behind) if output else ("_forward_pre_hooks", before)
-    return register([(model.blocks[layer], kind, hook(layer)) for layer in layers], removers)
+    blocks = {layer: model.blocks[layer] for layer in layers}
+    plain = {layer: getattr(block, "original_component", None) or block for layer, block in blocks.items()}
+    return register([(block, kind, hook(layer)) for layer, block in plain.items()], removers)
 
 
 def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list[Remover] | None = None) -> Remover:

@@ -40,10 +40,13 @@ def norms(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch po
 def sinks_of(
     stream: Float[Tensor, "batch pos d_model"], real: Bool[Tensor, "batch pos"], ratio: float
 ) -> Bool[Tensor, "batch pos"]:
-    """Return the positions whose norm is more than `ratio` times the median of the real positions of their row."""
+    """Return the positions whose norm is more than `ratio` times the median of the real positions of their row.
+
+    What is not finite is none: it is a fault, and to be seen.
+    """
     size = norms(stream)
     median = torch.where(real.to(size.device), size, torch.nan).nanmedian(1, keepdim=True).values
-    return size > ratio * median
+    return (size > ratio * median) & torch.isfinite(size)
 
 
 def residual_scale(model: Model) -> tuple[float, ...]:

@@ -18,19 +18,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lens_unlearn.core import artefacts, distributed
-from lens_unlearn.core.errors import ArtefactError, ModelError
+from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ModelError
 from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
-from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
+from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, on_residual, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
+from lens_unlearn.model.residual import sinks_of
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 from lens_unlearn.neurons.statistic import S, Statistic
 
-__all__ = ["collect", "gather", "load_moments", "own_checkpoint", "query_keys", "save_moments"]
+__all__ = ["collect", "gather", "load_moments", "own_checkpoint", "query_keys", "require_skipped", "save_moments"]
 
 Transform = Mapping[Site, Callable[[Tensor], Tensor]]
 MOST_KEYS = 4000
@@ -46,6 +47,7 @@ def collect(
     *,
     statistic: None = None,
     batch_size: int = ...,
+    skip_sinks: float | None = ...,
     transform: Transform | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     progress: bool = ...,
@@ -58,6 +60,7 @@ def collect(
     *,
     statistic: S,
     batch_size: int = ...,
+    skip_sinks: float | None = ...,
     transform: Transform | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     progress: bool = ...,
@@ -69,6 +72,7 @@ def collect(
     *,
     statistic: Any = None,
     batch_size: int = 8,
+    skip_sinks: float | None = None,
     transform: Transform | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -85,6 +89,9 @@ def collect(
         sites: Kinds (all layers), sites, or both.
         statistic: An empty statistic to fill; default `Moments()`.
         batch_size: Full-length rows per forward. Results do not depend on it.
+        skip_sinks: Leave out attention sinks, whose activations dominate means: at each layer the positions at which the norm of
+            the residual stream, at the layer's input or at its output, is more than so many times the median over the row. Default:
+            count them.
         transform: Optional functions applied to the activations of a site before they are counted.
         checkpoint: A file in which the run is saved, every 20 seconds and on interruption. If it exists, the run resumes
             from it, to exactly the result of an uninterrupted run, also after a power cut or `kill -9`. It is removed at the
@@ -101,8 +108,10 @@ def collect(
         ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
         ArtefactError: If the checkpoint belongs to another run: another model, corpus, setting, or number of hooks on the
             model.
+        LensUnlearnError: If `skip_sinks` is not above 1, or the statistic is a sample of keys, which holds the same tokens at
+            every layer.
     """
-    total = gather(model, corpus, sites, statistic, batch_size, transform, checkpoint, progress)
+    total = gather(model, corpus, sites, statistic, batch_size, transform, checkpoint, progress, skip_sinks)
     if checkpoint is not None:
         artefacts.remove(own_checkpoint(checkpoint))
     return total
@@ -169,20 +178,27 @@ def gather(
     transform: Transform | None,
     checkpoint: str | os.PathLike[str] | None,
     progress: bool,
+    skip_sinks: float | None = None,
 ) -> Any:
     """Do what `collect` does, but leave the checkpoint: the caller removes it when the result is in a file."""
     require_model(model)
-    check_numbers(batch_size=batch_size)
+    check_numbers(batch_size=batch_size, skip_sinks=skip_sinks)
     require_corpus(corpus).check(model)
     points = resolve(model, sites)
     total: Any = (Moments() if statistic is None else statistic).fresh()
+    if skip_sinks is not None and isinstance(total, KeySample):
+        raise LensUnlearnError(
+            "a KeySample holds the same tokens at every layer, and attention sinks differ between layers: leave out skip_sinks"
+        )
     checkpoint = None if checkpoint is None else own_checkpoint(checkpoint)
-    settings = {} if checkpoint is None else _settings(model, corpus, points, total, batch_size, transform or {})
+    settings = {}
+    if checkpoint is not None:
+        settings = _settings(model, corpus, points, total, batch_size, transform or {}, skip_sinks)
     total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings, model)
     hidden = not (progress and distributed.is_first())
     bar = tqdm(total=corpus.n_tokens, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
     saved, halved = time.monotonic(), 0
-    watch = _Watch(points, transform or {})
+    watch = _Watch(model, points, transform or {}, skip_sinks)
     # Closed twice, for an interrupt in the first instruction of the one that comes first.
     with one_thread(model), bar, torch.no_grad(), closing(watch), watch, shortcuts(model):
         if not distributed.is_first() and not done:
@@ -213,11 +229,26 @@ def gather(
         shares = distributed.gather((total.state(), halved))
         total = reduce(_merged, (total.fresh().with_state(state) for state, _ in shares))
         halved = sum(count for _, count in shares)
-    return _with_provenance(total, model, corpus, halved)
+    return _with_provenance(total, model, corpus, halved, skip_sinks)
 
 
 def _merged(first: Any, second: Any) -> Any:
     return first.merge(second)
+
+
+def require_skipped(moments: Moments, skip_sinks: float | None) -> Moments:
+    """Return moments that were collected before, if they leave out the attention sinks that are to be left out.
+
+    Raises:
+        LensUnlearnError: If they count them, or others.
+    """
+    known = moments.provenance.get("skip_sinks")
+    if skip_sinks is not None and known != float(skip_sinks):
+        raise LensUnlearnError(
+            f"skip_sinks={skip_sinks:g} is asked of moments that were collected with skip_sinks={known}: collect them so, or leave "
+            "it out here"
+        )
+    return moments
 
 
 def own_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
@@ -235,10 +266,17 @@ class _Watch:
 
     part: Statistic
     weight: Tensor
-    waiting: int  # sites still to fire in this forward pass
+    real: Tensor  # which positions are no padding
+    waiting: int  # sites still to be counted in this forward pass
 
-    def __init__(self, points: Mapping[Site, Point], transform: Transform) -> None:
-        self.points, self.transform = points, transform
+    def __init__(
+        self, model: Model, points: Mapping[Site, Point], transform: Transform, skip_sinks: float | None
+    ) -> None:
+        self.model, self.points, self.transform, self.skip_sinks = model, points, transform, skip_sinks
+        # Some layers make sinks, others end them, so a layer's activations are counted only when its output is known too. Until
+        # then they wait; a bridge's `resid` comes later still.
+        self.sinks, self.seen = torch.zeros(0), list[tuple[Site, Tensor]]()
+        self.weights: dict[int, Tensor] = {}  # of layers whose output is known
         self.removers: list[Remover] = []
         self.thread = threading.get_ident()
 
@@ -246,7 +284,10 @@ class _Watch:
         """Run a batch, and return its statistic, of the settings of `total`."""
         part = self.part = total.fresh()
         self.weight = batch.counted.reshape(-1).float()
+        self.real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         self.waiting = len(self.points)
+        self.seen.clear()
+        self.weights.clear()
         # Some statistics name or draw tokens: they are given which document (or group, where those are named and the statistic
         # asks for them) and place each is, by keys that depend on the texts alone, and so are the same in every batch and order.
         locate = getattr(part, "locate", None)
@@ -259,6 +300,10 @@ class _Watch:
     def __enter__(self) -> "_Watch":
         for site, point in self.points.items():
             attach(point.hook, self._hook(site), self.removers)
+        if self.skip_sinks is not None:
+            layers = sorted({site.layer for site in self.points})
+            on_residual(self.model, layers, self._enter, self.removers)
+            on_residual(self.model, layers, self._leave, self.removers, output=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -278,17 +323,39 @@ class _Watch:
                     "another thread measures this model: let it end first, or give each thread a model of its own"
                 )
             values = tensor if change is None else change(tensor)
-            self.part.update(site, values.reshape(-1, *values.shape[2:]), self.weight)
-            self.waiting -= 1
-            if self.waiting == 0:
-                raise _Enough
+            weight = self.weight if self.skip_sinks is None else self.weights.get(site.layer)
+            if weight is None:
+                self.seen.append((site, values))
+            else:
+                self._count(site, values, weight)
 
         return see
 
+    def _count(self, site: Site, values: Tensor, weight: Tensor) -> None:
+        self.part.update(site, values.reshape(-1, *values.shape[2:]), weight)
+        self.waiting -= 1
+        if self.waiting == 0:
+            raise _Enough
 
-def _with_provenance(total: Any, model: Model, corpus: Corpus, halved: int) -> Any:
+    def _enter(self, layer: int, stream: Tensor) -> None:
+        self.sinks = self._sinks(stream)
+
+    def _leave(self, layer: int, stream: Tensor) -> None:
+        self.weights[layer] = self.weight.masked_fill((self.sinks | self._sinks(stream)).reshape(-1), 0)
+        seen, self.seen = self.seen, []
+        for site, values in seen:
+            self._count(site, values, self.weights[layer])
+
+    def _sinks(self, stream: Tensor) -> Tensor:
+        assert self.skip_sinks is not None
+        return sinks_of(stream, self.real, self.skip_sinks).cpu()
+
+
+def _with_provenance(total: Any, model: Model, corpus: Corpus, halved: int, skip_sinks: float | None) -> Any:
     if hasattr(total, "provenance"):
         total.provenance = {"model": model_name(model), "corpus": corpus.name, "tokens": corpus.n_tokens}
+        if skip_sinks is not None:
+            total.provenance["skip_sinks"] = float(skip_sinks)
         if halved:
             total.provenance["batches cut for lack of memory"] = halved
     return total
@@ -301,6 +368,7 @@ def _settings(
     total: Statistic,
     batch_size: int,
     transform: Transform,
+    skip_sinks: float | None,
 ) -> dict[str, Any]:
     """Return what decides the result: a checkpoint is resumed only by a run of which all of this is the same."""
     return {
@@ -309,6 +377,7 @@ def _settings(
         "sites": [str(site) for site in points],
         "statistic": repr(total.fresh()) + str(getattr(total, "extra", "")),
         "batch_size": batch_size,
+        **({} if skip_sinks is None else {"skip_sinks": float(skip_sinks)}),
         **({"processes": distributed.count()} if distributed.count() > 1 else {}),
         "transform": sorted(str(site) for site in transform),
         "hooks on the model": sum(
