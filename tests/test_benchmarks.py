@@ -55,6 +55,17 @@ def test_a_benchmark_runs_and_prints_its_rows(
     assert "nan" not in out.lower().split()
 
 
+def test_attention_sinks_are_counted_in_every_layer(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("attention_sinks").main(["--model", "demo", "--tokens", "300", "--window", "64", "--ratio", "1.1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [int(row[0]) for row in rows] == [*range(len(rows))]
+    assert all(float(row[2]) >= 1 for row in rows)
+    assert any(int(row[1]) for row in rows)
+    assert all((int(row[1]) > 0) == (row[3] != "0.0%") for row in rows)
+
+
 @pytest.mark.changes_random_state
 def test_budgets_are_kept_by_the_bound_and_broken_by_the_point_estimate(
     load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]

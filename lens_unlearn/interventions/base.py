@@ -128,7 +128,7 @@ class Intervention(ABC):
             skip_special: Whether never to act at special tokens (BOS, the marks of a chat, padding in front) nor at attention
                 sinks: the first token of a text, and every position where the residual stream is too large at the layer's input.
             sink_ratio: From how many times the model's usual norm there on it is: the median on a fixed text of random tokens, so
-                that nothing else in the batch decides.
+                that nothing else in the batch decides. A layer that makes a sink of a later token than the first still acts there.
 
         Raises:
             SelectionError: If there is no such place, or it abstains: that is decided on whole prompts.

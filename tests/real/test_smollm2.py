@@ -64,3 +64,42 @@ def test_a_fiftieth_of_its_neurons_holds_much_of_code_and_little_of_prose(smollm
     assert report.drop("pruned", "retain").value < 0.08
     assert report.drop("control", "forget").value < 0.08
     assert report.drop("control", "retain").value < 0.08
+
+
+TEXT = (
+    "The village stood beside a slow green river. In the spring the water rose over the meadows, and the children went to school "
+    "by boat. Nobody remembered who had built the bridge, or when it had fallen."
+)
+
+
+def test_the_first_token_is_an_attention_sink_and_dominates_the_layer_that_makes_it_one(smollm2: Any) -> None:
+    corpus = lu.read_corpus([TEXT], smollm2, window=128)
+    every, others = (lu.collect(smollm2, corpus, skip_sinks=ratio, progress=False) for ratio in (None, 10))
+    for layer, sinks in ((0, 0), (1, 0), (11, 1), (12, 1), (20, 1), (28, 1)):
+        name = f"L{layer}.mlp.post.count"
+        assert int(every.state()[name] - others.state()[name]) == sinks, layer
+    site = lu.Site(11, "mlp.post")
+    assert float(every.mean_abs[site].sum()) > 1.3 * float(others.mean_abs[site].sum())
+
+
+@pytest.mark.parametrize("at", [None, "prompt", "generated", "last"])
+def test_a_place_is_the_same_with_a_cache_and_without_and_spares_the_sink(smollm2: Any, at: Any) -> None:
+    corpus = lu.read_corpus([TEXT], smollm2, window=128)
+    prune = lu.Ablate(lu.collect(smollm2, corpus, progress=False).mean_abs.top(0.02))
+    placed = prune.placed(at, skip_special=True)
+    written = [
+        lu.generate(smollm2, "The river rose, and", intervention=act, max_new_tokens=12, use_cache=cache)
+        for act, cache in ((placed, True), (placed, False), (prune, True))
+    ]
+    assert written[0] == written[1]
+    assert written[0] != written[2], "neurons that fire most at the sink are not ablated there"
+    seen: list[torch.Tensor] = []
+    tokens = torch.tensor([smollm2.tokenizer(TEXT)["input_ids"]])
+    for act in (lu.Chain(()), placed):
+        with act.on(smollm2), torch.no_grad():
+            hook = [("blocks.0.mlp.hook_post", lambda x, hook: seen.append(x.clone()))]
+            smollm2.run_with_hooks(tokens, fwd_hooks=hook)
+    changed = (seen[0] != seen[1]).any(-1)[0]
+    assert not changed[0]
+    expected = {None: len(changed) - 1, "prompt": len(changed) - 1, "last": 1, "generated": 0}[at]
+    assert int(changed.sum()) == expected
