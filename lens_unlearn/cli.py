@@ -89,6 +89,17 @@ PrependBos = Annotated[
 ]
 
 
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="The sources hold conversations (messages, or prompt>response): read them in the chat template."
+    ),
+]
+System = Annotated[
+    str | None, typer.Option(help="The system's turn of conversations that have none; only with --chat.")
+]
+
+
 class MethodsCommand(TyperCommand):
     """A command whose help lists the methods; they are imported only when that help is asked for, since that is slow."""
 
@@ -151,6 +162,8 @@ def run(
     template: Template = None,
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
+    chat: Chat = False,
+    system: System = None,
     tokens: Tokens = 20_000,
     shuffle: Shuffle = None,
     window: Window = None,
@@ -203,6 +216,8 @@ def run(
         template=template and _newlines(template),
         answer_eos=answer_eos,
         prepend_bos=prepend_bos,
+        chat=chat,
+        system=system,
         tokens=tokens,
         shuffle=shuffle,
         window=window,
@@ -258,6 +273,8 @@ def compare(
     template: Template = None,
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
+    chat: Chat = False,
+    system: System = None,
     tokens: Tokens = 20_000,
     shuffle: Shuffle = None,
     window: Window = None,
@@ -299,6 +316,8 @@ def compare(
         template=template and _newlines(template),
         answer_eos=answer_eos,
         prepend_bos=prepend_bos,
+        chat=chat,
+        system=system,
         tokens=tokens,
         shuffle=shuffle,
         window=window,
@@ -337,6 +356,8 @@ def collect(
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
     skip_sinks: SkipSinks = None,
+    chat: Chat = False,
+    system: System = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -375,6 +396,8 @@ def collect(
             "template": template and _newlines(template),
             "answer_eos": answer_eos,
             "prepend_bos": prepend_bos,
+            "chat": chat,
+            "system": system,
         }
         texts = lu.read_corpus(corpus, loaded, **reading)
         wanted = [site.strip() for site in sites.split(",") if site.strip()]
@@ -418,6 +441,8 @@ def evaluate(
     template: Template = None,
     answer_eos: AnswerEos = False,
     prepend_bos: PrependBos = None,
+    chat: Chat = False,
+    system: System = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -474,6 +499,8 @@ def evaluate(
             "template": template and _newlines(template),
             "answer_eos": answer_eos,
             "prepend_bos": prepend_bos,
+            "chat": chat,
+            "system": system,
         }
         texts = {name: lu.read_corpus(source, loaded, **reading) for name, source in sources.items()}
         quantities: dict[str, Any] = {
@@ -508,6 +535,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     prepend_bos: PrependBos = None,
+    chat: Chat = False,
+    system: System = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     revision: Revision = None,
@@ -523,10 +552,10 @@ def generate(
     )
     edit = lu.Chain(tuple(lu.load_intervention(path, loaded) for path in intervention))
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    sampling["prepend_bos"] = prepend_bos
+    sampling |= {"prepend_bos": prepend_bos, "chat": chat, "system": system}
     prompts = [_newlines(text) for text in prompt]
     for text, answer in zip(prompts, lu.generate(loaded, prompts, intervention=edit, **sampling), strict=True):
-        typer.echo(text + answer)
+        typer.echo(answer if chat else text + answer)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from lens_unlearn.core.counter_rng import key_of, uniform
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.core.numbers import NUMBERS, POSITIVE, Range
 from lens_unlearn.corpora.near_duplicates import Words, join_near_duplicates, words
+from lens_unlearn.model.chat import question_ends
 from lens_unlearn.model.host import Model, require_model
 
 __all__ = ["Answer", "Batch", "Corpus", "require_corpora", "require_corpus", "vocabulary_digest"]
@@ -49,6 +50,8 @@ class Batch:
     """Number of tokens of each row, without its padding."""
     heads: Int[Tensor, "batch"]
     """Number of tokens at the beginning of each row that are no text, such as BOS, and no prompt."""
+    asked: Int[Tensor, "batch"] | None = None
+    """Number of tokens of each row's prompt, where it does not end before the first counted token."""
 
     @classmethod
     def of(
@@ -58,6 +61,7 @@ class Batch:
         numbers: Sequence[int],
         *,
         heads: Int[Tensor, "batch"] | None = None,
+        asked: Int[Tensor, "batch"] | None = None,
     ) -> "Batch":
         """Pad rows of tokens, each with the mask of its counted tokens, to one length."""
         lengths = torch.tensor([len(row) for row in rows])
@@ -66,12 +70,16 @@ class Batch:
         for i, (row, row_mask) in enumerate(zip(rows, counted, strict=True)):
             tokens[i, : len(row)], mask[i, : len(row)] = row, row_mask
         heads = torch.zeros_like(lengths) if heads is None else heads
-        return cls(tokens, mask, torch.tensor(list(numbers)), lengths, heads)
+        return cls(tokens, mask, torch.tensor(list(numbers)), lengths, heads, asked)
 
     @property
     def prompt_ends(self) -> Int[Tensor, "batch"]:
-        """The position of the last token of each row's prompt: before the first counted token; the row's last if all count."""
+        """The position of the last token of each row's prompt: before the first counted token; the row's last if all count.
+
+        In a chat, before the assistant's last turn.
+        """
         first = torch.where(self.counted.any(1), self.counted.int().argmax(1), self.lengths)
+        first = first if self.asked is None else self.asked
         return torch.where(first > self.heads, first, self.lengths) - 1
 
     def run(self, function: Callable[["Batch"], T]) -> list[T]:
@@ -92,7 +100,14 @@ class Batch:
         middle = len(self.rows) // 2
         cuts = [slice(None, middle), slice(middle, None)]
         halves = [
-            Batch(self.tokens[cut], self.counted[cut], self.rows[cut], self.lengths[cut], self.heads[cut])
+            Batch(
+                self.tokens[cut],
+                self.counted[cut],
+                self.rows[cut],
+                self.lengths[cut],
+                self.heads[cut],
+                None if self.asked is None else self.asked[cut],
+            )
             for cut in cuts
         ]
         return [result for half in halves for result in half.run(function)]
@@ -163,6 +178,13 @@ class Corpus:
     """The special tokens in it, which are no text: they do not count, but for `answer_eos`."""
     budget: int | None = None
     """The number of counted tokens after which reading stopped; None if the source was read to its end."""
+    asked: Int[Tensor, "rows"] | None = None
+    """Of conversations, the number of tokens before the assistant's last turn in each row: those of the prompt, which in a chat may
+    hold turns that count. None where prompts end before the first counted token."""
+    system: str | None = None
+    """The system's turn that was put before conversations that had none."""
+    marks: tuple[int, ...] = ()
+    """The tokens with which every prompt ends in the tokenizer's chat template: the question is what stands before them."""
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -216,6 +238,8 @@ class Corpus:
             digest.update(f"accepted {accepted!r}".encode())
         if self.groups:
             digest.update(repr(self.groups).encode())
+        if self.asked is not None:
+            digest.update(f"asked {self.asked.tolist()}".encode())
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Int[Tensor, "pos"]:
@@ -232,8 +256,12 @@ class Corpus:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def prompt(self, index: int) -> Int[Tensor, "pos"]:
-        """Return the tokens of one row before its first counted token: BOS, and the prompt where there is one."""
-        return self.row(index)[: int(self.counted[self._span(index)].int().argmax())]
+        """Return the tokens of one row before its first counted token: BOS, and the prompt where there is one.
+
+        In a chat, those before the assistant's last turn, which the template writes in front of an answer.
+        """
+        row = self.row(index)
+        return row[: int(self.counted[self._span(index)].int().argmax() if self.asked is None else self.asked[index])]
 
     def answer(self, index: int) -> Answer | None:
         """Return the true answer to the prompt of one row; None if it was not read as a prompt with an answer."""
@@ -245,7 +273,8 @@ class Corpus:
 
         The last row of a corpus may have been cut before it, where its budget of tokens was full.
         """
-        return self.answer(index) is not None and int(self.row(index)[-1]) == self.answer_eos
+        counted = self.row(index)[self.counted[self._span(index)]]  # a chat template may go on behind it
+        return self.answer(index) is not None and int(counted[-1]) == self.answer_eos
 
     @property
     def has_prompts(self) -> bool:
@@ -253,8 +282,8 @@ class Corpus:
         return bool((self._prompt_lengths() > self._heads()).all())
 
     def _prompt_lengths(self) -> Int[Tensor, "rows"]:
-        """Return the number of tokens of each row before its first counted one, BOS included."""
-        return self._first(self.counted)
+        """Return the number of tokens of each row before its first counted one, or its last answer in a chat, BOS included."""
+        return self._first(self.counted) if self.asked is None else self.asked
 
     def _heads(self) -> Int[Tensor, "rows"]:
         """Return the number of tokens at the beginning of each row that are no text: BOS, and other special ones."""
@@ -296,7 +325,7 @@ class Corpus:
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), lengths)
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
         # The answers are dropped: they belong to the prompts that were read, not to these.
-        bare = {"answers": (), "answer_eos": None}
+        bare: dict[str, Any] = {"answers": (), "answer_eos": None, "asked": None}
         counted = (place >= ends[row_of]) & ~self._is_special()
         cut = replace(self, name=f"{self.name}, cut into prompts", counted=counted, **bare)
         long_enough = (lengths > ends) & (cut._counted_per_row() > 0)
@@ -311,6 +340,8 @@ class Corpus:
     def queries(self) -> "Corpus":
         """Return the prompts alone, with the last token of each as its only counted one.
 
+        In a chat, a prompt ends here with the last token of the user's last turn: before what every prompt has behind it.
+
         Raises:
             CorpusError: If there are no prompts: read "question>answer", or make some with `with_prompts`.
         """
@@ -320,6 +351,7 @@ class Corpus:
             raise CorpusError(
                 f"{self.name} has no prompts: read it as 'question>answer', or cut its texts with .with_prompts()"
             )
+        ends = self._question_lengths(ends)
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), self.starts.diff())
         place = torch.arange(len(self.tokens)) - self.starts[row_of]
         inside = place < ends[row_of]
@@ -330,9 +362,19 @@ class Corpus:
             counted=(place == ends[row_of] - 1)[inside],
             answers=(),
             answer_eos=None,
+            asked=None,
             starts=torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)]),
         )
         return shorter if bool(prompted.all()) else shorter._rows(prompted)
+
+    def _question_lengths(self, ends: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+        """Return the number of tokens of each row up to the end of its question, of those of its prompt."""
+        last = torch.full_like(
+            ends, len(self.marks)
+        )  # in the last tokens of each prompt, one more than there are marks
+        tails = self.starts[:-1, None] + ends[:, None] - len(self.marks) - 1 + torch.arange(len(self.marks) + 1)
+        shorter = last - question_ends(self.marks, self.tokens[tails.clamp_min(0)].long(), last)
+        return torch.where(ends > len(self.marks), ends - shorter, ends)
 
     def batches(self, batch_size: int = 8) -> Iterator[Batch]:
         """Yield batches of rows of similar length, in a fixed order.
@@ -369,7 +411,8 @@ class Corpus:
         tokens, counted = [self.tokens[span] for span in spans], [self.counted[span] for span in spans]
         special, least = set(self.special), int(self.prepend_bos)
         heads = [next((i for i, id in enumerate(row.tolist()) if id not in special), len(row)) for row in tokens]
-        return Batch.of(tokens, counted, rows, heads=torch.tensor(heads).clamp_min(least))
+        asked = None if self.asked is None else self.asked[torch.tensor(list(rows))]
+        return Batch.of(tokens, counted, rows, heads=torch.tensor(heads).clamp_min(least), asked=asked)
 
     def places(self, batch: Batch, *, by_unit: bool = False) -> tuple[Int[Tensor, "tokens"], Int[Tensor, "tokens"]]:
         """Return for every position of a batch a key of its document, or unit, and a number that is unique in it."""
@@ -453,6 +496,7 @@ class Corpus:
             counted=self.counted[keep],
             starts=torch.cat([torch.zeros(1, dtype=torch.long), self.starts.diff()[rows].cumsum(0)]),
             document=(documents.cumsum(0) - 1)[self.document[rows]],
+            asked=None if self.asked is None else self.asked[rows],
             keys=tuple(key for key, yes in zip(self.keys, documents.tolist(), strict=True) if yes),
             answers=tuple(answer for answer, yes in zip(self.answers, documents.tolist(), strict=True) if yes)
             if self.answers
@@ -500,6 +544,9 @@ class Corpus:
             answers=self._answers() + other._answers() if self.answers or other.answers else (),
             groups=self.units + other.units if self.groups or other.groups else (),
             answer_eos=next(iter(ends), None),
+            asked=None
+            if self.asked is None and other.asked is None
+            else torch.cat([self._prompt_lengths(), other._prompt_lengths()]),
             special=tuple(sorted({*self.special, *other.special})),
             budget=max((corpus.budget for corpus in (self, other) if corpus.budget is not None), default=None),
             window=max(self.window, other.window),

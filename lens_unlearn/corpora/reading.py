@@ -9,8 +9,9 @@ author, are named by a field, ``file.jsonl:question>answer@author``, or as runs 
 splits keep such groups whole, and intervals resample them. Of rows that have the fields of MBPP, "test_list" and "test_setup_code"
 become the answer's unit tests; of those that have the fields of TOFU, "perturbed_answer", "paraphrased_answer" and
 "paraphrased_question" become what the answer is compared with. An answer that is a list (as in SQuAD) is its first one, and the
-others are accepted as well. Numbers, booleans and dates are text. Rows of "input_ids" were tokenized before: of these, the tokens
-are taken that "attention_mask" does not leave out.
+others are accepted as well. With ``chat=True``, rows are conversations, in the tokenizer's chat template. Numbers, booleans and
+dates are text. Rows of "input_ids" were tokenized before: of these, the tokens are taken that "attention_mask" does not leave
+out.
 
 Knows tokenizers, templates and windows; knows nothing of file formats (that is `sources`) or of what is measured at the tokens.
 """
@@ -19,7 +20,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import groupby
 from typing import Literal
@@ -32,6 +33,7 @@ from lens_unlearn.core.numbers import NUMBERS
 from lens_unlearn.corpora.corpus import Answer, Corpus, vocabulary_digest
 from lens_unlearn.corpora.sources import Source, open_source
 from lens_unlearn.corpora.tokenizing import Document, Encoder, tokenize
+from lens_unlearn.model.chat import Chat, marks_of, require_chat
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.special_tokens import bos_token, end_token, special_tokens, tokenizer_of
 
@@ -54,6 +56,8 @@ def read_corpus(
     prepend_bos: bool | None = None,
     count: Literal["all", "answer"] | None = None,
     answer_eos: bool = False,
+    chat: bool = False,
+    system: str | None = None,
     name: str | None = None,
 ) -> Corpus:
     """Read texts and tokenize them with a model's tokenizer.
@@ -87,19 +91,31 @@ def read_corpus(
             a text writes, such as an end of text inside it or the marks of a chat, are never counted.
         answer_eos: Whether the end-of-text token stands behind every answer of a "question>answer" source, and is counted, as
             TOFU and OpenUnlearning have it; where an answer ends with it already, none is added, and that one is counted.
+        chat: Whether the source holds conversations, which are read in the tokenizer's chat template, token for token as its
+            `apply_chat_template` writes them: rows with "messages", lists of turns with "role" and "content" (or "conversations"
+            with "from" and "value"), or a "prompt>response" source, each row of which is a turn of the user and one of the
+            assistant. The assistant's turns count, each with the token that ends it; the prompt is what stands before the last of
+            them. BOS is where the template writes it. A conversation longer than the window is left out.
+        system: The system's turn of every conversation that does not begin with one of its own.
         name: The name in reports; default the source.
 
     Raises:
         CorpusError: If the source, the file or the field does not exist, or holds no text of at least two tokens; if a row names no
-            group where the others do; if the template, the window or the tokenizer cannot be used.
+            group where the others do; if the template, the window or the tokenizer cannot be used; if a conversation is none, or
+            the chat template refuses it.
     """
     tokenizer = tokenizer_of(model)
     tokens, window = (_whole(n, name) for n, name in ((tokens, "tokens"), (window, "window")))
     shuffle, seed = _whole(shuffle, "shuffle"), int(NUMBERS["seed"].check(seed, "seed", CorpusError))
-    for text, what in ((field, "field"), (template, "template"), (name, "name")):
+    for text, what in ((field, "field"), (template, "template"), (system, "system"), (name, "name")):
         if not isinstance(text, str | None):
             raise CorpusError(f"{what}={text!r} is a {type(text).__name__}: give a string")
+    talk = _chat(model, template, answer_eos, prepend_bos) if chat else None
+    if system is not None and talk is None:
+        raise CorpusError("system is the system's turn of conversations: give chat=True as well, or leave it out")
     bos = bos_token(model, prepend_bos)
+    if talk is not None and not talk.begins_with(bos):
+        bos = None
     shortest = 2 + (bos is not None)
     longest = min(DEFAULT_WINDOW, int(model.cfg.n_ctx)) if window is None else window
     if not shortest <= longest <= int(model.cfg.n_ctx):
@@ -109,16 +125,19 @@ def read_corpus(
         raise CorpusError(
             "answer_eos=True, but this tokenizer has no end-of-text token: set one, or leave answer_eos out"
         )
-    opened = open_source(source, field, group)
-    eos = end if answer_eos and opened.is_pairs else None
+    opened = open_source(source, field, group, chat=chat)
+    eos = end if answer_eos and opened.is_pairs else talk.turn_end if talk is not None else None
     builder = _Builder(longest, bos, tokens)
-    counted = count or ("answer" if opened.is_pairs else "all")
+    counted = count or ("answer" if opened.is_pairs or chat else "all")
     joined = template or opened.template
-    encoder = Encoder(tokenizer, joined, counted, bos, eos, int(model.cfg.d_vocab), longest, tokens)
+    encoder = Encoder(
+        tokenizer, joined, counted, bos, None if chat else eos, int(model.cfg.d_vocab), longest, tokens, talk, system
+    )
     for document in encoder.encode(opened.rows, builder.skipped, shuffle, seed):
         if not builder.add(document):
             break
     corpus = builder.build(name or opened.name, vocabulary_digest(tokenizer), special_tokens(tokenizer), eos)
+    corpus = replace(corpus, system=system, marks=marks_of(tokenizer))
     if int(corpus.tokens.max()) >= int(model.cfg.d_vocab):
         unknown = tokenizer.convert_ids_to_tokens(int(corpus.tokens.max()))
         raise CorpusError(
@@ -127,6 +146,20 @@ def read_corpus(
     if isinstance(opened.group, str) and not shuffle:
         _warn_if_sorted(corpus, opened.group)
     return corpus
+
+
+def _chat(model: Model, template: str | None, answer_eos: bool, prepend_bos: bool | None) -> Chat:
+    """Return the tokenizer's chat template, which decides what these options decide elsewhere."""
+    for given, what in (
+        (template is not None, "template"),
+        (answer_eos, "answer_eos"),
+        (prepend_bos is not None, "prepend_bos"),
+    ):
+        if given:
+            raise CorpusError(
+                f"{what} cannot be given with chat=True: the tokenizer's chat template says it; leave it out"
+            )
+    return require_chat(model)
 
 
 def _whole(value: int | None, name: str) -> int | None:
@@ -153,6 +186,7 @@ class _Read:
     key: str
     answer: Answer | None
     group: str | None
+    turns: tuple[int, ...] = ()
     rows: list[tuple[Tensor, Tensor]] = dataclass_field(default_factory=list)
 
 
@@ -173,14 +207,18 @@ class _Builder:
             return True
         body = self.window - (self.bos is not None)
         # Without a prompt, nothing is answered.
-        read = _Read(document.place, document.key, None if all(counted) else document.answer, document.group)
+        read = _Read(
+            document.place, document.key, None if all(counted) else document.answer, document.group, document.turns
+        )
         if (
             document.prompted
         ):  # a prompt and its answer are never cut apart: without the prompt, the answer is another task
             if len(ids) > body:
-                self.skipped["prompt and answer longer than the window"] += 1
+                self.skipped[f"{'conversation' if read.turns else 'prompt and answer'} longer than the window"] += 1
                 return True
             self._row(read, ids, counted)
+            if read.turns and len(read.rows[0][0]) <= read.turns[-1] + (self.bos is not None):
+                read.answer = None  # the budget ended in a turn before it
         else:
             for start in range(0, len(ids), body):
                 if self.total < self.budget and any(counted[start : start + body]):
@@ -222,5 +260,20 @@ class _Builder:
             groups=tuple(document.group for document in documents if document.group is not None),
             answer_eos=eos,
             special=tuple(sorted(special)),
+            asked=self._asked(documents, lengths),
             budget=int(self.budget) if self.total >= self.budget else None,
+        )
+
+    def _asked(self, documents: list[_Read], lengths: Tensor) -> Tensor | None:
+        """Return the number of tokens before the last of the assistant's turns that is in each row; None if there are no chats."""
+        if not any(document.turns for document in documents):
+            return None
+        head = self.bos is not None
+        before = [[begin + head for begin in document.turns] for document in documents for _ in document.rows]
+        # The last row may end within a turn before the last one, where it uses up the budget.
+        return torch.tensor(
+            [
+                max(begin for begin in begins if begin < end)
+                for begins, end in zip(before, lengths.tolist(), strict=True)
+            ]
         )

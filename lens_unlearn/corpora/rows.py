@@ -1,4 +1,4 @@
-"""What one row of a source says: a text, a prompt with its answers, or token ids, and the group that it belongs to.
+"""What one row of a source says: a text, a prompt with its answers, a conversation, or token ids, and the group that it belongs to.
 
 Knows the values that rows hold, and the field names of data sets; knows nothing of files, nor of tokenization.
 """
@@ -11,10 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.model.chat import check_messages, is_conversation
 
-__all__ = ["FURTHER", "IDS", "Ids", "Pair", "Row", "plain_row", "read_rows"]
+__all__ = ["FURTHER", "IDS", "Ids", "MESSAGES", "Pair", "Row", "Turns", "plain_row", "read_rows"]
 
 IDS = "input_ids"
+MESSAGES = ("messages", "conversations", "conversation")
+"""The fields in which data sets have their conversations."""
+_SENDERS = {"human": "user", "gpt": "assistant"}
 FURTHER = (
     "attention_mask", "test_list", "test_setup_code", "test_imports", "perturbed_answer", "paraphrased_answer",
     "paraphrased_question",
@@ -49,11 +53,18 @@ class Ids(NamedTuple):
     ids: tuple[int, ...]
 
 
+class Turns(NamedTuple):
+    """A conversation."""
+
+    turns: tuple[Mapping[str, Any], ...]
+    """With "role" and "content"."""
+
+
 class Row(NamedTuple):
     """What is read of one row."""
 
-    text: str | Pair | Ids | None
-    """Its text, or its prompt with the answer; None if it has no text, or lacks a part."""
+    text: str | Pair | Ids | Turns | None
+    """Its text, its prompt with the answer, or its conversation; None if it has no text, or lacks a part."""
     group: str | tuple[int, int] | None = None
     """The value of the field that names its group, or the number of its file and of its run of rows in it."""
     lacking: str = _NO_TEXT
@@ -65,10 +76,16 @@ def plain_row(value: Any, group: int | None, number: int) -> Row:
     return _row(value if isinstance(value, str) and value.strip() else None, _run(group, number))
 
 
-def read_rows(name: str, rows: Iterable[Any], fields: Sequence[str], group: str | int | None) -> Iterator[Row]:
-    """Read a text, or a prompt and its answer, of each row."""
+def read_rows(
+    name: str, rows: Iterable[Any], fields: Sequence[str], group: str | int | None, *, chat: bool = False
+) -> Iterator[Row]:
+    """Read a text, a prompt and its answer, or in a chat the turns of a conversation, of each row."""
+    read = _conversation if chat and len(fields) == 1 else _text_of_row
     for number, row in enumerate(rows):
-        text = _text_of_row(row, fields) if isinstance(row, Mapping) else None
+        try:
+            text = read(row, fields) if isinstance(row, Mapping) else None
+        except CorpusError as error:
+            raise CorpusError(f"row {number + 1:,} of {name}: {error}") from error
         if text is None:
             yield Row(None)
         else:
@@ -86,10 +103,29 @@ def _text_of_row(row: Mapping[str, Any], fields: Sequence[str]) -> str | Pair | 
     return Pair(prompt, answers[0], *_tests(row), *_comparisons(row), tuple(answers[1:]))
 
 
-def _row(text: str | Pair | Ids | None, group: str | tuple[int, int] | None) -> Row:
+def _conversation(row: Mapping[str, Any], fields: Sequence[str]) -> Turns | None:
+    """Read the turns of a conversation; those of ShareGPT say "from" and "value"."""
+    value = _as_list(row.get(fields[0]))
+    if value is None or (isinstance(value, list | tuple) and not value):
+        return None
+    if is_conversation(value) and all("from" in turn and "role" not in turn for turn in value):
+        value = [{"role": _SENDERS.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in value]
+    try:
+        return Turns(tuple(check_messages(value)))
+    except CorpusError as error:
+        if not is_conversation(value):
+            raise CorpusError(
+                f"{fields[0]!r} is {error}: name the field that is one, or those of prompt and response, as "
+                "'prompt>response'"
+            ) from error
+        raise
+
+
+def _row(text: str | Pair | Ids | Turns | None, group: str | tuple[int, int] | None) -> Row:
     """Make a row, unless its text cannot be written in Unicode, and so is none to a tokenizer."""
     try:
-        for part in (text,) if isinstance(text, str) else text or ():
+        parts = [turn["content"] for turn in text.turns] if isinstance(text, Turns) else text or ()
+        for part in (text,) if isinstance(text, str) else parts:
             for string in (part,) if isinstance(part, str) else part:
                 if isinstance(string, str):
                     string.encode()

@@ -17,7 +17,7 @@ from typing import Any
 
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.files import is_file, locate, looks_like_file, open_file
-from lens_unlearn.corpora.rows import FURTHER, IDS, Row, plain_row, read_rows
+from lens_unlearn.corpora.rows import FURTHER, IDS, MESSAGES, Row, plain_row, read_rows
 from lens_unlearn.corpora.tables import Table, of_dataset, table_of
 
 __all__ = ["Opened", "Source", "open_source"]
@@ -26,6 +26,7 @@ Source = str | os.PathLike[str] | Iterable[Any] | Any
 """A path or name as on the command line, or several; a `datasets`, pandas or Arrow table; any iterable of strings or rows."""
 
 DEFAULT_TEMPLATE = "{prompt} {answer}"
+_PAIR = ("prompt", "response")
 _PEEKED = 1000  # rows in which a field is looked for, where only rows say what fields there are
 
 
@@ -42,8 +43,10 @@ class Opened:
     """The field that names groups, or the number of rows in one."""
 
 
-def open_source(source: Source, field: str | None = None, group: str | int | None = None) -> Opened:
-    """Open a source as a stream of texts, each with its group where groups are named.
+def open_source(
+    source: Source, field: str | None = None, group: str | int | None = None, *, chat: bool = False
+) -> Opened:
+    """Open a source as a stream of texts, or in a `chat` of conversations, each with its group where groups are named.
 
     Raises:
         CorpusError: If it does not exist, cannot be read, or has no such field (the message lists those it has).
@@ -51,11 +54,17 @@ def open_source(source: Source, field: str | None = None, group: str | int | Non
     if isinstance(source, os.PathLike):
         source = os.fsdecode(source)
     if isinstance(source, str):
-        return _open_name(source, field, group)
+        return _open_name(source, field, group, chat)
     if isinstance(source, list | tuple) and (several := _paths(source)):
-        opened = [_open_name(path, field, group) for path in several]
+        opened = [_open_name(path, field, group, chat) for path in several]
         return _joined(opened[0].name if len(opened) == 1 else f"{opened[0].name} and {len(opened) - 1} more", opened)
-    return _fields(table_of(source), field, group)
+    table = table_of(source)
+    if chat and table.columns is None:  # conversations may stand in a list as they are
+        rows = table.rows
+        table = replace(
+            table, rows=lambda names: ({MESSAGES[0]: r} if isinstance(r, list | tuple) else r for r in rows(names))
+        )
+    return _fields(table, field, group, chat=chat)
 
 
 def _paths(source: Sequence[Any]) -> list[str]:
@@ -101,15 +110,15 @@ def _joined(name: str, parts: Iterable[Opened]) -> Opened:
     return replace(first, name=name, rows=rows())
 
 
-def _open_name(source: str, field: str | None, group: str | int | None) -> Opened:
+def _open_name(source: str, field: str | None, group: str | int | None, chat: bool) -> Opened:
     if source.startswith("demo:"):
-        return _open_demo(source, field, group)
+        return _open_demo(source, field, group, chat)
     if source.startswith("hf:"):
-        return _open_hub(source, field, group)
+        return _open_hub(source, field, group, chat)
     found = locate(source)
     # Files without any content are no reason to leave a folder unread.
     paths = [path for path in found.paths if os.path.getsize(path)] or found.paths
-    return _joined(found.name, (_fields(open_file(path), field, group, found.written) for path in paths))
+    return _joined(found.name, (_fields(open_file(path), field, group, found.written, chat=chat) for path in paths))
 
 
 def _split_group(name: str) -> tuple[str, str]:
@@ -118,7 +127,7 @@ def _split_group(name: str) -> tuple[str, str]:
     return (head, at + group) if at else (name, "")
 
 
-def _open_hub(source: str, field: str | None, group: str | int | None) -> Opened:
+def _open_hub(source: str, field: str | None, group: str | int | None, chat: bool) -> Opened:
     """Open ``hf:name/config:split:field@group``; the name can have an owner, and all but the name is optional."""
     import datasets
 
@@ -135,7 +144,7 @@ def _open_hub(source: str, field: str | None, group: str | int | None) -> Opened
     for repository, configuration in attempts:
         try:
             rows = datasets.load_dataset(_on_hub(repository), configuration, split=split or "train", streaming=True)
-            return _fields(of_dataset(source, rows), field, group, written)
+            return _fields(of_dataset(source, rows), field, group, written, chat=chat)
         except CorpusError:
             raise
         except Exception as error:
@@ -152,7 +161,7 @@ def _on_hub(repository: str) -> str:
     return f"hf://datasets/{repository}" if os.path.exists(repository) else repository
 
 
-def _open_demo(source: str, field: str | None, group: str | int | None) -> Opened:
+def _open_demo(source: str, field: str | None, group: str | int | None, chat: bool) -> Opened:
     from lens_unlearn import demo
 
     # "dev" by default, for exploring and fitting: "test" is for the final evaluation, and the model was trained on "train".
@@ -167,30 +176,33 @@ def _open_demo(source: str, field: str | None, group: str | int | None) -> Opene
         raise CorpusError(f"{source}: {error}") from error
     facts = name.startswith("facts")
     opened = _fields(
-        Table(source, lambda _: iter(rows)), field or ("question>answer" if facts else None), group, written
+        Table(source, lambda _: iter(rows)), field or ("question>answer" if facts else None), group, written, chat=chat
     )
     # The format in which the demo model was trained.
     return replace(opened, template="Q: {prompt}\nA: {answer}" if facts else "{prompt}{answer}")
 
 
-def _fields(table: Table, field: str | None, group: str | int | None = None, written: str = "") -> Opened:
+def _fields(
+    table: Table, field: str | None, group: str | int | None = None, written: str = "", *, chat: bool = False
+) -> Opened:
     """Check the fields, then stream texts, or prompts with answers for ``question>answer``.
 
     What is `written` after the name of a source, ``field@group``, goes before the arguments.
     """
     name = table.name
     if table.columns is None:
-        return _fields_of_rows(name, _guard(name, table.rows(())), field, group, written)
-    fields, group = _asked(name, table.columns, field, group, written)
+        return _fields_of_rows(name, _guard(name, table.rows(())), field, group, written, chat)
+    fields, group = _asked(name, table.columns, field, group, written, chat)
     named: dict[str, None] = dict.fromkeys([*fields, *([group] if isinstance(group, str) else []), *FURTHER])
     stream = _guard(name, table.rows([one for one in named if one in table.columns]))
     if not (seen := [*islice(stream, 1)]):
         raise CorpusError(f"{name} is empty")
-    return Opened(name, read_rows(name, chain(seen, stream), fields, group), is_pairs=len(fields) == 2, group=group)
+    read = read_rows(name, chain(seen, stream), fields, group, chat=chat)
+    return Opened(name, read, is_pairs=len(fields) == 2, group=group)
 
 
 def _fields_of_rows(
-    name: str, stream: Iterator[Any], field: str | None, group: str | int | None, written: str
+    name: str, stream: Iterator[Any], field: str | None, group: str | int | None, written: str, chat: bool
 ) -> Opened:
     """Do so where only the rows say which fields there are: the first ones may lack some, or be no rows at all."""
     seen: list[Any] = []
@@ -206,6 +218,10 @@ def _fields_of_rows(
     while not isinstance(seen[-1], str | Mapping) and more():
         pass
     if not isinstance(seen[-1], Mapping):
+        if chat:
+            raise CorpusError(
+                f"{name} holds plain strings, and no conversations: give rows with messages, or read it without chat=True"
+            )
         run = _run_of_strings(name, field, group, written)
         return Opened(
             name, (plain_row(row, run, i) for i, row in enumerate(chain(seen, stream))), is_pairs=False, group=run
@@ -213,13 +229,14 @@ def _fields_of_rows(
     keys = dict.fromkeys(seen[-1])
     while True:
         try:
-            fields, group = _asked(name, tuple(keys), field, group, written)
+            fields, group = _asked(name, tuple(keys), field, group, written, chat)
             break
         except CorpusError:
             if not more():
                 raise
             keys |= dict.fromkeys(seen[-1]) if isinstance(seen[-1], Mapping) else {}
-    return Opened(name, read_rows(name, chain(seen, stream), fields, group), is_pairs=len(fields) == 2, group=group)
+    read = read_rows(name, chain(seen, stream), fields, group, chat=chat)
+    return Opened(name, read, is_pairs=len(fields) == 2, group=group)
 
 
 def _run_of_strings(name: str, field: str | None, group: str | int | None, written: str) -> int | None:
@@ -245,10 +262,13 @@ def _checked_run(name: str, length: int | None) -> int | None:
 
 
 def _asked(
-    name: str, known: Sequence[str], field: str | None, group: str | int | None, written: str
+    name: str, known: Sequence[str], field: str | None, group: str | int | None, written: str, chat: bool
 ) -> tuple[list[str], str | int | None]:
     """Return the fields and the group that were asked for, all of which there are."""
     usual = IDS if IDS in known and "text" not in known else "text"
+    if chat:
+        pair = ">".join(_PAIR) if all(one in known for one in _PAIR) else MESSAGES[0]
+        usual = next((one for one in MESSAGES if one in known), pair)
     if written:
         field, group = _as_written(name, known, written, field or usual, group)
     fields = _names(field or usual)

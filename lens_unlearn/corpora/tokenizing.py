@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora import conversations
 from lens_unlearn.corpora.corpus import Answer
-from lens_unlearn.corpora.rows import Ids, Pair, Row
+from lens_unlearn.corpora.rows import Ids, Pair, Row, Turns
+from lens_unlearn.model.chat import Chat, check_messages
 from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["Document", "Encoder", "tokenize"]
@@ -37,6 +39,8 @@ class _Text(NamedTuple):
     answer: Answer | None = None
     ids: tuple[int, ...] = ()
     """Its tokens, where it was tokenized before."""
+    turns: tuple[tuple[int, int], ...] = ()
+    """Of a conversation, the characters from which and to which the assistant's turns go."""
     key: str = ""
     group: str | None = None
     place: int = 0
@@ -57,6 +61,8 @@ class Document(NamedTuple):
     """Whether it begins with a prompt."""
     place: int = 0
     """Where it stands in its source."""
+    turns: tuple[int, ...] = ()
+    """Of a conversation, the tokens with which the assistant's turns begin."""
 
 
 @dataclass
@@ -72,6 +78,8 @@ class Encoder:
         vocabulary: Number of tokens that the model knows.
         window: Most tokens of a prompt with its answer, which is left out where it is longer.
         budget: Most counted tokens that are wanted in all.
+        chat: The template in which conversations, and prompts with their answers, are written.
+        system: The system's turn of conversations that have none.
     """
 
     tokenizer: Any
@@ -82,6 +90,8 @@ class Encoder:
     vocabulary: int
     window: int
     budget: int | None
+    chat: Chat | None = None
+    system: str | None = None
     # The digest of the first text of each run of rows, by the number of its file and its own.
     first_in: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -118,14 +128,20 @@ class Encoder:
             if text is None:
                 skipped[lacking] += 1
                 continue
-            joined = self._tokenized_before(text.ids, place) if isinstance(text, Ids) else self._join(text)
+            joined = self._tokenized_before(text.ids, place) if isinstance(text, Ids) else self._join(text, place)
+            if joined is None:
+                skipped["without a turn of the assistant"] += 1
+                continue
             key = _digest(joined.text.strip())
             yield joined._replace(key=key, group=None if group is None else self._group(group, key), place=place)
 
-    def _join(self, text: str | Pair) -> _Text:
-        """Put a prompt and its answer into the template."""
+    def _join(self, text: str | Pair | Turns, place: int) -> _Text | None:
+        """Put a prompt and its answer into the template; None for a conversation in which nothing is answered."""
         if isinstance(text, str):
             return _Text(text)
+        if self.chat is not None:
+            return self._chatted(self.chat, text, place)
+        assert isinstance(text, Pair)
         fields = {"{prompt}": text.prompt, "{tests}": "\n".join(text.tests)}
         head = self.template[: self.template.rindex("{answer}")]
         head = re.sub(r"\{(?:prompt|tests)\}", lambda match: fields[match[0]], head)
@@ -137,6 +153,34 @@ class Encoder:
         )
         return _Text(head + text.answer, len(head), answer)
 
+    def _chatted(self, chat: Chat, text: Pair | Turns, place: int) -> _Text | None:
+        """Put a conversation, or a prompt and its answer as one, into the template of the chat."""
+        pair = text if isinstance(text, Pair) else None
+        given = text.turns if isinstance(text, Turns) else _as_turns(text)
+        try:
+            messages = check_messages(given, self.system)
+            if self.count == "all":
+                return _Text(chat.write(messages))
+            written = conversations.write(chat, messages)
+        except CorpusError as error:
+            raise CorpusError(f"row {place + 1:,}: {error}") from error
+        if written is None:
+            return None
+        last = max(number for number, turn in enumerate(messages) if turn["role"] == "assistant")
+        begin, end = written.answer
+        answer = Answer(
+            written.text[begin:end],
+            head=written.text[:begin],
+            # All that was said before: of many conversations the last question alone, such as "Go on", is the same.
+            prompt="\n".join(turn["content"] for turn in messages[:last] if turn["role"] != "system"),
+        )
+        if pair is not None:
+            comparisons = (pair.perturbed, pair.paraphrase, pair.paraphrased_prompt)
+            answer = Answer(
+                answer.text, pair.tests, pair.setup, "", *comparisons, answer.head, pair.prompt, pair.accepted
+            )
+        return _Text(written.text, written.turns[-1][0], answer, turns=written.turns)
+
     def _tokenized_before(self, ids: tuple[int, ...], place: int) -> _Text:
         strange = next((token for token in ids if not 0 <= token < self.vocabulary), None)
         if strange is not None:
@@ -147,17 +191,23 @@ class Encoder:
         return _Text(self.tokenizer.decode(list(ids), skip_special_tokens=True), ids=ids)
 
     def _tokenize(self, chunk: list[_Text]) -> Iterator[Document]:
-        whole = [text for text in chunk if not text.ids and not self._is_long(text)]
+        whole = [text for text in chunk if not (text.ids or text.turns or self._is_long(text))]
         tokenized = tokenize(
             self.tokenizer, [text.text for text in whole], [text.begin for text in whole], self.bos, self.eos
         )
+        chats = [text for text in chunk if text.turns]
+        turns = _tokenize_turns(self.tokenizer, [text.text for text in chats], [text.turns for text in chats], self.bos)
         special = special_tokens(self.tokenizer)
         for text in chunk:
-            if text.ids:
+            begins: tuple[int, ...] = ()
+            if text.turns:
+                ids, counted, begins = next(turns)
+            elif text.ids:
                 ids, counted = _marked(list(text.ids), [True] * len(text.ids), special, self.bos, None)
             else:
                 ids, counted = self._beginning(text) if self._is_long(text) else next(tokenized)
-            yield Document(ids, counted, text.key, text.answer, text.group, text.begin > 0, text.place)
+            prompted = text.begin > 0 or bool(text.turns)
+            yield Document(ids, counted, text.key, text.answer, text.group, prompted, text.place, begins)
 
     def _most(self, text: _Text) -> float:
         """Return after how many tokens a text is cut, or (a prompt with its answer) left out."""
@@ -239,6 +289,33 @@ def tokenize(
             before = next((place for place, (a, b) in enumerate(zip(alone, ids)) if a != b), min(len(alone), len(ids)))
             counted = [place >= before for place in range(len(ids))]
         yield _marked(ids, counted, special, bos, eos)
+
+
+def _tokenize_turns(
+    tokenizer: Any, texts: list[str], turns: list[tuple[tuple[int, int], ...]], bos: int | None
+) -> Iterator[tuple[list[int], list[bool], tuple[int, ...]]]:
+    """Yield each conversation's token ids, the mask of those in the assistant's turns, and where these begin.
+
+    All of a turn counts, the token that ends it too. The `bos` that will be put before the conversation is left out.
+    """
+    if not texts:
+        return
+    if not getattr(tokenizer, "is_fast", False):
+        raise CorpusError(
+            "this tokenizer does not say which characters its tokens stand for, so that the turns of a chat cannot be told "
+            "apart: load the fast one, or read texts without chat=True"
+        )
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for i, own in enumerate(turns):
+        ids, offsets = list(out["input_ids"][i]), out["offset_mapping"][i]
+        head = int(bos is not None and ids[:1] == [bos])
+        counted = [any(end > begin and start < over for begin, over in own) for start, end in offsets]
+        begins = [next((at for at, (_, end) in enumerate(offsets) if end > begin), len(ids)) - head for begin, _ in own]
+        yield ids[head:], counted[head:], tuple(begins)
+
+
+def _as_turns(pair: Pair) -> tuple[dict[str, str], ...]:
+    return {"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}
 
 
 def _marked(

@@ -425,6 +425,7 @@ def _settings(
                 "answer_eos": corpus.answer_eos is not None,
                 "fingerprint": corpus.fingerprint,
                 "skipped": corpus.skipped,
+                **({} if corpus.asked is None else {"chat": True, "system": corpus.system}),
             }
             for name, corpus in corpora.items()
         },

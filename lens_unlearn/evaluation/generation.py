@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool
@@ -13,60 +14,133 @@ from torch import Tensor
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.interventions.base import Intervention, acting
+from lens_unlearn.model.chat import check_messages, ends_of_text, is_conversation, require_chat
 from lens_unlearn.model.finite import broken_logits, refuse_broken
 from lens_unlearn.model.hooks import Remover, detach_all, on_logits, one_thread
 from lens_unlearn.model.host import Model, device_of, require_eval, require_model
 from lens_unlearn.model.shortcuts import shortcuts
-from lens_unlearn.model.special_tokens import bos_token, encode, end_token, ends_of_text, tokenizer_of, written_after
+from lens_unlearn.model.special_tokens import bos_token, encode, end_token, tokenizer_of, written_after
 
 __all__ = ["generate"]
 
 
+Conversation = Sequence[Mapping[str, Any]]
+"""Turns, each with its "role" ("system", "user" or "assistant") and its "content"."""
+
+
+@overload
 def generate(
     model: Model,
-    prompts: str | Sequence[str],
+    prompts: Conversation,
+    *,
+    intervention: Intervention | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    prepend_bos: bool | None = ...,
+    chat: bool = ...,
+    system: str | None = ...,
+    use_cache: bool = ...,
+    batch_size: int = ...,
+    seed: int = ...,
+) -> str: ...
+@overload
+def generate(
+    model: Model,
+    prompts: str | Sequence[str] | Sequence[Conversation],
+    *,
+    intervention: Intervention | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    prepend_bos: bool | None = ...,
+    chat: bool = ...,
+    system: str | None = ...,
+    use_cache: bool = ...,
+    batch_size: int = ...,
+    seed: int = ...,
+) -> list[str]: ...
+def generate(
+    model: Model,
+    prompts: str | Sequence[str] | Conversation | Sequence[Conversation],
     *,
     intervention: Intervention | None = None,
     max_new_tokens: int = 60,
     temperature: float = 0.0,
     prepend_bos: bool | None = None,
+    chat: bool = False,
+    system: str | None = None,
     use_cache: bool = True,
     batch_size: int = 16,
     seed: int = 0,
-) -> list[str]:
+) -> str | list[str]:
     """Continue prompts, and return only what was added.
 
     A text ends at every end-of-text token that the tokenizer, the model's configuration or its `generation_config` names, as in
-    transformers. Where an intervention abstains, its refusal is returned in place of a text.
+    transformers, and at the token that ends a turn in the tokenizer's chat template. Where an intervention abstains, its refusal
+    is returned in place of a text, or of the assistant's turn.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` with a tokenizer.
-        prompts: One or several texts. Each is run for itself, or beside prompts of the same length: there is no padding,
-            so the answers do not depend on one another.
+        prompts: One or several texts; or one or several conversations, lists of turns with "role" and "content", which the
+            assistant answers: they are written in the tokenizer's chat template. Each is run for itself, or beside prompts of
+            the same length: there is no padding, so the answers do not depend on one another.
         intervention: Acts while the text is written; leave it out inside a `with` block.
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
         prepend_bos: Whether a prompt begins with BOS, once; default as `read_corpus` has it.
+        chat: Whether a text is a turn of the user, which the assistant answers.
+        system: The system's turn of every conversation that does not begin with one of its own.
         use_cache: Whether to keep keys and values between tokens; the greedy text is the same either way.
         batch_size: Prompts of one length that are run together, at temperature 0.
         seed: Of the draws; the global random state is left as it was.
 
+    Returns:
+        The texts in the order of the prompts; of one conversation, what the assistant answers.
+
     Raises:
-        CorpusError: If the model has no tokenizer, or a prompt is empty, longer than the context, or holds a token that the model
+        CorpusError: If the model has no tokenizer, or for a conversation no chat template; if a conversation is none, or the
+            template refuses it; if a prompt is empty, longer than the context, or holds a token that the model
             does not know; if BOS is wanted and there is none.
         ActivationError: If the model's logits are NaN or infinite; names the layer.
         LensUnlearnError: If there is nothing to write, or no such temperature.
     """
     require_model(model)
     require_eval(model)
-    tokenizer = tokenizer_of(model, "text cannot be generated")
-    bos = bos_token(model, prepend_bos)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [encode(tokenizer, text, bos) for text in texts]
+    rows = _encoded(model, prompts, prepend_bos, chat, system)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "use_cache": use_cache}
     written = continue_rows(model, rows, intervention, batch_size=batch_size, seed=seed, **options)
     require_unbroken(model, rows, written, intervention)
-    return [one.text for one in written]
+    texts = [one.text for one in written]
+    return texts[0] if is_conversation(prompts) else texts
+
+
+def _encoded(
+    model: Model, prompts: str | Sequence[Any], prepend_bos: bool | None, chat: bool, system: str | None
+) -> list[list[int]]:
+    """Return the tokens of each prompt."""
+    tokenizer = tokenizer_of(model, "text cannot be generated")
+    given: list[Any] = [prompts] if isinstance(prompts, str) or is_conversation(prompts) else list(prompts)
+    if not chat and all(isinstance(one, str) for one in given):
+        if system is not None:
+            raise CorpusError("system is the system's turn of conversations: give chat=True as well, or leave it out")
+        bos = bos_token(model, prepend_bos)
+        return [encode(tokenizer, text, bos) for text in given]
+    if prepend_bos is not None:
+        raise CorpusError("prepend_bos cannot be given for conversations: the chat template says it; leave it out")
+    return [encode(tokenizer, chat_prompt(model, one, system), None) for one in given]
+
+
+def chat_prompt(model: Model, prompt: str | Conversation, system: str | None = None) -> str:
+    """Return what a model is given of a conversation, or of a turn of the user: up to where the assistant's turn begins.
+
+    Raises:
+        CorpusError: If there is no chat template, or it refuses the conversation; if that is none, or has its answer.
+    """
+    turns = check_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, system)
+    if turns[-1]["role"] != "user":
+        raise CorpusError(
+            f"the last turn of a conversation is the {turns[-1]['role']}'s, and nothing is asked: end it with a turn of the user"
+        )
+    return require_chat(model).write(turns, answering=True)
 
 
 def require_unbroken(

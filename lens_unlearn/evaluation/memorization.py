@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
@@ -243,6 +244,12 @@ def _value(metric: Metric, question: Question) -> float:
     return float(metric.of(question)) if metric.over is None or metric.over(question) else 0.0
 
 
+def _counting(corpus: Corpus, row: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of one row, and which of them count."""
+    batch = corpus.take([row])
+    return batch.tokens[0], batch.counted[0]
+
+
 def _questions(model: Model, corpus: Corpus, rows: Sequence[int]) -> _Questions:
     """Find which rows of a corpus are whole true answers, and make rows of everything else that is to be looked at.
 
@@ -267,7 +274,8 @@ def _questions(model: Model, corpus: Corpus, rows: Sequence[int]) -> _Questions:
     wanted: list[list[int]] = []
     for row, answers, whole in zip(rows, rows_of, complete, strict=True):
         needed = [answer for answer in (answers if whole else answers[:1]) if answer is not None]
-        same = bool(np.array_equal(joined.row(needed[0]).numpy(), corpus.row(row).numpy()))
+        # Of a conversation, further turns count in its own row.
+        same = all(map(torch.equal, _counting(joined, needed[0]), _counting(corpus, row)))
         own.append(row if same else None)
         wanted.append(needed[int(same) :])
     needed_rows = sorted({answer for answers in wanted for answer in answers})

@@ -288,5 +288,6 @@ def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, s
         keys=tuple(map(str, fitting)),
         answers=(),
         groups=(),
+        asked=None,
     )
     return joined, fitting

@@ -71,6 +71,8 @@ def reading_of(plan: Plan, *, whole: bool) -> dict[str, Any]:
         "window": plan.window,
         "answer_eos": plan.answer_eos,
         "prepend_bos": plan.prepend_bos,
+        "chat": plan.chat,
+        "system": plan.system,
     }
 
 

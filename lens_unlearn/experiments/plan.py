@@ -52,6 +52,10 @@ class Plan:
     template: str | None = None
     answer_eos: bool = False
     """Whether the end-of-text token stands behind every answer, and counts."""
+    chat: bool = False
+    """Whether the sources hold conversations, which are read in the tokenizer's chat template."""
+    system: str | None = None
+    """The system's turn of conversations that have none of their own."""
     tokens: int = 20_000
     shuffle: int | None = None
     """Documents of a buffer from which those that are read are drawn; None takes them as they come."""
@@ -117,6 +121,13 @@ class Plan:
         if self.forget in self.retain:
             raise LensUnlearnError(
                 f"forget and retain are the same text ({self.forget}): nothing could tell them apart"
+            )
+        given = {"template": self.template, "answer_eos": self.answer_eos or None, "prepend_bos": self.prepend_bos}
+        if self.chat and (others := [f"--{n.replace('_', '-')}" for n, value in given.items() if value is not None]):
+            raise LensUnlearnError(f"{others[0]} cannot be given with --chat: the chat template says it; leave it out")
+        if self.system is not None and not self.chat:
+            raise LensUnlearnError(
+                "--system is the system's turn of conversations: give --chat as well, or leave it out"
             )
         if self.facts and self.test_forget:
             raise LensUnlearnError(
@@ -195,6 +206,7 @@ def command_of(plan: Plan) -> str:
     for name in (
         "test_forget",
         "template",
+        "system",
         "tokens",
         "shuffle",
         "window",
@@ -211,7 +223,8 @@ def command_of(plan: Plan) -> str:
         value = getattr(plan, name)
         if value != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
-    flags = [*(["--facts"] if plan.facts else []), *(["--answer-eos"] if plan.answer_eos else [])]
+    switches = {"--facts": plan.facts, "--answer-eos": plan.answer_eos, "--chat": plan.chat}
+    flags = [option for option, given in switches.items() if given]
     flags += {None: [], True: ["--prepend-bos"], False: ["--no-prepend-bos"]}[plan.prepend_bos]
     flags += ["--trust-remote-code"] if plan.trust_remote_code else []
     flags += [] if plan.sweep else ["--no-sweep"]

@@ -201,9 +201,9 @@ class Content:
     def _continue(self, samples: list[dict[str, Any]]) -> None:
         prompts = [sample["prompt"] for sample in samples]
         for condition, edit in {BASE: None, **self.edits}.items():
-            written = generate(
-                self.model, prompts, intervention=edit, max_new_tokens=WRITTEN, prepend_bos=self.plan.prepend_bos
-            )
+            # They begin as the rows do that they are taken from; those of chats are written in the template already.
+            bos = self.documents.test["forget"].prepend_bos
+            written = generate(self.model, prompts, intervention=edit, max_new_tokens=WRITTEN, prepend_bos=bos)
             for sample, text in zip(samples, written, strict=True):
                 abstained = isinstance(edit, Abstain) and text == edit.refusal
                 if abstained:

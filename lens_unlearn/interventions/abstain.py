@@ -15,6 +15,7 @@ from torch import Tensor
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts
 from lens_unlearn.keyspace.regions import Region, region_from_parts
+from lens_unlearn.model.chat import chat_of, marks_of, question_ends
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.model.special_tokens import end_token
 
@@ -28,9 +29,10 @@ REFUSAL = "Sorry, your query is not valid."
 class Abstain(Intervention):
     """Abstain from answering a query whose key lies in a region: its logits are constant, its text is a refusal.
 
-    Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours. From
-    that token on, an abstained row's logits carry nothing of the input: they are equal for all tokens, but for the
-    end-of-text token, which is ahead by 0.001, so that greedy generation stops at once. `lu.generate` writes the refusal
+    Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours; in a chat,
+    at the last token of the user's last turn, since what stands behind it is the same in every prompt. From that token on, an
+    abstained row's logits carry nothing of the input: they are equal for all tokens, but for the end-of-text token (in a chat,
+    that which ends a turn), which is ahead by 0.001, so that greedy generation stops at once. `lu.generate` writes the refusal
     instead. Logits before the prompt's end stay as they are: no later token ever changes them.
 
     A forward pass decides for itself, whatever ran before it: its prompts end at the last token of each row that is not
@@ -97,7 +99,11 @@ class Abstain(Intervention):
             rows.check(x)
             rows = rows.beside(x)
             keys = x.detach().flatten(2)
-            end, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
+            state = live.notes.setdefault(id(self), {})
+            given, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
+            end = question_ends(marks_of(getattr(live.model, "tokenizer", None)), rows.tokens, given)
+            if not rows.continues:
+                state["chat"] = end < given
             ends = end[:, None]
             place = torch.arange(width, device=x.device)
             if self.when == "every_token":
@@ -107,7 +113,7 @@ class Abstain(Intervention):
                 inside = region.contains(last)[:, None] & (place == ends)
             if rows.repeats:  # what was decided at the positions of the pass before stands, and is not decided twice
                 inside = inside & (place == width - 1)
-            live.notes.setdefault(id(self), {}).setdefault("votes", {})[site] = inside
+            state.setdefault("votes", {})[site] = inside
             return x
 
         return note
@@ -135,14 +141,19 @@ class Abstain(Intervention):
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Make the logits of abstained rows constant, from where they were decided on."""
         self.settle(live)
-        silent = live.notes.get(id(self), {}).get("silent")
+        state = live.notes.get(id(self), {})
+        silent = state.get("silent")
         if silent is None or not bool(silent.any()):  # logits are large: they are not copied where no row abstains
             return logits
         where = silent[:, -logits.shape[1] :]  # the model may have kept the logits of the last positions only
-        constant = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-        end = end_token(live.model)
+        constant = torch.zeros(len(silent), 1, logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        chat, end = chat_of(getattr(live.model, "tokenizer", None)), end_token(live.model)
         if end is not None:
-            constant[end] = 1e-3
+            constant[..., end] = 1e-3
+        if chat is not None and chat.turn_end is not None:
+            rows = state["chat"].to(constant.device)
+            constant[rows] = 0
+            constant[rows, :, chat.turn_end] = 1e-3
         return torch.where(where.to(logits.device)[..., None], constant, logits)
 
     def check(self, points: Mapping[Site, Point]) -> None:

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lens_unlearn.model.chat import ends_of_text
 from lens_unlearn.model.hooks import generation, logit_functions
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.positions import Rows, pad_of
 from lens_unlearn.model.residual import norms
-from lens_unlearn.model.special_tokens import ends_of_text, special_tokens
+from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["Finish", "Live", "acting"]
 

@@ -38,9 +38,11 @@ def refusals(corpus: Corpus, model: Model, text: str) -> Corpus:
     """
     if not corpus.has_prompts:
         raise CorpusError(f"{corpus.name} has no prompts to refuse: read it as 'question>answer'")
-    refusal = torch.tensor(
-        model.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"], dtype=torch.int32
-    )
+    chat = corpus.asked is not None  # there, a turn begins without a space, and ends with a token of its own
+    words = text.strip() if chat else " " + text.strip()
+    ids = list(model.tokenizer(words, add_special_tokens=False)["input_ids"])
+    end = [corpus.answer_eos] if chat and corpus.answer_eos is not None else []
+    refusal = torch.tensor(ids + end, dtype=torch.int32)
     rows = [torch.cat([corpus.prompt(row).int(), refusal]) for row in range(corpus.n_rows)]
     lengths = torch.tensor([len(row) for row in rows])
     if not len(refusal) or int(lengths.max()) > int(model.cfg.n_ctx):
@@ -48,7 +50,12 @@ def refusals(corpus: Corpus, model: Model, text: str) -> Corpus:
     counted = [torch.arange(len(row)) >= len(row) - len(refusal) for row in rows]
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     return replace(
-        corpus, name=f"refusals of {corpus.name}", tokens=torch.cat(rows), counted=torch.cat(counted), starts=starts
+        corpus,
+        name=f"refusals of {corpus.name}",
+        tokens=torch.cat(rows),
+        counted=torch.cat(counted),
+        starts=starts,
+        asked=None,
     )
 
 

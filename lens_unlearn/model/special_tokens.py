@@ -18,7 +18,7 @@ from typing import Any
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.model.host import Model, require_model
 
-__all__ = ["bos_token", "encode", "end_token", "ends_of_text", "special_tokens", "tokenizer_of", "written_after"]
+__all__ = ["bos_token", "encode", "end_token", "ends_of_a_text", "special_tokens", "tokenizer_of", "written_after"]
 
 
 def tokenizer_of(model: Model, use: str = "texts cannot be read") -> Any:
@@ -62,7 +62,7 @@ def end_token(model: Model) -> int | None:
     return _own(model, getattr(model, "tokenizer", None), "eos")
 
 
-def ends_of_text(model: Model) -> set[int]:
+def ends_of_a_text(model: Model) -> set[int]:
     """Return every token that ends a text: of the tokenizer, of the model's configuration, and of its generation configuration.
 
     The last may name several, such as the end of a turn beside that of a text.

@@ -26,12 +26,12 @@ from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, ModelError
 from lens_unlearn.interventions.base import Chain, HookFunction, Intervention, Live, Parts
 from lens_unlearn.interventions.files import load_intervention
+from lens_unlearn.model.chat import ends_of_text
 from lens_unlearn.model.hooks import attach, on_logits
 from lens_unlearn.model.host import Model, device_of, require_eval, require_model
 from lens_unlearn.model.matrices import matrix_shapes, on_matrix
 from lens_unlearn.model.positions import pad_of
 from lens_unlearn.model.sites import Site, resolve
-from lens_unlearn.model.special_tokens import ends_of_text
 from lens_unlearn.testing.promises import (
     Fault,
     Picture,

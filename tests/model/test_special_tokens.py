@@ -17,7 +17,8 @@ from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.evaluation.generation import continue_rows, generate
 from lens_unlearn.evaluation.teacher_forcing import with_answers
 from lens_unlearn.inspection.token_values import token_activations, token_firing, token_losses
-from lens_unlearn.model.special_tokens import bos_token, encode, end_token, ends_of_text, special_tokens, written_after
+from lens_unlearn.model.chat import ends_of_text
+from lens_unlearn.model.special_tokens import bos_token, encode, end_token, special_tokens, written_after
 
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["the quick brown fox", "a small village stood beside the river"]

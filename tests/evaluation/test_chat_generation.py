@@ -1,0 +1,191 @@
+"""generate(model, messages): what transformers' template and the model's own `generate` come to, up to the end of the turn."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from chat_helpers import FAMILIES, ONE, SYSTEM, TWO, chatting, template_ids
+
+import lens_unlearn as lu
+from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.evaluation.teacher_forcing import predict
+from lens_unlearn.interventions.abstain import REFUSAL, Abstain
+from lens_unlearn.keyspace.regions import fit_region
+from lens_unlearn.model.chat import ends_of_text
+from lens_unlearn.model.hooks import on_logits
+from lens_unlearn.model.sites import Site
+
+SITE = Site(1, "mlp.post")
+QUESTION = TWO[:3]
+
+
+def own(model: Any, messages: list[dict[str, Any]], steps: int, end: int) -> str:
+    """Greedy decoding by the model itself, up to the token that ends a turn."""
+    ids = template_ids(model.tokenizer, messages, add_generation_prompt=True)
+    tokens = torch.tensor([ids])
+    for _ in range(steps):
+        tokens = torch.cat([tokens, tiny.logits(model, tokens)[:, -1].argmax(-1, keepdim=True)], 1)
+    new = tokens[0, len(ids) :].tolist()
+    new = new[: new.index(end)] if end in new else new
+    return model.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_of_the_models_own_generation(name: str) -> None:
+    model, family = chatting(name), FAMILIES[name]
+    end = model.tokenizer.convert_tokens_to_ids(family.ends)
+    expected = [own(model, messages, 8, end) for messages in (ONE[:1], QUESTION)]
+    assert lu.generate(model, [ONE[:1], QUESTION], max_new_tokens=8) == expected
+    assert lu.generate(model, ONE[:1], max_new_tokens=8) == expected[0]
+    assert lu.generate(model, tuple(QUESTION), max_new_tokens=8) == expected[1]
+    said = ONE[0]["content"]
+    assert lu.generate(model, said, chat=True, max_new_tokens=8) == expected[:1]
+    assert lu.generate(model, [said, said], chat=True, max_new_tokens=8) == [expected[0]] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama3"])
+def test_a_system_turn_stands_before_those_that_have_none(name: str) -> None:
+    model, end = chatting(name), chatting(name).tokenizer.convert_tokens_to_ids(FAMILIES[name].ends)
+    expected = own(model, [SYSTEM, *QUESTION], 6, end)
+    for prompt in (QUESTION, [SYSTEM, *QUESTION]):
+        assert lu.generate(model, prompt, system=SYSTEM["content"], max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_token_that_ends_a_turn_ends_the_answer(name: str) -> None:
+    """Named by the template alone: neither the tokenizer's end-of-text token nor a configuration names it here."""
+    model = chatting(name)
+    end = model.tokenizer.convert_tokens_to_ids(FAMILIES[name].ends)
+    assert end != model.tokenizer.eos_token_id
+    assert end in ends_of_text(model)
+    steps: list[int] = []
+
+    def third_ends(logits: torch.Tensor) -> torch.Tensor:
+        steps.append(len(steps))
+        forced = torch.zeros_like(logits)
+        forced[..., end if len(steps) == 3 else 100] = 9.0
+        return forced
+
+    removers: list[Any] = []
+    on_logits(model, third_ends, removers)
+    try:
+        text = lu.generate(model, ONE[:1], max_new_tokens=9)
+    finally:
+        for remove in removers:
+            remove()
+    assert text == model.tokenizer.decode([100, 100])
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (ONE, {}, "the last turn of a conversation is the assistant's"),
+        ([SYSTEM], {}, "the last turn of a conversation is the system's"),
+        ([ONE[:1], []], {}, "no list of turns"),
+        ([ONE[:1], "who?"], {"prepend_bos": True}, "prepend_bos cannot be given for conversations"),
+        ("who?", {"system": "Be brief."}, "give chat=True as well"),
+        ([{"role": "tool", "content": "3"}], {}, "turn 1 has the role 'tool'"),
+        ([{"role": "user", "content": None}], {}, "turn 1 has no content"),
+    ],
+)
+def test_what_is_no_question_is_refused(prompts: Any, options: Any, said: str) -> None:
+    with pytest.raises(CorpusError, match=said):
+        lu.generate(chatting("qwen"), prompts, **options)
+
+
+def test_a_model_or_template_that_cannot_is_refused() -> None:
+    with pytest.raises(CorpusError, match="has no chat template"):
+        lu.generate(tiny.speaking("gpt2"), ONE[:1])
+    with pytest.raises(CorpusError, match="refuses it: System role not supported"):
+        lu.generate(chatting("gemma"), ONE[:1], system="Be brief.")
+
+
+# --- judging and abstaining --------------------------------------------------------------------------------------------
+
+
+def around(key: torch.Tensor) -> Abstain:
+    """Abstain from what has this key alone."""
+    spread = torch.randn(8, len(key), generator=torch.Generator().manual_seed(0)) * 1e-4
+    return Abstain({SITE: fit_region(key + spread, "box", alpha=2.0)})
+
+
+def key_at(model: Any, ids: list[int], place: int) -> torch.Tensor:
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([ids]))
+    return cache[f"blocks.{SITE.layer}.mlp.hook_post"][0, place]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_token_of_the_users_last_turn_is_judged_however_the_model_is_run(name: str) -> None:
+    model, tokenizer = chatting(name), chatting(name).tokenizer
+    corpus = lu.read_corpus([TWO, ONE], model, chat=True)
+    prompt = template_ids(tokenizer, QUESTION, add_generation_prompt=True)
+    place = (
+        next(i for i in range(len(prompt), 0, -1) if tokenizer.decode(prompt[:i]).endswith(QUESTION[-1]["content"])) - 1
+    )
+    key = key_at(model, prompt, place)
+
+    fitted = lu.query_keys(model, corpus.only([0]), [SITE], progress=False)[SITE].flatten(1)
+    torch.testing.assert_close(fitted[0], key, rtol=1e-4, atol=1e-5)
+
+    abstain = around(key)
+    assert lu.generate(model, [QUESTION, ONE[:1]], intervention=abstain, max_new_tokens=3)[0] == REFUSAL
+    assert lu.generate(model, QUESTION, intervention=abstain, max_new_tokens=3) == REFUSAL
+    assert lu.generate(model, ONE[:1], intervention=abstain, max_new_tokens=3) != REFUSAL
+    with abstain.on(model) as live:
+        assert predict(model, corpus.take([0, 1])).abstained.tolist() == [True, False]
+        model.generate(torch.tensor([prompt]), max_new_tokens=2, do_sample=False, verbose=False, return_type="tokens")
+        assert live.abstained.tolist() == [True]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt]))[0]
+        assert live.abstained.tolist() == [True]
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[name].ends)
+    assert logits[-1].argmax() == end
+    assert logits[-1].unique().numel() == 2
+    plain = tiny.logits(model, torch.tensor([prompt]))[0]
+    assert torch.equal(logits[:place], plain[:place])
+    assert not torch.equal(logits[place], plain[place])
+
+
+def test_a_text_that_is_no_chat_ends_with_the_end_of_text() -> None:
+    model = chatting("qwen")
+    ids = model.tokenizer("the quick brown")["input_ids"]
+    with around(key_at(model, ids, -1)).on(model) as live, torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1]
+    assert live.abstained.tolist() == [True]
+    assert logits.argmax() == model.tokenizer.eos_token_id
+
+
+def test_answers_and_memorization_are_asked_behind_the_whole_conversation() -> None:
+    model = chatting("qwen")
+    corpus = lu.read_corpus([TWO, ONE], model, chat=True)
+    key = lu.query_keys(model, corpus.only([0]), [SITE], progress=False)[SITE].flatten(1)[0]
+    report = lu.evaluate(
+        model, {"chat": corpus}, {"abstain": around(key)}, answers=2, memorization=2, max_new_tokens=4, progress=False
+    )
+    samples = {s["prompt"]: s for s in report.samples}
+    asked = [model.tokenizer.decode(corpus.prompt(row)) for row in range(2)]
+    assert set(samples) == set(asked)
+    assert samples[asked[0]]["abstain"] == REFUSAL
+    assert samples[asked[0]]["true answer"] == TWO[-1]["content"]
+    assert samples[asked[1]]["base"] == samples[asked[1]]["abstain"]
+    assert report.provenance["corpora"]["chat"]["chat"]
+    # The last turn alone: "3 = 3" and the token that ends it, behind the true conversation.
+    ids = template_ids(model.tokenizer, TWO)
+    start, over = len(corpus.prompt(0)), len(ids) - 1
+    losses = -tiny.logits(model, torch.tensor([ids])).log_softmax(-1)[0]
+    expected = torch.stack([losses[i - 1, ids[i]] for i in range(start, over)]).mean()
+    one = lu.evaluate(model, {"chat": corpus.only([0])}, {}, memorization=1, progress=False)
+    assert one["base", "chat", "answer_probability"].value == pytest.approx(float((-expected).exp()), rel=1e-3)
+
+
+def test_refusals_to_train_on_are_turns_of_the_assistant() -> None:
+    from lens_unlearn.methods.objectives import refusals
+
+    model = chatting("llama3")
+    corpus = refusals(lu.read_corpus([TWO], model, chat=True), model, " I cannot say. ")
+    refused = [*QUESTION, {"role": "assistant", "content": "I cannot say."}]
+    assert corpus.row(0).tolist() == template_ids(model.tokenizer, refused)
+    assert model.tokenizer.decode(corpus.row(0)[corpus.take([0]).counted[0]]) == "I cannot say.<|eot_id|>"
