@@ -14,8 +14,8 @@ import torch
 from record import begin
 
 import lens_unlearn as lu
-from lens_unlearn.model.hooks import backbone, detach_all, on_residual
-from lens_unlearn.model.residual import norms, residual_scale
+from lens_unlearn.model.hooks import backbone, detach_all
+from lens_unlearn.model.residual import norms, on_residual, residual_scale
 
 
 def main(given: Sequence[str] | None = None) -> None:

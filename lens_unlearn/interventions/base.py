@@ -33,14 +33,13 @@ from lens_unlearn.model.hooks import (
     detach_all,
     on_forward,
     on_logits,
-    on_residual,
     one_thread,
 )
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.layouts import require_known
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
-from lens_unlearn.model.residual import residual_scale
+from lens_unlearn.model.residual import on_residual, residual_scale
 from lens_unlearn.model.sites import Point, Site, resolve
 
 __all__ = [

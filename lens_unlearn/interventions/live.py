@@ -4,7 +4,7 @@ Knows where a forward pass stands in the texts of its rows, and what a run has t
 what any intervention does, nor of how its hooks are added.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -187,6 +187,11 @@ class Finish:
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the logits as the intervention leaves them."""
         return self.live.intervention.finish(logits, self.live)
+
+    @property
+    def expect(self) -> Callable[..., None]:
+        """How to announce where prompts end: what `announce` looks for."""
+        return self.live.expect
 
 
 def acting(model: Model) -> list[Live]:

@@ -28,14 +28,14 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from lens_unlearn.core.errors import ModelError, SiteError
@@ -43,6 +43,7 @@ from lens_unlearn.model.host import Model, device_of, require_model
 
 __all__ = [
     "Remover",
+    "announce",
     "attach",
     "backbone",
     "detach_all",
@@ -50,10 +51,31 @@ __all__ = [
     "logit_functions",
     "on_forward",
     "on_logits",
-    "on_residual",
     "one_thread",
     "register",
+    "resting",
 ]
+
+_rest = threading.local()
+
+
+def _resting() -> bool:
+    return getattr(_rest, "now", False)
+
+
+@contextmanager
+def resting() -> Iterator[None]:
+    """Let no hook of this package act in the calling thread's forward passes, but for those added inside, for a `with` block.
+
+    For what is to be measured of the model itself, whatever acts on it now.
+    """
+    before = _resting()
+    try:
+        _rest.now = True
+        yield
+    finally:
+        _rest.now = before
+
 
 Remover = Callable[[], bool]
 """Removes the hook it was made for and no other; returns False if that was already gone. It can be interrupted and called again."""
@@ -81,10 +103,12 @@ def attach(
     Raises:
         SiteError: If the installed TransformerLens does not record its hooks in `HookPoint.fwd_hooks`.
     """
-    thread, added = threading.get_ident(), False
+    thread, added, rests = threading.get_ident(), False, not _resting()
 
     def run(tensor: Tensor, hook: Any) -> Tensor | None:
-        return None if own_thread and threading.get_ident() != thread else function(tensor)
+        if (own_thread and threading.get_ident() != thread) or (rests and _resting()):
+            return None
+        return function(tensor)
 
     def remove() -> bool:
         # From TransformerLens' list and from PyTorch's; the latter last, since it is where an interrupted removal searches again.
@@ -313,12 +337,12 @@ def register(
 
 
 def _own(module: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a PyTorch hook that does nothing when it is called for another module, such as a copy of its own."""
-    reference = weakref.ref(module)
+    """Make a PyTorch hook that does nothing when it is called for another module, such as a copy of its own, or rests."""
+    reference, rests = weakref.ref(module), not _resting()
 
     @wraps(hook)
     def run(called: Any, *args: Any) -> Any:
-        return hook(called, *args) if called is reference() else None
+        return hook(called, *args) if called is reference() and not (rests and _resting()) else None
 
     run.module = reference  # type: ignore[attr-defined]
     return run
@@ -339,44 +363,6 @@ def _cached(value: Any) -> int:
     if hasattr(value, "get_seq_length"):
         return int(value.get_seq_length())
     return int(value.past_keys.shape[1]) if hasattr(value, "past_keys") else 0
-
-
-def on_residual(
-    model: Model,
-    layers: Iterable[int],
-    function: Callable[[int, Float[Tensor, "batch pos d_model"]], None],
-    removers: list[Remover] | None = None,
-    *,
-    output: bool = False,
-) -> Remover:
-    """Show a function the residual stream at the input of layers, or at the output of their blocks, in every forward pass.
-
-    Of a bridge it is the plain module that is looked at, which `shortcuts` runs as well.
-
-    Args:
-        model: The model.
-        layers: Which layers.
-        function: Takes the number of the layer and the stream, before anything in the layer runs (or behind all of it).
-        removers: As in `attach`.
-        output: Whether to look at the output.
-
-    Returns:
-        The remover of the hooks.
-    """
-
-    def show(layer: int, given: Iterable[Any]) -> None:
-        function(layer, next(t for t in given if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3))
-
-    def before(layer: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: show(layer, (*args, *kwargs.values()))
-
-    def behind(layer: int) -> Callable[..., None]:
-        return lambda module, args, kwargs, result: show(layer, result if isinstance(result, tuple) else [result])
-
-    kind, hook = ("_forward_hooks", behind) if output else ("_forward_pre_hooks", before)
-    blocks = {layer: model.blocks[layer] for layer in layers}
-    plain = {layer: getattr(block, "original_component", None) or block for layer, block in blocks.items()}
-    return register([(block, kind, hook(layer)) for layer, block in plain.items()], removers)
 
 
 def on_logits(model: Model, function: Callable[[Tensor], Tensor], removers: list[Remover] | None = None) -> Remover:
@@ -403,6 +389,20 @@ def logit_functions(model: Model) -> list[Callable[[Tensor], Tensor]]:
     unembed = getattr(model, "unembed", None)
     hooks = getattr(unembed, "_forward_hooks", {}).values()
     return [hook.function for hook in hooks if hasattr(hook, "function") and hook.module() is unembed]
+
+
+def announce(model: Model, ends: Int[Tensor, "batch"], lengths: Int[Tensor, "batch"]) -> None:
+    """Tell whatever looks at rows where each row's prompt, and each row, ends in the next forward pass.
+
+    Args:
+        model: The model.
+        ends: Positions of the prompts' last tokens.
+        lengths: Tokens of each row before its padding on the right.
+    """
+    for function in logit_functions(model):
+        expect = getattr(function, "expect", None)
+        if expect is not None:
+            expect(ends, lengths=lengths)
 
 
 def backbone(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:

@@ -1,6 +1,7 @@
-"""How large the residual stream of a model is, and where it is far larger than that: at attention sinks.
+"""The residual stream of a model: how to look at it, how large it is, and where it is far larger than that: at attention sinks.
 
-Knows norms of the residual stream, and a model's usual ones; knows nothing of what is left out or left alone because of them.
+Knows the inputs and outputs of blocks, their norms, and a model's usual ones; knows nothing of what is left out or left alone
+because of them.
 """
 
 # Some positions of a text, its first one above all and often delimiters, carry a few huge activations ("massive activations", Sun
@@ -11,6 +12,7 @@ Knows norms of the residual stream, and a model's usual ones; knows nothing of w
 # the earlier ones are not there any more. What it compares with is therefore a property of the model alone.
 
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,11 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
-from lens_unlearn.model.hooks import Remover, backbone, detach_all, on_residual, one_thread
+from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register, resting
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.special_tokens import special_tokens
 
-__all__ = ["norms", "residual_scale", "sinks_of"]
+__all__ = ["norms", "on_residual", "residual_scale", "sinks_of"]
 
 _PROBE = 64  # tokens of the text on which the usual norms of a model are measured
 
@@ -30,6 +32,44 @@ _PROBE = 64  # tokens of the text on which the usual norms of a model are measur
 _measured: "weakref.WeakKeyDictionary[Any, tuple[list[tuple[int, int]], tuple[float, ...]]]" = (
     weakref.WeakKeyDictionary()
 )
+
+
+def on_residual(
+    model: Model,
+    layers: Iterable[int],
+    function: Callable[[int, Float[Tensor, "batch pos d_model"]], None],
+    removers: list[Remover] | None = None,
+    *,
+    output: bool = False,
+) -> Remover:
+    """Show a function the residual stream at the input of layers, or at the output of their blocks, in every forward pass.
+
+    Of a bridge it is the plain module that is looked at, which `shortcuts` runs as well.
+
+    Args:
+        model: The model.
+        layers: Which layers.
+        function: Takes the number of the layer and the stream, before anything in the layer runs (or behind all of it).
+        removers: As in `attach`.
+        output: Whether to look at the output.
+
+    Returns:
+        The remover of the hooks.
+    """
+
+    def show(layer: int, given: Iterable[Any]) -> None:
+        function(layer, next(t for t in given if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3))
+
+    def before(layer: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: show(layer, (*args, *kwargs.values()))
+
+    def behind(layer: int) -> Callable[..., None]:
+        return lambda module, args, kwargs, result: show(layer, result if isinstance(result, tuple) else [result])
+
+    kind, hook = ("_forward_hooks", behind) if output else ("_forward_pre_hooks", before)
+    blocks = {layer: model.blocks[layer] for layer in layers}
+    plain = {layer: getattr(block, "original_component", None) or block for layer, block in blocks.items()}
+    return register([(block, kind, hook(layer)) for layer, block in plain.items()], removers)
 
 
 def norms(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos"]:
@@ -52,9 +92,10 @@ def sinks_of(
 def residual_scale(model: Model) -> tuple[float, ...]:
     """Return the median norm of the residual stream at the input of each layer, on a fixed text of random tokens without its first.
 
-    Measured once for the same weights.
+    It is of the model without interventions, measured once for the same weights.
     """
     state = [(p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference()]
+    state.append((0, bool(getattr(model, "compatibility_mode", False))))
     known = _measured.get(model)
     if known is None or known[0] != state:
         known = _measured[model] = (state, _measure(model))
@@ -69,7 +110,7 @@ def _measure(model: Model) -> tuple[float, ...]:
     drawn = uniform(mix(places + key_of("residual scale"))).double() * len(usual)
     medians: dict[int, float] = {}
     removers: list[Remover] = []
-    with one_thread(model), torch.no_grad():
+    with one_thread(model), resting(), torch.no_grad():
         try:
             try:
                 layers = range(int(model.cfg.n_layers))

@@ -21,10 +21,10 @@ from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ModelError
 from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
-from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, on_residual, one_thread
+from lens_unlearn.model.hooks import Remover, announce, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
-from lens_unlearn.model.residual import sinks_of
+from lens_unlearn.model.residual import on_residual, sinks_of
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.key_sample import KeySample
@@ -293,6 +293,7 @@ class _Watch:
         locate = getattr(part, "locate", None)
         if locate is not None:
             locate(*corpus.places(batch, by_unit=getattr(part, "by_unit", False)))
+        announce(model, batch.prompt_ends, batch.lengths)
         with suppress(_Enough):
             backbone(model, batch.tokens)
         return part

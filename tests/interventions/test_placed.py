@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from interventions_helpers import Z, box_around_half, one, selection_of, under
+from interventions_helpers import Z, box_around_half, one, random_selection, selection_of, under
 from positions_helpers import ROWS, adjust_of, pad, run, watching
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from lens_unlearn.interventions.update import Update
 from lens_unlearn.model.matrices import Matrix, matrix_shape
 from lens_unlearn.model.residual import residual_scale
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap
 
 POST = [Site(0, "mlp.post"), Site(1, "mlp.post")]
@@ -320,6 +321,38 @@ def test_the_usual_norms_are_of_the_model_alone_and_measured_anew_when_its_weigh
     again = residual_scale(model)
     assert again[0] == pytest.approx(3 * first[0], rel=1e-4)
     assert len(first) == tiny.LAYERS
+
+
+def test_the_usual_norms_are_those_without_what_acts_now() -> None:
+    plain = residual_scale(tiny.build("llama"))
+    model = tiny.build("llama")
+    embeds = Ablate(random_selection({Site(0, "resid"): (32,)}, share=2.0), 1e4)
+    update = Delta({Matrix(0, "W_out"): Update(torch.full(matrix_shape(model, 0, "W_out"), 100.0))})
+    with (embeds + update).on(model), adjust_of(model).on(model) as live:
+        before = tiny.logits(model)
+        assert residual_scale(model) == plain
+        assert torch.equal(tiny.logits(model), before)
+        assert live.rows is not None
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_statistics_inside_a_block_are_those_of_the_prompts_and_answers_of_a_corpus(at: str) -> None:
+    name = "llama"
+    model, plain = tiny.model(name), tiny.hugging_face(name)
+    corpus = tiny.corpus((7, 9, 4)).with_prompts()
+    chosen = NeuronMap({POST[0]: selection_of(model, share=0.5)[POST[0]]})
+    ends = {int(row): int(end) for batch in corpus.batches(1) for row, end in zip(batch.rows, batch.prompt_ends)}
+    expected = []
+    for row in range(corpus.n_rows):
+        begin, end = int(corpus.starts[row]), int(corpus.starts[row + 1])
+        tokens = corpus.tokens[begin:end].long()[None]
+        where = PLACES[at](torch.arange(end - begin), ends[row])[None]
+        with masked(plain, name, chosen, where):
+            seen = tiny.plain_activations(plain, name, ["mlp.post"], tokens)[POST[1]]
+        expected.append(seen[0][corpus.counted[begin:end]])
+    with Ablate(chosen).on(model, at=at):
+        got = collect(model, corpus, POST[1], batch_size=2, progress=False)
+    torch.testing.assert_close(got.mean[POST[1]].float(), torch.cat(expected).mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_token_behind_bos_is_no_sink_also_where_padding_is_bos() -> None:
