@@ -149,7 +149,7 @@ class Corpus:
     """Tokenized documents, cut into rows no longer than a window, with a mask of the counted positions.
 
     Every token is counted unless it is special (BOS, padding, or one that the text itself writes), or in question-answer corpora
-    part of the prompt. Statistics are taken
+    part of the prompt. In a chat, all tokens of the assistant's turns count, those that end them too. Statistics are taken
     at counted tokens; the loss is that of predicting counted tokens, so the first token of a row without BOS, which
     nothing predicts, counts for statistics only.
     """

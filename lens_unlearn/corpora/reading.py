@@ -131,7 +131,17 @@ def read_corpus(
     counted = count or ("answer" if opened.is_pairs or chat else "all")
     joined = template or opened.template
     encoder = Encoder(
-        tokenizer, joined, counted, bos, None if chat else eos, int(model.cfg.d_vocab), longest, tokens, talk, system
+        tokenizer,
+        joined,
+        counted,
+        bos,
+        None if chat else eos,
+        int(model.cfg.d_vocab),
+        longest,
+        tokens,
+        talk,
+        system,
+        opened.name,
     )
     for document in encoder.encode(opened.rows, builder.skipped, shuffle, seed):
         if not builder.add(document):

@@ -80,6 +80,7 @@ class Encoder:
         budget: Most counted tokens that are wanted in all.
         chat: The template in which conversations, and prompts with their answers, are written.
         system: The system's turn of conversations that have none.
+        name: Of their source.
     """
 
     tokenizer: Any
@@ -92,6 +93,7 @@ class Encoder:
     budget: int | None
     chat: Chat | None = None
     system: str | None = None
+    name: str = "the source"
     # The digest of the first text of each run of rows, by the number of its file and its own.
     first_in: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -163,7 +165,7 @@ class Encoder:
                 return _Text(chat.write(messages))
             written = conversations.write(chat, messages)
         except CorpusError as error:
-            raise CorpusError(f"row {place + 1:,}: {error}") from error
+            raise CorpusError(f"row {place + 1:,} of {self.name}: {error}") from error
         if written is None:
             return None
         last = max(number for number, turn in enumerate(messages) if turn["role"] == "assistant")
@@ -185,7 +187,8 @@ class Encoder:
         strange = next((token for token in ids if not 0 <= token < self.vocabulary), None)
         if strange is not None:
             raise CorpusError(
-                f"row {place + 1:,} holds the token {strange}, which this model's vocabulary of {self.vocabulary:,} has not: "
+                f"row {place + 1:,} of {self.name} holds the token {strange}, which this model's vocabulary of "
+                f"{self.vocabulary:,} has not: "
                 "give texts, or token ids of its own tokenizer"
             )
         return _Text(self.tokenizer.decode(list(ids), skip_special_tokens=True), ids=ids)

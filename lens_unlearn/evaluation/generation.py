@@ -21,7 +21,7 @@ from lens_unlearn.model.host import Model, device_of, require_eval, require_mode
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.special_tokens import bos_token, encode, end_token, tokenizer_of, written_after
 
-__all__ = ["generate"]
+__all__ = ["Conversation", "generate"]
 
 
 Conversation = Sequence[Mapping[str, Any]]

@@ -8,14 +8,16 @@ is `figures.generations`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from lens_unlearn.core.errors import CorpusError
-from lens_unlearn.evaluation.generation import generate
+from lens_unlearn.evaluation.generation import Conversation, generate
 from lens_unlearn.evaluation.report import BASE
 from lens_unlearn.inspection.shown import Shown, named_conditions, shortened
 from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.model.chat import is_conversation
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
 
@@ -55,12 +57,14 @@ class Generations(Shown):
 
 def generations(
     model: Model,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | Conversation | Sequence[Conversation],
     conditions: Mapping[str, Intervention | None],
     *,
     max_new_tokens: int = 60,
     temperature: float = 0.0,
     prepend_bos: bool | None = None,
+    chat: bool = False,
+    system: str | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> Generations:
@@ -68,11 +72,13 @@ def generations(
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` with a tokenizer.
-        prompts: One or several texts.
+        prompts: One or several texts, or one or several conversations, which the assistant answers.
         conditions: By name: an intervention, or None. The model as it is here always comes first, as "base".
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
         prepend_bos: Whether a prompt begins with BOS, once; default as `read_corpus` has it.
+        chat: Whether a text is a turn of the user.
+        system: The system's turn of conversations that have none.
         batch_size: Prompts of equal length that are run together, at temperature 0.
         seed: Of the draws: the same for every condition.
 
@@ -81,7 +87,7 @@ def generations(
         CorpusError: If there is no prompt, the model has no tokenizer, or a prompt is empty or longer than the context.
     """
     require_model(model)
-    given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    given: tuple[Any, ...] = (prompts,) if isinstance(prompts, str) or is_conversation(prompts) else tuple(prompts)
     for number, prompt in enumerate(given):
         if not prompt:
             raise CorpusError(f"prompt {number} is empty: give a text to continue")
@@ -100,9 +106,17 @@ def generations(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 prepend_bos=prepend_bos,
+                chat=chat,
+                system=system,
                 batch_size=batch_size,
                 seed=seed,
             )
         )
     decoding = f"temperature {temperature:g}, seed {seed}" if temperature > 0 else "the most probable tokens"
-    return Generations(given, written, f"{model_name(model)} · {decoding}, at most {max_new_tokens:,}")
+    shown = tuple(one if isinstance(one, str) else _as_text(one) for one in given)
+    return Generations(shown, written, f"{model_name(model)} · {decoding}, at most {max_new_tokens:,}")
+
+
+def _as_text(conversation: Conversation) -> str:
+    """Write a conversation as it is shown."""
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)

@@ -78,7 +78,7 @@ def test_thoughts_that_a_template_leaves_out_or_puts_in_are_where_it_writes_them
 
 
 def test_a_template_that_changes_what_was_said_before_is_refused() -> None:
-    assert "row 1: the tokenizer's chat template writes what stands before turn 2 otherwise" in error(
+    assert "row 1 of list: the tokenizer's chat template writes what stands before turn 2 otherwise" in error(
         [TWO], "forgetful"
     )
     assert lu.read_corpus([ONE], chatting("forgetful"), chat=True).n_rows == 1
@@ -186,7 +186,7 @@ def test_a_row_that_is_no_conversation_is_refused_by_its_number(messages: Any, s
 
 
 def test_what_the_template_refuses_is_refused_in_its_words() -> None:
-    assert "row 1: the tokenizer's chat template refuses it: System role not supported" in error(
+    assert "row 1 of list: the tokenizer's chat template refuses it: System role not supported" in error(
         [ONE], "gemma", system="Be brief."
     )
     assert "must alternate" in error([[Q, Q, A]], "gemma")

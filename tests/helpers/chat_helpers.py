@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import tiny
@@ -95,15 +96,24 @@ SYSTEM = {"role": "system", "content": "a small village"}
 @cache
 def chatting(name: str) -> Any:
     """Return a model with the tokenizer of a family; tests leave it as it was."""
-    family = {**FAMILIES, **OTHERS}[name]
+    with tempfile.TemporaryDirectory() as folder, tiny.quiet():
+        _save_tokenizer(folder, {**FAMILIES, **OTHERS}[name])
+        return tiny.to_bridge(_plain(), "llama", tiny.load_tokenizer(folder))
+
+
+def save_chatting(name: str, folder: Path) -> None:
+    """Save the same as a Hugging Face directory."""
+    _plain().save_pretrained(folder)
+    _save_tokenizer(str(folder), {**FAMILIES, **OTHERS}[name])
+
+
+def _plain() -> Any:
     config = transformers.LlamaConfig(
         vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=400, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, tiny.quiet(0):
-        plain = transformers.LlamaForCausalLM(config).eval()
-        _save_tokenizer(folder, family)
-        return tiny.to_bridge(plain, "llama", tiny.load_tokenizer(folder))
+    with tiny.quiet(0):
+        return transformers.LlamaForCausalLM(config).eval()
 
 
 def _save_tokenizer(folder: str, family: Family) -> None:

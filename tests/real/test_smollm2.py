@@ -53,6 +53,41 @@ def test_texts_begin_as_it_was_trained(smollm2: Any) -> None:
     assert corpus.tokens[: corpus.n_tokens].tolist() == smollm2.tokenizer("The sea is blue.")["input_ids"]
 
 
+CHAT = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+    {"role": "user", "content": " And of Italy? "},
+    {"role": "assistant", "content": "Rome.\n"},
+]
+
+
+@pytest.mark.parametrize("system", [None, "Answer in one word."])
+def test_chats_are_those_of_its_own_template(smollm2: Any, system: str | None) -> None:
+    tokenizer = smollm2.tokenizer
+    before = [] if system is None else [{"role": "system", "content": system}]
+    corpus = lu.read_corpus([CHAT, CHAT[:2]], smollm2, chat=True, system=system)
+    for row, messages in enumerate(([*before, *CHAT], [*before, *CHAT[:2]])):
+        ids = list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+        assert corpus.row(row).tolist() == ids
+        counted = tokenizer.decode(corpus.row(row)[corpus.take([row]).counted[0]])
+        assert counted == "".join(f"{t['content']}<|im_end|>" for t in messages if t["role"] == "assistant")
+        asked = tokenizer.apply_chat_template(messages[:-1], return_dict=True, add_generation_prompt=True)["input_ids"]
+        assert corpus.prompt(row).tolist() == list(asked)
+    assert tokenizer.decode(corpus.queries().row(0)).endswith("user\n And of Italy? ")
+
+
+def test_it_answers_a_chat_as_transformers_does(smollm2: Any) -> None:
+    assert lu.generate(smollm2, CHAT[:1]) == "The capital of France is Paris."
+    assert lu.generate(smollm2, CHAT[0]["content"], chat=True) == ["The capital of France is Paris."]
+    asked = smollm2.tokenizer.apply_chat_template(
+        CHAT[:3], return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        out = smollm2.original_model.generate(asked, max_new_tokens=20, do_sample=False)
+    own = smollm2.tokenizer.decode(out[0, asked.shape[1] :], skip_special_tokens=True)
+    assert lu.generate(smollm2, CHAT[:3], max_new_tokens=20) == own
+
+
 def test_a_fiftieth_of_its_neurons_holds_much_of_code_and_little_of_prose(smollm2: Any) -> None:
     """The papers' fractions work on a real model; of the toy models a quarter of the neurons is needed for as much."""
     code, prose = (read(smollm2, "fit", skill, 2000) for skill in ("code", "prose"))
