@@ -3,6 +3,7 @@
 Knows where prompts end, which tokens are special and which positions are attention sinks; knows nothing of what is done there.
 """
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,9 @@ class Place:
                 raise SelectionError(
                     f"at= is a mask of shape {tuple(self.at.shape)}, {self.at.dtype}: give booleans for batch and position"
                 )
-        elif self.at is not None and self.at not in WHERE:
+        elif self.at is not None and not (isinstance(self.at, str) and self.at in WHERE):
             raise SelectionError(
-                f"at={self.at!r} is no place in a text: choose from {', '.join(WHERE)}, or give a mask"
+                f"at={reprlib.repr(self.at)} is no place in a text: choose from {', '.join(WHERE)}, or give a mask"
             )
         if not isinstance(self.skip_special, bool):
             raise SelectionError(f"skip_special={self.skip_special!r} is not True or False")

@@ -92,6 +92,11 @@ def random_pruning(
             neurons = sum(v.numel() for v in pattern.values())
             raise SelectionError(f"fraction={fraction} selects nothing in layers of {neurons:,} neurons: raise it")
     else:
+        if not isinstance(like, Ablate):
+            raise SelectionError(
+                f"like={like!r} is no ablation: give one, and place the control itself, as in "
+                "random_pruning(..., like=prune).placed('generated')"
+            )
         pattern = dict(like.selection.items())
         counts = {s: _counted(chosen) for s, chosen in pattern.items()}
     if among is None:

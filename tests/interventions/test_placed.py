@@ -393,6 +393,10 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path: Path) -> None:
     prune = Ablate(selection_of(model))
     with pytest.raises(SelectionError, match="at='answer' is no place in a text: choose from prompt, generated, last"):
         prune.placed("answer")
+    for at in (mask := torch.ones(2, 3).bool().numpy(), mask.tolist(), 3, "x" * 500):
+        with pytest.raises(SelectionError, match="is no place in a text") as caught:
+            prune.placed(at)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 200
     for mask in (torch.ones(2, 3), torch.ones(3, dtype=torch.bool)):
         with pytest.raises(SelectionError, match="give booleans for batch and position"):
             prune.placed(mask)

@@ -338,3 +338,5 @@ def test_the_control_of_what_acts_somewhere_only_acts_there() -> None:
         assert isinstance(control.inner, Ablate)
         assert isinstance(other, Ablate)
         assert control.inner.selection.equals(other.selection)
+    with pytest.raises(SelectionError, match="is no ablation: give one"):
+        random_pruning(model, like=prune.placed("last"))  # type: ignore[arg-type]
