@@ -163,16 +163,18 @@ class Content:
             drawn[f"Every neuron's score ({name})"] = figures.neuron_heatmap(
                 (forget.mean_abs + EPS) / (retain.mean_abs + EPS), selection=selection
             )
-        drawn[f"Activations of the most specialized neurons ({name})"] = self._distribution(score, selection)
+        drawn[f"Activations of the most specialized neurons ({name})"] = self._distribution(
+            score, selection, self.plan.options(name).get("skip_sinks")
+        )
         return drawn
 
-    def _distribution(self, score: NeuronMap, selection: NeuronMap) -> Any:
+    def _distribution(self, score: NeuronMap, selection: NeuronMap, skip_sinks: float | None) -> Any:
         best = strongest(score.where(selection, float("-inf")), 6)
         sites = sorted({site for site, _ in best})
         read = {
             name: collect(
                 self.model, corpus.first(5000), sites, statistic=Histogram(),
-                batch_size=self.plan.batch_size, progress=False,
+                batch_size=self.plan.batch_size, skip_sinks=skip_sinks, progress=False,
             )
             for name, corpus in self.documents.fit.items()
         }  # fmt: skip

@@ -8,6 +8,7 @@ Knows how to find those tokens in the rows of a corpus again, and how to cut the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -101,6 +102,7 @@ def top_examples(
     context: int = 12,
     by: By = "max",
     per_document: bool = True,
+    skip_sinks: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> TopExamples:
@@ -117,6 +119,7 @@ def top_examples(
         context: Tokens to show on each side.
         by: The highest activations ("max"), the lowest ("min"), or those furthest from zero ("abs").
         per_document: Whether to take at most one token of each document.
+        skip_sinks: Leave out attention sinks, at which many neurons fire most whatever the text, see `collect`.
         batch_size: Full-length rows per forward. Results do not depend on it, up to the model's own rounding.
         progress: Whether to show bars.
 
@@ -134,7 +137,8 @@ def top_examples(
     for site, index in places.values():
         masks[site].view(-1)[index] = True
     statistic = TopTokens(k, by=by, per_document=per_document, among=NeuronMap(masks))
-    tops = collect(model, corpus, list(points), statistic=statistic, batch_size=batch_size, progress=progress)
+    options: dict[str, Any] = {"skip_sinks": skip_sinks, "batch_size": batch_size, "progress": progress}
+    tops = collect(model, corpus, list(points), statistic=statistic, **options)
     column = {site: mask.reshape(-1).cumsum(0) - 1 for site, mask in masks.items()}
     wanted = [
         (name, float(value), document, place)

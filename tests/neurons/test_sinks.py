@@ -12,6 +12,7 @@ from collect_helpers import run_until
 
 from lens_unlearn.core.errors import ActivationError, ArtefactError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.inspection.top_examples import top_examples
 from lens_unlearn.methods import by_name
 from lens_unlearn.methods.neuron_adjust import neuron_adjust
 from lens_unlearn.methods.selective_pruning import selective_pruning
@@ -124,6 +125,21 @@ def test_a_sink_is_left_out_of_every_statistic() -> None:
     assert int(histogram.counts(site, 0).sum()) == 11
     tops = collect(model, texts, site, statistic=TopTokens(13), skip_sinks=10, **QUIET)
     assert tops.state()[f"{site}.values"].shape[0] == 11
+
+
+def test_the_top_examples_of_a_neuron_may_be_those_elsewhere() -> None:
+    model = tiny.to_bridge(sinking("llama").original_model, "llama", tiny.speaking("llama").tokenizer)
+    texts = with_tokens([[77, 40, 41, 42, 43, 44], [50, 51, 77, 52, 53, 54, 55]])
+    site = Site(0, "resid")
+    values = collect(model, texts, site, statistic=TopTokens(13, by="abs"), **QUIET)[site].values
+    every, others = (
+        top_examples(model, texts, (site, 3), k=13, by="abs", per_document=False, skip_sinks=ratio, **QUIET)
+        for ratio in (None, 10)
+    )
+    found = [[example.value for example in one.examples["L0.resid[3]"]] for one in (every, others)]
+    assert [len(part) for part in found] == [13, 11]
+    assert found[0][2:] == found[1], "the two strongest are at the sinks"
+    assert values.shape[0] == 13
 
 
 def test_without_sinks_nothing_is_left_out_and_the_digits_are_the_same() -> None:
