@@ -19,6 +19,7 @@ from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.files import is_file, locate, looks_like_file, open_file
 from lens_unlearn.corpora.rows import FURTHER, IDS, MESSAGES, Row, plain_row, read_rows
 from lens_unlearn.corpora.tables import Table, of_dataset, table_of
+from lens_unlearn.model.chat import is_conversation
 
 __all__ = ["Opened", "Source", "open_source"]
 
@@ -58,6 +59,8 @@ def open_source(
     if isinstance(source, list | tuple) and (several := _paths(source)):
         opened = [_open_name(path, field, group, chat) for path in several]
         return _joined(opened[0].name if len(opened) == 1 else f"{opened[0].name} and {len(opened) - 1} more", opened)
+    if chat and is_conversation(source) and all("role" in turn and "content" in turn for turn in source):
+        source = [source]  # one conversation
     table = table_of(source)
     if chat and table.columns is None:  # conversations may stand in a list as they are
         rows = table.rows

@@ -57,6 +57,15 @@ def test_a_template_without_marks_of_its_own_counts_the_answers_as_well() -> Non
     assert written == " the quick fox <eos> 3 = 3 <eos>"
 
 
+def test_what_a_template_writes_behind_the_end_of_a_turn_does_not_count() -> None:
+    model = chatting("phi")
+    corpus = lu.read_corpus([TWO], model, chat=True)
+    ids = template_ids(model.tokenizer, TWO)
+    assert corpus.row(0).tolist() == ids
+    assert model.tokenizer.decode([ids[i] for i in counted(corpus)]) == "the quick fox<|end|>3 = 3<|end|>"
+    assert model.tokenizer.decode(ids[counted(corpus)[-1] + 1 :]) == "\n<eos>"
+
+
 def test_a_template_that_says_itself_what_is_generated_is_read_so() -> None:
     model = chatting("generation")
     corpus = lu.read_corpus([TWO], model, chat=True)
@@ -108,6 +117,8 @@ def test_every_kind_of_source_is_read_alike(tmp_path: Path) -> None:
     prints = {lu.read_corpus(source, model, chat=True).fingerprint for source in sources}
     assert len(prints) == 1
     assert lu.read_corpus(f"{file}:messages", model, chat=True).fingerprint in prints
+    one = lu.read_corpus([ONE], model, chat=True)
+    assert lu.read_corpus(ONE, model, chat=True).fingerprint == one.fingerprint
 
 
 def test_prompts_and_responses_are_conversations_of_two_turns(tmp_path: Path) -> None:

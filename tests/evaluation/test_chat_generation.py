@@ -1,5 +1,6 @@
 """generate(model, messages): what transformers' template and the model's own `generate` come to, up to the end of the turn."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,7 +139,12 @@ def test_the_last_token_of_the_users_last_turn_is_judged_however_the_model_is_ru
         assert predict(model, corpus.take([0, 1])).abstained.tolist() == [True, False]
         model.generate(torch.tensor([prompt]), max_new_tokens=2, do_sample=False, verbose=False, return_type="tokens")
         assert live.abstained.tolist() == [True]
+        other = template_ids(tokenizer, ONE[:1], add_generation_prompt=True)
+        width, pad = max(len(prompt), len(other)), tokenizer.pad_token_id
+        beside = torch.tensor([ids + [pad] * (width - len(ids)) for ids in (other, prompt)])
         with torch.no_grad():
+            model(beside)
+            assert live.abstained.tolist() == [False, True]
             logits = model(torch.tensor([prompt]))[0]
         assert live.abstained.tolist() == [True]
     end = tokenizer.convert_tokens_to_ids(FAMILIES[name].ends)
@@ -147,6 +153,31 @@ def test_the_last_token_of_the_users_last_turn_is_judged_however_the_model_is_ru
     plain = tiny.logits(model, torch.tensor([prompt]))[0]
     assert torch.equal(logits[:place], plain[:place])
     assert not torch.equal(logits[place], plain[place])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_every_token_is_judged_from_there_on(cache: bool) -> None:
+    model = chatting("gemma")
+    prompt = template_ids(model.tokenizer, QUESTION, add_generation_prompt=True)
+    written = lu.generate(model, QUESTION, max_new_tokens=6)
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=6,
+            do_sample=False,
+            verbose=False,
+            return_type="tokens",
+            stop_at_eos=False,
+        )[0].tolist()
+    for place in (
+        len(prompt) - 8,
+        len(prompt) - 1,
+        len(prompt) + 2,
+    ):  # of the user's turn, the last one, and of the answer
+        abstain = replace(around(key_at(model, out, place)), when="every_token")
+        text = lu.generate(model, QUESTION, intervention=abstain, max_new_tokens=6, use_cache=cache)
+        judged = place >= len(prompt) - len(lu.read_corpus([TWO], model, chat=True).marks) - 1
+        assert text == (REFUSAL if judged else written)
 
 
 def test_a_text_that_is_no_chat_ends_with_the_end_of_text() -> None:

@@ -32,6 +32,9 @@ GEMMA = """
 INSTRUCT = """
 {{- bos_token }}{%- for message in messages %}{%- if message['role'] == 'user' %}{{- '[INST] ' + message['content'] + ' [/INST]' }}
 {%- else %}{{- ' ' + message['content'] | trim + ' ' + eos_token }}{%- endif %}{%- endfor %}"""
+PHI = """
+{%- for message in messages %}{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}"""
 THINKING = """
 {%- set ns = namespace(last=0) %}{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}
 {%- endif %}{%- endfor %}{%- for message in messages %}{%- if message.role == 'assistant' %}
@@ -80,6 +83,7 @@ FAMILIES = {
 }
 OTHERS = {
     "instruct": Family(INSTRUCT, " [/INST]", "<eos>", (), bos=True, system=False),
+    "phi": Family(PHI, "<|assistant|>\n", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
     "thinking": Family(THINKING, "<|im_start|>assistant\n", "<|im_end|>", _IM),
     "forgetful": Family(FORGETFUL, "<|im_start|>assistant\n", "<|im_end|>", _IM),
     "generation": Family(GENERATION, "<|im_start|>assistant\n", "<|im_end|>", _IM),
