@@ -75,6 +75,7 @@ SHIPPED: dict[str, Callable[[Any], Intervention]] = {
     "Abstain every token": lambda m: about(m, TOKENS[2].tolist(), when="every_token"),
     **{f"Delta {kind}": lambda m, kind=kind: delta(m, kind) for kind in KINDS},
     "Placed prompt": lambda m: Ablate(selection_of(m, ["mlp.post", "attn.z"])).placed("prompt", skip_special=True),
+    "Placed generated": lambda m: Ablate(selection_of(m)).placed("generated", skip_special=True),
     "Placed last": lambda m: (adjust(m, "random") + delta(m, "rows")).placed("last"),
     "Chain": lambda m: (
         Ablate(selection_of(m, "attn.z")) + adjust(m, "random") + about(m, TOKENS[0].tolist()) + delta(m, "rows")
