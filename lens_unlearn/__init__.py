@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC: dict[str, tuple[str, ...]] = {
+    "core.allocator": ("tune_allocator",),
     "core.errors": (
         "ActivationError",
         "ArtefactError",
@@ -128,6 +129,7 @@ __all__ = [*sorted([*_HOME, *_MODULES]), "__version__"]  # pyright: ignore[repor
 if TYPE_CHECKING:
     from lens_unlearn import demo as demo
     from lens_unlearn import figures as plot
+    from lens_unlearn.core.allocator import tune_allocator
     from lens_unlearn.core.errors import (
         ActivationError,
         ArtefactError,

@@ -38,7 +38,10 @@ Resume = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Tokens = Annotated[int, typer.Option(help="Number of tokens to read from each corpus.")]
-BatchSize = Annotated[int, typer.Option(help="Rows of full length per forward pass.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Rows of full length per forward pass. [default: as many as this machine runs fastest with]"),
+]
 Shuffle = Annotated[
     int | None,
     typer.Option(
@@ -46,7 +49,13 @@ Shuffle = Annotated[
     ),
 ]
 Window = Annotated[int | None, typer.Option(help="Longest row in tokens. [default: the context length, at most 512]")]
-Dtype = Annotated[str, typer.Option(help="The dtype of the weights: float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="The dtype of the weights: float32, bfloat16, float16, float64; auto is bfloat16 where the weights are stored in at "
+        "most 16 bits and this machine is fast with it, else float32."
+    ),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(help="Spread the model over devices with accelerate: auto, balanced, ... [default: one device]"),
@@ -176,8 +185,8 @@ def run(
     ] = None,
     confidence: Confidence = 0.9,
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -288,8 +297,8 @@ def compare(
     confidence: Confidence = 0.9,
     seeds: Annotated[int, typer.Option(help="Random controls per method, each with its own seed.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -358,8 +367,8 @@ def collect(
     skip_sinks: SkipSinks = None,
     chat: Chat = False,
     system: System = None,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -443,8 +452,8 @@ def evaluate(
     prepend_bos: PrependBos = None,
     chat: Chat = False,
     system: System = None,
-    batch_size: BatchSize = 8,
-    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -537,7 +546,7 @@ def generate(
     prepend_bos: PrependBos = None,
     chat: Chat = False,
     system: System = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
@@ -671,9 +680,11 @@ def _process() -> str:
 
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2, what fails later with 1."""
+    from lens_unlearn.core.allocator import tune_allocator
     from lens_unlearn.core.errors import LensUnlearnError
     from lens_unlearn.core.text import visible
 
+    tune_allocator()
     try:
         app()
     except LensUnlearnError as error:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.corpora.corpus import Batch, Corpus
-from lens_unlearn.evaluation.teacher_forcing import predict
+from lens_unlearn.evaluation.teacher_forcing import Predicted, predict
 from lens_unlearn.model.host import Model
 
 __all__ = ["Answers", "gradients_of", "read_answers", "rows_at"]
@@ -23,12 +22,20 @@ __all__ = ["Answers", "gradients_of", "read_answers", "rows_at"]
 class Answers:
     """What a model gives the answer tokens of some rows."""
 
-    logits: Float[Tensor, "n vocabulary"]
-    target: Int[Tensor, "n"]
+    predicted: Predicted
     nll: Float[Tensor, "n"]
-    row: Int[Tensor, "n"]
-    """Which row of the batch each token is of."""
     rows: int
+
+    @property
+    def logits(self) -> Float[Tensor, "n vocabulary"]:
+        """All logits at once, in float32 at least."""
+        logits = self.predicted.logits()
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    @property
+    def target(self) -> Int[Tensor, "n"]:
+        """The answer tokens."""
+        return self.predicted.target
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -38,18 +45,15 @@ class Answers:
     def per_row(self) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
         """Return each row's mean negative log-likelihood per answer token, and its number of answer tokens."""
         count = torch.zeros(self.rows, dtype=self.nll.dtype, device=self.nll.device)
-        count = count.index_add(0, self.row, torch.ones_like(self.nll))
-        total = torch.zeros_like(count).index_add(0, self.row, self.nll)
+        count = count.index_add(0, self.predicted.row, torch.ones_like(self.nll))
+        total = torch.zeros_like(count).index_add(0, self.predicted.row, self.nll)
         return total / count.clamp_min(1), count
 
 
 def read_answers(model: Model, batch: Batch) -> Answers:
     """Run a model on a batch of rows and look at its counted tokens, teacher-forced, with gradients where they are enabled."""
     predicted = predict(model, batch)
-    logits = predicted.logits
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    loss = F.cross_entropy(logits, predicted.target, reduction="none")
-    return Answers(logits, predicted.target, loss, predicted.row, len(batch.tokens))
+    return Answers(predicted, predicted.nll(), len(batch.tokens))
 
 
 def rows_at(corpus: Corpus, step: int, size: int, seed: int) -> Batch:

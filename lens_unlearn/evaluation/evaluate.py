@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from lens_unlearn.core import distributed
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpora
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
 from lens_unlearn.evaluation.memorization import Memorization, single_values
@@ -27,7 +28,7 @@ from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, in_order, needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
-from lens_unlearn.evaluation.teacher_forcing import Forced, outcomes, predict, require_finite
+from lens_unlearn.evaluation.teacher_forcing import Forced, Predicted, outcomes, predict, require_finite
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
@@ -38,6 +39,8 @@ __all__ = ["Condition", "evaluate", "replicates"]
 Condition = Intervention | None | Sequence[Intervention]
 Runs = dict[str, list[Intervention | None]]
 COMMON_TARGETS = 50
+ROWS = 8
+"""Rows at a time where texts are written, or tasks scored, unless it is said how many."""
 KEPT = ("loss", "right")
 """Quantities that are kept token by token, of rows that are true answers."""
 
@@ -47,7 +50,7 @@ def evaluate(
     corpora: Mapping[str, Corpus],
     conditions: Mapping[str, Condition],
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     resamples: int = 1000,
     seed: int = 0,
     base: Report | None = None,
@@ -112,7 +115,7 @@ def evaluate(
         conditions: By name: an intervention, None for the unedited model, or several interventions (such as random
             controls with different seeds), which are averaged and whose spread enters the interval of that mean. The unedited
             model is always measured, as "base".
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         resamples: Bootstrap resamples over documents, or over the groups that a corpus was read with.
         seed: Of the bootstrap and of the choice of questions.
         base: An earlier report on the same corpora, with the same resamples and seed, from which the unedited model's
@@ -159,7 +162,7 @@ def evaluate(
     for corpus in corpora.values():
         corpus.check(model)
     asking = QuestionAnswering(
-        needing("answers"), answers, max_new_tokens, batch_size, allow_code_execution, seed, progress
+        needing("answers"), answers, max_new_tokens, batch_size or ROWS, allow_code_execution, seed, progress
     )
     recalling = Memorization(needing("memorization"), memorization, batch_size, seed, progress)
     questions, kept_rows = asking.choose(corpora), recalling.choose(model, corpora)
@@ -206,7 +209,7 @@ def evaluate(
         derived += DERIVED
         with one_thread(model):
             of_tasks, missing = run_tasks(
-                model, tasks, {BASE: [None], **runs}, options=options, batch_size=batch_size, progress=progress
+                model, tasks, {BASE: [None], **runs}, options=options, batch_size=batch_size or ROWS, progress=progress
             )
         if twice := set(of_tasks) & set(corpora):
             raise LensUnlearnError(
@@ -223,6 +226,7 @@ def evaluate(
         k: measures[k] for c in names for n in [*corpora, *of_tasks] for m in metrics if (k := (c, n, m)) in measures
     }
     settings = _settings(model, corpora, conditions, resamples, seed)
+    settings["rows at a time"] = {name: rows_at_once(model, corpus, batch_size) for name, corpus in corpora.items()}
     if halved:
         settings["batches cut for lack of memory"] = halved
     if questions:
@@ -314,7 +318,7 @@ class _Scored:
                     self.rows[name][number] |= rows[name][number]
 
 
-def _score(model: Model, corpus: Corpus, runs: Runs, batch_size: int, bar: Any, kept_rows: set[int]) -> _Scored:
+def _score(model: Model, corpus: Corpus, runs: Runs, batch_size: int | None, bar: Any, kept_rows: set[int]) -> _Scored:
     """Run every batch of a corpus once under every condition.
 
     Raises:
@@ -322,7 +326,8 @@ def _score(model: Model, corpus: Corpus, runs: Runs, batch_size: int, bar: Any, 
     """
     scored = _Scored.empty(runs, corpus.n_documents)
     common = _common_targets(corpus, int(model.cfg.d_vocab))
-    for batch in distributed.share(corpus.batches(batch_size)):
+    rows = rows_at_once(model, corpus, batch_size, passes=sum(map(len, runs.values())))
+    for batch in distributed.share(corpus.batches(rows)):
         pieces = batch.run(partial(_run, model, common, runs, scored.metrics))
         scored.halved += len(pieces) > 1
         for piece in pieces:
@@ -356,22 +361,28 @@ def _run(
     of_tokens = [metric for metric in metrics if metric.needs == "tokens"]
     where = batch.counted[:, 1:]
     rare = (~common[batch.tokens[:, 1:][where]]).numpy().astype(np.float64)
+    found: dict[str, list[Predicted]] = {}
     with torch.no_grad():
         reference = predict(model, batch) if BASE in runs else None
-        if reference is not None:
-            require_finite(model, batch, reference)
-        tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}
         for name, run in runs.items():
+            found[name] = []
             for intervention in run:
                 if intervention is None and reference is not None:
-                    predicted = reference
+                    found[name].append(reference)
                 else:
                     with nullcontext() if intervention is None else intervention.on(model):
-                        predicted = predict(model, batch)
-                table = outcomes(predicted, quantities, None if reference is None else reference.logits)
-                tokens = dict(zip(quantities, table.T, strict=True)) | {"rare": rare}
-                columns = [metric.of(tokens) for metric in of_tokens if metric.of is not None]
-                tables[name].append((np.stack(columns, axis=1), predicted.abstained.numpy(), table[:, : len(KEPT)]))
+                        found[name].append(predict(model, batch))
+        everything = [one for run in found.values() for one in run]
+        read = iter(outcomes(everything, quantities, reference))
+    tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}
+    for name, run in found.items():
+        for predicted in run:
+            table = next(read)
+            if predicted is reference:
+                require_finite(model, batch, predicted, table)
+            tokens = dict(zip(quantities, table.T, strict=True)) | {"rare": rare}
+            columns = [metric.of(tokens) for metric in of_tokens if metric.of is not None]
+            tables[name].append((np.stack(columns, axis=1), predicted.abstained.numpy(), table[:, : len(KEPT)]))
     return _Piece(batch, where.nonzero()[:, 0].numpy(), rare, tables)
 
 

@@ -141,12 +141,12 @@ class HarnessModel(TemplateLM):
         """Score the last tokens of rows, so many of each."""
         tokens = [torch.tensor(row) for row in rows]
         masks = [torch.arange(len(row)) >= len(row) - count for row, count in zip(rows, counts, strict=True)]
-        batch = Batch.of(tokens, masks, range(len(rows)))
+        batch, quantities = Batch.of(tokens, masks, range(len(rows))), ("loss", "right")
         with torch.no_grad():
             predicted = predict(self.model, batch, last=False)
-        require_finite(self.model, batch, predicted)
-        quantities = ("loss", "right")
-        for row in split_rows(predicted, outcomes(predicted, quantities), quantities):
+            (table,) = outcomes([predicted], quantities)
+        require_finite(self.model, batch, predicted, table)
+        for row in split_rows(predicted, table, quantities):
             yield -float(row["loss"].sum()), bool(row["right"].all())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:

@@ -38,7 +38,7 @@ def membership(
     name: str = "forget",
     k: float = 0.4,
     retrained: float = 0.5,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -70,7 +70,7 @@ def membership(
         name: The corpus under which the report gives them, so that it can be added to one of `evaluate`.
         k: The share of tokens for Min-K% and Min-K%++.
         retrained: The value of `mia_min_k` of a model that was trained without the members.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         resamples: Bootstrap resamples over the documents of both sides, the same for every condition.
         seed: Of the bootstrap.
         progress: Whether to show a bar.

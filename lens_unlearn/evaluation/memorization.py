@@ -135,7 +135,7 @@ class Memorization:
 
     metrics: Sequence[Metric]
     questions: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
     seed: int = 0
     progress: bool = True
     _known: dict[str, _Questions] = field(default_factory=dict)

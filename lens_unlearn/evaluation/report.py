@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens_unlearn.core.allocator import allocator
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.intervals import FEWEST, after_choice, interval
 from lens_unlearn.model.host import versions
@@ -346,4 +347,4 @@ def chosen_among(best: str, by: Mapping[str, Measure], measured: Mapping[str, Me
 
 def provenance_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Add versions to the settings of a run."""
-    return {**settings, "versions": versions()}
+    return {**settings, "versions": versions(), "allocator": allocator()}

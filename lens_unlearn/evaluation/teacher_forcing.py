@@ -5,24 +5,30 @@ logits that a metric may need. Knows batches and logits; knows nothing of what t
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Answer, Batch, Corpus
 from lens_unlearn.corpora.reading import tokenize
-from lens_unlearn.interventions.base import Intervention, acting
-from lens_unlearn.model.finite import broken_logits, refuse_broken
-from lens_unlearn.model.host import Model, device_of
+from lens_unlearn.interventions.base import Intervention, acting, only_constants, with_constants
+from lens_unlearn.model.finite import refuse_broken
+from lens_unlearn.model.hooks import logit_functions
+from lens_unlearn.model.host import Model
+from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
+from lens_unlearn.model.unembedding import Unembedding, knows_its_end, unembedding
 
 __all__ = [
     "Forced",
@@ -38,24 +44,57 @@ __all__ = [
     "with_answers",
 ]
 
-_CHUNK = 1024  # positions whose full distribution is held at a time
+_AT_ONCE = 2**24
+"""Logits that stand at a time: 64 MB in float32."""
+_IN_CACHE = 2**20
+"""Logits that are read at a time on a processor: what is made of them stays in its caches."""
 FLOOR = 1e-6  # of the variance of log probabilities, as in the released Min-K%++
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The logits of the tokens of a batch that a model predicts: counted ones with a token before them."""
+    """The tokens of a batch that a model predicts, which are the counted ones with a token before them, and their logits."""
 
-    logits: Float[Tensor, "n vocabulary"]
+    hidden: Float[Tensor, "n width"]
+    """What the model's unembedding is given."""
     target: Int[Tensor, "n"]
     row: Int[Tensor, "n"]
     """Which row of the batch each token is of."""
     abstained: Bool[Tensor, "rows"]
     """Which rows an intervention abstained from."""
+    end: Unembedding
+    constant: Int[Tensor, "n"] | None = None
+    """Where an intervention makes logits constant, as `with_constants` takes it; None for nowhere."""
+
+    @property
+    def slices(self) -> Iterator[slice]:
+        """Cut the tokens into parts whose logits can stand at a time."""
+        size = max(1, _AT_ONCE // int(self.end.model.cfg.d_vocab))
+        return (slice(start, start + size) for start in range(0, len(self.target), size))
+
+    def logits(self, part: slice = slice(None)) -> Float[Tensor, "n vocabulary"]:
+        """Compute the logits of some of the tokens."""
+        logits = self.end.logits(self.hidden[part])
+        return logits if self.constant is None else with_constants(logits, self.constant[part])
+
+    def nll(self) -> Float[Tensor, "n"]:
+        """Return the negative log-likelihood of each token, with gradients where they are enabled."""
+
+        def of(hidden: Tensor, part: slice) -> Tensor:
+            logits = replace(
+                self, hidden=hidden, constant=None if self.constant is None else self.constant[part]
+            ).logits()
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            return F.cross_entropy(logits, self.target[part], reduction="none")
+
+        # The gradient of a part needs its logits, which are computed again then rather than kept.
+        parts = [(self.hidden[part], part) for part in self.slices]
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        return torch.cat([checkpoint(of, *one, use_reentrant=False) if again else of(*one) for one in parts])
 
 
 def predict(model: Model, batch: Batch, *, last: bool = True) -> Predicted:
-    """Run a model on a batch, with gradients where they are enabled, and pick the logits of its counted tokens.
+    """Run a model on a batch, with gradients where they are enabled, up to the logits of its counted tokens.
 
     Args:
         model: The model, with whatever acts on it.
@@ -64,28 +103,44 @@ def predict(model: Model, batch: Batch, *, last: bool = True) -> Predicted:
             row by it; without it, rows may be one token longer than the context.
     """
     width = batch.tokens.shape[1] - (not last)
+    lives = acting(model)
+    if not knows_its_end(model):  # then it is run once on other tokens, which are no text of theirs
+        with ExitStack() as aside:
+            for live in lives:
+                aside.enter_context(live.aside())
+            with unembedding(model):
+                pass
     # A batch is padded with token 0, which may be a token of text: interventions that look at rows have to know where they end.
-    for live in acting(model):
+    for live in lives:
         live.expect(batch.prompt_ends.clamp_max(width - 1), lengths=batch.lengths.clamp_max(width))
     where = batch.counted[:, 1:]
-    logits = model(batch.tokens[:, :width].to(device_of(model)), return_type="logits")[:, : where.shape[1]]
-    picked = logits[where.to(logits.device)]
-    silent = torch.zeros(len(batch.tokens), dtype=torch.bool)
-    for live in acting(model):
-        silent |= live.abstained.cpu()
+    whole = any(not only_constants(live.intervention) for live in lives) or len(lives) < len(logit_functions(model))
+    # Fused attention has no second derivative, which some estimates of curvature need.
+    with (
+        nullcontext() if torch.is_grad_enabled() else shortcuts(model) as out,
+        unembedding(model, out, whole=whole) as end,
+    ):
+        hidden = end.hidden(batch.tokens[:, :width], where)
+    constant = torch.full(where.shape, -1)
+    abstained = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    for live in lives:
+        if not whole and (theirs := live.constant_at()) is not None:
+            constant = torch.maximum(constant, theirs[:, : where.shape[1]].cpu())
+        abstained |= live.abstained.cpu()
     target, row = batch.tokens[:, 1:][where], where.nonzero()[:, 0]
-    return Predicted(picked, target.to(picked.device), row.to(picked.device), silent)
+    at = constant[where].to(hidden.device) if bool((constant >= 0).any()) else None
+    return Predicted(hidden, target.to(hidden.device), row.to(hidden.device), abstained, end, at)
 
 
-def require_finite(model: Model, batch: Batch, predicted: Predicted) -> None:
-    """Refuse a model whose logits for a batch hold NaN or infinity.
+def require_finite(model: Model, batch: Batch, predicted: Predicted, table: Float[np.ndarray, "n quantities"]) -> None:
+    """Refuse a model whose logits for a batch hold NaN or infinity, for which `outcomes` gives NaN.
 
     Raises:
         ActivationError: If so; names the layer.
     """
-    broken = broken_logits(predicted.logits)
-    if bool(broken.any()):
-        row = int(predicted.row[broken.nonzero()[0, 0]])
+    broken = np.isnan(table).all(1)
+    if broken.any():
+        row = int(predicted.row[int(broken.argmax())])
         refuse_broken(model, batch.tokens[row, : min(int(batch.lengths[row]), int(model.cfg.n_ctx))])
 
 
@@ -95,35 +150,42 @@ class Outcome:
     Args:
         logits: Of the model that is measured.
         target: The tokens that come next.
-        reference: Logits of the unedited model at the same places, for `kl`.
+        reference: What the unedited model says at the same places, for `kl`.
     """
 
     def __init__(
-        self, logits: Float[Tensor, "n v"], target: Int[Tensor, "n"], reference: Float[Tensor, "n v"] | None = None
+        self, logits: Float[Tensor, "n v"], target: Int[Tensor, "n"], reference: "Outcome | None" = None
     ) -> None:
-        self.logits, self.target = logits.float(), target
-        self.reference = reference
+        self.logits, self.target, self.reference = logits, target, reference
 
     @cached_property
-    def _own(self) -> Float[Tensor, "n 1"]:
+    def _own(self) -> Tensor:
         return self.logits.gather(1, self.target[:, None])
 
     @cached_property
-    def _log_sum(self) -> Float[Tensor, "n"]:
-        return self.logits.logsumexp(1)
+    def _log_p(self) -> Float[Tensor, "n v"]:
+        return self.logits.float().log_softmax(1)
+
+    @cached_property
+    def _p(self) -> Float[Tensor, "n v"]:
+        return self._log_p.exp()
+
+    @cached_property
+    def _broken(self) -> Bool[Tensor, "n"]:
+        return self._log_p.amax(1).isnan()
 
     @cached_property
     def _above(self) -> Int[Tensor, "n"]:
-        return (self.logits > self._own).sum(1)
+        return _count(self.logits > self._own)
 
     @cached_property
     def _tied(self) -> Int[Tensor, "n"]:
-        return (self.logits == self._own).sum(1)
+        return _count(self.logits == self._own)
 
     @property
     def loss(self) -> Float[Tensor, "n"]:
         """Negative log probability of the target, in nats."""
-        return self._log_sum - self._own[:, 0]
+        return -self._log_p.gather(1, self.target[:, None])[:, 0]
 
     @property
     def top1(self) -> Float[Tensor, "n"]:
@@ -147,11 +209,13 @@ class Outcome:
     @property
     def kl(self) -> Float[Tensor, "n"]:
         """KL(reference || logits) in nats; 0 without a reference."""
-        if self.reference is None:
-            return torch.zeros_like(self._log_sum)
-        base = self.reference.float().log_softmax(1)
-        terms = base.exp() * (base - self.logits + self._log_sum[:, None])
-        return terms.masked_fill(base == float("-inf"), 0).sum(1)  # what the base cannot say adds nothing
+        if self.reference is None or self.reference is self:
+            return torch.zeros_like(self.target, dtype=torch.float32)
+        base, p = self.reference._log_p, self.reference._p
+        total = torch.sub(base, self._log_p).mul_(p).sum(1)
+        if bool(total.isnan().any()):  # what the base cannot say adds nothing
+            total = (p * (base - self._log_p)).masked_fill(base == float("-inf"), 0).sum(1)
+        return total
 
     @property
     def z_score(self) -> Float[Tensor, "n"]:
@@ -159,28 +223,48 @@ class Outcome:
 
         mu and sigma^2 are the mean and variance of the log probability under the model's own distribution; sigma^2 >= 1e-6.
         """
-        log_p = self.logits.log_softmax(1)
-        p = log_p.exp()
-        shifted = log_p.masked_fill(p == 0, 0)  # what the model cannot say adds nothing
-        mean = (p * shifted).sum(1)
-        variance = (p * (shifted - mean[:, None]).square()).sum(1)
-        return (log_p.gather(1, self.target[:, None])[:, 0] - mean) / variance.clamp_min(FLOOR).sqrt()
+        shifted = self._log_p.masked_fill(self._p == 0, 0)  # what the model cannot say adds nothing
+        mean = (self._p * shifted).sum(1)
+        variance = (self._p * (shifted - mean[:, None]).square()).sum(1)
+        return (-self.loss - mean) / variance.clamp_min(FLOOR).sqrt()
 
     def table(self, quantities: Sequence[str]) -> Float[Tensor, "n quantities"]:
         """Return some quantities side by side, NaN where the logits are not finite."""
         columns = torch.stack([getattr(self, name) for name in quantities], dim=1)
-        return columns.masked_fill(~torch.isfinite(self._log_sum)[:, None], float("nan"))
+        return columns.masked_fill(self._broken[:, None], float("nan"))
+
+
+def _count(flags: Bool[Tensor, "n v"]) -> Int[Tensor, "n"]:
+    return flags.view(torch.uint8).sum(1, dtype=torch.int32)  # twice as fast as the sum of flags
 
 
 def outcomes(
-    predicted: Predicted, quantities: Sequence[str], reference: Float[Tensor, "n v"] | None = None
-) -> Float[np.ndarray, "n quantities"]:
-    """Read quantities out of the logits of a batch, a few positions at a time, in float64."""
-    if not len(predicted.target):
-        return np.zeros((0, len(quantities)))
-    beside = [None] * len(predicted.logits) if reference is None else reference.split(_CHUNK)
-    chunks = zip(predicted.logits.split(_CHUNK), predicted.target.split(_CHUNK), beside)
-    return torch.cat([Outcome(*chunk).table(quantities) for chunk in chunks]).double().cpu().numpy()
+    predicted: Sequence[Predicted], quantities: Sequence[str], reference: Predicted | None = None
+) -> list[Float[np.ndarray, "n quantities"]]:
+    """Read quantities out of the logits of a batch, in float64, for each of several models that were run on it.
+
+    Args:
+        predicted: Of each model.
+        quantities: Properties of `Outcome`.
+        reference: Of the unedited model, for `kl`; it may be one of them.
+    """
+    first = reference or predicted[0]
+    found: list[list[Tensor]] = [[torch.zeros(0, len(quantities))] for _ in predicted]
+    for part in first.slices:
+        beside = None if reference is None else reference.logits(part)
+        target = first.target[part]
+        size = len(target) if target.device.type != "cpu" else max(1, _IN_CACHE // int(first.end.model.cfg.d_vocab))
+        cuts = [slice(start, start + size) for start in range(0, len(target), size)]
+        base = [None if beside is None else Outcome(beside[cut], target[cut]) for cut in cuts]
+        for one, tables in zip(predicted, found, strict=True):
+            if one is reference:
+                tables += [other.table(quantities).cpu() for other in base if other is not None]
+                continue
+            logits = one.logits(part)
+            tables += [
+                Outcome(logits[cut], target[cut], b).table(quantities).cpu() for cut, b in zip(cuts, base, strict=True)
+            ]
+    return [torch.cat(tables).double().numpy() for tables in found]
 
 
 Forced = dict[str, np.ndarray]
@@ -198,24 +282,25 @@ def force(
     model: Model,
     corpus: Corpus,
     intervention: Intervention | None,
-    batch_size: int,
+    batch_size: int | None,
     bar: Any,
     quantities: Sequence[str] = ("loss", "right"),
 ) -> list[Forced]:
     """Run every row of a corpus once, and return what is said of its counted tokens that have a token before them."""
     forced: dict[int, Forced] = {}
     with nullcontext() if intervention is None else intervention.on(model), torch.no_grad():
-        for batch in corpus.batches(batch_size):
+        for batch in corpus.batches(rows_at_once(model, corpus, batch_size)):
             predicted = predict(model, batch)
+            (table,) = outcomes([predicted], quantities)
             if intervention is None and not acting(model):
-                require_finite(model, batch, predicted)
-            rows = split_rows(predicted, outcomes(predicted, quantities), quantities)
+                require_finite(model, batch, predicted, table)
+            rows = split_rows(predicted, table, quantities)
             forced |= zip(batch.rows.tolist(), rows, strict=True)
             bar.update(len(batch.rows))
     return [forced[row] for row in range(corpus.n_rows)]
 
 
-def accuracy(model: Model, corpus: Corpus, batch_size: int) -> tuple[float, float]:
+def accuracy(model: Model, corpus: Corpus, batch_size: int | None) -> tuple[float, float]:
     """Return the share of a corpus' counted tokens that are the single most probable one, and their mean loss in nats.
 
     Raises:
@@ -229,7 +314,7 @@ def accuracy(model: Model, corpus: Corpus, batch_size: int) -> tuple[float, floa
 
 
 def recalled(
-    model: Model, corpus: Corpus, batch_size: int
+    model: Model, corpus: Corpus, batch_size: int | None
 ) -> tuple[Float[np.ndarray, "documents"], Float[np.ndarray, "documents"]]:
     """Return of each document how many counted tokens are the single most probable one, and how many are predicted.
 

@@ -190,7 +190,7 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     controls: int = 3,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Forget each skill of a set in turn, by every method and its random control, within one budget.
@@ -213,7 +213,7 @@ def compare(
         settings: Options of the methods, as in ``{"importance": "rms", "neuron-adjust.site": "mlp.post"}``.
         controls: Random controls per method, each with a seed of its own.
         seed: Of splits, samples, controls and the bootstrap.
-        batch_size: Full-length rows per forward pass.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Returns:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, BudgetError, LensUnlearnError, ProcessError
+from lens_unlearn.corpora.batching import batch_tokens, use_batch_tokens
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.memorization import Memorization
@@ -25,7 +26,7 @@ from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
-from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder, fitted_form
+from lens_unlearn.experiments.run_folder import REPORT, TOKENS, Form, RunFolder, fitted_form
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.methods.method import Fitted, Method
@@ -131,6 +132,8 @@ class Experiment:
         Raises:
             Exception: If every method fails, that of the first; what only some fail with is noted in `failed`.
         """
+        if self.plan.batch_size is None:
+            use_batch_tokens(self.model, self._kept("kept/batch.safetensors", TOKENS, self._batch_tokens))
         for name in self.records:
             with self.going_on(name):
                 self.fitted[name] = self._kept(
@@ -141,6 +144,11 @@ class Experiment:
                     f"{name}.safetensors", form, lambda name=name: self._find(name)
                 )
         self._require_some()
+
+    def _batch_tokens(self) -> int:
+        texts = [*self.documents.fit.values(), *self.documents.test.values()]
+        passes = len(self.plan.methods) * (1 + self.plan.controls)
+        return batch_tokens(self.model, max(texts, key=lambda text: text.n_tokens), passes=passes)
 
     def _require_some(self) -> None:
         if not self.edits:

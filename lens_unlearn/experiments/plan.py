@@ -14,7 +14,7 @@ from lens_unlearn.core.names import check_name
 from lens_unlearn.core.numbers import NUMBERS, STRENGTH
 from lens_unlearn.methods.budget import CONFIDENCE
 from lens_unlearn.methods.method import Method
-from lens_unlearn.model.loading import dtype_of
+from lens_unlearn.model.dtypes import AUTO, dtype_of
 
 __all__ = ["Plan", "command_of", "option_names", "settings_of"]
 
@@ -66,7 +66,8 @@ class Plan:
     confidence: float = CONFIDENCE
     """With which fresh documents are to lose no more than `retain_drop`."""
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
+    """Rows of full length per forward pass; None leaves it to what this machine is fastest with."""
     controls: int = 5
     """Random controls per method, each with a seed of its own."""
     sweep: bool = True
@@ -80,8 +81,8 @@ class Plan:
     """Questions of each question-answer corpus to answer."""
     memorization: int = 0
     """Questions of each question-answer corpus whose true answers' probabilities are measured."""
-    dtype: str = "float32"
-    """Of the model's weights."""
+    dtype: str = AUTO
+    """Of the model's weights, or "auto"."""
     device_map: str | None = None
     """How a model that does not fit one device is spread: "auto", "balanced", ..."""
     revision: str | None = None
@@ -109,7 +110,8 @@ class Plan:
             value = getattr(self, one.name)
             if one.name in NUMBERS and not (value is None and one.default is None):
                 NUMBERS[one.name].check(value, one.name)
-        dtype_of(self.dtype)
+        if self.dtype != AUTO:
+            dtype_of(self.dtype)
         for name in ("fractions", "false_alarms", "strengths"):
             for value in getattr(self, name):
                 STRENGTH.check(value, name)

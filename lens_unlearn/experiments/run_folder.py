@@ -33,7 +33,7 @@ from lens_unlearn.model.loading import as_in_file
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["REPORT", "Form", "RunFolder", "fitted_form"]
+__all__ = ["REPORT", "TOKENS", "Form", "RunFolder", "fitted_form"]
 
 T = TypeVar("T")
 
@@ -337,4 +337,13 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _load_tokens(path: Path) -> int:
+    tokens = artefacts.read(path, "batch size")[0].get("tokens")
+    with artefacts.usable(path, "batch size that can be used"):
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"{tokens!r} is no number of tokens")
+        return tokens
+
+
 REPORT = Form(_save_report, _load_report)
+TOKENS = Form(lambda path, tokens: artefacts.write(path, "batch size", {}, {"tokens": tokens}), _load_tokens)

@@ -215,7 +215,7 @@ def token_losses(
     interventions: Mapping[str, Intervention | None] | None = None,
     *,
     prepend_bos: bool | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> TokenValues:
     """Return the loss of every token of a text, -log p(token | tokens before it) in nats, with and without interventions.
@@ -228,7 +228,7 @@ def token_losses(
         text: As for `token_activations`.
         interventions: By name, as for `evaluate`.
         prepend_bos: As for `token_activations`.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show a bar.
 
     Raises:

@@ -103,7 +103,7 @@ def top_examples(
     by: By = "max",
     per_document: bool = True,
     skip_sinks: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> TopExamples:
     """Find the counted tokens of a corpus at which neurons fire most, and show the text around them.
@@ -120,7 +120,8 @@ def top_examples(
         by: The highest activations ("max"), the lowest ("min"), or those furthest from zero ("abs").
         per_document: Whether to take at most one token of each document.
         skip_sinks: Leave out attention sinks, at which many neurons fire most whatever the text, see `collect`.
-        batch_size: Full-length rows per forward. Results do not depend on it, up to the model's own rounding.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with. Results do not
+            depend on it, up to the model's own rounding.
         progress: Whether to show bars.
 
     Raises:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
@@ -138,23 +139,17 @@ class Abstain(Intervention):
         state["silent"] = silent
         live.withhold(silent[:, -1], self.refusal)
 
-    def finish(self, logits: Tensor, live: Live) -> Tensor:
-        """Make the logits of abstained rows constant, from where they were decided on."""
-        self.settle(live)
+    def constant_at(self, live: Live) -> Int[Tensor, "batch pos"] | None:
+        """Return where rows abstained, from where they were decided on, with the token that ends a text there, or a turn."""
         state = live.notes.get(id(self), {})
         silent = state.get("silent")
-        if silent is None or not bool(silent.any()):  # logits are large: they are not copied where no row abstains
-            return logits
-        where = silent[:, -logits.shape[1] :]  # the model may have kept the logits of the last positions only
-        constant = torch.zeros(len(silent), 1, logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        if silent is None:
+            return None
         chat, end = chat_of(getattr(live.model, "tokenizer", None)), end_token(live.model)
-        if end is not None:
-            constant[..., end] = 1e-3
+        ahead = torch.full_like(silent, int(live.model.cfg.d_vocab) if end is None else end, dtype=torch.long)
         if chat is not None and chat.turn_end is not None:
-            rows = state["chat"].to(constant.device)
-            constant[rows] = 0
-            constant[rows, :, chat.turn_end] = 1e-3
-        return torch.where(where.to(logits.device)[..., None], constant, logits)
+            ahead[state["chat"].to(ahead.device)] = chat.turn_end
+        return torch.where(silent, ahead, -1)
 
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_unlearn.core import artefacts
@@ -51,6 +52,8 @@ __all__ = [
     "Parts",
     "Placed",
     "acting",
+    "only_constants",
+    "with_constants",
 ]
 
 HookFunction = Callable[[Tensor, "Live"], Tensor]
@@ -104,9 +107,21 @@ class Intervention(ABC):
     def settle(self, live: Live) -> None:  # noqa: B027 - most have nothing to decide
         """Decide from what the hooks noted in a forward pass that is over; only called where `looks_at_rows`."""
 
+    def constant_at(self, live: Live) -> Int[Tensor, "batch pos"] | None:
+        """Return at which positions of a forward pass that was settled the logits are constant; None for nowhere.
+
+        There it is the token that is ahead, or the number of all tokens if none is, and -1 elsewhere. Only called where
+        `looks_at_rows`.
+        """
+        return None
+
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Change the logits at the end of a forward pass; only called where `looks_at_rows`."""
-        return logits
+        self.settle(live)
+        where = self.constant_at(live)
+        return (
+            logits if where is None else with_constants(logits, where[:, -logits.shape[1] :])
+        )  # of the last positions only
 
     def __add__(self, other: "Intervention") -> "Chain":
         """Compose: the left one acts first, as if its block were the outer one."""
@@ -168,7 +183,7 @@ class Intervention(ABC):
         with one_thread(model):
             with ExitStack() as outer:
                 for other in acting(model):  # to resolve, a probe is run, which is no text of theirs
-                    outer.enter_context(other._aside())
+                    outer.enter_context(other.aside())
                 points = resolve(model, [site for site, _ in hooks]) if hooks else {}
                 shapes = matrix_shapes(model, [matrix for matrix, _ in changes]) if changes else {}
                 scale = residual_scale(model) if self.norm_layers else ()
@@ -241,6 +256,33 @@ class Intervention(ABC):
         artefacts.write(path, "intervention", tensors, content)
 
 
+def with_constants(
+    logits: Float[Tensor, "*batch vocabulary"], where: Int[Tensor, "*batch"]
+) -> Float[Tensor, "*batch vocabulary"]:
+    """Put constants in place of the logits at some positions: 0, and 0.001 for the token that is ahead there.
+
+    Args:
+        logits: Of any positions.
+        where: For each of them that token, or the number of all tokens if there is none; -1 leaves a position as it is.
+    """
+    where = where.to(logits.device)
+    if not bool((where >= 0).any()):  # logits are large: they are not copied where none changes
+        return logits
+    changed = logits.masked_fill((where >= 0)[..., None], 0)
+    ahead = (where >= 0) & (where < logits.shape[-1])
+    changed[ahead, where[ahead]] = 1e-3
+    return changed
+
+
+def only_constants(intervention: Intervention) -> bool:
+    """Whether all that an intervention does to logits is to make them constant where `constant_at` says."""
+    if isinstance(intervention, Placed):  # of what it limits, it limits the change of logits as well
+        return only_constants(intervention.inner) and type(intervention.inner).constant_at is Intervention.constant_at
+    if isinstance(intervention, Chain):
+        return all(map(only_constants, intervention.members))
+    return type(intervention).finish is Intervention.finish
+
+
 def members_of(intervention: Intervention) -> tuple[Intervention, ...]:
     if not isinstance(intervention, Chain):
         return (intervention,)
@@ -296,6 +338,11 @@ class Chain(Intervention):
         """Let every member decide."""
         for member in self.members:
             member.settle(live)
+
+    def constant_at(self, live: Live) -> Int[Tensor, "batch pos"] | None:
+        """Return where any member makes them constant."""
+        found = [where for member in self.members if (where := member.constant_at(live)) is not None]
+        return torch.stack(found).amax(0) if found else None
 
     def finish(self, logits: Tensor, live: Live) -> Tensor:
         """Let every member finish, in order."""

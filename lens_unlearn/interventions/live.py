@@ -133,6 +133,11 @@ class Live:
         for row in rows.nonzero()[:, 0].tolist():
             self._refusals.setdefault(row, refusal)
 
+    def constant_at(self) -> Int[Tensor, "batch pos"] | None:
+        """Decide on a forward pass that is over, and return where its logits are constant, as `Intervention.constant_at` does."""
+        self._settle()
+        return self.intervention.constant_at(self)
+
     def tell(self, refusals: Sequence[str | None]) -> None:
         """Set the refusals of the rows of several passes, in the user's order; None where the model answered."""
         abstained = [refusal is not None for refusal in refusals]
@@ -149,7 +154,7 @@ class Live:
         self.norms.clear()
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def aside(self) -> Iterator[None]:
         """Forget the forward passes of a `with` block, which are not the user's."""
         state = dict(vars(self))
         self._refusals, self.notes, self.norms = {}, {}, {}

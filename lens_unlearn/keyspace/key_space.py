@@ -144,7 +144,7 @@ def key_space(
     *,
     capacity: int = CAPACITY,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> KeySpace:
     """Compare where the keys of several skills lie: coverage of boxes, four distances, clusters, and a map, per site.
@@ -163,7 +163,7 @@ def key_space(
         sites: Where to take the keys.
         capacity: The most queries of a skill in each half. They take 4 bytes x coordinates, over all sites.
         seed: Of the split, the draws, the clusterings, and the places where texts are cut.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Raises:

@@ -54,7 +54,7 @@ def random_pruning(
     like: Ablate | None = None,
     among: NeuronMap | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Ablate:
     """Ablate neurons chosen at random, of those that a method could have chosen.
@@ -73,7 +73,8 @@ def random_pruning(
             takes whole heads, whole heads are chosen.
         among: A selection to draw from, in place of what is alive on `forget` or `retain`.
         seed: The same seed gives the same selection, whatever else was drawn before.
-        batch_size: Full-length rows per forward, where `forget` and `retain` are texts.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with, where
+            `forget` and `retain` are texts.
         progress: Whether to show bars there.
 
     Returns:
@@ -171,7 +172,7 @@ def _alive(
     pattern: Mapping[Site, Tensor],
     basis: NeuronMap | None,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> NeuronMap:
     """Mark the neurons, or directions in a basis, that are alive on one text at least; all of a site of which nothing is known."""

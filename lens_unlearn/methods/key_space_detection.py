@@ -56,7 +56,7 @@ def key_space_detection(
     refusal: str = REFUSAL,
     control: bool = True,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Abstain:
     """Fit a region to the keys of the forget skill's queries, and abstain from queries inside.
@@ -93,7 +93,7 @@ def key_space_detection(
         refusal: What `lu.generate` writes for an abstained row.
         control: Whether to fit again to shuffled labels.
         seed: Of the splits, the sample, the shuffled labels and the places where texts are cut.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Raises:
@@ -180,7 +180,7 @@ def _check(
     held_out: Any = None,
     refusal: str = REFUSAL,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     **_: Any,
 ) -> None:
     """Refuse options and corpora; without a model, options alone. Of corpora, the queries are dealt out as they will be."""

@@ -61,7 +61,7 @@ def neuron_adjust(
     within: Literal["model", "layer"] = "model",
     seed: int = 0,
     skip_sinks: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Adjust:
     """Fit Neuron Adjust: mean and true standard deviation per neuron on both sides, and the neurons most apart.
@@ -88,7 +88,7 @@ def neuron_adjust(
         within: Whether the fraction is of the whole model or of each layer.
         seed: Of the random rule's draws.
         skip_sinks: Leave attention sinks out of means and standard deviations, see `collect`.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Raises:
@@ -167,7 +167,7 @@ def _check(
     within: str = "model",
     seed: int = 0,
     skip_sinks: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     **_: Any,
 ) -> None:
     """Refuse options and corpora; without a model, options alone."""

@@ -64,7 +64,7 @@ def selective_pruning(
     unit: Unit = "neuron",
     reference: Model | None = None,
     skip_sinks: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Ablate:
     """Find the neurons of a skill by Selective Pruning.
@@ -89,7 +89,7 @@ def selective_pruning(
         reference: The same model unprocessed; needed where TransformerLens folded value biases away, because then
             `attn.z` lacks a constant and zero would be another ablation (see `value_offset`).
         skip_sinks: Leave attention sinks out of the importance, see `collect`.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Returns:
@@ -170,7 +170,7 @@ def pruning_moments(
     unit: Unit = "neuron",
     reference: Model | None = None,
     skip_sinks: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Moments:
     """Collect what `selective_pruning` scores, so that several fractions can share one pass over the corpus."""
@@ -189,7 +189,7 @@ class _Frame:
         self.offset = value_offset(model, reference) if "attn.z" in kinds else None
 
     def collect(
-        self, corpus: Corpus, importance: str, under: Ablate | None, batch_size: int, progress: bool
+        self, corpus: Corpus, importance: str, under: Ablate | None, batch_size: int | None, progress: bool
     ) -> Moments:
         """Collect moments of the raw (and rotated) activations, under what was pruned so far."""
         statistic = Moments(extra=("sqrt",) if importance == "sqrt" else ())
@@ -289,7 +289,7 @@ def _check(
     replacement: str = "zero",
     unit: str = "neuron",
     skip_sinks: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     **_: Any,
 ) -> None:
     """Refuse options and corpora; without a model, options alone."""

@@ -54,7 +54,7 @@ def sweep(
     fractions: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     control_seeds: Sequence[int] = range(3),
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Report:
     """Evaluate a method at several fractions, with random controls of equal per-layer counts.
@@ -69,7 +69,7 @@ def sweep(
             Default: the method's own grid.
         options: Further options of the method.
         control_seeds: Seeds of the controls; empty for none.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Returns:
@@ -160,7 +160,7 @@ def tune(
     options: Mapping[str, Any] | None = None,
     evaluations: int = 10,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Tuned:
     """Find the strength that forgets most while fresh retain documents lose at most a stated share of their accuracy.
@@ -189,7 +189,7 @@ def tune(
         options: Further options of the method.
         evaluations: How many strengths to try at most; seven are always enough.
         seed: Of the split.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Raises:

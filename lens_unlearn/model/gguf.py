@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def read_gguf(source: str, file: str, *, dtype: torch.dtype, **options: Any) -> 
 
     device = options.pop("device", None)
     shared = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+    with contextlib.redirect_stderr(io.StringIO()), _silent():  # its progress bar cannot be turned off
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, **shared)
         options = {key: value for key, value in options.items() if value}
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=dtype, **options)
@@ -32,3 +34,15 @@ def read_gguf(source: str, file: str, *, dtype: torch.dtype, **options: Any) -> 
             delattr(owner, name)
     model.config.architectures = [type(model).__name__]
     return model.to(device) if device is not None else model, tokenizer
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Hide a warning that another dtype than float32 is slow, which is so for weights that stay packed; these do not."""
+    log = logging.getLogger("transformers.quantizers.quantizer_gguf")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

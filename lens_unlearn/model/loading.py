@@ -20,12 +20,12 @@ from torch import Tensor
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
+from lens_unlearn.model.dtypes import AUTO, dtype_of, has_fast_bfloat16, stored_dtype
 from lens_unlearn.model.gguf import read_gguf
 from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model
 
-__all__ = ["as_in_file", "dtype_of", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
+__all__ = ["as_in_file", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
@@ -54,6 +54,8 @@ def load_model(
         device: The device; default "cuda" if available, else "cpu"; of a model that you hold, the one it is on. Of several
             processes started by `torchrun`, each takes the GPU of its local rank.
         dtype: The dtype of the weights, also by name, such as "bfloat16"; default float32, and of a model that you hold, its own.
+            "auto" is bfloat16 where the device has instructions for it and the weights are stored in no more than 16 bits, as
+            those of a GGUF file; else float32.
         device_map: The placement of the modules, as in `transformers`: "auto", "balanced", or a device for each; weights on "cpu"
             and "disk" are offloaded, and loaded for each forward pass. Instead of `device`. Needs accelerate.
         max_memory: With a `device_map` such as "auto": the memory limit of each device, such as ``{0: "20GiB", "cpu": "60GiB"}``.
@@ -76,7 +78,8 @@ def load_model(
         raise ModelError(f"device={device!r} and a device_map were given: give one of them")
     if device_map is None and (max_memory is not None or offload_folder is not None):
         raise ModelError("max_memory and offload_folder are for a device_map: give one, such as device_map='auto'")
-    dtype = dtype if dtype is None else dtype_of(dtype)
+    auto = isinstance(dtype, str) and dtype == AUTO
+    dtype = None if dtype is None or auto else dtype_of(dtype)
     placed: dict[str, Any] = {"device": device or _default_device()}
     if device_map is not None:
         given = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
@@ -89,18 +92,22 @@ def load_model(
         return _wrapped(source, dtype, device, tokenizer)
     if tokenizer is not None:
         raise ModelError(f"a tokenizer is for a model that you hold: {source!r} comes with its own")
-    return _loaded(source, dtype or torch.float32, placed, options)
+    return _loaded(source, dtype, auto, placed, options)
 
 
-def _loaded(source: str, dtype: torch.dtype, placed: dict[str, Any], options: dict[str, Any]) -> Model:
+def _loaded(
+    source: str, dtype: torch.dtype | None, auto: bool, placed: dict[str, Any], options: dict[str, Any]
+) -> Model:
     """Load a model by its name, directory or GGUF file."""
-    name = source
+    name, device = source, placed.get("device") or _default_device()
+    dtype = dtype or torch.float32
     if source == "demo":
         from lens_unlearn import demo
 
         source = str(demo.MODEL_DIR)
     if source.lower().endswith(".gguf"):
         folder, file = _gguf(source, options["revision"])
+        dtype = _auto(source, device, options) if auto else dtype
         with _as_model_error(source):
             hugging_face, tokenizer = read_gguf(folder, file, dtype=dtype, **placed, **options)
             model = boot(source, dtype=dtype, hf_model=hugging_face, tokenizer=tokenizer, device=placed.get("device"))
@@ -109,6 +116,7 @@ def _loaded(source: str, dtype: torch.dtype, placed: dict[str, Any], options: di
             _check_directory(Path(source))
         elif os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
             raise ModelError(f"there is no model directory {source}")
+        dtype = _auto(source, device, options) if auto else dtype
         with _as_model_error(source):
             model = boot(source, dtype=dtype, **placed, **{key: value for key, value in options.items() if value})
     return _ready(model, name)
@@ -184,17 +192,17 @@ def _gguf(source: str, revision: str | None) -> tuple[str, str]:
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
-def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype that weights can have, which may be given by its name.
+def _auto(source: str, device: str, options: Mapping[str, Any]) -> torch.dtype:
+    """Return bfloat16 where that is fast and the weights are stored in no more bits, else float32."""
+    if not has_fast_bfloat16(device):
+        return torch.float32
+    if source.lower().endswith(".gguf"):
+        return torch.bfloat16
+    from transformers import AutoConfig
 
-    Raises:
-        ModelError: If it is none of those.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelError(f"dtype={dtype!r} is not known: choose from {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    with _as_model_error(source):
+        config = AutoConfig.from_pretrained(source, **{key: value for key, value in options.items() if value})
+    return torch.bfloat16 if stored_dtype(config) in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def _kind(value: Any) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lens_unlearn.model.hooks import Remover, detach_all, logit_functions, one_thread
 from lens_unlearn.model.host import Model, device_of
+from lens_unlearn.model.unembedding import wrap_forward
 
 __all__ = ["Replay", "replaying"]
 
@@ -140,24 +141,10 @@ def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Itera
             try:
                 runs = {**(stand_ins or {})}
                 for number, block in enumerate(model.blocks):
-                    _wrap(runs.get(block, block), partial(replay.block, number), removers)
-                _wrap(runs.get(model.unembed, model.unembed), replay.unembed, removers)
+                    wrap_forward(runs.get(block, block), partial(replay.block, number), removers)
+                wrap_forward(runs.get(model.unembed, model.unembed), replay.unembed, removers)
                 yield replay
             finally:
                 detach_all(removers)
         finally:  # as in `_probe`
             detach_all(removers)
-
-
-def _wrap(module: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]], removers: list[Remover]) -> None:
-    # Somebody else may have replaced `forward` on this instance, such as accelerate: that is put back.
-    before = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
-    wrapped = make(module.forward)
-
-    def unwrap() -> bool:
-        module.__dict__.pop("forward", None)
-        module.__dict__.update(before)
-        return True
-
-    removers.append(unwrap)
-    module.__dict__["forward"] = wrapped

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ModelError
 from lens_unlearn.core.numbers import check_numbers
+from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.hooks import Remover, announce, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
@@ -46,7 +47,7 @@ def collect(
     sites: str | Site | Iterable[str | Site] = ...,
     *,
     statistic: None = None,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     skip_sinks: float | None = ...,
     transform: Transform | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
@@ -59,7 +60,7 @@ def collect(
     sites: str | Site | Iterable[str | Site] = ...,
     *,
     statistic: S,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     skip_sinks: float | None = ...,
     transform: Transform | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
@@ -71,7 +72,7 @@ def collect(
     sites: str | Site | Iterable[str | Site] = ("mlp.post",),
     *,
     statistic: Any = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     skip_sinks: float | None = None,
     transform: Transform | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -88,7 +89,8 @@ def collect(
         corpus: What to run. Counted positions enter the statistics, no others.
         sites: Kinds (all layers), sites, or both.
         statistic: An empty statistic to fill; default `Moments()`.
-        batch_size: Full-length rows per forward. Results do not depend on it.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with. Results
+            do not depend on it.
         skip_sinks: Leave out attention sinks, whose activations dominate means: at each layer the positions at which the norm of
             the residual stream, at the layer's input or at its output, is more than so many times the median over the row. Default:
             count them.
@@ -124,7 +126,7 @@ def query_keys(
     *,
     capacity: int = MOST_KEYS,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> KeySample:
     """Sample the keys at the last token of each prompt of a corpus.
@@ -137,7 +139,7 @@ def query_keys(
         sites: Where to take the keys.
         capacity: The most queries to keep, drawn uniformly.
         seed: Of the draw, and of the places where texts are cut.
-        batch_size: Full-length rows per forward.
+        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
 
     Raises:
@@ -174,7 +176,7 @@ def gather(
     corpus: Corpus,
     sites: str | Site | Iterable[str | Site],
     statistic: Any,
-    batch_size: int,
+    batch_size: int | None,
     transform: Transform | None,
     checkpoint: str | os.PathLike[str] | None,
     progress: bool,
@@ -191,6 +193,9 @@ def gather(
             "a KeySample holds the same tokens at every layer, and attention sinks differ between layers: leave out skip_sinks"
         )
     checkpoint = None if checkpoint is None else own_checkpoint(checkpoint)
+    if batch_size is None and checkpoint is not None and os.path.exists(checkpoint):
+        batch_size = artefacts.read(checkpoint, "collect checkpoint")[0].get("settings", {}).get("batch_size")
+    batch_size = rows_at_once(model, corpus, batch_size)
     settings = {}
     if checkpoint is not None:
         settings = _settings(model, corpus, points, total, batch_size, transform or {}, skip_sinks)
@@ -367,7 +372,7 @@ def _settings(
     corpus: Corpus,
     points: Mapping[Site, Point],
     total: Statistic,
-    batch_size: int,
+    batch_size: int | None,
     transform: Transform,
     skip_sinks: float | None,
 ) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_constant_logits_earn_what_guessing_earns() -> None:
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=14, max_size=14), st.integers(0, 13))
 def test_ties_share_the_places_that_are_left(scores: list[float], target: int) -> None:
     logits = torch.tensor([scores])
-    out = Outcome(logits, torch.tensor([target]), logits).table(TABLE)[0]
+    out = Outcome(logits, torch.tensor([target]), Outcome(logits, torch.tensor([target]))).table(TABLE)[0]
     above = sum(s > scores[target] for s in scores)
     tied = sum(s == scores[target] for s in scores)
     for column, k in ((1, 1), (2, 10)):
@@ -157,7 +157,8 @@ def test_ties_share_the_places_that_are_left(scores: list[float], target: int) -
 def test_divergence_equals_torchs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, base = (torch.randn(5, 40, generator=generator) * 4 for _ in range(2))
-    got = Outcome(logits, torch.zeros(5, dtype=torch.long), base).kl
+    target = torch.zeros(5, dtype=torch.long)
+    got = Outcome(logits, target, Outcome(base, target)).kl
     expected = F.kl_div(
         logits.double().log_softmax(1), base.double().log_softmax(1), log_target=True, reduction="none"
     ).sum(1)
@@ -167,7 +168,7 @@ def test_divergence_equals_torchs(seed: int) -> None:
 
 def test_tokens_that_neither_model_can_say_do_not_break_the_divergence() -> None:
     logits = torch.tensor([[1.0, 2.0, float("-inf")]])
-    out = Outcome(logits, torch.tensor([0]), logits).table(TABLE)[0]
+    out = Outcome(logits, torch.tensor([0]), Outcome(logits, torch.tensor([0]))).table(TABLE)[0]
     assert bool(torch.isfinite(out).all())
     assert float(out[3]) == pytest.approx(0, abs=1e-6)
 
@@ -187,7 +188,8 @@ def test_broken_logits_are_reported_and_not_averaged_away(value: float) -> None:
 def test_a_single_broken_position_makes_its_metric_nan() -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = float("nan")
-    out = Outcome(logits, torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)).table(TABLE)
+    target = torch.zeros(3, dtype=torch.long)
+    out = Outcome(logits, target, Outcome(torch.zeros(3, 4), target)).table(TABLE)
     assert out.isnan().any(1).tolist() == [False, True, False]
 
 

@@ -198,7 +198,9 @@ def test_what_is_abstained_from_is_worth_nothing_and_written_as_the_refusal(demo
     assert silent[1] is False
     tokens = len(demo.tokenizer("13", add_special_tokens=False)["input_ids"])
     assert silent[0] == pytest.approx(-tokens * np.log(demo.cfg.d_vocab), rel=1e-5)
-    assert said == pytest.approx(ours.loglikelihood(asked)[1])
+    assert said == pytest.approx(
+        ours.loglikelihood(asked)[1], rel=1e-4
+    )  # with fused attention, where nothing is hooked
 
 
 def test_yaml_files_are_tasks_too(demo: Any, sums: dict[str, Any], tmp_path: Path) -> None:

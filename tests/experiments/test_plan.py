@@ -15,7 +15,7 @@ from lens_unlearn import cli, methods
 from lens_unlearn.core.errors import LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.experiments.compare import plans_for
 from lens_unlearn.experiments.plan import Plan, settings_of
-from lens_unlearn.model import loading
+from lens_unlearn.model import dtypes, loading
 
 MOST_FIRING = "most-firing"
 
@@ -260,10 +260,10 @@ def test_a_map_takes_no_truth_value_for_a_share(value: Any) -> None:
 
 
 def test_a_dtype_is_known_by_its_name() -> None:
-    assert loading.dtype_of("bfloat16") is loading.dtype_of(tiny.torch.bfloat16)
+    assert dtypes.dtype_of("bfloat16") is dtypes.dtype_of(tiny.torch.bfloat16)
     for wrong in ("int8", 3, None):
         with pytest.raises(ModelError, match="is not known: choose from float32"):
-            loading.dtype_of(wrong)
+            dtypes.dtype_of(wrong)
 
 
 def test_the_commands_are_those_of_the_command_line() -> None:

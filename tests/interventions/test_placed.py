@@ -235,7 +235,7 @@ def test_in_teacher_forcing_the_prompt_ends_before_the_answer(at: str) -> None:
     with masked(plain, name, selection, where):
         expected = tiny.logits(plain, batch.tokens)[:, :-1][batch.counted[:, 1:]]
     with Ablate(selection).on(model, at=at), torch.no_grad():
-        got = predict(model, batch).logits
+        got = predict(model, batch).logits()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, tiny.logits(model, batch.tokens)[:, :-1][batch.counted[:, 1:]], atol=1e-3)
 

@@ -23,13 +23,14 @@ from lens_unlearn import Delta, Site, demo
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.errors import ArtefactError, CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.evaluation.answer_losses import Answers, rows_at
-from lens_unlearn.evaluation.teacher_forcing import accuracy
+from lens_unlearn.evaluation.teacher_forcing import Predicted, accuracy
 from lens_unlearn.methods import record_of, training
 from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.methods.objectives import clip_norm, curvature_of, forget_term, refusals
 from lens_unlearn.methods.simu import AttributionSettings, MaskSettings, simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.matrices import matrix_shape
+from lens_unlearn.model.unembedding import Unembedding
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_the_curvature_of_drawn_labels_is_that_of_gauss_newton() -> None:
     draws = 4000
     for _ in range(draws):
         logits = x @ weights
-        batch = Answers(logits, torch.zeros(6, dtype=torch.long), torch.zeros(6), torch.arange(6), 6)
+        batch = answers_of(logits, torch.zeros(6, dtype=torch.long), torch.zeros(6), torch.arange(6), 6)
         mean += curvature_of("gnb", [batch], [weights], generator)[0] / draws
     torch.testing.assert_close(mean, expected, rtol=0.12, atol=0.01)
 
@@ -97,7 +98,7 @@ def test_hutchinsons_estimate_is_the_diagonal_on_average() -> None:
     mean = torch.zeros_like(diagonal)
     draws = 3000
     for _ in range(draws):
-        batch = Answers(x @ weights, target, torch.zeros(6), torch.arange(6), 6)
+        batch = answers_of(x @ weights, target, torch.zeros(6), torch.arange(6), 6)
         mean += curvature_of("hutchinson", [batch], [weights], generator)[0] / draws
     torch.testing.assert_close(mean, diagonal, rtol=0.1, atol=0.02)
 
@@ -132,8 +133,15 @@ def test_the_norm_is_that_of_all_gradients_as_one_vector(dtypes: tuple[torch.dty
 # --- the objectives ------------------------------------------------------------------------------------------------------
 
 
+def answers_of(logits: Any, target: Any, nll: Any, row: Any, rows: int) -> Answers:
+    end = Unembedding(tiny.model("gpt2"), None)  # whose hidden states are logits
+    return Answers(Predicted(logits, target, row, torch.zeros(rows, dtype=torch.bool), end), nll, rows)
+
+
 def answers(nll: list[float], row: list[int]) -> Answers:
-    return Answers(torch.zeros(len(nll), 2), torch.zeros(len(nll)), torch.tensor(nll), torch.tensor(row), max(row) + 1)
+    return answers_of(
+        torch.zeros(len(nll), 2), torch.zeros(len(nll)), torch.tensor(nll), torch.tensor(row), max(row) + 1
+    )
 
 
 def test_forgetting_pushes_no_row_beyond_the_floor() -> None:

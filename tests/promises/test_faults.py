@@ -107,7 +107,7 @@ def test_when_the_nth_hook_point_raises_none_stays(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(hook_class(model), "forward", lambda *a, **k: counter(*a, **k))
         action(model)
-    assert counter.calls > 10
+    assert counter.calls > 2, "where nothing is hooked, the bridge's hook points are out of the pass"
     for n in range(0, counter.calls, max(7, counter.calls // 24)):
         failing = FailingAt(hook_class(model).forward, n, Fault)
         with unchanged(model), monkeypatch.context() as patch:

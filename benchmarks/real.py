@@ -1,0 +1,171 @@
+"""What `evaluate` costs on a pretrained model, beside plain forward passes of the same tokens with logits, in the same run.
+
+    python benchmarks/fetch_models.py smollm2 gemma3
+    python benchmarks/real.py --model smollm2
+    python benchmarks/real.py --model gemma3 --tokens 1000
+
+Each way runs in a process of its own, since the allocator is set up for a whole process, and so that its peak memory is its own.
+The plain pass is that of the Hugging Face model, without a bridge, with the dtype, batches and allocator of the row.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timing
+
+FILES = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma3": "gemma-3-270m-Q4_K_M.gguf"}
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data" / "skillmix_heldout"
+CONDITIONS = (1, 2, 3, 7)
+"""Base alone; with one ablation; with that and 1 or 5 random controls of the same size."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = timing.options(__doc__, repeats=3)
+    parser.add_argument("--model", choices=sorted(FILES), default="smollm2")
+    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--conditions", type=int, nargs="+", default=list(CONDITIONS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, help="where to store the figures as JSON")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = timing.begin(parser, arguments) if "--one" not in (arguments or sys.argv) else parser.parse_args(arguments)
+    if args.one:
+        print(json.dumps(measure(**json.loads(args.one))))
+        return
+    ways = [
+        {"dtype": "float32", "batch": 8, "tuned": False},
+        *({"dtype": dtype, "batch": batch, "tuned": True} for dtype in args.dtypes for batch in (8, 2, None)),
+    ]
+    shared = {"model": args.model, "tokens": args.tokens, "repeats": args.repeats, "threads": args.threads}
+    rows: list[dict[str, Any]] = []
+    print(
+        f"\n{args.model}, {args.tokens} tokens of code in rows of at most 512; seconds of {args.threads} thread(s), medians"
+    )
+    print(
+        f"{'dtype':10}{'rows':>6}{'allocator':>11}{'plain':>8}"
+        + "".join(f"{n:>7} x" for n in args.conditions)
+        + "   per condition over plain"
+    )
+    for way in ways:
+        conditions = args.conditions if way["batch"] is None else args.conditions[:2]
+        found = child({**shared, **way, "conditions": conditions})
+        rows.append({**way, **found})
+        spent = "".join(f"{found['seconds'][str(n)]:9.2f}" if n in conditions else f"{'':9}" for n in args.conditions)
+        kept = "kept" if way["tuned"] else "as it is"
+        ratios = ", ".join(f"{n}: {found['ratios'][str(n)]:.2f}" for n in conditions)
+        print(
+            f"{way['dtype']:10}{found['rows']:6}{kept:>11}{found['plain']:8.2f}{spent}   {ratios}",
+            flush=True,
+        )
+    print("\npeak resident memory above the loaded model, MB (one pass, then evaluate of two conditions)")
+    for dtype in args.dtypes:
+        found = child({**shared, "dtype": dtype, "batch": 8, "tuned": False, "conditions": [2], "repeats": 0})
+        rows.append({"dtype": dtype, "memory": found["memory"]})
+        print(f"{dtype:10}" + ", ".join(f"{name} {size:,.0f}" for name, size in found["memory"].items()), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({"machine": timing.machine(), **shared, "rows": rows}, indent=1) + "\n")
+
+
+def child(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, "--one", json.dumps(task)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(
+    model: str,
+    tokens: int,
+    dtype: str,
+    batch: int | None,
+    tuned: bool,
+    conditions: list[int],
+    repeats: int,
+    threads: int,
+) -> dict[str, Any]:
+    """Time plain passes and evaluations in turn; with no repeats, look at the memory instead."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import lens_unlearn as lu
+    from lens_unlearn.corpora.batching import rows_at_once
+
+    torch.set_num_threads(threads)
+    if tuned:
+        lu.tune_allocator()
+    path = ROOT / ".models" / FILES[model]
+    loaded = lu.load_model(path, dtype=dtype, device="cpu")
+    corpus = lu.read_corpus(f"{DATA / 'code.jsonl'}:text", loaded, tokens=tokens, window=512)
+    rows = rows_at_once(loaded, corpus, batch)
+    generator = torch.Generator().manual_seed(0)
+    width = int(loaded.cfg.d_mlp)
+
+    def edit() -> lu.Ablate:
+        some = {
+            lu.Site(layer, "mlp.post"): torch.rand(width, generator=generator) < 0.02
+            for layer in range(loaded.cfg.n_layers)
+        }
+        return lu.Ablate(lu.NeuronMap(some))
+
+    ways = {n: {f"edit {i}": edit() for i in range(n - 1)} for n in conditions}
+
+    def run(n: int) -> None:
+        lu.evaluate(loaded, {"code": corpus}, ways[n], batch_size=rows, progress=False, resamples=50)
+
+    if not repeats:
+        return {"memory": memory(loaded, corpus, lambda: run(conditions[0]))}
+    plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)).eval()
+
+    def forward() -> None:
+        with torch.no_grad():
+            for one in corpus.batches(rows):
+                plain(one.tokens, use_cache=False).logits  # noqa: B018
+
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times: dict[str, list[float]] = {"plain": [], **{str(n): [] for n in conditions}}
+    for round_ in range(repeats + 1):
+        for name, way in [("plain", forward), *((str(n), lambda n=n: run(n)) for n in conditions)]:
+            begin = clock()
+            way()
+            if round_:
+                times[name].append(clock() - begin)
+    over = {name: timing.ratio(times, name, "plain")[0] / int(name) for name in times if name != "plain"}
+    middle = {name: sorted(spent)[len(spent) // 2] for name, spent in times.items()}
+    return {"rows": rows, "plain": middle.pop("plain"), "seconds": middle, "ratios": over}
+
+
+def memory(model: Any, corpus: Any, run: Any) -> dict[str, float]:
+    """Return how far the peak of several things is above the model, in MB."""
+    import torch
+
+    import lens_unlearn as lu
+
+    def now(key: str) -> float:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+    def peak(way: Any) -> float:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = now("VmRSS")
+        way()
+        return now("VmHWM") - before
+
+    batch = next(corpus.batches(8)).tokens
+    found = {
+        "evaluate": peak(run),
+        "token_losses": peak(lambda: lu.token_losses(model, "def f(x):\n    return x\n" * 60, {}, progress=False)),
+    }
+    with torch.no_grad():
+        found[f"a plain pass of {tuple(batch.shape)} with logits"] = peak(lambda: model(batch, return_type="logits"))
+    return found
+
+
+if __name__ == "__main__":
+    main()
