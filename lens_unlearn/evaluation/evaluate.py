@@ -6,6 +6,7 @@ metric by name but `kl`, which needs the unedited model beside, and `abstained`,
 """
 
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_name
+from lens_unlearn.model.replay import Prefix
 
 __all__ = ["Condition", "evaluate", "replicates"]
 
@@ -363,15 +365,18 @@ def _run(
     rare = (~common[batch.tokens[:, 1:][where]]).numpy().astype(np.float64)
     found: dict[str, list[Predicted]] = {}
     with torch.no_grad():
-        reference = predict(model, batch) if BASE in runs else None
+        prefix = _prefix(model, runs)
+        reference = predict(model, batch, prefix=prefix) if BASE in runs else None
+        prefix = prefix if prefix is not None and _replays(model, batch, prefix, reference) else None
         for name, run in runs.items():
             found[name] = []
             for intervention in run:
                 if intervention is None and reference is not None:
                     found[name].append(reference)
                 else:
+                    start = 0 if intervention is None or prefix is None else _first_layer(model, intervention)
                     with nullcontext() if intervention is None else intervention.on(model):
-                        found[name].append(predict(model, batch))
+                        found[name].append(predict(model, batch, prefix=prefix if start else None, start=start))
         everything = [one for run in found.values() for one in run]
         read = iter(outcomes(everything, quantities, reference))
     tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}
@@ -384,6 +389,43 @@ def _run(
             columns = [metric.of(tokens) for metric in of_tokens if metric.of is not None]
             tables[name].append((np.stack(columns, axis=1), predicted.abstained.numpy(), table[:, : len(KEPT)]))
     return _Piece(batch, where.nonzero()[:, 0].numpy(), rare, tables)
+
+
+_replay: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
+"""By model: whether its blocks pass on nothing but the residual stream, as was tried."""
+
+
+def _prefix(model: Model, runs: Runs) -> Prefix | None:
+    """Return where to keep the unedited model's residual stream for interventions that begin in a higher layer, if there are any.
+
+    Not inside somebody else's intervention that looks at rows, which has to see every pass whole.
+    """
+    if BASE not in runs or acting(model) or not _replay.get(model, True):
+        return None
+    starts = {_first_layer(model, one) for run in runs.values() for one in run if one is not None} - {0}
+    return Prefix(starts) if starts else None
+
+
+def _first_layer(model: Model, intervention: Intervention) -> int:
+    """Return the first layer in which an intervention does anything; 0 if that cannot be told."""
+    if type(intervention).on is not Intervention.on:
+        return 0
+    layers = [where.layer for where, _ in (*intervention.hooks(), *intervention.matrices())]
+    return min(layers, default=int(model.cfg.n_layers))
+
+
+def _replays(model: Model, batch: Batch, prefix: Prefix, reference: Predicted | None) -> bool:
+    """Whether the unedited model gives the same from a layer on; tried once."""
+    if model not in _replay and reference is not None:
+        try:
+            again = predict(model, batch, prefix=prefix, start=max(prefix.layers)).hidden
+            size = reference.hidden.float().abs().amax().clamp_min(1e-30)
+            _replay[model] = bool(((again - reference.hidden).float().abs().amax() <= 1e-3 * size).item())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # an architecture of another structure
+            _replay[model] = False
+    return _replay.get(model, False)
 
 
 def _add(scored: _Scored, piece: _Piece, corpus: Corpus, kept_rows: set[int]) -> None:

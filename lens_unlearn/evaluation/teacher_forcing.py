@@ -26,6 +26,7 @@ from lens_unlearn.interventions.base import Intervention, acting, only_constants
 from lens_unlearn.model.finite import refuse_broken
 from lens_unlearn.model.hooks import logit_functions
 from lens_unlearn.model.host import Model
+from lens_unlearn.model.replay import Prefix
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
 from lens_unlearn.model.unembedding import Unembedding, knows_its_end, unembedding
@@ -93,7 +94,9 @@ class Predicted:
         return torch.cat([checkpoint(of, *one, use_reentrant=False) if again else of(*one) for one in parts])
 
 
-def predict(model: Model, batch: Batch, *, last: bool = True) -> Predicted:
+def predict(
+    model: Model, batch: Batch, *, last: bool = True, prefix: Prefix | None = None, start: int = 0
+) -> Predicted:
     """Run a model on a batch, with gradients where they are enabled, up to the logits of its counted tokens.
 
     Args:
@@ -101,6 +104,8 @@ def predict(model: Model, batch: Batch, *, last: bool = True) -> Predicted:
         batch: The rows.
         last: Whether the last token of the longest rows is run too. Nothing is predicted from it, but an intervention may judge a
             row by it; without it, rows may be one token longer than the context.
+        prefix: Where to keep what blocks give in this pass, or where that is kept.
+        start: The first block that is run; what those below it give is that of `prefix`.
     """
     width = batch.tokens.shape[1] - (not last)
     lives = acting(model)
@@ -118,6 +123,7 @@ def predict(model: Model, batch: Batch, *, last: bool = True) -> Predicted:
     # Fused attention has no second derivative, which some estimates of curvature need.
     with (
         nullcontext() if torch.is_grad_enabled() else shortcuts(model) as out,
+        nullcontext() if prefix is None else prefix.acting(model, out, start),
         unembedding(model, out, whole=whole) as end,
     ):
         hidden = end.hidden(batch.tokens[:, :width], where)

@@ -45,8 +45,9 @@ def broken_at(model: Model, tokens: Int[Tensor, "pos"]) -> str:
 
     removers: list[Remover] = []
     # A point of a bridge has several names: the shortest is that of TransformerLens' own models, such as mlp.hook_post.
-    names = sorted(model.hook_dict, key=lambda name: (-name.count("."), -len(name)))
-    points = {id(model.hook_dict[name]): (name, model.hook_dict[name]) for name in names}
+    known = model.hook_dict  # which a bridge makes anew each time it is asked for
+    names = sorted(known, key=lambda name: (-name.count("."), -len(name)))
+    points = {id(known[name]): (name, known[name]) for name in names}
     with one_thread(model), torch.no_grad():
         try:
             for name, point in points.values():

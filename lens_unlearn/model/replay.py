@@ -10,7 +10,7 @@ Knows that a model is a stack of blocks and an unembedding; knows nothing of att
 # the model's own. The wrapper is inside the module's hooks, so hooks at a block act in every run, and once.
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lens_unlearn.model.hooks import Remover, detach_all, logit_functions, one_t
 from lens_unlearn.model.host import Model, device_of
 from lens_unlearn.model.unembedding import wrap_forward
 
-__all__ = ["Replay", "replaying"]
+__all__ = ["Prefix", "Replay", "replaying"]
 
 
 class Replay:
@@ -147,4 +147,58 @@ def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Itera
             finally:
                 detach_all(removers)
         finally:  # as in `_probe`
+            detach_all(removers)
+
+
+class Prefix:
+    """What the blocks below some layers gave in one forward pass, for others on the same tokens that differ from a layer on.
+
+    Like `Replay`, it assumes that a block passes nothing but the residual stream on to the next: whoever uses it has to try that.
+
+    Args:
+        layers: The layers from which other passes may begin.
+    """
+
+    def __init__(self, layers: Collection[int]) -> None:
+        self.layers = frozenset(layers)
+        self._outputs: dict[int, Any] = {}
+
+    @contextmanager
+    def acting(self, model: Model, stand_ins: Mapping[Any, Any] | None = None, start: int = 0) -> Iterator[None]:
+        """Store outputs of blocks in the forward pass of a `with` block; or return them instead of running those below a layer.
+
+        Args:
+            model: The model.
+            stand_ins: As in `replaying`.
+            start: The first block that runs, one of `layers`; 0 to run all and store.
+        """
+        removers: list[Remover] = []
+        thread, runs = threading.get_ident(), stand_ins or {}
+
+        def record(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                out = forward(*args, **kwargs)
+                if threading.get_ident() == thread:
+                    self._outputs[number + 1] = out
+                return out
+
+            return run
+
+        def skip(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return self._outputs[start] if threading.get_ident() == thread else forward(*args, **kwargs)
+
+            return run
+
+        try:
+            try:
+                for number, block in enumerate(model.blocks):
+                    if number < start:
+                        wrap_forward(runs.get(block, block), skip, removers)
+                    elif not start and number + 1 in self.layers:
+                        wrap_forward(runs.get(block, block), partial(record, number), removers)
+                yield
+            finally:
+                detach_all(removers)
+        finally:  # once more, for an interrupt in the first instruction of the one before
             detach_all(removers)

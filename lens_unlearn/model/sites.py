@@ -10,7 +10,7 @@ points of mixture-of-experts layers exist but have the width of the residual str
 import difflib
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,7 +139,8 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
     require_eval(model)
     wanted = parse_sites(sites, int(model.cfg.n_layers))
     with one_thread(model):
-        hooks = {site: _hook_point(model, site) for site in wanted}
+        points = model.hook_dict  # which a bridge makes anew each time it is asked for
+        hooks = {site: _hook_point(model, points, site) for site in wanted}
         known = _probed.setdefault(model, {})
         missing = [s for s in wanted if s not in known or known[s].hook is not hooks[s]]
         if missing:
@@ -147,10 +148,10 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
         return {site: known[site] for site in wanted}
 
 
-def _hook_point(model: Model, site: Site) -> Any:
+def _hook_point(model: Model, points: Mapping[str, Any], site: Site) -> Any:
     name = f"blocks.{site.layer}.{KINDS[site.kind]}"
     prefix = f"blocks.{site.layer}."
-    here = [kind for kind, tail in KINDS.items() if prefix + tail in model.hook_dict]
+    here = [kind for kind, tail in KINDS.items() if prefix + tail in points]
     if site.kind.startswith("mlp") and mlp_width(model, site.layer) is None:
         mlp = getattr(model.blocks[site.layer], "mlp", None)
         if mlp is None:  # Mamba's blocks are mixers; those of RecurrentGemma are wrapped as a whole
@@ -163,7 +164,7 @@ def _hook_point(model: Model, site: Site) -> Any:
             "(mixture-of-experts layers route each token to other neurons, and are not supported)"
         )
     try:
-        return model.hook_dict[name]
+        return points[name]
     except KeyError:
         raise SiteError(f"{site} does not exist in this model: layer {site.layer} has {', '.join(here)}") from None
 

@@ -542,7 +542,7 @@ def test_an_earlier_base_saves_its_runs_and_changes_nothing(monkeypatch: pytest.
     whole, base = evaluate(model, corpora, {"x": edit}, **QUIET), evaluate(model, corpora, {}, **QUIET)
     runs: list[int] = []
     predict = evaluating.predict
-    monkeypatch.setattr(evaluating, "predict", lambda m, batch: runs.append(1) or predict(m, batch))
+    monkeypatch.setattr(evaluating, "predict", lambda m, batch, **more: runs.append(1) or predict(m, batch, **more))
     saved = evaluate(model, corpora, {"x": edit, "none": None}, base=base, **QUIET)
     assert len(runs) == 4, "two corpora of a batch each, under two conditions, and no base beside them"
     assert saved.conditions == ["base", "x", "none"]
@@ -785,11 +785,11 @@ def test_a_batch_without_room_is_halved_and_the_report_says_so(monkeypatch: pyte
     expected = evaluate(model, {"a": corpus}, conditions, **options)
     real, seen = evaluating.predict, []
 
-    def predict(model: Any, batch: Any) -> Any:
+    def predict(model: Any, batch: Any, **more: Any) -> Any:
         seen.append(batch.tokens.numel())
         if len(seen) > 1 and batch.tokens.numel() > 30:  # the unedited model goes through, and then there is no room
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batch)
+        return real(model, batch, **more)
 
     monkeypatch.setattr(evaluating, "predict", predict)
     got = evaluate(model, {"a": corpus}, conditions, **options)
@@ -800,3 +800,44 @@ def test_a_batch_without_room_is_halved_and_the_report_says_so(monkeypatch: pyte
         assert got.measures[key].value == pytest.approx(measure.value, rel=1e-5, abs=1e-7, nan_ok=True)
     assert got.provenance["batches cut for lack of memory"] == {"a": 1}
     assert "batches cut for lack of memory" not in expected.provenance
+
+
+@pytest.mark.parametrize("each", ["gpt2", "llama", "gemma3", "opt", "gpt2-compat", "native-llama", *tiny.HOOKED[:1]])
+def test_what_begins_in_a_higher_layer_does_not_run_those_below_again(
+    each: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever runs from a layer on has the numbers of a whole pass, and the blocks below are skipped."""
+    model, corpus = tiny.model(each), tiny.corpus((9, 5, 12), seed=1)
+    last = {site: chosen for site, chosen in selection_of(model, seed=1).items() if site.layer == 1}
+    edits = {"all": Ablate(selection_of(model, seed=1)), "last": Ablate(NeuronMap(last)), "nothing": Chain(())}
+    starts: list[int] = []
+    real = evaluating.predict
+    monkeypatch.setattr(evaluating, "_replay", {})
+    monkeypatch.setattr(evaluating, "predict", lambda *a, **k: starts.append(k.get("start", 0)) or real(*a, **k))
+    report = evaluate(model, {"c": corpus}, edits, **QUIET)
+    assert starts == [0, 2, 0, 1, 2], "the unedited model, twice where that is tried; then all, last, nothing"
+    monkeypatch.setattr(evaluating, "_prefix", lambda *_: None)
+    whole = evaluate(model, {"c": corpus}, edits, **QUIET)
+    for key, measure in whole.measures.items():
+        assert report.measures[key].value == pytest.approx(measure.value, rel=1e-5, abs=1e-6, nan_ok=True)
+    assert report["nothing", "c", "kl"].value == pytest.approx(0, abs=1e-6)
+    assert report["last", "c", "kl"].value > 1e-6
+
+
+def test_a_model_whose_blocks_pass_on_more_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, corpus = tiny.model("llama"), tiny.corpus((9, 5, 12), seed=1)
+    monkeypatch.setattr(evaluating, "_replay", {})
+    real = evaluating.predict
+
+    def other(model: Any, batch: Any, **options: Any) -> Any:
+        found = real(model, batch, **options)
+        return replace(found, hidden=found.hidden + 1) if options.get("start") else found
+
+    last = {site: chosen for site, chosen in selection_of(model, seed=1).items() if site.layer == 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "predict", other)
+        report = evaluate(model, {"c": corpus}, {"last": Ablate(NeuronMap(last))}, **QUIET)
+    assert evaluating._replay[model] is False
+    whole = evaluate(model, {"c": corpus}, {"last": Ablate(NeuronMap(last))}, **QUIET)
+    for key, measure in whole.measures.items():
+        np.testing.assert_equal(report.measures[key].value, measure.value)
