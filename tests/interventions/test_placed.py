@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.corpora.corpus import Batch
+from lens_unlearn.evaluation.evaluate import evaluate
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.teacher_forcing import predict
 from lens_unlearn.interventions.ablate import Ablate
@@ -238,6 +239,21 @@ def test_in_teacher_forcing_the_prompt_ends_before_the_answer(at: str) -> None:
         got = predict(model, batch).logits()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, tiny.logits(model, batch.tokens)[:, :-1][batch.counted[:, 1:]], atol=1e-3)
+
+
+@pytest.mark.parametrize("at", [*PLACES, None])
+def test_an_evaluation_from_a_higher_layer_on_is_that_of_the_whole_model(at: str | None) -> None:
+    """Beside the unedited model, whose lower layers it shares, as without that one."""
+    model = tiny.to_bridge(with_sinks("llama", [77]), "llama", tiny.speaking("llama").tokenizer)
+    corpus = tiny.corpus((9, 7, 8), tokens=[40, 41, 42, 43, 77]).with_prompts()
+    chosen = NeuronMap({POST[1]: selection_of(model, share=0.9)[POST[1]]})
+    act = Ablate(chosen, 2.0).placed(at, skip_special=True)
+    found = [
+        evaluate(model, {"a": corpus}, conditions, resamples=3, progress=False).measures["act", "a", "loss"].value
+        for conditions in ({"act": act}, {"base": None, "act": act}, {"act": act.inner})
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert abs(found[0] - found[2]) > 1e-4, "what it spares matters"
 
 
 def test_what_is_written_under_a_placed_intervention_does_not_depend_on_the_cache_or_batch() -> None:
