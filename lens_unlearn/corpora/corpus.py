@@ -133,6 +133,8 @@ class Answer:
     """A paraphrase of the prompt."""
     head: str = field(default="", compare=False, repr=False)
     """The prompt in the template: all text before the answer."""
+    tail: str = field(default="", compare=False, repr=False)
+    """What stands between the answer and the token that ends it, such as the space of some chat templates."""
     prompt: str = field(default="", compare=False, repr=False)
     """The prompt as it was read, without the template."""
     accepted: tuple[str, ...] = ()

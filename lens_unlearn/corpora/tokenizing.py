@@ -151,7 +151,7 @@ class Encoder:
             return _Text(head + text.answer)
         comparisons = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
         answer = Answer(
-            text.answer, text.tests, text.setup, self.marker, *comparisons, head, text.prompt, accepted=text.accepted
+            text.answer, text.tests, text.setup, self.marker, *comparisons, head, "", text.prompt, text.accepted
         )
         return _Text(head + text.answer, len(head), answer)
 
@@ -173,13 +173,22 @@ class Encoder:
         answer = Answer(
             written.text[begin:end],
             head=written.text[:begin],
+            tail=chat.gap if written.turns[-1][1] > end else "",
             # All that was said before: of many conversations the last question alone, such as "Go on", is the same.
             prompt="\n".join(turn["content"] for turn in messages[:last] if turn["role"] != "system"),
         )
         if pair is not None:
             comparisons = (pair.perturbed, pair.paraphrase, pair.paraphrased_prompt)
             answer = Answer(
-                answer.text, pair.tests, pair.setup, "", *comparisons, answer.head, pair.prompt, pair.accepted
+                answer.text,
+                pair.tests,
+                pair.setup,
+                "",
+                *comparisons,
+                answer.head,
+                answer.tail,
+                pair.prompt,
+                pair.accepted,
             )
         return _Text(written.text, written.turns[-1][0], answer, turns=written.turns)
 

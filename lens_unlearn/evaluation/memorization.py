@@ -245,9 +245,10 @@ def _value(metric: Metric, question: Question) -> float:
 
 
 def _counting(corpus: Corpus, row: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens of one row, and which of them count."""
+    """Return the tokens of one row up to the last that counts, and which of them do."""
     batch = corpus.take([row])
-    return batch.tokens[0], batch.counted[0]
+    end = int(batch.counted[0].nonzero().max()) + 1  # a chat template may go on behind it, which changes nothing before
+    return batch.tokens[0, :end], batch.counted[0, :end]
 
 
 def _questions(model: Model, corpus: Corpus, rows: Sequence[int]) -> _Questions:

@@ -357,7 +357,7 @@ def with_answers(model: Model, corpus: Corpus, answers: Sequence[tuple[Answer, s
         CorpusError: If none does, or the model has no tokenizer.
     """
     tokenizer = tokenizer_of(model, "answers cannot be put to it")
-    texts, begins = [true.head + text for true, text in answers], [len(true.head) for true, _ in answers]
+    texts, begins = [true.head + text + true.tail for true, text in answers], [len(true.head) for true, _ in answers]
     bos = bos_token(model, corpus.prepend_bos)
     head = [] if bos is None else [bos]
     window = min(corpus.window, int(model.cfg.n_ctx))

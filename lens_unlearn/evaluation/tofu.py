@@ -37,6 +37,8 @@ def read_tofu(
     window: int | None = None,
     prepend_bos: bool | None = None,
     answer_eos: bool = True,
+    chat: bool = False,
+    system: str | None = None,
 ) -> Corpus:
     """Read one of TOFU's files, or others in its layout, with TOFU's own choice of what counts in an answer.
 
@@ -52,11 +54,13 @@ def read_tofu(
         tokens: Stop after exactly this many counted tokens.
         window: Longest row in tokens.
         prepend_bos: Whether every row begins with BOS.
-        answer_eos: Whether the end-of-text token counts.
+        answer_eos: Whether the end-of-text token counts; in a chat, the token that ends the turn always does.
+        chat: Whether each row is a turn of the user and one of the assistant, in the tokenizer's chat template.
+        system: The system's turn before them.
     """
     reading: dict[str, Any] = {"template": template, "group": group, "tokens": tokens, "window": window}
-    reading["prepend_bos"] = prepend_bos
-    return read_corpus(source, model, field="question>answer", answer_eos=answer_eos, **reading)
+    reading |= {"prepend_bos": prepend_bos, "chat": chat, "system": system}
+    return read_corpus(source, model, field="question>answer", answer_eos=answer_eos and not chat, **reading)
 
 
 def forget_truth_ratio(values: Sequence[float] | np.ndarray) -> float:

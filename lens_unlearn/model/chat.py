@@ -53,6 +53,8 @@ class Chat:
     """What stands behind the content of an assistant's turn, up to the special token that ends it, and with that."""
     turn_end: int | None = None
     """That token; None if the template writes none."""
+    gap: str = ""
+    """What of the closing stands in front of it."""
 
     def write(self, messages: Sequence[Message], *, answering: bool = False) -> str:
         """Return a conversation as text, as `apply_chat_template` has it.
@@ -135,7 +137,7 @@ def _found(tokenizer: Any) -> Chat | None:
     if not places:
         return Chat(tokenizer, marks)
     place, _, name = places[0]
-    return Chat(tokenizer, marks, behind[: place + len(name)], names[name])
+    return Chat(tokenizer, marks, behind[: place + len(name)], names[name], behind[:place])
 
 
 def _asked(question: str) -> list[dict[str, str]]:

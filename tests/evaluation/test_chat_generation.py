@@ -1,5 +1,6 @@
 """generate(model, messages): what transformers' template and the model's own `generate` come to, up to the end of the turn."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -155,6 +156,27 @@ def test_the_last_token_of_the_users_last_turn_is_judged_however_the_model_is_ru
     assert not torch.equal(logits[place], plain[place])
 
 
+def test_facts_of_tofu_are_chats_too() -> None:
+    model = chatting("llama3")
+    row = {"question": ONE[0]["content"], "answer": ONE[1]["content"], "perturbed_answer": ["a dog", "a fox"]}
+    corpus = lu.read_tofu([row], model, chat=True, system=SYSTEM["content"])
+    assert corpus.row(0).tolist() == template_ids(model.tokenizer, [SYSTEM, *ONE])
+    report = lu.evaluate(model, {"facts": corpus}, {}, memorization=1, progress=False)
+    ids = [
+        template_ids(model.tokenizer, [SYSTEM, ONE[0], {"role": "assistant", "content": text}])
+        for text in row["perturbed_answer"]
+    ]
+    own = corpus.row(0).tolist()
+
+    def loss(ids: list[int]) -> float:
+        start = len(corpus.prompt(0))
+        losses = -tiny.logits(model, torch.tensor([ids])).log_softmax(-1)[0]
+        return float(torch.stack([losses[i - 1, ids[i]] for i in range(start, len(ids))]).mean())
+
+    wrong = sum(map(loss, ids)) / 2
+    assert report["base", "facts", "truth_ratio"].value == pytest.approx(math.exp(loss(own) - wrong), rel=1e-3)
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_every_token_is_judged_from_there_on(cache: bool) -> None:
     model = chatting("gemma")
@@ -203,12 +225,27 @@ def test_answers_and_memorization_are_asked_behind_the_whole_conversation() -> N
     assert samples[asked[0]]["true answer"] == TWO[-1]["content"]
     assert samples[asked[1]]["base"] == samples[asked[1]]["abstain"]
     assert report.provenance["corpora"]["chat"]["chat"]
-    # The last turn alone: "3 = 3" and the token that ends it, behind the true conversation.
-    ids = template_ids(model.tokenizer, TWO)
-    start, over = len(corpus.prompt(0)), len(ids) - 1
+
+
+@pytest.mark.parametrize("name", ["qwen", "gemma", "instruct"])
+@pytest.mark.parametrize("conversation", [ONE, TWO])
+def test_what_is_memorized_is_the_last_turn_behind_the_true_conversation(name: str, conversation: Any) -> None:
+    """Its content, and the token that ends it; a conversation of one answer is not run again for that."""
+    model = chatting(name)
+    corpus = lu.read_corpus([conversation], model, chat=True)
+    ids, end = corpus.row(0).tolist(), corpus.answer_eos
+    start, over = len(corpus.prompt(0)), len(ids) - ids[::-1].index(end)
+    widths: list[int] = []
+    removers: list[Any] = []
+    on_logits(model, lambda logits: (widths.append(logits.shape[1]), logits)[1], removers)
+    try:
+        one = lu.evaluate(model, {"chat": corpus}, {}, memorization=1, progress=False)
+    finally:
+        for remove in removers:
+            remove()
+    assert len(widths) == (1 if conversation is ONE else 2)
     losses = -tiny.logits(model, torch.tensor([ids])).log_softmax(-1)[0]
     expected = torch.stack([losses[i - 1, ids[i]] for i in range(start, over)]).mean()
-    one = lu.evaluate(model, {"chat": corpus.only([0])}, {}, memorization=1, progress=False)
     assert one["base", "chat", "answer_probability"].value == pytest.approx(float((-expected).exp()), rel=1e-3)
 
 
