@@ -38,6 +38,7 @@ class Opened:
     name: str
     rows: Iterable[Row]
     is_pairs: bool
+    """Whether each row is a prompt with its answer; in a chat, all are conversations."""
     template: str = DEFAULT_TEMPLATE
     """How prompts and answers are joined by default."""
     group: str | int | None = None
@@ -201,7 +202,7 @@ def _fields(
     if not (seen := [*islice(stream, 1)]):
         raise CorpusError(f"{name} is empty")
     read = read_rows(name, chain(seen, stream), fields, group, chat=chat)
-    return Opened(name, read, is_pairs=len(fields) == 2, group=group)
+    return Opened(name, read, is_pairs=len(fields) == 2 and not chat, group=group)
 
 
 def _fields_of_rows(
@@ -239,7 +240,7 @@ def _fields_of_rows(
                 raise
             keys |= dict.fromkeys(seen[-1]) if isinstance(seen[-1], Mapping) else {}
     read = read_rows(name, chain(seen, stream), fields, group, chat=chat)
-    return Opened(name, read, is_pairs=len(fields) == 2, group=group)
+    return Opened(name, read, is_pairs=len(fields) == 2 and not chat, group=group)
 
 
 def _run_of_strings(name: str, field: str | None, group: str | int | None, written: str) -> int | None:

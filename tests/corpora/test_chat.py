@@ -136,6 +136,14 @@ def test_prompts_and_responses_are_conversations_of_two_turns(tmp_path: Path) ->
     assert (answer.prompt, answer.text) == (Q["content"], A["content"])
 
 
+def test_files_of_messages_and_of_prompts_are_one_source(tmp_path: Path) -> None:
+    model = chatting("qwen")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TWO}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": Q["content"], "response": A["content"]}))
+    corpus = lu.read_corpus([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], model, chat=True)
+    assert corpus.fingerprint == lu.read_corpus([TWO, ONE], model, chat=True).fingerprint
+
+
 def test_a_system_turn_is_put_where_there_is_none() -> None:
     model = chatting("llama3")
     own = [{"role": "system", "content": "its own"}, *ONE]
