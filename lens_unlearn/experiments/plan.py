@@ -81,7 +81,7 @@ class Plan:
     """Questions of each question-answer corpus to answer."""
     memorization: int = 0
     """Questions of each question-answer corpus whose true answers' probabilities are measured."""
-    dtype: str = AUTO
+    dtype: str = "float32"
     """Of the model's weights, or "auto"."""
     device_map: str | None = None
     """How a model that does not fit one device is spread: "auto", "balanced", ..."""
