@@ -35,11 +35,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", default="../shared/data/skillmix_heldout")
     parser.add_argument("--skills", nargs="+", default=["code", "math", "prose"])
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.0025, 0.005, 0.01, 0.02, 0.04, 0.08])
-    parser.add_argument("--adjusted", nargs="+", type=float, default=[0.005, 0.01, 0.03, 0.05])
+    parser.add_argument("--adjusted", nargs="+", type=float, default=[0.01, 0.03])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--fit-tokens", type=int, default=5000)
     parser.add_argument("--test-tokens", type=int, default=2000)
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument(
+        "--units", type=int, default=10, help="test documents of each skill, at least, if there are so many"
+    )
+    parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
     args, record = begin(parser, given)
     lu.tune_allocator()
@@ -51,7 +54,8 @@ def main(given: Sequence[str] | None = None) -> None:
 
     # Five times as much as is fitted on, so that each seed has other documents.
     whole = {skill: read(args.fit, skill, 5 * args.fit_tokens) for skill in args.skills}
-    test = {skill: read(args.test, skill, args.test_tokens) for skill in args.skills}
+    # Rows drawn from all documents: an interval needs many of them, more than many tokens.
+    test = {skill: read(args.test, skill, 10**6).sample(args.test_tokens, units=args.units) for skill in args.skills}
     known: dict[tuple[str, int], lu.Moments] = {}
 
     def moments(skill: str, seed: int) -> tuple[lu.Corpus, lu.Moments]:
@@ -105,7 +109,7 @@ def choices(model: Any, args: argparse.Namespace, record: Any, fit: Fit, evaluat
     """What else Selective Pruning may be told, each at 2 % of what it ablates, code forgotten."""
     skill, shared = args.skills[0], {"fraction": 0.02, "progress": False}
     ways: dict[str, dict[str, Any]] = {f"importance {name}": {"importance": name} for name in IMPORTANCES}
-    ways |= {"5 steps": {"steps": 5}, "attention": {"site": "attn.z"}, "both": {"site": ("mlp.post", "attn.z")}}
+    ways |= {"5 steps": {"steps": 5}, "attention": {"site": "attn.z"}}
     table = record.table("choices", ["forgotten", "way", "of", *(f"{skill} lost" for skill in args.skills)])
     for name, way in ways.items():
         edits = []

@@ -78,6 +78,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Clusters",
         "Contrast",
         "Ellipsoid",
+        "Linear",
         "fit_region",
     ),
     "methods.controls": (
@@ -162,7 +163,7 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.files import load_intervention
     from lens_unlearn.interventions.update import Update
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
-    from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, fit_region
+    from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region
     from lens_unlearn.methods.controls import random_delta, random_pruning
     from lens_unlearn.methods.key_space_detection import key_space_detection
     from lens_unlearn.methods.neuron_adjust import neuron_adjust

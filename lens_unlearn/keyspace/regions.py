@@ -1,4 +1,4 @@
-"""Regions of key space, fitted on the keys of one skill: `Box`, `Ellipsoid`, `Clusters`, `Contrast`.
+"""Regions of key space, fitted on the keys of one skill: `Box`, `Ellipsoid`, `Clusters`, `Contrast`, `Linear`.
 
 Every region has a score that is 0 at a centre and grows outwards; a key is inside while its score is at most `limit`.
 Knows tensors of keys; knows nothing of models, sites, or of what happens to a query whose key is inside.
@@ -22,6 +22,7 @@ __all__ = [
     "Clusters",
     "Contrast",
     "Ellipsoid",
+    "Linear",
     "Region",
     "Shape",
     "fit_region",
@@ -33,7 +34,7 @@ FLOOR = 0.1
 FEWEST = 8
 """The fewest keys a region is fitted on."""
 
-Shape = Literal["box", "ellipsoid", "clusters", "contrast"]
+Shape = Literal["box", "ellipsoid", "clusters", "contrast", "linear"]
 R = TypeVar("R", bound="Region")
 
 
@@ -172,7 +173,52 @@ class Contrast(Ellipsoid):
         return header, {**tensors, "other_centre": self.other_centre, "other_scale": self.other_scale}
 
 
-_SHAPES: dict[str, type[Region]] = {kind.shape: kind for kind in (Box, Ellipsoid, Clusters, Contrast)}
+@dataclass(frozen=True, eq=False, repr=False)
+class Linear(Region):
+    """The keys on one side of a plane: score = 1 / (1 + exp(w z + b)), z = (x - mu) / sigma: how probable another skill is.
+
+    Not published: like `Contrast` it is fitted on keys of both sides. w and b are those of a logistic regression that minimizes the
+    mean log loss, both sides weighing the same, + |w|^2 / 2; mu and sigma, floored, are of both sides together.
+
+    Args:
+        weight: w.
+        bias: b.
+    """
+
+    shape = "linear"
+
+    weight: Float[Tensor, "n"] = field(default_factory=lambda: torch.zeros(0))
+    bias: Float[Tensor, "1"] = field(default_factory=lambda: torch.zeros(1))
+
+    def __post_init__(self) -> None:
+        """Check the plane too."""
+        super().__post_init__()
+        if self.weight.shape != self.scale.shape or self.bias.shape != (1,):
+            raise LensUnlearnError("a plane needs one weight for each coordinate, and one bias")
+        if not bool(torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all()):
+            raise LensUnlearnError("a plane needs finite weights")
+
+    def score(self, keys: Float[Tensor, "*keys n"]) -> Float[Tensor, "*keys"]:
+        """Return the probability that a key is not of the skill; NaN for a key with a NaN."""
+        keys = keys.float().contiguous()  # as in `Region.score`
+        return self._norm((keys - self.centres[0].to(keys.device)) / self.scale.to(keys.device))
+
+    def _norm(self, z: Tensor) -> Tensor:
+        margin = (z * self.weight.to(z.device)).sum(-1) + self.bias[0].to(z.device)
+        # In float64, whose last digit, in which a vector's differ from a number's, is not seen in float32. What is not finite lies
+        # on no side.
+        return torch.sigmoid(-margin.double()).float().masked_fill(~torch.isfinite(margin), math.nan)
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what a file keeps."""
+        header, tensors = super().parts()
+        return header, {**tensors, "weight": self.weight, "bias": self.bias}
+
+    def __repr__(self) -> str:
+        return f"Linear({len(self.scale):,} coordinates, limit={self.limit:.3g})"
+
+
+_SHAPES: dict[str, type[Region]] = {kind.shape: kind for kind in (Box, Ellipsoid, Clusters, Contrast, Linear)}
 
 
 def fit_region(
@@ -197,8 +243,8 @@ def fit_region(
 
     Args:
         keys: One row per query.
-        shape: "box" (published), "ellipsoid", "clusters", or "contrast".
-        others: Keys of other skills; needed for "contrast", and ignored otherwise.
+        shape: "box" (published), "ellipsoid", "clusters", "contrast", or "linear".
+        others: Keys of other skills; needed for "contrast" and "linear", and ignored otherwise.
         coverage: Share of the keys that alpha = 1 covers, in (0, 1]. Below 1, one outlier does not set the limit.
         alpha: The limit in units of k.
         clusters: Centres of "clusters".
@@ -215,11 +261,14 @@ def fit_region(
         raise LensUnlearnError(f"alpha={alpha} is out of range: give one above 0")
     if len(keys) < FEWEST:
         raise LensUnlearnError(f"{len(keys)} queries are too few to fit a region: give at least {FEWEST}")
-    centres, sigma, floored = _spread(keys, clusters if shape == "clusters" else 1, seed)
+    if shape in ("contrast", "linear") and (others is None or len(others) < FEWEST):
+        raise LensUnlearnError(f"region={shape!r} needs {FEWEST} queries of other skills at least: give retain queries")
+    fitted = keys if shape != "linear" or others is None else torch.cat([keys, others])
+    centres, sigma, floored = _spread(fitted, clusters if shape == "clusters" else 1, seed)
     other_side: dict[str, Any] = {}
-    if shape == "contrast":
-        if others is None or len(others) < FEWEST:
-            raise LensUnlearnError(f"a contrast needs {FEWEST} queries of other skills at least: give retain queries")
+    if shape == "linear" and others is not None:
+        other_side["weight"], other_side["bias"] = _plane((fitted - centres) / sigma, len(keys))
+    if shape == "contrast" and others is not None:
         centre, other_side["other_scale"], _ = _spread(others, 1, seed)
         other_side["other_centre"] = centre[0]
     region = _SHAPES[shape](centres, sigma, 1.0, 1.0, floored, **other_side)
@@ -246,6 +295,16 @@ def _spread(
         raise LensUnlearnError("every coordinate of the keys is constant: these queries all end in the same state")
     floor = FLOOR * positive.median()
     return centres.float(), sigma.clamp_min(floor).float(), int((sigma < floor).sum())
+
+
+def _plane(z: Float[Tensor, "keys n"], inside: int) -> tuple[Float[Tensor, "n"], Float[Tensor, "1"]]:
+    """Return weights and bias of the plane between the first keys, so many, and all others."""
+    from sklearn.linear_model import LogisticRegression
+
+    # C weighs the sum of the losses against |w|^2 / 2: 1 / n makes that their mean, whatever the number of keys.
+    model = LogisticRegression(C=1 / len(z), class_weight="balanced", max_iter=1000)
+    model.fit(z.double().numpy(), [1] * inside + [0] * (len(z) - inside))
+    return torch.from_numpy(model.coef_[0]).float(), torch.from_numpy(model.intercept_).float()
 
 
 def _centres(values: Float[Tensor, "keys n"], count: int, seed: int) -> Float[Tensor, "centres n"]:

@@ -30,8 +30,8 @@ from lens_unlearn.neurons.maps import check_fraction
 
 __all__ = ["METHOD", "key_space_detection"]
 
-SHAPES: tuple[Shape, ...] = ("box", "ellipsoid", "clusters", "contrast")
-_CONTRASTS = ("contrast", "auto")
+SHAPES: tuple[Shape, ...] = ("box", "ellipsoid", "clusters", "contrast", "linear")
+_CONTRASTS = ("contrast", "linear", "auto")
 """What is fitted on retain queries as well."""
 
 TINY = 1e-30
@@ -81,8 +81,9 @@ def key_space_detection(
         layer: One layer, several that vote, or None to choose; -1 is the last.
         alpha: The limit in units of the score that covers the fit, or None to choose.
         coverage: Share of the fitted queries that alpha = 1 covers, in (0, 1].
-        region: "box" (published), "ellipsoid", "clusters", "contrast" (ours: nearer to the forget queries than to 40 % of
-            the retain queries), or "auto" to choose.
+        region: "box" (published), "ellipsoid", "clusters"; of ours, fitted to 40 % of the retain queries as well, "contrast"
+            (nearer to the forget queries than to those) and "linear" (on the forget side of a plane between both), which is the
+            best on pretrained models; or "auto" to choose.
         vote: How many layers have to agree; None for a majority. With layer=None, the best 2 vote - 1 layers vote, or as
             many as detect most.
         when: "prompt" or "every_token", see `Abstain`.

@@ -20,13 +20,14 @@ from lens_unlearn.keyspace.regions import (
     Clusters,
     Contrast,
     Ellipsoid,
+    Linear,
     Region,
     fit_region,
     region_from_parts,
 )
 from lens_unlearn.model.sites import Site
 
-SHAPES: list[Any] = ["box", "ellipsoid", "clusters", "contrast"]
+SHAPES: list[Any] = ["box", "ellipsoid", "clusters", "contrast", "linear"]
 SITE = Site(1, "mlp.post")
 
 
@@ -243,9 +244,12 @@ def test_a_contrast_is_nearer_to_its_own() -> None:
         ({"alpha": 0.0}, r"^alpha=0\.0 is out of range: give one above 0$"),
         ({"alpha": -1.0}, r"^alpha=-1\.0 is out of range"),
         ({"alpha": math.nan}, r"^alpha=nan is out of range"),
-        ({"shape": "sphere"}, r"^region='sphere' is not known: choose from box, ellipsoid, clusters, contrast$"),
-        ({"shape": "contrast", "others": None}, r"^a contrast needs 8 queries of other skills"),
-        ({"shape": "contrast", "others": torch.zeros(7, 24)}, r"^a contrast needs 8 queries of other skills"),
+        (
+            {"shape": "sphere"},
+            r"^region='sphere' is not known: choose from box, ellipsoid, clusters, contrast, linear$",
+        ),
+        ({"shape": "contrast", "others": None}, r"^region='contrast' needs 8 queries of other skills"),
+        ({"shape": "contrast", "others": torch.zeros(7, 24)}, r"^region='contrast' needs 8 queries of other skills"),
         ({"shape": "clusters", "clusters": 31}, r"^clusters=31 does not fit 60 queries: give at least two for each$"),
         ({"shape": "clusters", "clusters": 0}, r"^clusters=0 does not fit 60 queries"),
         ({"keys": torch.zeros(7, 24)}, r"^7 queries are too few to fit a region: give at least 8$"),
@@ -305,3 +309,48 @@ def test_the_volume_is_the_sum_of_log_sigmas_and_another_limit_leaves_the_rest()
     assert (moved.limit, moved.k) == (3.0, region.k)
     assert moved.centres is region.centres
     assert isinstance(Ellipsoid(region.centres, region.scale, 1.0).at(2.0), Ellipsoid)
+
+
+def test_a_plane_is_that_of_a_penalized_logistic_regression() -> None:
+    """Against a minimizer that knows nothing of the one that is used: plain gradient descent on the stated loss."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(30, 5, generator=generator).double() * torch.tensor([1.0, 3.0, 0.5, 1.0, 9.0])
+    others = torch.randn(70, 5, generator=generator).double() + torch.tensor([1.0, 0.0, 0.0, -1.0, 4.0])
+    region = fit_region(keys, "linear", others=others)
+    assert isinstance(region, Linear)
+    both = torch.cat([keys, others])
+    z = (both - both.mean(0)) / both.std(0)
+    sign = torch.tensor([1.0] * 30 + [-1.0] * 70).double()
+    weigh = torch.tensor([100 / 60] * 30 + [100 / 140] * 70).double()
+    w, b = torch.zeros(5).double().requires_grad_(), torch.zeros(1).double().requires_grad_()
+    for _ in range(3000):
+        loss = (weigh * torch.nn.functional.softplus(-sign * (z @ w + b))).mean() + w.square().sum() / 2
+        grad = torch.autograd.grad(loss, (w, b))
+        with torch.no_grad():
+            w -= 0.3 * grad[0]
+            b -= 0.3 * grad[1]
+    torch.testing.assert_close(region.weight.double(), w.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(region.bias.double(), b.detach(), rtol=1e-2, atol=1e-3)
+    expected = torch.sigmoid(-(z @ w + b)).detach()
+    torch.testing.assert_close(region.score(both).double(), expected, rtol=1e-3, atol=1e-4)
+    assert region.k == pytest.approx(float(expected[:30].max()), rel=1e-3)
+    assert bool(region.contains(keys).all())
+
+
+def test_a_plane_is_saved_and_read_and_refuses_what_is_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, others = torch.randn(20, 3, generator=generator), torch.randn(20, 3, generator=generator) + 2
+    region = fit_region(keys, "linear", others=others)
+    again = region_from_parts(*region.parts())
+    torch.testing.assert_close(again.score(others), region.score(others), rtol=0, atol=0)
+    assert again.limit == region.limit
+    assert repr(again) == repr(region)
+    assert bool(region.score(torch.full((1, 3), float("nan"))).isnan())
+    assert not bool(region.contains(torch.full((1, 3), float("nan"))))
+    header, tensors = region.parts()
+    for wrong in ({"weight": torch.zeros(2)}, {"bias": torch.zeros(2)}, {"weight": torch.full((3,), float("inf"))}):
+        with pytest.raises(LensUnlearnError, match="a plane needs"):
+            region_from_parts(header, {**tensors, **wrong})
+    for few in (None, others[:7]):
+        with pytest.raises(LensUnlearnError, match="'linear' needs 8 queries of other skills at least"):
+            fit_region(keys, "linear", others=few)

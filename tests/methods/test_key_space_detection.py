@@ -22,7 +22,7 @@ from lens_unlearn.core.intervals import auc, wilson
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.files import load_intervention
-from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid
+from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear
 from lens_unlearn.methods.key_space_detection import _effective, _limit, key_space_detection
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect, query_keys
@@ -79,7 +79,7 @@ def fired(act: Abstain, keys: KeySample) -> Tensor:
 # --- choosing ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("region", ["box", "ellipsoid", "clusters", "contrast", "auto"])
+@pytest.mark.parametrize("region", ["box", "ellipsoid", "clusters", "contrast", "linear", "auto"])
 @pytest.mark.parametrize("where", [0, 2, 4])
 def test_the_layer_that_tells_the_skills_apart_is_found(region: Any, where: int) -> None:
     forget, retain = planted([4.0 if number == where else 0.0 for number in range(LAYERS)])
@@ -224,14 +224,15 @@ def test_with_alpha_given_the_layer_is_the_one_where_it_tells_most_apart() -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("box", Box), ("ellipsoid", Ellipsoid), ("clusters", Clusters), ("contrast", Contrast)]
+    ("name", "kind"),
+    [("box", Box), ("ellipsoid", Ellipsoid), ("clusters", Clusters), ("contrast", Contrast), ("linear", Linear)],
 )
 def test_regions_are_of_the_shape_asked_for_and_auto_is_as_good_as_the_best(name: Any, kind: type) -> None:
     forget, retain = planted([1.5], n=150)
     act = detect(forget, retain, 1, region=name)
     assert type(act.regions[post(0)]) is kind
     auto = detect(forget, retain, 1, region="auto")
-    if name != "contrast":  # whose held-out retain queries are fewer, as those of "auto" are
+    if name not in ("contrast", "linear"):  # whose held-out retain queries are fewer, as those of "auto" are
         held = forget.split(0.6, 0.4, seed=0)[1], retain.split(0.6, 0.4, seed=0)[1]
         same = detect(forget.split(0.6, 0.4, seed=0)[0], None, 1, region=name, held_out=held)
         assert auto.rates["detection"][0] >= same.rates["detection"][0]

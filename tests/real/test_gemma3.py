@@ -1,4 +1,4 @@
-"""Gemma-3-270M, a base model of many languages whose vocabulary is larger than the rest of it: `make real` fetches it and runs this."""
+"""Gemma-3-270M, a base model of many languages with a vocabulary larger than the rest of it; `make real` fetches it."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def gemma3() -> Any:
         pytest.skip(f"{FILE.name} is not here: make real fetches it")
     pytest.importorskip("gguf")
     with tiny.quiet():
-        return lu.load_model(FILE, device="cpu", dtype="auto")
+        return lu.load_model(FILE, device="cpu")
 
 
 def test_it_knows_what_it_was_trained_on(gemma3: Any) -> None:
@@ -43,7 +43,7 @@ def test_logits_in_parts_are_those_of_a_whole_pass(gemma3: Any) -> None:
         predicted = predict(gemma3, batch)
         expected = gemma3(batch.tokens, return_type="logits")[:, :-1][batch.counted[:, 1:]]
     assert predicted.hidden.shape[1] == 640
-    torch.testing.assert_close(predicted.logits(), expected, rtol=0.05, atol=0.25)  # bfloat16, and another attention
+    torch.testing.assert_close(predicted.logits(), expected, rtol=1e-3, atol=1e-2)  # with another attention
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
