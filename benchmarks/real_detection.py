@@ -7,10 +7,11 @@ r"""Key Space Detection on pretrained models: which share of the queries of each
 
 ``cut`` are prompts of 48 tokens out of running code, mathematics and prose; ``whole`` are the questions of GSM8K, MBPP, TOFU and
 English XQuAD; both on SmolLM2. ``languages`` are XQuAD's questions in seven languages, on Gemma-3. Each set is forgotten in turn,
-and the others together are what is retained. Regions are fitted on --fit queries of each set and judged on --test others. A seed
-draws the queries; shares are of all seeds together, with an interval over queries (or documents). "worst" is the largest share
-of another set that is abstained from. The last three columns say what the score can do at best: the area under the ROC curve
-against the nearest other set, and the share detected where the limit lets in 2 % and 5 % of *every* other set of the test queries.
+and all others are retained, each within the false positive rate. Regions are fitted on --fit queries of each set and judged on
+--test others. A seed draws the queries; shares are of all seeds together, with an interval over queries (or documents). "worst" is
+the largest share of another set that is abstained from. The last three columns say what the score can do at best: the area under
+the ROC curve against the nearest other set, and the share detected where the limit lets in 2 % and 5 % of *every* other set of the
+test queries.
 """
 
 import argparse
@@ -155,11 +156,7 @@ def fit_one(
     sites: Any,
 ) -> lu.Abstain:
     """Fit one way to forget a set of queries, all others retained."""
-    retain = lu.KeySample(10**6, seed=seed)
-    forget = lu.KeySample(10**6, seed=seed)
-    for other in names:
-        part = lu.KeySample(10**6, seed=seed).with_state(fitted[other, seed].state())
-        forget, retain = (forget.merge(part), retain) if other == name else (forget, retain.merge(part))
+    forget, retain = fitted[name, seed], [fitted[other, seed] for other in names if other != name]
     options["layer"] = [site.layer for site in sites] if options["layer"] is None else options["layer"]
     return lu.key_space_detection(model, forget, retain, seed=seed, control=False, progress=False, **options)
 

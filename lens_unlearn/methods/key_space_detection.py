@@ -42,7 +42,7 @@ Regions = dict[Site, Region]
 def key_space_detection(
     model: Model,
     forget: Corpus | KeySample,
-    retain: Corpus | KeySample | None = None,
+    retain: Corpus | KeySample | Sequence[Corpus | KeySample] | None = None,
     *,
     layer: int | Sequence[int] | None = None,
     alpha: float | None = None,
@@ -77,7 +77,8 @@ def key_space_detection(
     Args:
         model: A `TransformerBridge` or `HookedTransformer`.
         forget: Queries of the skill to remove, or their keys (`query_keys`).
-        retain: Queries of what is to be retained, or their keys; needed unless both `layer` and `alpha` are given.
+        retain: Queries of what is to be retained, or their keys; needed unless both `layer` and `alpha` are given. Of several,
+            in a list, `false_alarms` holds for each, and not for all together, among which one could pay for the others.
         layer: One layer, several that vote, or None to choose; -1 is the last.
         alpha: The limit in units of the score that covers the fit, or None to choose.
         coverage: Share of the fitted queries that alpha = 1 covers, in (0, 1].
@@ -117,7 +118,9 @@ def key_space_detection(
         return query_keys(model, part, sites, seed=seed, batch_size=batch_size, progress=progress)
 
     keys = keys_of(forget)
-    others = None if retain is None or (fixed and not contrasts) else keys_of(retain)
+    several = [keys_of(part) for part in _listed(retain)] if contrasts or not fixed else []
+    others = _joined(several) if several else None
+    sources = [part.documents(sites[0]) for part in several] if len(several) > 1 else []
     held = None if held_out is None or fixed else (keys_of(held_out[0]), keys_of(held_out[1]))
     shapes: Sequence[Shape] = SHAPES if region == "auto" else (region,)
 
@@ -142,12 +145,13 @@ def key_space_detection(
         if to_choose is not None:
             regions, votes = _chosen(fits, to_choose, alpha, budget, free=layer is None, vote=vote)
         if to_set is not None:
-            regions = _within_budget(regions, votes, to_set, budget)
-        return Abstain(regions, votes, when, refusal, rates=_rates(regions, votes, *to_state))
+            regions = _within_budget(regions, votes, to_set, budget, sources)
+        return Abstain(regions, votes, when, refusal, rates=_rates(regions, votes, *to_state, sources))
 
     act = detector(keys, others, held)
     if not control or fixed or others is None:
         return act
+    sources = []  # of shuffled labels there are none
     with suppress(
         LensUnlearnError
     ):  # documents of unequal lengths can leave too few queries for a task once they are shuffled
@@ -185,6 +189,7 @@ def _check(
     **_: Any,
 ) -> None:
     """Refuse options and corpora; without a model, options alone. Of corpora, the queries are dealt out as they will be."""
+    retain = _listed(retain) or None
     for name, given, known in (
         ("region", region, (*SHAPES, "auto")),
         ("when", when, ("prompt", "every_token")),
@@ -212,9 +217,10 @@ def _check(
         raise CorpusError("choosing a layer or alpha needs retain queries: give retain, or both layer and alpha")
     if retain is None and region in _CONTRASTS:
         raise CorpusError(f"region={region!r} needs retain queries to fit on: give retain")
-    if held_out is not None or not (isinstance(forget, Corpus) and isinstance(retain, Corpus)):
+    parts = _listed(retain)
+    if held_out is not None or not parts or not all(isinstance(part, Corpus) for part in (forget, *parts)):
         return  # of keys that are collected, nothing is lost by finding out later
-    keys, others = (query_places(part, seed=seed) for part in (forget, retain))
+    keys, others = (_joined([query_places(part, seed=seed) for part in side]) for side in ([forget], parts))
     if not fixed:
         contrasts, choosing = region in _CONTRASTS, region == "auto" or len(layers) > 1
         keys, others, held = _parted(keys, others, contrasts=contrasts, seed=seed)
@@ -224,6 +230,20 @@ def _check(
             raise CorpusError(
                 f"{part.n} {name} queries are too few to fit a region: at least {FEWEST}; read more tokens, or shorter rows"
             )
+
+
+def _listed(retain: Any) -> list[Any]:
+    return [] if retain is None else list(retain) if isinstance(retain, list | tuple) else [retain]
+
+
+def _joined(samples: Sequence[KeySample]) -> KeySample:
+    """Merge samples, as large as they are together."""
+    if len(samples) == 1:
+        return samples[0]
+    whole = KeySample(sum(sample.capacity for sample in samples), seed=samples[0].seed)
+    for sample in samples:
+        whole = whole.merge(KeySample(whole.capacity, seed=whole.seed).with_state(sample.state()))
+    return whole
 
 
 def _dealt(
@@ -276,29 +296,38 @@ def _chosen(
     return best[1:]
 
 
-def _within_budget(regions: Regions, votes: int, retain: KeySample, budget: float) -> Regions:
+def _within_budget(
+    regions: Regions, votes: int, retain: KeySample, budget: float, sources: Sequence[Int[Tensor, "documents"]] = ()
+) -> Regions:
     """Multiply all limits by the largest factor at which a fresh retain query is inside with a probability within the budget.
 
     A fresh query is as likely at each place in the order of itself and m others, so it is one of the lowest j + 1 with a
     probability of (j + 1) / (m + 1), and j = budget (m + 1) - 1 of the m may be inside: split conformal prediction. Of documents
-    with several queries, m is the effective number.
+    with several queries, m is the effective number. Of several sources, each by its documents, the smallest factor is taken.
     """
     # A query is inside from its votes-th smallest ratio of score to limit on. These queries set that factor alone, and no limit of
     # a layer: the argument above needs that.
     ratios = torch.stack([score / max(regions[s].limit, TINY) for s, score in _scores(regions, retain).items()])
     smallest = ratios.sort(0).values[votes - 1]
-    m = _effective(smallest, retain.documents(next(iter(regions))))
-    allowed = math.floor((budget * (m + 1) - 1) * len(smallest) / m + 1e-9)
+    units = retain.documents(next(iter(regions)))
+    parts = [torch.isin(units, documents) for documents in sources] or [torch.ones_like(units, dtype=torch.bool)]
+    factor = min(_factor(smallest[part], units[part], budget) for part in parts)
+    return {s: region.at(factor * region.limit) for s, region in regions.items()}
+
+
+def _factor(smallest: Float[Tensor, "queries"], units: Int[Tensor, "queries"], budget: float) -> float:
+    """Return the largest factor at which a fresh query is inside with a probability within the budget."""
+    m = _effective(smallest, units) if len(smallest) else 0.0
+    allowed = math.floor((budget * (m + 1) - 1) * len(smallest) / max(m, 1.0) + 1e-9)
     if allowed < 0 < budget:
         warnings.warn(
             f"false_alarms={budget:g} cannot be kept by alpha set on {m:.0f} independent retain queries, so this abstains from "
             f"nothing: {1 / budget - 1:.0f} are needed; give more retain documents, or raise false_alarms",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     # The last digits of a product are rounded: a hair below the first query that may not be inside, or above the last of all.
-    factor = 0.0 if allowed < 0 else _limit(smallest, allowed) * (1 - 1e-6 if allowed < len(smallest) else 1 + 1e-6)
-    return {s: region.at(factor * region.limit) for s, region in regions.items()}
+    return 0.0 if allowed < 0 else _limit(smallest, allowed) * (1 - 1e-6 if allowed < len(smallest) else 1 + 1e-6)
 
 
 def _effective(scores: Float[Tensor, "queries"], units: Int[Tensor, "queries"]) -> float:
@@ -326,7 +355,13 @@ def _inside(regions: Regions, votes: int, scores: Mapping[Site, Tensor]) -> Bool
     return torch.stack([scores[s] <= region.limit for s, region in regions.items()]).sum(0) >= votes
 
 
-def _rates(regions: Regions, votes: int, forget: KeySample, retain: KeySample) -> dict[str, Any]:
+def _rates(
+    regions: Regions,
+    votes: int,
+    forget: KeySample,
+    retain: KeySample,
+    sources: Sequence[Int[Tensor, "documents"]] = (),
+) -> dict[str, Any]:
     """State detection and false positive rates, with 95 % intervals, on queries that nothing was fitted to or chosen on."""
     rates: dict[str, Any] = {}
     of_forget, of_retain = _scores(regions, forget), _scores(regions, retain)
@@ -334,6 +369,14 @@ def _rates(regions: Regions, votes: int, forget: KeySample, retain: KeySample) -
         hits = _inside(regions, votes, scores)
         low, high = wilson_of_units(hits, part.documents(next(iter(regions))))
         rates[name] = [float(hits.double().mean()), low, high, len(hits)]
+        if name == "false_alarms" and sources:
+            units = part.documents(next(iter(regions)))
+            inside = [torch.isin(units, documents) for documents in sources]
+            rates["false_alarms of each"] = [
+                [float(hits[own].double().mean()), *wilson_of_units(hits[own], units[own]), int(own.sum())]
+                for own in inside
+                if bool(own.any())
+            ]
     rates["auc"] = {str(s): auc(of_forget[s], of_retain[s])[0] for s in regions}
     return rates
 

@@ -524,3 +524,26 @@ def test_an_interrupted_sample_goes_on_to_bitwise_the_same_and_other_seeds_are_r
         again = collect(model, corpus, **options, checkpoint=file)
         assert all(torch.equal(again.state()[name], tensor) for name, tensor in whole.state().items())
         assert not file.exists()
+
+
+def test_of_several_retain_sources_each_keeps_the_budget() -> None:
+    """Where one source lies nearer than the others, together they leave it far above the budget; in a list, it decides."""
+    generator = torch.Generator().manual_seed(5)
+
+    def sample(mean: float, first: int, n: int = 400) -> KeySample:
+        part = KeySample(10_000)
+        part.locate(torch.arange(first, first + n), torch.zeros(n, dtype=torch.long))
+        part.update(post(0), torch.randn(n, 6, generator=generator) + mean, torch.ones(n))
+        return part
+
+    forget, near, far = sample(0.0, 0), sample(1.0, 10_000), sample(6.0, 20_000, 3600)
+    fresh = torch.randn(20_000, 6, generator=generator) + 1.0
+    found = {}
+    for name, retain in (("together", near.merge(far)), ("each", [near, far])):
+        act = detect(forget, retain, 1, region="ellipsoid", layer=0, false_alarms=0.05)
+        found[name] = float(act.regions[post(0)].contains(fresh).double().mean())
+    assert found["together"] > 0.3
+    assert found["each"] < 0.08
+    of_each = act.rates["false_alarms of each"]
+    assert [rate[3] for rate in of_each] == [pytest.approx(133, abs=40), pytest.approx(1200, abs=100)]
+    assert of_each[1][0] == 0.0
