@@ -90,11 +90,12 @@ def test_a_notebook_opens_in_colab_and_begins_with_its_model(path: Path, noteboo
     assert first.source.startswith("# ")
     assert BADGE.format(path.name) in first.source
     setup = code_of(notebook)[0]
-    assert re.search(r'^MODEL = "demo" +# .*hub', setup, re.MULTILINE), (
+    assert re.search(r'^MODEL = "[^"]+" +# .*hub', setup, re.MULTILINE), (
         "the first code cell says how to take another model"
     )
+    assert 'MODEL = "demo"' in setup, "it runs without any download"
     assert "# %pip install lens-unlearn" in setup
-    assert any("load_model(MODEL)" in source for source in code_of(notebook))
+    assert any("load_model(MODEL" in source for source in code_of(notebook))
 
 
 def test_stored_outputs_are_complete(path: Path) -> None:
@@ -110,7 +111,7 @@ def test_prose_and_code_name_what_exists(notebook: Any) -> None:
 def test_links_between_notebooks_and_docs_lead_somewhere(path: Path, notebook: Any) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", prose_of(notebook))
     # Notebooks and pages that are still being written are checked by the strict build of the documentation.
-    assert [to for to in targets if to.endswith(".ipynb") and not re.fullmatch(r"0[1-7]_\w+\.ipynb", to)] == []
+    assert [to for to in targets if to.endswith(".ipynb") and not re.fullmatch(r"0[1-8]_\w+\.ipynb", to)] == []
     assert [to for to in targets if to.startswith("../docs/") and not (path.parent / to).exists()] == []
 
 
