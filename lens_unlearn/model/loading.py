@@ -23,6 +23,7 @@ from lens_unlearn.core.errors import ModelError
 from lens_unlearn.model.dtypes import AUTO, dtype_of, has_fast_bfloat16, stored_dtype
 from lens_unlearn.model.gguf import read_gguf
 from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model
+from lens_unlearn.model.special_tokens import adds_bos_itself
 
 __all__ = ["as_in_file", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
 
@@ -110,7 +111,11 @@ def _loaded(
         dtype = _auto(source, device, options) if auto else dtype
         with _as_model_error(source):
             hugging_face, tokenizer = read_gguf(folder, file, dtype=dtype, **placed, **options)
+            adds = adds_bos_itself(
+                tokenizer
+            )  # TransformerLens asks it to, and a GGUF file cannot be read again as a folder
             model = boot(source, dtype=dtype, hf_model=hugging_face, tokenizer=tokenizer, device=placed.get("device"))
+            model.tokenizer._lens_unlearn_adds_bos = adds
     else:
         if os.path.isdir(source):
             _check_directory(Path(source))

@@ -18,7 +18,16 @@ from typing import Any
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.model.host import Model, require_model
 
-__all__ = ["bos_token", "encode", "end_token", "ends_of_a_text", "special_tokens", "tokenizer_of", "written_after"]
+__all__ = [
+    "adds_bos_itself",
+    "bos_token",
+    "encode",
+    "end_token",
+    "ends_of_a_text",
+    "special_tokens",
+    "tokenizer_of",
+    "written_after",
+]
 
 
 def tokenizer_of(model: Model, use: str = "texts cannot be read") -> Any:
@@ -141,6 +150,11 @@ def _adds_bos(tokenizer: Any, bos: int) -> bool:
             known = _begins_with(plain, bos)
         tokenizer._lens_unlearn_adds_bos = known
     return known
+
+
+def adds_bos_itself(tokenizer: Any) -> bool:
+    """Whether a tokenizer that nobody has changed yet begins every text with BOS."""
+    return tokenizer.bos_token_id is not None and _begins_with(tokenizer, tokenizer.bos_token_id)
 
 
 def _begins_with(tokenizer: Any, bos: int) -> bool:

@@ -26,10 +26,8 @@ def gemma3() -> Any:
         return lu.load_model(FILE, device="cpu")
 
 
-def test_it_knows_what_it_was_trained_on(gemma3: Any) -> None:
+def test_it_is_read_in_its_own_shape(gemma3: Any) -> None:
     assert (gemma3.cfg.n_layers, gemma3.cfg.d_model, gemma3.cfg.d_vocab) == (18, 640, 262_144)
-    (answer,) = lu.generate(gemma3, "Die Hauptstadt von Frankreich ist", max_new_tokens=3)
-    assert "Paris" in answer
 
 
 def test_texts_begin_with_the_bos_that_it_was_trained_with(gemma3: Any) -> None:
