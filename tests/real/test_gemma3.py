@@ -46,7 +46,7 @@ def test_logits_in_parts_are_those_of_a_whole_pass(gemma3: Any) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_evaluating_takes_less_than_a_gigabyte_beyond_the_model(gemma3: Any) -> None:
-    """The logits of a batch of 8 rows of 512 tokens alone would take 4 GB in float32."""
+    """The logits of this one batch, of 2,000 tokens, alone would take 2 GB in float32."""
     corpus = lu.read_corpus(["The sea is blue. " * 200] * 8, gemma3, window=512)
     edit = lu.Ablate(lu.NeuronMap({lu.Site(0, "mlp.post"): torch.arange(2048) < 20}))
 
