@@ -179,10 +179,12 @@ def evaluate(
         total=total, unit=" tokens", unit_scale=True, disable=not (progress and distributed.is_first()), desc="evaluate"
     )
     halved: dict[str, int] = {}
+    at_once: dict[str, int] = {}
     forced: dict[str, dict[str, list[dict[int, Forced]]]] = {}
     with one_thread(model), bar:  # all of a corpus: nobody else's hooks shall act beside the unedited model
         for name, corpus in corpora.items():
-            scored = _score(model, corpus, runs, batch_size, bar, kept_rows.get(name, set()))
+            at_once[name] = rows_at_once(model, corpus, batch_size, passes=sum(map(len, runs.values())))
+            scored = _score(model, corpus, runs, at_once[name], bar, kept_rows.get(name, set()))
             halved |= {name: scored.halved} if scored.halved else {}
             forced[name] = scored.rows
             keep(name, scored.scores(corpus.units, with_kl=base is None))
@@ -228,7 +230,7 @@ def evaluate(
         k: measures[k] for c in names for n in [*corpora, *of_tasks] for m in metrics if (k := (c, n, m)) in measures
     }
     settings = _settings(model, corpora, conditions, resamples, seed)
-    settings["rows at a time"] = {name: rows_at_once(model, corpus, batch_size) for name, corpus in corpora.items()}
+    settings["rows at a time"] = at_once
     if halved:
         settings["batches cut for lack of memory"] = halved
     if questions:
@@ -320,7 +322,7 @@ class _Scored:
                     self.rows[name][number] |= rows[name][number]
 
 
-def _score(model: Model, corpus: Corpus, runs: Runs, batch_size: int | None, bar: Any, kept_rows: set[int]) -> _Scored:
+def _score(model: Model, corpus: Corpus, runs: Runs, rows_at_a_time: int, bar: Any, kept_rows: set[int]) -> _Scored:
     """Run every batch of a corpus once under every condition.
 
     Raises:
@@ -328,8 +330,7 @@ def _score(model: Model, corpus: Corpus, runs: Runs, batch_size: int | None, bar
     """
     scored = _Scored.empty(runs, corpus.n_documents)
     common = _common_targets(corpus, int(model.cfg.d_vocab))
-    rows = rows_at_once(model, corpus, batch_size, passes=sum(map(len, runs.values())))
-    for batch in distributed.share(corpus.batches(rows)):
+    for batch in distributed.share(corpus.batches(rows_at_a_time)):
         pieces = batch.run(partial(_run, model, common, runs, scored.metrics))
         scored.halved += len(pieces) > 1
         for piece in pieces:
