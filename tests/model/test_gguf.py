@@ -12,6 +12,7 @@ import torch
 from lens_unlearn.core.errors import ModelError
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.model import loading
 from lens_unlearn.model.loading import fingerprint, load_model
 from lens_unlearn.neurons.collect import collect
 
@@ -52,7 +53,7 @@ def path(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def write(model: Any, file: Path, kind: Any = None) -> None:
+def write(model: Any, file: Path, kind: Any = None, *, eos: int = 0) -> None:
     """Write a Llama as llama.cpp's own converter does: rotary halves interleaved, norms in float32."""
     writer = gguf.GGUFWriter(file, "llama")
     for add, value in (
@@ -71,7 +72,7 @@ def write(model: Any, file: Path, kind: Any = None) -> None:
         (writer.add_token_types, [3, *[1] * (len(TOKENS) - 1)]),
         (writer.add_token_merges, MERGES),
         (writer.add_bos_token_id, 0),
-        (writer.add_eos_token_id, 0),
+        (writer.add_eos_token_id, eos),
     ):
         add(value)
     names = {
@@ -131,6 +132,18 @@ def test_quantized_weights_become_the_dtype_asked_for(plain: Any, tmp_path: Path
     with torch.no_grad():
         logits, expected = model(tokens).float(), plain(tokens).logits
     assert float((logits - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_texts_begin_as_the_files_own_tokenizer_has_them(
+    plain: Any, tmp_path: Path, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever TransformerLens asks the tokenizer for, and beside other files, of which the folder cannot be read as one."""
+    write(plain, tmp_path / "one.gguf", eos=1)
+    write(plain, tmp_path / "other.gguf", eos=1)
+    monkeypatch.setattr(loading, "adds_bos_itself", lambda tokenizer: adds)
+    corpus = read_corpus(["that a"], load(tmp_path / "one.gguf"))
+    assert (corpus.tokens[0].item() == 0) == adds
 
 
 def test_it_is_a_model_like_any_other(path: Path) -> None:
