@@ -276,7 +276,7 @@ class Corpus:
         The last row of a corpus may have been cut before it, where its budget of tokens was full.
         """
         counted = self.row(index)[self.counted[self._span(index)]]  # a chat template may go on behind it
-        return self.answer(index) is not None and int(counted[-1]) == self.answer_eos
+        return self.answer(index) is not None and len(counted) > 0 and int(counted[-1]) == self.answer_eos
 
     @property
     def has_prompts(self) -> bool:

@@ -220,12 +220,16 @@ class Report:
         replace_file(path, page(self).encode(errors="backslashreplace"))  # a text may hold half a surrogate pair
 
     def table(self, metrics: Sequence[str] = ("top1", "loss")) -> pd.DataFrame:
-        """Give a small table for reading: conditions by corpora, "value [low, high]"."""
+        """Give a small table for reading: conditions by corpora, "value [low, high]".
+
+        A corpus with none of these metrics (a task of the evaluation harness, say) is shown with all that it has.
+        """
         import pandas as pd
 
+        shown = {corpus for _, corpus, metric in self.measures if metric in metrics}
         rows: dict[str, dict[str, str]] = {}
         for (condition, corpus, metric), measure in self.measures.items():
-            if metric in metrics:
+            if metric in metrics or corpus not in shown:
                 rows.setdefault(condition, {})[f"{corpus} {metric}"] = f"{measure.value:.3f} [{measure.ends('.3f')}]"
         return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 

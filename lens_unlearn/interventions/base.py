@@ -270,8 +270,8 @@ def with_constants(
         return logits
     changed = logits.masked_fill((where >= 0)[..., None], 0)
     ahead = (where >= 0) & (where < logits.shape[-1])
-    changed[ahead, where[ahead]] = 1e-3
-    return changed
+    token = where.clamp(0, logits.shape[-1] - 1)[..., None]
+    return changed.scatter(-1, token, torch.where(ahead[..., None], 1e-3, changed.gather(-1, token)))
 
 
 def only_constants(intervention: Intervention) -> bool:

@@ -134,7 +134,8 @@ def test_tasks_stand_in_the_report_with_intervals(demo: Any, sums: dict[str, Any
     assert {sample["corpus"] for sample in report.samples} == {"sums_write"}
     assert report.samples[0]["base"].strip() == report.samples[0]["true answer"]
     assert "sums_choice" in report.to_frame().corpus.tolist()
-    assert "sums_write" in report._repr_html_()
+    assert {"sums_choice acc", "sums_write exact_match"} <= set(report.table().columns)
+    assert "sums_write exact_match" in report._repr_html_()
 
 
 def widths(model: Any) -> dict[lu.Site, int]:
