@@ -68,6 +68,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "interventions.delta": ("Delta",),
     "interventions.files": ("load_intervention",),
+    "interventions.patch": ("Patch",),
     "interventions.update": ("Update",),
     "keyspace.key_space": (
         "KeySpace",
@@ -161,6 +162,7 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.base import Chain, Intervention, Placed
     from lens_unlearn.interventions.delta import Delta
     from lens_unlearn.interventions.files import load_intervention
+    from lens_unlearn.interventions.patch import Patch
     from lens_unlearn.interventions.update import Update
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region
