@@ -58,7 +58,7 @@ def attribution_map(
     """
     theme.require_neurons(attribution, "attribution_map")
     kinds = theme.kinds_of(attribution, None)
-    layers = sorted({site.layer for site in attribution})
+    layers = theme.layer_rows(attribution)
     values = {site: value for site, value in theme.values_of(attribution).items() if value.size}
     shapes = {site: tuple(value.shape) for site, value in attribution.items()}
     chosen = {} if selection is None else _chosen(selection, shapes)

@@ -54,7 +54,7 @@ def neuron_heatmap(
     shown = {site: value for site, value in theme.values_of(score).items() if site.kind in kinds and value.size}
     shapes = {site: tuple(value.shape) for site, value in score.items()}
     scale = _Scale.of(np.concatenate(list(shown.values())), signed)
-    layers = sorted({site.layer for site in shown})
+    layers = theme.layer_rows(shown)
     width = max(1, min(MAX_COLUMNS, MAX_CELLS // max(1, len(layers) * len(kinds))))
     fig = make_subplots(1, len(kinds), shared_yaxes=True, column_titles=kinds, horizontal_spacing=0.03)
     widths = {name: min([width, *(v.size for s, v in shown.items() if s.kind == name)]) for name in kinds}

@@ -3,6 +3,7 @@
 Knows boolean maps; knows nothing of the methods that selected.
 """
 
+import math
 from collections.abc import Mapping
 from itertools import combinations
 
@@ -152,15 +153,17 @@ def _matrix(fig: go.Figure, flats: list[Flat], names: list[str], labels: list[st
 
 
 def _by_layer(fig: go.Figure, flats: list[Flat], names: list[str], pairs: list[tuple[int, int]]) -> list[int]:
-    layers = sorted({site.layer for site in flats[0]})
-    parts = [{n: np.concatenate([v for s, v in flat.items() if s.layer == n]) for n in layers} for flat in flats]
+    layers, known = theme.layer_rows(flats[0]), {site.layer for site in flats[0]}
+    parts = [{n: np.concatenate([v for s, v in flat.items() if s.layer == n]) for n in known} for flat in flats]
     labels = [f"{names[i]} / {names[j]}" for i, j in pairs]
     fig.add_heatmap(
-        z=[[jaccard(parts[i][n], parts[j][n]) for i, j in pairs] for n in layers],
+        z=[[jaccard(parts[i][n], parts[j][n]) if n in known else math.nan for i, j in pairs] for n in layers],
         x=list(range(len(pairs))),
         y=layers,
         text=[
             [f"<b>L{n}: {label}</b><br>{_hover(parts[i][n], parts[j][n])}" for (i, j), label in zip(pairs, labels)]
+            if n in known
+            else [""] * len(pairs)
             for n in layers
         ],
         coloraxis="coloraxis",

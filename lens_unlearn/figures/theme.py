@@ -6,7 +6,7 @@ notebook, without knowing which: backgrounds are transparent, and text and lines
 
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -223,6 +223,12 @@ def require_selection(selection: NeuronMap, figure: str) -> None:
         raise SelectionError(
             f"{figure} needs a boolean map as its selection: compare the score, or use score.top(0.02)"
         )
+
+
+def layer_rows(sites: Iterable[Site]) -> list[int]:
+    """Return the rows of a heat map of layers: also those between that lack the site, or their neighbours would be drawn wider."""
+    layers = {site.layer for site in sites}
+    return list(range(min(layers), max(layers) + 1))
 
 
 def layer_ticks(layers: Sequence[int]) -> dict[str, Any]:

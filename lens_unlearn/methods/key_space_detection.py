@@ -23,7 +23,7 @@ from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
 from lens_unlearn.methods.controls import SHUFFLED_LABELS, shuffled_controls
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model, require_model
-from lens_unlearn.model.sites import Site, check_kind
+from lens_unlearn.model.sites import Site, check_kind, layers_with
 from lens_unlearn.neurons.collect import query_keys, query_places
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import check_fraction
@@ -79,7 +79,7 @@ def key_space_detection(
         forget: Queries of the skill to remove, or their keys (`query_keys`).
         retain: Queries of what is to be retained, or their keys; needed unless both `layer` and `alpha` are given. Of several,
             in a list, `false_alarms` holds for each, and not for all together, among which one could pay for the others.
-        layer: One layer, several that vote, or None to choose; -1 is the last.
+        layer: One layer, several that vote, or None to choose; -1 is the last that has such a site.
         alpha: The limit in units of the score that covers the fit, or None to choose.
         coverage: Share of the fitted queries that alpha = 1 covers, in (0, 1].
         region: "box" (published), "ellipsoid", "clusters"; of ours, fitted to 40 % of the retain queries as well, "contrast"
@@ -102,13 +102,13 @@ def key_space_detection(
         CorpusError: If there are no queries to fit or to choose on.
         LensUnlearnError: If a layer does not exist, an argument is out of range, or there are too few queries.
     """
-    if not (isinstance(forget, KeySample) and hasattr(model, "cfg")):  # of keys, only the number of layers is asked
+    if not isinstance(forget, KeySample):
         require_model(model)
     _check(
         model, forget, retain, layer=layer, alpha=alpha, coverage=coverage, region=region, vote=vote, when=when,
         false_alarms=false_alarms, site=site, held_out=held_out, refusal=refusal, seed=seed, batch_size=batch_size,
     )  # fmt: skip
-    sites = [Site(number, site) for number in _layers(layer, vote, int(model.cfg.n_layers))]
+    sites = [Site(number, site) for number in _layers(layer, vote, _having(model, forget, site), site)]
     fixed = layer is not None and alpha is not None and region != "auto"
     budget, contrasts = check_fraction(false_alarms, "false_alarms"), region in _CONTRASTS
 
@@ -211,7 +211,7 @@ def _check(
         raise LensUnlearnError(f"refusal={refusal!r} is no text")
     if model is None:
         return
-    layers = _layers(layer, vote, int(model.cfg.n_layers))
+    layers = _layers(layer, vote, _having(model, forget, site), site)
     fixed = layer is not None and alpha is not None and region != "auto"
     if retain is None and not fixed and held_out is None:
         raise CorpusError("choosing a layer or alpha needs retain queries: give retain, or both layer and alpha")
@@ -390,20 +390,32 @@ def _juries(ranked: list[Site], *, free: bool, vote: int | None) -> list[tuple[l
     return [(ranked[: 2 * v - 1], v) for v in range(1, (len(ranked) + 1) // 2 + 1)]
 
 
-def _layers(layer: int | Sequence[int] | None, vote: int | None, count: int) -> list[int]:
+def _having(model: Model, forget: Any, site: str) -> list[int]:
+    """Return the layers that can be asked for: those of keys that are given, or those of the model that have such a site."""
+    if not isinstance(forget, KeySample):
+        return layers_with(model, site)
+    found = [place.layer for place in forget.sites if place.kind == site]
+    if not found:
+        raise LensUnlearnError(f"there is no key of {site}: collect over it first")
+    return sorted(found)
+
+
+def _layers(layer: int | Sequence[int] | None, vote: int | None, having: Sequence[int], site: str) -> list[int]:
+    """Choose among the layers that have a kind of site; negative numbers count these from the last."""
+    count = len(having)
     if layer is None:
         if vote is not None and not 1 <= vote <= (count + 1) // 2:
             raise LensUnlearnError(f"vote={vote} needs {2 * vote - 1} layers for a majority, and there are {count}")
-        return list(range(count))
+        return list(having)
     given = [layer] if isinstance(layer, int) else list(layer)
     if not given:
         raise LensUnlearnError(f"layer={layer!r} names no layer: give one at least, or None to choose")
     for number in given:
-        if not -count <= number < count:
-            raise LensUnlearnError(
-                f"there is no layer {number}: this model has layers 0 to {count - 1}, -1 is the last"
-            )
-    found = sorted({number % count for number in given})
+        if number not in having and not -count <= number < 0:
+            whole = list(having) == list(range(count))
+            known = f"layers 0 to {count - 1}" if whole else f"{site} in layers {', '.join(map(str, having))}"
+            raise LensUnlearnError(f"there is no layer {number}: this model has {known}, -1 is the last")
+    found = sorted({having[number] if number < 0 else number for number in given})
     if vote is not None and not 1 <= vote <= len(found):
         raise LensUnlearnError(f"vote={vote} of {len(found)} layers: from 1 to the number of layers")
     return found

@@ -11,7 +11,7 @@ from lens_unlearn.core.errors import LensUnlearnError, ModelError, SiteError
 from lens_unlearn.model.hooks import attach, backbone, detach_all
 from lens_unlearn.model.host import Model, processing, require_model
 from lens_unlearn.model.loading import load_model
-from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.model.sites import Site, layers_with, resolve
 from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = ["ov_basis", "rotate", "value_offset"]
@@ -28,7 +28,7 @@ def ov_basis(model: Model) -> NeuronMap:
         One matrix per head at every `attn.z` site, ``[heads, d_head, d_head]``, float64.
     """
     require_model(model)
-    return NeuronMap({Site(layer, "attn.z"): _head_bases(model, layer) for layer in range(int(model.cfg.n_layers))})
+    return NeuronMap({Site(layer, "attn.z"): _head_bases(model, layer) for layer in layers_with(model, "attn.z")})
 
 
 def rotate(
@@ -84,7 +84,7 @@ def value_offset(model: Model, reference: Model | None = None) -> NeuronMap | No
                 "attn.z of this model lacks its value biases, which were folded into the output bias, so zero is not the "
                 f"ablation it seems, and the unprocessed model cannot be loaded ({error}): pass it as reference="
             ) from error
-    sites = [Site(layer, "attn.z") for layer in range(int(model.cfg.n_layers))]
+    sites = [Site(layer, "attn.z") for layer in layers_with(model, "attn.z")]
     here, there = _last_values(model, sites), _last_values(raw, sites)
     offset = NeuronMap({site: _constant(site, there[site] - here[site]) for site in sites})
     return offset if float(offset.flat().abs().max()) > 1e-6 else None
@@ -94,8 +94,9 @@ def _may_be_folded(model: Model) -> bool:
     """Say whether TransformerLens moved value biases into the output bias: only then all are zero, and some of these not."""
     if processing(model) == "bridge":
         return False
-    values = [_bias(block.attn, "b_V") for block in model.blocks]
-    outputs = [_bias(block.attn, "b_O") for block in model.blocks]
+    attentions = [attn for block in model.blocks if (attn := getattr(block, "attn", None)) is not None]
+    values = [_bias(attn, "b_V") for attn in attentions]
+    outputs = [_bias(attn, "b_O") for attn in attentions]
     return not any(map(_is_some, values)) and any(map(_is_some, outputs))
 
 

@@ -207,12 +207,10 @@ class _Frame:
 
     def _transform(self) -> dict[Site, Callable[[Tensor], Tensor]]:
         functions: dict[Site, Callable[[Tensor], Tensor]] = {}
-        for layer in range(int(self.model.cfg.n_layers)):
-            site = Site(layer, "attn.z")
-            if self.offset is not None or self.basis is not None:
-                offset = None if self.offset is None else self.offset[site]
-                basis = None if self.basis is None else self.basis[site]
-                functions[site] = lambda z, c=offset, t=basis: _rotate(z if c is None else z + c.to(z), t)
+        for site in self.offset or self.basis or ():
+            offset = None if self.offset is None else self.offset[site]
+            basis = None if self.basis is None else self.basis[site]
+            functions[site] = lambda z, c=offset, t=basis: _rotate(z if c is None else z + c.to(z), t)
         return functions
 
     def value(self, replacement: str, retain: Moments) -> float | NeuronMap:

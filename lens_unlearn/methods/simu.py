@@ -37,7 +37,7 @@ from lens_unlearn.methods.objectives import refusals
 from lens_unlearn.methods.training import LEARNING_RATES, Training, TrainingSettings, check_choices, check_counts
 from lens_unlearn.model.host import Model, require_eval, require_float, require_model
 from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_value
-from lens_unlearn.model.sites import resolve
+from lens_unlearn.model.sites import layers_with, resolve
 from lens_unlearn.neurons.attribution import Mode, Objective, attribute, critical_mask
 from lens_unlearn.neurons.maps import NeuronMap
 
@@ -320,7 +320,7 @@ def _mlp_updates(model: Model, critical: NeuronMap | None, inner: bool) -> Itera
 
 def _attention_updates(model: Model, settings: MaskSettings, seed: int) -> Iterator[tuple[Matrix, Update]]:
     """Make updates of the attention projections, zero as yet: whole, or products of a random and a zero matrix."""
-    for layer in range(int(model.cfg.n_layers)) if settings.attention != "none" else ():
+    for layer in layers_with(model, "attn.z") if settings.attention != "none" else ():
         for name in ("W_Q", "W_K", "W_V", "W_O"):
             weights = matrix_value(model, layer, name)
             rows, columns = weights.shape

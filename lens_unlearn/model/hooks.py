@@ -262,6 +262,7 @@ def on_forward(
     # Two hooks, since the ids reach the embedding only, and the key-value cache reaches the blocks only.
     seen: list[Tensor] = []
     last: list[Tensor] = []
+    states: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def embed(module: Any, args: Any, kwargs: Any) -> None:
         ids = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point()]
@@ -276,7 +277,8 @@ def on_forward(
             ids = torch.cat([*last, ids], dim=1) if last and len(last[0]) == len(ids) else ids
             ids = ids if ids.shape == x.shape[:2] else None
         last[:] = [] if ids is None else [ids]
-        function(ids, max(map(_cached, given), default=0))
+        width = 0 if x is None else x.shape[1]
+        function(ids, max((_cached(value, states, width) for value in given), default=0))
 
     before = "_forward_pre_hooks"
     return register([(model.embed, before, embed), (model.blocks[0], before, begin)], removers)
@@ -358,10 +360,21 @@ def _unhook(module: Any, kind: str, function: Callable[..., Any]) -> bool:
     return bool(keys)
 
 
-def _cached(value: Any) -> int:
-    """Return the number of positions in a key-value cache of transformers or of `HookedTransformer`; 0 for anything else."""
+def _cached(value: Any, states: "weakref.WeakKeyDictionary[Any, int]", width: int) -> int:
+    """Return the number of positions in a key-value cache of transformers or of `HookedTransformer`; 0 for anything else.
+
+    Args:
+        value: What may be a cache.
+        states: How many positions each cache without attention layers (Mamba's) has had, which none of its layers knows.
+        width: How many this pass adds.
+    """
     if hasattr(value, "get_seq_length"):
-        return int(value.get_seq_length())
+        try:
+            return int(value.get_seq_length())
+        except ValueError:
+            past = states.get(value, 0)
+            states[value] = past + width
+            return past
     return int(value.past_keys.shape[1]) if hasattr(value, "past_keys") else 0
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "device_of",
     "host_version",
     "is_wrapped",
+    "part_of",
     "processing",
     "require_eval",
     "require_float",
@@ -85,6 +86,13 @@ def device_of(model: Model) -> torch.device:
     hooks = [module.__dict__.get("_hf_hook") for module in model.modules()]
     devices = [getattr(hook, "execution_device", None) for hook in hooks if hook is not None]
     return torch.device(next((device for device in devices if device not in (None, "meta", "disk")), "cpu"))
+
+
+def part_of(model: Model, layer: int, name: str) -> Any:
+    """Return the attention ("attn") or MLP ("mlp") of a layer; None where TransformerLens shows none, as in layers of hybrids."""
+    block = model.blocks[layer]
+    part = getattr(block, name, None)
+    return getattr(block, "shared_mlp", None) if part is None and name == "mlp" else part  # Granite's hybrids
 
 
 def processing(model: Model) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register
-from lens_unlearn.model.host import Model, require_eval, require_model
+from lens_unlearn.model.host import Model, part_of, require_eval, require_model
 
 __all__ = [
     "MATRICES",
@@ -211,8 +211,16 @@ def _computed_by(model: Model, matrix: Matrix) -> Any:
     here = matrix_names(model, matrix.layer)
     if matrix.name not in here:
         raise SiteError(f"{matrix} does not exist in this model: layer {matrix.layer} has {', '.join(here) or 'none'}")
-    owner = getattr(model.blocks[matrix.layer], part)
-    return getattr(owner, module).original_component if hasattr(model, "original_model") else owner
+    owner = part_of(model, matrix.layer, part)
+    return _linear(owner, module).original_component if hasattr(model, "original_model") else owner
+
+
+def _linear(owner: Any, name: str) -> Any:
+    """Return a linear module of a bridge's attention or MLP; None if there is none."""
+    # In a model with experts, an MLP without any (of Jamba, LFM2, ...) has names of its own, and "gate" is the router.
+    if "MoE" in type(owner).__name__:
+        return getattr(owner, f"dense_{name}", None)
+    return getattr(owner, name, None)
 
 
 def matrix_names(model: Model, layer: int) -> list[str]:
@@ -220,8 +228,8 @@ def matrix_names(model: Model, layer: int) -> list[str]:
     bridged = hasattr(model, "original_model")
     names = []
     for name, (part, module, _) in MATRICES.items():
-        owner = getattr(model.blocks[layer], part, None)
-        inner = getattr(getattr(owner, module, None), "original_component", None) if bridged else None
+        owner = part_of(model, layer, part)
+        inner = getattr(_linear(owner, module), "original_component", None) if bridged else None
         if (getattr(inner, "weight", None) is not None) if bridged else hasattr(owner, name):
             names.append(name)
     return names
@@ -250,7 +258,7 @@ def on_matrix(
     """
     module = _computed_by(model, Matrix(layer, name))
     part = MATRICES[name][0]
-    owner = getattr(model.blocks[layer], part)
+    owner = part_of(model, layer, part)
     if not hasattr(model, "original_model"):
         places = _around(module, name, function)
     elif part == "mlp" and getattr(owner, "_use_processed_weights", False) and hasattr(owner, "gate"):
@@ -271,7 +279,7 @@ def _between(owner: Any, name: str, function: LinearFunction) -> list[tuple[Any,
     The hook points before and after the weights still fire: the input is read where it leaves the one, after all other hooks
     there, and the output is replaced where it enters the other.
     """
-    linear = getattr(owner, MATRICES[name][1])
+    linear = _linear(owner, MATRICES[name][1])
     point, after_map = (linear.hook_in if name == "W_out" else owner.hook_in), linear.hook_out
     seen: list[Tensor] = []
 

@@ -4,13 +4,14 @@ Knows the names of TransformerLens' hook points and the shapes at them; knows no
 
 Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names in `KINDS` resolve on `HookedTransformer` and on
 `TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but have the width of the residual stream; `cfg.d_mlp` can be wrong (OPT).
+points of mixture-of-experts layers exist but have the width of the residual stream; `cfg.d_mlp` can be wrong (OPT); in hybrids
+(Jamba, LFM2, ...) only some layers have attention or an MLP; in multi-head latent attention, q, k, v have heads before positions.
 """
 
 import difflib
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
-from lens_unlearn.model.host import Model, require_eval, require_model
+from lens_unlearn.model.host import Model, part_of, require_eval, require_model
 
-__all__ = ["KINDS", "Point", "Site", "check_kind", "mlp_width", "parse_sites", "resolve"]
+__all__ = ["KINDS", "Point", "Site", "check_kind", "layers_with", "mlp_width", "parse_sites", "resolve"]
 
 KINDS: dict[str, str] = {
     "mlp.pre": "mlp.hook_pre",
@@ -93,8 +94,15 @@ def check_kind(kind: str) -> str:
     raise SiteError(f"there is no site kind {kind!r}: did you mean {' or '.join(near)}?")
 
 
-def parse_sites(sites: str | Site | Iterable[str | Site], n_layers: int) -> list[Site]:
-    """Expand kinds to every layer, in the order given and without repeats.
+def parse_sites(
+    sites: str | Site | Iterable[str | Site], n_layers: int, having: Callable[[str], Iterable[int]] | None = None
+) -> list[Site]:
+    """Expand kinds to every layer that has them, in the order given and without repeats.
+
+    Args:
+        sites: Kinds, sites, or both.
+        n_layers: How many layers there are.
+        having: The layers that have a kind; default all.
 
     Raises:
         SiteError: If a kind or a layer does not exist, or nothing was asked for.
@@ -103,7 +111,8 @@ def parse_sites(sites: str | Site | Iterable[str | Site], n_layers: int) -> list
     unique: dict[Site, None] = {}  # as an ordered set
     for item in given:
         if isinstance(item, str) and not _SITE.fullmatch(item):
-            unique |= {Site(layer, check_kind(item)): None for layer in range(n_layers)}
+            kind = check_kind(item)
+            unique |= {Site(layer, kind): None for layer in (having(kind) if having else range(n_layers))}
             continue
         site = Site.parse(item) if isinstance(item, str) else Site(item.layer, check_kind(item.kind))
         if not 0 <= site.layer < n_layers:
@@ -112,6 +121,26 @@ def parse_sites(sites: str | Site | Iterable[str | Site], n_layers: int) -> list
     if not unique:
         raise SiteError(f"no sites were asked for: name at least one of {', '.join(KINDS)}")
     return list(unique)
+
+
+def layers_with(model: Model, kind: str) -> list[int]:
+    """Return the layers of a model that have a kind of site: in a hybrid, not all of them.
+
+    Raises:
+        SiteError: If no layer has it; the message says what the first layer is.
+        ModelError: If this is no TransformerLens model.
+    """
+    require_model(model)
+    return _layers_with(model, model.hook_dict, kind)
+
+
+def _layers_with(model: Model, points: Mapping[str, Any], kind: str) -> list[int]:
+    layers = range(int(model.cfg.n_layers))
+    found = [layer for layer in layers if _has(model, points, Site(layer, check_kind(kind)))]
+    if not found:
+        others = f"; no other layer has {kind} either" if len(layers) > 1 else ""
+        raise SiteError(_missing(model, points, Site(0, kind)) + others)
+    return found
 
 
 # Points already probed, per model. Weak references, so that a model can be freed; compared with the current hook points on each
@@ -124,7 +153,7 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer`, in evaluation mode.
-        sites: Kinds (all layers), sites, or both.
+        sites: Kinds (all layers that have them), sites, or both.
 
     Returns:
         One `Point` per site, in the order asked for.
@@ -137,9 +166,9 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
     """
     require_model(model)
     require_eval(model)
-    wanted = parse_sites(sites, int(model.cfg.n_layers))
     with one_thread(model):
         points = model.hook_dict  # which a bridge makes anew each time it is asked for
+        wanted = parse_sites(sites, int(model.cfg.n_layers), lambda kind: _layers_with(model, points, kind))
         hooks = {site: _hook_point(model, points, site) for site in wanted}
         known = _probed.setdefault(model, {})
         missing = [s for s in wanted if s not in known or known[s].hook is not hooks[s]]
@@ -149,60 +178,76 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
 
 
 def _hook_point(model: Model, points: Mapping[str, Any], site: Site) -> Any:
+    if not _has(model, points, site):
+        raise SiteError(_missing(model, points, site))
+    return points[_name(points, site)]
+
+
+def _name(points: Mapping[str, Any], site: Site) -> str:
     name = f"blocks.{site.layer}.{KINDS[site.kind]}"
-    prefix = f"blocks.{site.layer}."
-    here = [kind for kind, tail in KINDS.items() if prefix + tail in points]
-    if site.kind.startswith("mlp") and mlp_width(model, site.layer) is None:
-        mlp = getattr(model.blocks[site.layer], "mlp", None)
-        if mlp is None:  # Mamba's blocks are mixers; those of RecurrentGemma are wrapped as a whole
-            raise SiteError(
-                f"{site} does not exist in this model: TransformerLens knows no MLP in layer {site.layer}, which has "
-                f"{', '.join(here) or 'no site'}"
-            )
-        raise SiteError(
+    return name if name in points else name.replace(".mlp.", ".shared_mlp.")  # as in `part_of`
+
+
+def _has(model: Model, points: Mapping[str, Any], site: Site) -> bool:
+    neurons = not site.kind.startswith("mlp") or mlp_width(model, site.layer) is not None
+    return _name(points, site) in points and neurons
+
+
+def _missing(model: Model, points: Mapping[str, Any], site: Site) -> str:
+    """Say why a layer lacks a kind of site: what it is, and what it has."""
+    block = model.blocks[site.layer]
+    has = ", ".join(kind for kind in KINDS if _has(model, points, Site(site.layer, kind))) or "no site"
+    mlp = part_of(model, site.layer, "mlp")
+    if site.kind.startswith("mlp") and mlp is not None and mlp_width(model, site.layer) is None:
+        return (
             f"{site} has no neuron axis: layer {site.layer} has a {type(mlp).__name__}, without one output matrix "
             "(mixture-of-experts layers route each token to other neurons, and are not supported)"
         )
-    try:
-        return points[name]
-    except KeyError:
-        raise SiteError(f"{site} does not exist in this model: layer {site.layer} has {', '.join(here)}") from None
+    return f"{site} does not exist in this model: layer {site.layer} is a {type(_original(block)).__name__} with {has}"
+
+
+def _original(component: Any) -> Any:
+    """Return the module of the model itself that a bridge's component stands for."""
+    return getattr(component, "original_component", None) or component
 
 
 def mlp_width(model: Model, layer: int) -> int | None:
     """Return the number of neurons of a layer's MLP, from its output matrix; None if it does not have exactly one."""
-    mlp: Any = getattr(model.blocks[layer], "mlp", None)
-    try:
-        matrix = getattr(mlp, "W_out", None)
-    except (
-        NotImplementedError
-    ):  # offloaded to disk: only its shape is known, [in, out] or [out, in] by the kind of module
-        shapes = [p.shape for p in mlp.out.parameters() if p.ndim == 2]
-        return sum(shapes[0]) - int(model.cfg.d_model) if len(shapes) == 1 else None
+    mlp: Any = part_of(model, layer, "mlp")
+    out = _original(getattr(mlp, "out", None) or getattr(mlp, "dense_out", None))
+    if isinstance(width := getattr(out, "in_features", None), int):  # weights may be packed, or elsewhere
+        return width
+    matrix = getattr(out, "weight", None) if type(out).__name__ == "Conv1D" else getattr(mlp, "W_out", None)
     return int(matrix.shape[0]) if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
 
 
 def _probe(model: Model, hooks: dict[Site, Any]) -> dict[Site, Point]:
     seen: dict[Site, list[Tensor]] = {site: [] for site in hooks}
     removers: list[Remover] = []
+    heads = {getattr(model.cfg, name, None) for name in ("n_heads", "n_key_value_heads")}
+    length = next(n for n in (2, 3, 4) if n not in heads)  # so that an axis of heads is not taken for one of positions
     try:
         try:
             for site, hook in hooks.items():
                 attach(hook, lambda t, s=site: seen[s].append(t.detach()[:0]), removers, own_thread=True)
             with torch.no_grad():
-                backbone(model, torch.zeros(1, 2, dtype=torch.long))
+                backbone(model, torch.zeros(1, length, dtype=torch.long))
         finally:
             detach_all(removers)
     finally:  # an interrupt can come just before the line above; otherwise the list is empty by now
         detach_all(removers)
-    return {site: _check(model, site, hooks[site], tensors) for site, tensors in seen.items()}
+    return {site: _check(model, site, hooks[site], tensors, length) for site, tensors in seen.items()}
 
 
-def _check(model: Model, site: Site, hook: Any, tensors: list[Tensor]) -> Point:
+def _check(model: Model, site: Site, hook: Any, tensors: list[Tensor], length: int) -> Point:
     if len(tensors) != 1:
         raise SiteError(f"{site} fired {len(tensors)} times in one forward pass: it cannot be used in this model")
     tensor = tensors[0]
     shape = tuple(tensor.shape[2:])
+    if tensor.ndim > 2 and tensor.shape[1] != length:
+        raise SiteError(f"{site} has no axis of positions behind that of texts in this model: it cannot be used")
+    if site.kind == "attn.q" and getattr(model.cfg, "gated_q_proj", False):
+        raise SiteError(f"{site} holds the gates of attention beside its queries in this model: it cannot be used")
     if len(shape) != (2 if site.kind.startswith("attn") else 1):
         raise SiteError(f"{site} has shape {tuple(tensor.shape)}: there is no neuron axis here")
     width = mlp_width(model, site.layer) if site.kind.startswith("mlp") else None

@@ -463,7 +463,7 @@ FORGET, RETAIN = planted([1.0, 1.0], n=40, m=40)
             "^7 held-out retain queries are too few to choose on",
         ),
         ({"forget": planted([1.0, 1.0], n=5)[0], "layer": 1, "alpha": 1.0}, "^5 queries are too few"),
-        ({"site": "mlp.pre"}, r"no key of L0\.mlp\.pre: collect over it first"),
+        ({"site": "mlp.pre"}, r"there is no key of mlp\.pre: collect over it first"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(options: dict[str, Any], words: str) -> None:
