@@ -46,11 +46,11 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def read(source: str, model: Any, args: argparse.Namespace, tokens: int | None = None) -> lu.Corpus:
+def read(source: str, model: Any, args: argparse.Namespace, **options: Any) -> lu.Corpus:
     """Read a source, or with ``@BEGIN:END`` after it some of its documents."""
     cut = re.fullmatch(r"(.*)@(\d+):(\d+)", source)
     source = cut[1] if cut else source
-    corpus = lu.read_corpus(source, model, template=args.template, tokens=tokens, window=args.window)
+    corpus = lu.read_corpus(source, model, template=args.template, window=args.window, **options)
     if not cut:
         return corpus
     begin, end = int(cut[2]), int(cut[3])
@@ -90,7 +90,9 @@ def main(given: Sequence[str] | None = None) -> None:
     model = lu.load_model(args.model)
     facts = {name: read(getattr(args, name), model, args) for name in ("forget", "retain", "neighbours", "unseen")}
     aim, facts["unseen"] = facts["unseen"].split(0.5, 0.5, seed=0)
-    skills = {name: read(source, model, args, args.tokens) for name, source in (s.split("=", 1) for s in args.skill)}
+    skills = {
+        name: read(source, model, args, tokens=args.tokens) for name, source in (s.split("=", 1) for s in args.skill)
+    }
     corpora = facts | skills
     base = lu.evaluate(model, corpora, {}, progress=False)
     record.about(model)

@@ -174,6 +174,12 @@ def run(
     chat: Chat = False,
     system: System = None,
     tokens: Tokens = 20_000,
+    test_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to test on, of each corpus; default: as many as put its accuracy within 3 points, at most --tokens."
+        ),
+    ] = None,
     shuffle: Shuffle = None,
     window: Window = None,
     skip_sinks: SkipSinks = None,
@@ -228,6 +234,7 @@ def run(
         chat=chat,
         system=system,
         tokens=tokens,
+        test_tokens=test_tokens,
         shuffle=shuffle,
         window=window,
         retain_drop=retain_drop,

@@ -86,6 +86,7 @@ _CONTROLS = Range(1, whole=True, what="is no number of random controls, which ta
 
 NUMBERS = {
     "tokens": Range(2, whole=True, what="is no number of tokens"),
+    "test_tokens": Range(2, whole=True, what="is no number of tokens"),
     "shuffle": Range(2, whole=True, what="is no number of documents to draw from"),
     "window": Range(2, whole=True, what="is no number of tokens"),
     "retain_drop": Range(0, 1, what="is not a share of the accuracy"),

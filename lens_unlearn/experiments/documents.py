@@ -4,7 +4,7 @@ Memorized facts are not split: what forgetting some of them does to others is no
 Knows sources and splits; knows nothing of methods but whether one needs prompts, and nothing of what is done with the parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,13 @@ class Documents:
     def tuned_retain(self) -> dict[str, Corpus]:
         """What is tuned on of the texts to retain, by source."""
         return {name: corpus for name, corpus in self.tune.items() if name != "forget"}
+
+    def tested_on(self, tokens: Mapping[str, int], units: int, seed: int) -> "Documents":
+        """Return the same with fewer documents to test on: of some corpora so many tokens, and so many documents at least."""
+        test = {
+            name: c.sample(tokens[name], seed, units=units) if name in tokens else c for name, c in self.test.items()
+        }
+        return replace(self, test=test)
 
     def counts(self) -> dict[str, Any]:
         """Return how many documents and tokens each part has, for a report's provenance."""

@@ -6,12 +6,15 @@ records, and folders; knows no method by name, and leaves what the page shows to
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, BudgetError, LensUnlearnError, ProcessError
@@ -21,12 +24,12 @@ from lens_unlearn.evaluation.evaluate import Condition, evaluate
 from lens_unlearn.evaluation.memorization import Memorization
 from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
-from lens_unlearn.evaluation.report import Report
+from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
-from lens_unlearn.experiments.run_folder import REPORT, TOKENS, Form, RunFolder, fitted_form
+from lens_unlearn.experiments.run_folder import REPORT, TEST_TOKENS, TOKENS, Form, RunFolder, fitted_form
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.methods.method import Fitted, Method
@@ -35,6 +38,15 @@ from lens_unlearn.model.host import Model, device_of, versions
 from lens_unlearn.model.loading import fingerprint, load_model
 
 __all__ = ["Experiment", "carry_out"]
+
+PILOT, PILOT_UNITS = 2000, 40
+"""Tokens, and documents or groups at least, on which the unedited model shows how many are needed to test on."""
+AIM = 0.025
+"""Half the width of the interval of accuracy that a test aims at, so that it ends up within 3 points."""
+PROMPTS = 200
+"""Documents or groups to test on, at least, where a method judges prompts: a share of few prompts says little."""
+SWEPT = 4
+"""The trade-off over strengths is measured on one in so many of the test's tokens."""
 
 
 class Experiment:
@@ -63,6 +75,7 @@ class Experiment:
         self.progress = progress
         self.model = load_model(plan.model, **plan.loading) if model is None else model
         self.documents = self.reader(plan, self.model, {} if known is None else known).read()
+        self._fingerprints = self.documents.fingerprints()  # of all of them: fewer may be tested on
         self.edits: dict[str, Intervention] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
         """By method: the options that it was used with, and what tuning chose."""
@@ -76,7 +89,7 @@ class Experiment:
 
     def texts(self) -> dict[str, Any]:
         """Return what has to be the same besides the plan for a finished run to be this one: texts and model."""
-        return {**self.documents.fingerprints(), "model": fingerprint(self.model)}
+        return {**self._fingerprints, "model": fingerprint(self.model)}
 
     def inputs(self) -> dict[str, Any]:
         """Return what has to be the same for an interrupted run to go on: also what runs the model."""
@@ -134,6 +147,9 @@ class Experiment:
         """
         if self.plan.batch_size is None:
             use_batch_tokens(self.model, self._kept("kept/batch.safetensors", TOKENS, self._batch_tokens))
+        self.documents = self.documents.tested_on(
+            self._kept("kept/tests.safetensors", TEST_TOKENS, self._test_tokens), self._test_units, self.plan.seed
+        )
         for name in self.records:
             with self.going_on(name):
                 self.fitted[name] = self._kept(
@@ -149,6 +165,32 @@ class Experiment:
         texts = [*self.documents.fit.values(), *self.documents.test.values()]
         passes = len(self.plan.methods) * (1 + self.plan.controls)
         return batch_tokens(self.model, max(texts, key=lambda text: text.n_tokens), passes=passes)
+
+    def _test_tokens(self) -> dict[str, int]:
+        """Return on how many tokens of which corpora to test: fewer than there are, where that is precise enough."""
+        long = {name: text for name, text in self.documents.test.items() if not (self.plan.facts and name == "forget")}
+        if self.plan.test_tokens is not None:
+            return dict.fromkeys(long, self.plan.test_tokens)
+        pilot = {
+            name: text.sample(PILOT, self.plan.seed, units=PILOT_UNITS)
+            for name, text in long.items()
+            if text.n_tokens > 2 * PILOT
+        }
+        if not pilot:
+            return {}
+        report = evaluate(self.model, pilot, {}, **self._measuring())
+        widths = {name: np.diff(report[BASE, name, "top1"].interval())[0] / 2 for name in pilot}
+        # Its variance falls as tokens are added; what is too few for an interval at all says nothing, and all is used.
+        return {
+            name: math.ceil(pilot[name].n_tokens * max(1.0, (float(width) / AIM) ** 2))
+            for name, width in widths.items()
+            if not math.isnan(width)
+        }
+
+    @property
+    def _test_units(self) -> int:
+        judged = [PROMPTS] if any(record.judges_prompts for record in self.records.values()) else []
+        return max([PILOT_UNITS, self.plan.answers, self.plan.memorization, *judged])
 
     def _require_some(self) -> None:
         if not self.edits:
@@ -244,7 +286,7 @@ class Experiment:
             with self.going_on("the trade-off over strengths"):
                 curves = self._kept("kept/curves.safetensors", REPORT, self.curves)
         with self.going_on("the figures"):
-            report = replace(report, figures=content.figures(report, curves))
+            report = replace(report, figures=content.figures(curves))
         return replace(report, provenance={**provenance, **self.failures()})
 
     def failures(self) -> dict[str, Any]:
@@ -278,19 +320,29 @@ class Experiment:
         for name in self.edits:
             with self.going_on(f"the strengths of {name}"):
                 conditions |= self._strengths(name)
-        # The same texts and seed as the main evaluation, so that both have the same base and the same resamples.
-        texts = {name: self.documents.test[name] for name in ("forget", "retain")}
+        # A part of the tests shows how the curves run; it has to be the same for all of them, the chosen strengths included.
+        texts = {
+            name: self.documents.test[name].sample(
+                max(PILOT, self.documents.test[name].n_tokens // SWEPT), self.plan.seed, units=PILOT_UNITS
+            )
+            for name in ("forget", "retain")
+        }
         return evaluate(self.model, texts, conditions, **self._measuring())
 
     def _strengths(self, name: str) -> dict[str, Condition]:
-        """Return a method over strengths, each beside one control."""
-        record, conditions = self.records[name], dict[str, Condition]()
+        """Return a method as it was found and over strengths, each beside one control."""
+        record, edit = self.records[name], self.edits[name]
+        chosen = self.chosen[name].get(record.strength)
+        conditions: dict[str, Condition] = {name: edit}
+        if "nothing" not in self.chosen[name] and (controls := self._controls(name, edit, [self.plan.seed], chosen)):
+            conditions[f"{name}:control"] = controls
+        chosen = (record.defaults() | self.plan.options(name)).get(record.strength) if chosen is None else chosen
         left_out = (record.strength, *record.costly)
         options = {key: value for key, value in self.plan.options(name).items() if key not in left_out}
         fitted = self.fitted[name]
         if isinstance(fitted[0], Corpus):  # what is fitted in several steps shares nothing, but one step of it does
             fitted = record.fit(self.model, *self._fit_pair(record), options)
-        for strength in self.plan.strengths_of(name):
+        for strength in self.plan.strengths_of(name, chosen):
             edit = record.at(self.model, fitted, strength, record.with_progress(options, False))
             conditions[f"{name}@{strength:g}"] = edit
             controls = self._controls(name, edit, [self.plan.seed], strength)

@@ -18,9 +18,11 @@ from lens_unlearn.model.dtypes import AUTO, dtype_of
 
 __all__ = ["Plan", "command_of", "option_names", "settings_of"]
 
-SWEEP = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+AROUND = (0.25, 0.5, 2.0, 4.0)
+"""A sweep over shares of neurons goes over these multiples of the one that was chosen, which is measured anyway: what a share does
+differs too much between models for a grid that fits all."""
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
-FALSE_ALARMS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+FALSE_ALARMS = (0.005, 0.02, 0.05, 0.1, 0.3)
 SKILL = "No document is used for two of fitting, tuning and testing."
 FACTS = (
     "Forgetting is tested on the very facts that every method was fitted and tuned to: that is the protocol of memorized facts, "
@@ -71,8 +73,8 @@ class Plan:
     controls: int = 5
     """Random controls per method, each with a seed of its own."""
     sweep: bool = True
-    fractions: tuple[float, ...] = SWEEP
-    """Shares of neurons to sweep over."""
+    fractions: tuple[float, ...] = ()
+    """Shares of neurons to sweep over; none takes `AROUND` the one that was chosen."""
     false_alarms: tuple[float, ...] = FALSE_ALARMS
     """False positive rates to sweep over, for methods that judge prompts."""
     strengths: tuple[float, ...] = STRENGTHS
@@ -89,6 +91,8 @@ class Plan:
     """A branch, tag or commit of a model on the hub."""
     trust_remote_code: bool = False
     """Whether to run the code that comes with a model."""
+    test_tokens: int | None = None
+    """Tokens to test on, of each corpus; None takes as many as put its accuracy within 3 points, and `tokens` at most."""
     facts: bool = False
     """Whether forget is a list of memorized facts: fitted, tuned and tested on whole, while retain is split."""
 
@@ -157,10 +161,18 @@ class Plan:
         """The methods by name."""
         return {name: methods.by_name(name) for name in self.methods}
 
-    def strengths_of(self, method: str) -> tuple[float, ...]:
-        """Return the strengths to sweep a method over: as set here for its kind of strength, else the method's own grid."""
+    def strengths_of(self, method: str, chosen: Any = None) -> tuple[float, ...]:
+        """Return the strengths to sweep a method over: as set here for its kind of strength, else the method's own grid.
+
+        Args:
+            method: Its name.
+            chosen: The strength that it was used with. Shares of neurons are swept around it, unless `fractions` says which.
+        """
         record = methods.by_name(method)
-        grids = {"fraction": self.fractions, "false_alarms": self.false_alarms, "strength": self.strengths}
+        grids = {"false_alarms": self.false_alarms, "strength": self.strengths}
+        if record.strength == "fraction":
+            near = isinstance(chosen, int | float) and not isinstance(chosen, bool)
+            return self.fractions or (tuple(m * chosen for m in AROUND if m * chosen <= 1) if near else record.grid)
         return grids.get(record.strength, record.grid)
 
     def require_options(self) -> None:
@@ -210,6 +222,7 @@ def command_of(plan: Plan) -> str:
         "template",
         "system",
         "tokens",
+        "test_tokens",
         "shuffle",
         "window",
         "retain_drop",

@@ -61,11 +61,11 @@ class Content:
     going_on: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext()
     """Makes a block in which a figure may fail without the others."""
 
-    def figures(self, report: Report, curves: Report | None) -> dict[str, Any]:
+    def figures(self, curves: Report | None) -> dict[str, Any]:
         """Draw what the page shows: first what each method lost and cost, then where it was found, then the details."""
         drawn: dict[str, Any] = {}
         if curves is not None:
-            drawn["Trade-off over strengths"] = self._with_budget(figures.tradeoff(report + curves))
+            drawn["Trade-off over strengths"] = self._with_budget(figures.tradeoff(curves))
             drawn["Remaining accuracy as more is ablated"] = figures.sweep_curves(curves)
         selected: dict[str, NeuronMap] = {}
         controls: dict[str, NeuronMap] = {}

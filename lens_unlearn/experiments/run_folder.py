@@ -33,7 +33,7 @@ from lens_unlearn.model.loading import as_in_file
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["REPORT", "TOKENS", "Form", "RunFolder", "fitted_form"]
+__all__ = ["REPORT", "TEST_TOKENS", "TOKENS", "Form", "RunFolder", "fitted_form"]
 
 T = TypeVar("T")
 
@@ -340,10 +340,25 @@ def _number(value: Any) -> float:
 def _load_tokens(path: Path) -> int:
     tokens = artefacts.read(path, "batch size")[0].get("tokens")
     with artefacts.usable(path, "batch size that can be used"):
-        if type(tokens) is not int or tokens < 1:
-            raise ValueError(f"{tokens!r} is no number of tokens")
-        return tokens
+        return _tokens(tokens)
+
+
+def _load_test_tokens(path: Path) -> dict[str, int]:
+    tokens = artefacts.read(path, "sizes of tests")[0].get("tokens")
+    with artefacts.usable(path, "sizes of tests that can be used"):
+        if not isinstance(tokens, dict):
+            raise ValueError(f"{tokens!r} are no numbers of tokens by corpus")
+        return {str(name): _tokens(number) for name, number in tokens.items()}
+
+
+def _tokens(number: Any) -> int:
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{number!r} is no number of tokens")
+    return number
 
 
 REPORT = Form(_save_report, _load_report)
 TOKENS = Form(lambda path, tokens: artefacts.write(path, "batch size", {}, {"tokens": tokens}), _load_tokens)
+TEST_TOKENS = Form(
+    lambda path, tokens: artefacts.write(path, "sizes of tests", {}, {"tokens": tokens}), _load_test_tokens
+)

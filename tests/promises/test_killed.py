@@ -422,7 +422,7 @@ def test_an_interrupted_run_of_another_plan_is_refused_naming_what_differs(
         with pytest.raises(KeyboardInterrupt):
             experiment.carry_out(plan, out, **options)
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    assert len(kept) == 4
+    assert len(kept) == 5
     for change, named in (
         ({"settings": {"fraction": 0.2}}, "settings: fraction=0.1 in the file, fraction=0.2 in this run"),
         ({"seed": 1}, "seed: 0 in the file, 1 in this run$"),
