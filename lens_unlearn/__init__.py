@@ -4,11 +4,18 @@ Names are imported when they are first used, so that `import lens_unlearn` stays
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _PUBLIC: dict[str, tuple[str, ...]] = {
+    "audit.attack": ("Attack",),
+    "audit.audit": (
+        "Audit",
+        "audit",
+    ),
     "core.allocator": ("tune_allocator",),
     "core.errors": (
         "ActivationError",
@@ -131,6 +138,8 @@ __all__ = [*sorted([*_HOME, *_MODULES]), "__version__"]  # pyright: ignore[repor
 if TYPE_CHECKING:
     from lens_unlearn import demo as demo
     from lens_unlearn import figures as plot
+    from lens_unlearn.audit.attack import Attack
+    from lens_unlearn.audit.audit import Audit, audit
     from lens_unlearn.core.allocator import tune_allocator
     from lens_unlearn.core.errors import (
         ActivationError,
@@ -197,3 +206,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+class _Package(ModuleType):
+    """The package, on which a public name is what the table says, also where a room is called so: `lu.audit` is the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):  # an import puts every room here
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | generate | show | push`.
+"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | audit | generate | show | push`.
 
 Knows options and how they map to the functions of the package; knows nothing of what these do. Heavy imports happen inside the
 commands, so that `--help` answers at once.
@@ -538,6 +538,90 @@ def evaluate(
     if "not run" in str(report.provenance.get("answers", {}).get("unit_tests", "")):
         typer.echo("unit tests were not run: give --allow-code-execution to run them")
     typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def audit(
+    model: Model,
+    facts: Annotated[
+        str, typer.Option(metavar="SRC", help=f"What was to be forgotten, question>answer or texts: {SRC}.")
+    ],
+    out: Out,
+    intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A model of the same shape that never saw the facts: scores are calibrated by it."),
+    ] = None,
+    attack: Annotated[list[str], typer.Option(help="An attack; may be given several times. [default: all]")] = [],  # noqa: B006
+    retain: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Facts that were to be retained, to relearn harmless ones only.")
+    ] = None,
+    unseen: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Facts that no model has seen, for membership inference.")
+    ] = None,
+    controls: Annotated[int, typer.Option(help="Random controls of each intervention; 0 for none.")] = 1,
+    template: Template = None,
+    answer_eos: AnswerEos = False,
+    prepend_bos: PrependBos = None,
+    chat: Chat = False,
+    system: System = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Number of tokens to read from each source. [default: all]")
+    ] = None,
+    window: Window = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap, the controls and what is drawn.")] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look from several sides whether what interventions removed is gone, or only not said.
+
+    OUT holds audit.html, audit.csv, audit.json, and run.json.
+    """
+    import lens_unlearn as lu
+    from lens_unlearn.audit import attacks_of
+    from lens_unlearn.core.artefacts import replace_file
+    from lens_unlearn.core.numbers import check_numbers
+    from lens_unlearn.experiments.output import new_folder, write_settings
+
+    check_numbers(tokens=tokens, window=window, batch_size=batch_size, seed=seed)
+    attacks_of(attack or None)
+    with new_folder(out, overwrite=overwrite) as folder:
+        loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        loaded = lu.load_model(model, revision=revision, **loading)
+        edits: dict[str, Any] = {path.stem: lu.load_intervention(path, loaded) for path in intervention}
+        if len(edits) < len(intervention):
+            raise lu.LensUnlearnError(
+                "two intervention files have the same name, by which the audit distinguishes them: rename one"
+            )
+        reading: dict[str, Any] = {
+            "tokens": tokens,
+            "window": window,
+            "template": template and _newlines(template),
+            "answer_eos": answer_eos,
+            "prepend_bos": prepend_bos,
+            "chat": chat,
+            "system": system,
+        }
+        sources = {"facts": facts, "retain": retain, "unseen": unseen}
+        texts = {role: lu.read_corpus(source, loaded, **reading) for role, source in sources.items() if source}
+        never_saw = None if reference is None else lu.load_model(reference, **loading)
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": not quiet}
+        options |= {"attacks": attack or None, "controls": controls, "reference": never_saw}
+        found = lu.audit(loaded, texts.pop("facts"), edits, **texts, **options)
+        found.to_html(folder / "audit.html")
+        replace_file(folder / "audit.csv", found.csv().encode(errors="backslashreplace"))
+        written = json.dumps(found.record(), indent=2, default=str, ensure_ascii=False)
+        replace_file(folder / "audit.json", written.encode(errors="backslashreplace"))
+        write_settings(folder, found.provenance, ("audit.html", "audit.csv", "audit.json"))
+    typer.echo(found.table().to_string())
+    for name, why in found.left_out.items():
+        typer.echo(f"left out: {name}: {why}")
+    typer.echo(f"report: {out / 'audit.html'}")
 
 
 @app.command()

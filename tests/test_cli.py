@@ -34,7 +34,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == 0
     output = capsys.readouterr().out
     assert all(
-        command in output for command in ("demo", "run", "compare", "collect", "evaluate", "generate", "show", "push")
+        command in output
+        for command in ("demo", "run", "compare", "collect", "evaluate", "audit", "generate", "show", "push")
     )
 
 

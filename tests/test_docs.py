@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import lens_unlearn as lu
 from lens_unlearn import figures, methods, testing
+from lens_unlearn.audit import ATTACKS
 from lens_unlearn.core import artefacts, errors
 from lens_unlearn.evaluation.metric import Needs
 from lens_unlearn.evaluation.metrics import METRICS
@@ -273,6 +274,16 @@ def test_every_method_is_in_the_table() -> None:
         assert record.strength in record.options, f"{record.name} has no option {record.strength}"
     named = set(re.findall(r"`([a-z]+(?:-[a-z]+)*)`", (DOCS / "methods.md").read_text(encoding="utf-8")))
     assert named <= set(methods.names()), "docs/methods.md names a method that there is not"
+
+
+def test_every_attack_is_in_the_table_and_on_a_page() -> None:
+    """Whatever file has a record, ATTACKS has it too; the how-to names each."""
+    rooms = [importlib.import_module(f"lens_unlearn.{name}") for name in MODULES if name.startswith("audit.")]
+    made = {id(v): v for room in rooms for v in vars(room).values() if isinstance(v, lu.Attack)}
+    missing = [record.name for record in made.values() if record not in ATTACKS]
+    assert not missing, f"ATTACKS in lens_unlearn/audit/__init__.py lacks {missing}"
+    page = (DOCS / "howto" / "audit.md").read_text(encoding="utf-8")
+    assert [record.name for record in ATTACKS if f"| `{record.name}` |" not in page] == []
 
 
 def test_every_row_of_the_metric_table_holds_together() -> None:

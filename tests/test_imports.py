@@ -16,6 +16,7 @@ ROOMS = (
     "interventions",
     "evaluation",
     "methods",
+    "audit",
     "inspection",
     "figures",
     "reports",
@@ -27,6 +28,9 @@ ROOMS = (
 )
 """From the ground up: a room imports only rooms that stand before it."""
 SHOWS_ITSELF = {
+    ("audit.audit", "Audit.to_html", "reports.audit_page"),
+    ("audit.audit", "Audit.figures", "figures.audit"),
+    ("audit.audit", "Audit.figures", "figures.recoverability"),
     ("evaluation.report", "Report.to_html", "reports.report_page"),
     ("inspection.token_values", "TokenValues.html", "figures.texts"),
     ("inspection.generations", "Generations.html", "figures.generations"),

@@ -209,7 +209,7 @@ class Report:
         """
         frame = self.to_frame()
         for column in ("condition", "corpus", "metric"):
-            frame[column] = [_harmless(name) for name in frame[column]]
+            frame[column] = [harmless(name) for name in frame[column]]
         return frame.to_csv(index=False)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
@@ -265,7 +265,7 @@ class Report:
         return f"<div>{table.to_html()}<p><small>{settings}</small></p></div>"
 
 
-def _harmless(name: object) -> str:
+def harmless(name: object) -> str:
     line = " ".join(str(name).replace("\0", " ").splitlines())
     return f"'{line}" if line.lstrip(BLANK)[:1] in FORMULA else line
 

@@ -7,6 +7,7 @@ throughout: forget is orange, retain is blue, a random control is grey.
 
 from lens_unlearn.figures.activation_distribution import activation_distribution
 from lens_unlearn.figures.attribution_map import attribution_map
+from lens_unlearn.figures.audit import audit
 from lens_unlearn.figures.colored_tokens import colored_tokens
 from lens_unlearn.figures.condition_bars import condition_bars
 from lens_unlearn.figures.examples import examples
@@ -22,6 +23,7 @@ from lens_unlearn.figures.key_space import key_space
 from lens_unlearn.figures.key_volume import key_volume
 from lens_unlearn.figures.layer_importance import layer_importance
 from lens_unlearn.figures.neuron_heatmap import neuron_heatmap
+from lens_unlearn.figures.recoverability import recoverability
 from lens_unlearn.figures.relearning import relearning
 from lens_unlearn.figures.selection_overlap import selection_overlap
 from lens_unlearn.figures.specialization_map import specialization_map
@@ -33,6 +35,7 @@ from lens_unlearn.figures.training_curves import training_curves
 __all__ = [
     "activation_distribution",
     "attribution_map",
+    "audit",
     "colored_tokens",
     "condition_bars",
     "examples",
@@ -48,6 +51,7 @@ __all__ = [
     "key_volume",
     "layer_importance",
     "neuron_heatmap",
+    "recoverability",
     "relearning",
     "selection_overlap",
     "specialization_map",

@@ -6,7 +6,7 @@ notebook, without knowing which: backgrounds are transparent, and text and lines
 
 import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -265,3 +265,19 @@ def subtitle_of(report: Report, corpora: tuple[str, ...]) -> str:
         if isinstance(entry, dict):
             parts.append(source({"corpus": entry.get("source", name), "tokens": entry.get("tokens")}, name))
     return " · ".join(parts)
+
+
+def about_audit(provenance: Mapping[str, Any]) -> str:
+    """Say of which model and facts an audit is."""
+    facts = provenance.get("facts") or {}
+    parts = [f"model {short(provenance['model'])}"] if provenance.get("model") else []
+    if isinstance(facts, Mapping) and facts.get("source"):
+        parts.append(f"{short(facts['source'])}, {facts.get('documents', 0):,} facts")
+    return " · ".join(parts)
+
+
+def number(measure: Any, share: bool) -> str:
+    """Write a measure into a cell: a share in percent, anything else with two digits; "" for none."""
+    if measure is None or not np.isfinite(measure.value):
+        return ""
+    return f"{measure.value:.0%}" if share else f"{measure.value:.2f}"

@@ -163,6 +163,22 @@ class Prefix:
         self.layers = frozenset(layers)
         self._outputs: dict[int, Any] = {}
 
+    def stream(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """Return what is stored for a layer: the residual stream at its input, or behind the last block."""
+        output = self._outputs[layer]
+        return output[_place_of_stream(output)] if isinstance(output, tuple) else output
+
+    def changed(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> "Prefix":
+        """Return the same for passes that begin at a layer with another residual stream at its input."""
+        changed, output = Prefix([layer]), self._outputs[layer]
+        if isinstance(output, tuple):
+            place = _place_of_stream(output)
+            output = (*output[:place], stream, *output[place + 1 :])
+        else:
+            output = stream
+        changed._outputs[layer] = output
+        return changed
+
     @contextmanager
     def acting(self, model: Model, stand_ins: Mapping[Any, Any] | None = None, start: int = 0) -> Iterator[None]:
         """Store outputs of blocks in the forward pass of a `with` block; or return them instead of running those below a layer.
@@ -202,3 +218,8 @@ class Prefix:
                 detach_all(removers)
         finally:  # once more, for an interrupt in the first instruction of the one before
             detach_all(removers)
+
+
+def _place_of_stream(output: tuple[Any, ...]) -> int:
+    """Return where in the output of a block the residual stream is."""
+    return next(i for i, t in enumerate(output) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3)

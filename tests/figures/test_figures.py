@@ -17,6 +17,7 @@ from figures_helpers import (
     QUALITIES,
     array,
     attributions,
+    audited,
     data,
     every_figure,
     histogram,
@@ -102,6 +103,39 @@ def test_layer_zero_is_at_the_bottom(figures):
     for name in ("key_space", "key_clusters", "key_volume"):
         assert tuple(figs[name].layout.yaxis.range) == (-0.5, 2.5), name
         assert figs[name].layout.yaxis.title.text == "layer", name
+
+
+def test_an_audit_s_figures_show_conditions_by_attacks_and_layers_from_the_bottom(figures):
+    low, high = figures["recoverability"].layout.yaxis.range
+    assert (low, high) == (-0.5, 3.5)
+    assert figures["recoverability"].layout.yaxis.title.text == "layer"
+    assert figures["recoverability in steps"].layout.xaxis.title.text == "step"
+    lines = [t for t in data(figures["recoverability"])["data"] if t.get("mode") == "lines+markers"]
+    assert {line["name"]: line["line"]["dash"] for line in lines} == {
+        "hides:control": "dot", "removes:control": "dot", "base": "solid", "hides": "solid", "removes": "solid", "reference": "dash"
+    }  # fmt: skip
+    assert {line["line"]["color"] for line in lines if "control" in line["name"] or line["name"] == "reference"} == {
+        theme.CONTROL
+    }
+    bands = [t for t in data(figures["recoverability"])["data"] if t.get("fill") == "toself"]
+    assert len(bands) == len(lines)
+    cells = array(data(figures["audit"])["data"][0]["z"])
+    assert cells.shape == (6, 3)
+    np.testing.assert_allclose(cells[:, 1], [1, 0.9, 1, 0.1, 0.95, 0])
+    assert "no reference" in figures["audit without a reference"].layout.title.text
+    assert figures["audit"].layout.coloraxis.cmin == 0
+
+
+def test_what_is_no_audit_and_curves_that_there_are_not_are_refused():
+    for draw in (lu.plot.audit, lu.plot.recoverability):
+        with pytest.raises(LensUnlearnError, match="draws what lu.audit returns, not a Report"):
+            draw(swept_report())
+    with pytest.raises(LensUnlearnError, match="the attack 'probe' was not made: choose from depth, steps"):
+        lu.plot.recoverability(audited(), "probe")
+    with pytest.raises(LensUnlearnError, match="depth has no curve rank: drop"):
+        lu.plot.recoverability(audited(), metric="rank")
+    with pytest.raises(LensUnlearnError, match="measured no drop of nobody"):
+        lu.plot.recoverability(audited(), conditions=["nobody"])
 
 
 def test_axes_name_their_quantity(figures):

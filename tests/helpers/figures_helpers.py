@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,8 @@ import plotly.graph_objects as go
 import torch
 
 import lens_unlearn as lu
+from lens_unlearn.audit.attack import Attack
+from lens_unlearn.audit.audit import Audit
 from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.evaluation.tofu import ForgetQuality, Utility
 from lens_unlearn.keyspace import key_space
@@ -153,6 +156,31 @@ def swept_report() -> Report:
     return report(values)
 
 
+def audited(layers=4, reference=True, draws=200) -> Audit:
+    """Make an audit of a method that hides and one that removes, with controls."""
+    random, layered = (
+        np.random.default_rng(0),
+        Attack("depth", len, "patching", "Where?", "a share", "is there", {"drop": "lost"}),
+    )
+    stepped = replace(layered, name="steps", words="relearning", curves={"known": "share known"}, over="step")
+    shares = {"base": 1.0, "hides": 0.9, "hides:control": 1.0, "removes": 0.1, "removes:control": 0.95}
+    shares |= {"reference": 0.0} if reference else {}
+
+    def measure(value: float) -> Measure:
+        return Measure(value, value + 0.02 * random.standard_normal(draws), 40, 40)
+
+    measures = {}
+    for name, share in shares.items():
+        for attack, curve, places in ((layered, "drop", range(layers)), (stepped, "known", (0, 1, 8))):
+            measures |= {(name, attack.name, f"{curve}@{place}"): measure(share * (place + 1)) for place in places}
+            measures[name, attack.name, "score"] = measure(share)
+            if reference:
+                measures[name, attack.name, "recovered"] = measure(share)
+    provenance = {"model": "tiny", "facts": {"source": "facts.jsonl", "documents": 40}, "reference": "unaware"}
+    answers = {name: measure(0.2 + 0.7 * share) for name, share in shares.items()}
+    return Audit(measures, answers, (layered, stepped), provenance=provenance)
+
+
 def every_figure(swept: Report) -> dict[str, go.Figure]:
     score = scores()
     top, control = score.top(0.1), scores(seed=1).top(0.1)
@@ -171,6 +199,10 @@ def every_figure(swept: Report) -> dict[str, go.Figure]:
         "attributions": lu.plot.attribution_map(attributions(), critical(attributions())),
         "attributions of two kinds": lu.plot.attribution_map(attributions(kinds=("mlp.post", "attn.z"))),
         "quality": lu.plot.forget_quality(QUALITIES),
+        "audit": lu.plot.audit(audited()),
+        "audit without a reference": lu.plot.audit(audited(reference=False)),
+        "recoverability": lu.plot.recoverability(audited()),
+        "recoverability in steps": lu.plot.recoverability(audited(), "steps"),
         **of_keys(keys()),
     }
 
