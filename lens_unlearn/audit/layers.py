@@ -112,7 +112,7 @@ def calibrated(
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.where(counts, np.clip(lost / by_reference, 0, 1), 0.0)
         score = np.divide((weight * share).sum(1), weight.sum(1))
-    known: np.ndarray = counts.any(1).astype(np.float64)
+    known = np.asarray(counts.any(1), dtype=np.float64)
     return np.where(known > 0, score + 0.0, 0.0), known  # no negative zero
 
 
