@@ -14,11 +14,13 @@ from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.interventions.base import (
     HookFunction,
     Intervention,
+    Live,
     Parts,
 )
 from lens_unlearn.interventions.selections import check_shape, describe_selection, maps_in, selection_in
 from lens_unlearn.interventions.update import Edit
 from lens_unlearn.model.matrices import Matrix
+from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 
@@ -32,7 +34,9 @@ WRITES = {"mlp.post": "W_out", "attn.z": "W_O"}
 class Ablate(Intervention):
     """Put a fixed value in place of the selected neurons' activations: x' = value where selected, else x.
 
-    With value 0 at `mlp.post` this equals zeroing rows of W_out, at `attn.z` rows of W_O.
+    With value 0 at `mlp.post` this equals zeroing rows of W_out, at `attn.z` rows of W_O, and at `experts.post` columns of the
+    experts' down projections. Inside routed experts the value is put at the tokens that are routed to the neuron's expert: at all
+    others the neuron is not computed.
 
     Args:
         selection: A boolean `NeuronMap`, with at least one neuron.
@@ -85,7 +89,15 @@ class Ablate(Intervention):
     def _hook(self, site: Site) -> HookFunction:
         chosen, value = self.selection[site], self._value(site)
         if self.basis is None:
-            return lambda x, live: torch.where(live.like(chosen, x), live.like(value, x), x)
+
+            def put(x: Any, live: Live) -> Any:
+                if not isinstance(x, Routed):
+                    return torch.where(live.like(chosen, x), live.like(value, x), x)
+                new = live.like(value, x.key)
+                where = x.at_neurons(live.like(chosen, x.key))
+                return x.replaced(where, float(self.value) if new.ndim == 0 else x.at_neurons(new))  # type: ignore[arg-type]
+
+            return takes_routed(put)
         removed, offset = self._removed(site)
         return lambda x, live: x - (torch.einsum("bphi,hij->bphj", x, live.like(removed, x)) - live.like(offset, x))
 
@@ -143,7 +155,7 @@ class Ablate(Intervention):
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""
         for site in self._sites():
-            check_shape(site, tuple(self.selection[site].shape), points[site])
+            check_shape(site, self.selection.shape_of(site), points[site])
 
     def describe(self) -> dict[str, str]:
         """Return how many neurons of each site are ablated."""
@@ -155,9 +167,9 @@ class Ablate(Intervention):
             "kind": self.kind,
             "value": "map" if isinstance(self.value, NeuronMap) else float(self.value),
         }
-        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
+        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.shaped()}
         if isinstance(self.value, NeuronMap):
-            tensors |= {f"value/{site}": value for site, value in self.value.items() if site in self.selection}
+            tensors |= {f"value/{site}": value for site, value in self.value.shaped() if site in self.selection}
         if self.basis is not None:
             tensors |= {f"basis/{site}": value for site, value in self.basis.items() if site in self.selection}
         return header, tensors

@@ -133,7 +133,7 @@ class Adjust(Intervention):
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""
         for site in self._sites():
-            check_shape(site, tuple(self.selection[site].shape), points[site])
+            check_shape(site, self.selection.shape_of(site), points[site])
 
     def describe(self) -> dict[str, str]:
         """Return how many neurons of each site are adjusted."""
@@ -142,9 +142,9 @@ class Adjust(Intervention):
     def parts(self) -> Parts:
         """Return the selection and the four maps."""
         header = {"kind": self.kind, "rule": self.rule, "seed": self.seed, "floored": self.floored}
-        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.items()}
+        tensors = {f"selection/{site}": value.to(torch.uint8) for site, value in self.selection.shaped()}
         for name in self._MAPS:
-            tensors |= {f"{name}/{s}": v.float() for s, v in getattr(self, name).items() if s in self.selection}
+            tensors |= {f"{name}/{s}": v.float() for s, v in getattr(self, name).shaped() if s in self.selection}
         return header, tensors
 
     @classmethod

@@ -41,6 +41,7 @@ from lens_unlearn.model.layouts import require_known
 from lens_unlearn.model.loading import model_entry
 from lens_unlearn.model.matrices import Matrix, matrix_shapes, on_matrix
 from lens_unlearn.model.residual import on_residual, residual_scale
+from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.sites import Point, Site, resolve
 
 __all__ = [
@@ -198,7 +199,7 @@ class Intervention(ABC):
                         on_logits(model, Finish(live), removers)
                         on_residual(model, self.norm_layers, partial(live.measure, scale), removers)
                     for site, function in hooks:
-                        attach(points[site].hook, lambda t, f=function: f(t, live), removers)
+                        attach(points[site].hook, _in_run(function, live), removers)
                     for matrix, change in changes:
                         on_matrix(model, *matrix, lambda x, y, f=change: f(x, y, live), removers)
                     yield live
@@ -281,6 +282,13 @@ def only_constants(intervention: Intervention) -> bool:
     if isinstance(intervention, Chain):
         return all(map(only_constants, intervention.members))
     return type(intervention).finish is Intervention.finish
+
+
+def _in_run(function: HookFunction, live: Live) -> Callable[[Any], Any]:
+    def act(x: Any) -> Any:
+        return function(x, live)
+
+    return takes_routed(act) if getattr(function, "takes_routed", False) else act
 
 
 def members_of(intervention: Intervention) -> tuple[Intervention, ...]:
@@ -407,7 +415,10 @@ class Placed(Intervention):
         """Return the hooks, each limited to the place."""
 
         def limited(site: Site, function: HookFunction) -> HookFunction:
-            return lambda x, live: self._limit(live, site.layer, x, function(x, live))
+            def act(x: Any, live: Live) -> Any:
+                return self._limit(live, site.layer, x, function(x, live))
+
+            return takes_routed(act) if getattr(function, "takes_routed", False) else act
 
         return [(site, limited(site, function)) for site, function in self.inner.hooks()]
 
@@ -419,10 +430,12 @@ class Placed(Intervention):
 
         return [(matrix, limited(matrix, function)) for matrix, function in self.inner.matrices()]
 
-    def _limit(self, live: Live, layer: int | None, before: Tensor, after: Tensor) -> Tensor:
+    def _limit(self, live: Live, layer: int | None, before: Any, after: Any) -> Any:
         if after is before:
             return before
         where = self.place.within(live, before, layer)
+        if isinstance(after, Routed):
+            return after.limited(where, before)
         if before.shape[:2] != where.shape:  # OPT runs its MLP on tokens without a batch dimension
             where = where.reshape(-1)
         return torch.where(where.reshape(*where.shape, *[1] * (before.ndim - where.ndim)), after, before)

@@ -3,6 +3,7 @@
 Knows neuron maps and points; knows nothing of what is done to the neurons.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,15 +17,21 @@ __all__ = ["check_shape", "describe_selection", "maps_in", "selection_in"]
 
 
 def check_shape(site: Site, shape: tuple[int, ...], point: Point) -> None:
-    """Refuse a site of another shape.
+    """Refuse a site of another shape: inside routed experts ``(experts, columns)``, or the number of neurons where it is not known.
 
     Raises:
         SelectionError: Naming both shapes.
     """
-    if shape != point.shape:
-        raise SelectionError(
-            f"{site} has neurons of shape {point.shape} in this model, and {shape} in the intervention"
-        )
+    if shape == point.shape:
+        return
+    ours, theirs = f"neurons of shape {point.shape}", str(shape)
+    if point.experts:
+        columns = point.shape[0] // point.experts
+        if shape == (point.experts, columns):
+            return
+        ours = f"{point.experts} experts of {columns} neurons"
+        theirs = f"{shape[0]} experts of {shape[1]}" if len(shape) == 2 else f"{math.prod(shape):,} neurons"
+    raise SelectionError(f"{site} has {ours} in this model, and {theirs} in the intervention")
 
 
 def describe_selection(selection: NeuronMap) -> dict[str, str]:

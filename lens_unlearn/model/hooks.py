@@ -40,6 +40,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import ModelError, SiteError
 from lens_unlearn.model.host import Model, device_of, require_model
+from lens_unlearn.model.routed import through
 
 __all__ = [
     "Remover",
@@ -92,7 +93,8 @@ def attach(
 
     Args:
         hook: The hook point.
-        function: Takes the activation; returns a new one, or None to leave it.
+        function: Takes the activation; returns a new one, or None to leave it. Inside routed experts the tensor of all neurons is
+            made for it, unless it is marked by `takes_routed`.
         removers: A list to which the hook's remover is appended before the hook is added, so that at no moment an interrupt
             leaves a hook that nobody can remove.
         own_thread: Whether to act only on forward passes of the calling thread.
@@ -108,11 +110,15 @@ def attach(
     def run(tensor: Tensor, hook: Any) -> Tensor | None:
         if (own_thread and threading.get_ident() != thread) or (rests and _resting()):
             return None
-        return function(tensor)
+        return through(function, tensor)
+
+    # A hook point that is not TransformerLens' has to know when it is used, see `experts`.
+    settle: Callable[[], bool] = getattr(hook, "settle", lambda: True)
 
     def remove() -> bool:
         # From TransformerLens' list and from PyTorch's; the latter last, since it is where an interrupted removal searches again.
         were_there = _unhook_point(hook, run)
+        were_there = settle() and were_there
         if (copier := _Copier.of(hook)) is not None:
             copier.left_out[:] = [other for other in copier.left_out if other is not run]
             if not copier.left_out:
@@ -127,6 +133,7 @@ def attach(
         hook.add_hook(run, is_permanent=True)
         if not any(handle.user_hook is run for handle in hook.fwd_hooks):  # pragma: no cover - another version
             raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
+        settle()
         added = True
     except BaseException:
         remove()

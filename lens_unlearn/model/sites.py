@@ -4,12 +4,14 @@ Knows the names of TransformerLens' hook points and the shapes at them; knows no
 
 Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names in `KINDS` resolve on `HookedTransformer` and on
 `TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
-points of mixture-of-experts layers exist but have the width of the residual stream; `cfg.d_mlp` can be wrong (OPT); in hybrids
-(Jamba, LFM2, ...) only some layers have attention or an MLP; in multi-head latent attention, q, k, v have heads before positions.
+points of mixture-of-experts layers exist but have the width of the residual stream, so those inside experts are our own
+(`model.experts`); `cfg.d_mlp` can be wrong (OPT); in hybrids (Jamba, LFM2, ...) only some layers have attention or an MLP; in
+multi-head latent attention, q, k, v have heads before positions.
 """
 
 import difflib
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import SiteError
+from lens_unlearn.model.experts import EXPERT_KINDS, MOE_KINDS, expert_point, experts_in, has_kind
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, part_of, require_eval, require_model
 
@@ -33,8 +36,9 @@ KINDS: dict[str, str] = {
     "attn.v": "attn.hook_v",
     "attn.z": "attn.hook_z",
     "resid": "hook_resid_post",
+    **{kind: kind for kind in MOE_KINDS},
 }
-"""The kinds of sites, and the TransformerLens name of each inside a block."""
+"""The kinds of sites, and the TransformerLens name of each inside a block; those inside experts are not TransformerLens'."""
 
 _SITE = re.compile(r"L(\d+)\.([a-z_.]+)")
 
@@ -77,9 +81,13 @@ class Point:
     site: Site
     hook: Any
     shape: tuple[int, ...]
-    """``(neurons,)``, or ``(heads, d_head)`` in attention."""
+    """``(neurons,)``, or ``(heads, d_head)`` in attention. Neurons of routed experts are counted expert by expert."""
     dtype: torch.dtype
     device: torch.device
+    experts: int = 0
+    """How many experts a token may be routed to; 0 elsewhere."""
+    note: str = ""
+    """What else is to be known of the neurons there."""
 
 
 def check_kind(kind: str) -> str:
@@ -180,6 +188,8 @@ def resolve(model: Model, sites: str | Site | Iterable[str | Site]) -> dict[Site
 def _hook_point(model: Model, points: Mapping[str, Any], site: Site) -> Any:
     if not _has(model, points, site):
         raise SiteError(_missing(model, points, site))
+    if site.kind in MOE_KINDS:
+        return expert_point(model, site.layer, site.kind)
     return points[_name(points, site)]
 
 
@@ -189,6 +199,11 @@ def _name(points: Mapping[str, Any], site: Site) -> str:
 
 
 def _has(model: Model, points: Mapping[str, Any], site: Site) -> bool:
+    if site.kind in MOE_KINDS:
+        mlp = (
+            site.kind == "shared.post" and mlp_width(model, site.layer) is not None
+        )  # the same neurons, as Granite's hybrids have
+        return has_kind(model, site.layer, site.kind) and not mlp
     neurons = not site.kind.startswith("mlp") or mlp_width(model, site.layer) is not None
     return _name(points, site) in points and neurons
 
@@ -201,8 +216,11 @@ def _missing(model: Model, points: Mapping[str, Any], site: Site) -> str:
     if site.kind.startswith("mlp") and mlp is not None and mlp_width(model, site.layer) is None:
         return (
             f"{site} has no neuron axis: layer {site.layer} has a {type(mlp).__name__}, without one output matrix "
-            "(mixture-of-experts layers route each token to other neurons, and are not supported)"
+            "(mixture-of-experts layers route each token to other neurons"
+            + (": ask for experts.post)" if has_kind(model, site.layer, "experts.post") else ")")
         )
+    if site.kind in MOE_KINDS and not hasattr(model, "original_model") and getattr(model.cfg, "num_experts", None):
+        has += " (its experts are TransformerLens' own: load the model as a TransformerBridge)"
     return f"{site} does not exist in this model: layer {site.layer} is a {type(_original(block)).__name__} with {has}"
 
 
@@ -253,4 +271,19 @@ def _check(model: Model, site: Site, hook: Any, tensors: list[Tensor], length: i
     width = mlp_width(model, site.layer) if site.kind.startswith("mlp") else None
     if width is not None and shape != (width,):
         raise SiteError(f"{site} is {shape[0]} wide, but the layer has {width} neurons: it is not a neuron axis")
-    return Point(site, hook, shape, tensor.dtype, tensor.device)
+    return Point(site, hook, shape, tensor.dtype, tensor.device, **_of_experts(model, site))
+
+
+def _of_experts(model: Model, site: Site) -> dict[str, Any]:
+    """Return what a point says of routed experts in its layer."""
+    experts: Any = experts_in(model, site.layer)
+    if experts is None:
+        return {}
+    count = int(experts.num_experts)
+    if site.kind in EXPERT_KINDS:
+        return {"experts": count}
+    if site.kind.startswith("mlp"):
+        note = f"the dense half of a layer that also routes tokens to {count} experts: their neurons are at {EXPERT_KINDS[-1]}"
+        warnings.warn(f"{site.kind} is {note}", RuntimeWarning, stacklevel=5)
+        return {"note": note}
+    return {}

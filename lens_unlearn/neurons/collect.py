@@ -22,10 +22,12 @@ from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ModelError
 from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
+from lens_unlearn.model.experts import extra_points
 from lens_unlearn.model.hooks import Remover, announce, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
 from lens_unlearn.model.residual import on_residual, sinks_of
+from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.key_sample import KeySample
@@ -280,7 +282,7 @@ class _Watch:
         self.model, self.points, self.transform, self.skip_sinks = model, points, transform, skip_sinks
         # Some layers make sinks, others end them, so a layer's activations are counted only when its output is known too. Until
         # then they wait; a bridge's `resid` comes later still.
-        self.sinks, self.seen = torch.zeros(0), list[tuple[Site, Tensor]]()
+        self.sinks, self.seen = torch.zeros(0), list[tuple[Site, Any]]()
         self.weights: dict[int, Tensor] = {}  # of layers whose output is known
         self.removers: list[Remover] = []
         self.thread = threading.get_ident()
@@ -319,10 +321,10 @@ class _Watch:
         """Take the hooks off."""
         detach_all(self.removers)
 
-    def _hook(self, site: Site) -> Callable[[Tensor], None]:
+    def _hook(self, site: Site) -> Callable[[Any], None]:
         change = self.transform.get(site)
 
-        def see(tensor: Tensor) -> None:
+        def see(tensor: Any) -> None:
             # A pass of another thread must not be counted; nor should it run, since under `shortcuts` its numbers would differ.
             if threading.get_ident() != self.thread:
                 raise ModelError(
@@ -335,10 +337,18 @@ class _Watch:
             else:
                 self._count(site, values, weight)
 
-        return see
+        return takes_routed(see) if change is None else see
 
-    def _count(self, site: Site, values: Tensor, weight: Tensor) -> None:
-        self.part.update(site, values.reshape(-1, *values.shape[2:]), weight)
+    def _count(self, site: Site, values: Any, weight: Tensor) -> None:
+        add = getattr(self.part, "update_routed", None)
+        if isinstance(values, Routed) and add is not None:
+            add(site, values, weight)
+        else:
+            if isinstance(values, Routed):
+                values = values.dense()
+            experts = self.points[site].experts
+            shape = (experts, values.shape[2] // experts) if experts else values.shape[2:]
+            self.part.update(site, values.reshape(-1, *shape), weight)
         self.waiting -= 1
         if self.waiting == 0:
             raise _Enough
@@ -387,7 +397,8 @@ def _settings(
         **({"processes": distributed.count()} if distributed.count() > 1 else {}),
         "transform": sorted(str(site) for site in transform),
         "hooks on the model": sum(
-            len(hook.fwd_hooks) for hook in {id(h): h for h in model.hook_dict.values()}.values()
+            len(hook.fwd_hooks)
+            for hook in {id(h): h for h in (*model.hook_dict.values(), *extra_points(model))}.values()
         ),
     }
 

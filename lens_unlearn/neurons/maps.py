@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.core.numbers import Range
+from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.sites import Site, check_kind
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ Scalar = float | int | bool
 class NeuronMap:
     """An immutable map from sites to tensors of one value per neuron.
 
-    MLP sites hold ``[neurons]``, attention sites ``[heads, d_head]``. Operators act neuron by neuron; two maps must
-    have the same sites. A boolean map is a selection.
+    MLP sites hold ``[neurons]``, attention sites ``[heads, d_head]``. Sites inside routed experts hold ``[experts * columns]``,
+    expert by expert; what is given as ``[experts, columns]`` is flattened, and the map knows how many experts there are. Operators
+    act neuron by neuron; two maps must have the same sites. A boolean map is a selection.
 
     A map read from a statistic also knows which neurons were alive (their activation varied over the corpus).
     Arithmetic keeps that knowledge (alive in either operand), and `top` uses it: it never prefers a neuron that is
@@ -44,9 +46,10 @@ class NeuronMap:
     Args:
         values: The tensors; copied to the CPU, detached.
         live: Optionally the boolean tensors of neurons that are alive; the same sites and shapes.
+        experts: Of sites inside routed experts, how many experts there are, where the values are flat; optional.
 
     Raises:
-        SelectionError: If there is no site, or `live` does not match `values`.
+        SelectionError: If there is no site, or `live` or `experts` does not match `values`.
 
     Examples:
         >>> score = NeuronMap({Site(0, "mlp.post"): torch.tensor([0.5, 2.0, 1.0])})
@@ -56,14 +59,33 @@ class NeuronMap:
         2
     """
 
-    __slots__ = ("_live", "_values")
+    __slots__ = ("_experts", "_live", "_values")
     __hash__ = None  # type: ignore[assignment]  # == compares neuron by neuron
 
-    def __init__(self, values: Mapping[Site, Values], *, live: Mapping[Site, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[Site, Values],
+        *,
+        live: Mapping[Site, Tensor] | None = None,
+        experts: Mapping[Site, int] | None = None,
+    ) -> None:
         if not values:
             raise SelectionError("a NeuronMap needs at least one site")
         self._values = {Site(*site): value.detach().cpu().clone() for site, value in sorted(values.items(), key=_order)}
-        self._live = None if live is None else {site: live[site].detach().cpu().bool().clone() for site in self._values}
+        self._experts = {site: n for site, n in (experts or {}).items() if site in self._values}
+        for site, value in self._values.items():
+            if site.kind in EXPERT_KINDS and value.ndim == 2:
+                self._experts[site], self._values[site] = value.shape[0], value.reshape(-1)
+            if value.numel() % (count := self._experts.get(site, 1)):
+                raise SelectionError(f"{site}: {value.numel():,} neurons are not those of {count:,} experts")
+        self._live = None
+        if live is not None:
+            self._live = {
+                site: live[site].detach().cpu().bool().reshape(value.shape).clone()
+                if live[site].numel() == value.numel()
+                else live[site]
+                for site, value in self._values.items()
+            }
         for site, mask in (self._live or {}).items():
             if mask.shape != self._values[site].shape:
                 raise SelectionError(
@@ -91,7 +113,22 @@ class NeuronMap:
     def live(self) -> "NeuronMap":
         """The neurons whose activation varied; all of them where nothing is known."""
         flags = self._live or {site: torch.ones_like(value, dtype=torch.bool) for site, value in self._values.items()}
-        return NeuronMap(flags)
+        return NeuronMap(flags, experts=self._experts)
+
+    @property
+    def experts(self) -> dict[Site, int]:
+        """How many routed experts each site has, of those sites inside experts of which it is known."""
+        return dict(self._experts)
+
+    def shape_of(self, site: Site) -> tuple[int, ...]:
+        """Return how the neurons of a site lie: ``(neurons,)``, ``(heads, d_head)``, or ``(experts, columns)``."""
+        value = self._values[site]
+        count = self._experts.get(site)
+        return tuple(value.shape) if count is None else (count, value.numel() // count)
+
+    def shaped(self) -> Iterator[tuple[Site, Tensor]]:
+        """Yield each site and a copy of its tensor, in the shape in which the neurons lie: what files hold."""
+        return ((site, value.reshape(self.shape_of(site)).clone()) for site, value in self._values.items())
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._values)
@@ -128,7 +165,7 @@ class NeuronMap:
         chosen = {site: value for site, value in self._values.items() if keep(site)}
         if not chosen:
             raise SelectionError(f"{key!r} is not in this map, which has {self._extent()}")
-        return NeuronMap(chosen, live=self._live)
+        return NeuronMap(chosen, live=self._live, experts=self._experts)
 
     def flat(self) -> Tensor:
         """Concatenate all values into one vector, in the order of `sites`."""
@@ -157,14 +194,15 @@ class NeuronMap:
         return {site: float(value.double().mean()) for site, value in self._values.items()}
 
     def to_frame(self) -> "pd.DataFrame":
-        """Give one row per neuron: layer, site, neuron (its flat index), head (attention only), value."""
+        """Give one row per neuron: layer, site, neuron (its flat index), head (attention only), expert (where known), value."""
         import pandas as pd
 
         frames = []
         for site, value in self._values.items():
             columns = {"layer": site.layer, "site": site.kind, "neuron": range(value.numel())}
-            if value.ndim == 2:
-                columns["head"] = [index // value.shape[1] for index in range(value.numel())]
+            if len(shape := self.shape_of(site)) == 2:
+                place = "expert" if site in self._experts else "head"
+                columns[place] = [index // shape[1] for index in range(value.numel())]
             frames.append(
                 pd.DataFrame(
                     {
@@ -183,7 +221,11 @@ class NeuronMap:
         """Apply a function to every tensor. If it changes shapes, the knowledge of which neurons were alive is dropped."""
         values = {site: function(value.clone()) for site, value in self._values.items()}
         same_shapes = all(values[site].shape == value.shape for site, value in self._values.items())
-        return NeuronMap(values, live=self._live if same_shapes else None)
+        return NeuronMap(values, **(self._knowledge if same_shapes else {}))
+
+    @property
+    def _knowledge(self) -> dict[str, Any]:
+        return {"live": self._live, "experts": self._experts}
 
     def combine(self, other: "NeuronMap | Scalar", function: Callable[[Any, Any], Tensor]) -> "NeuronMap":
         """Apply a function of two tensors, site by site; a number stands for itself at every site.
@@ -200,10 +242,16 @@ class NeuronMap:
             if value.shape != other._values[site].shape:
                 shapes = f"{tuple(value.shape)} and {tuple(other._values[site].shape)}"
                 raise SelectionError(f"{site}: the maps have shapes {shapes}: are they of the same model?")
+        for site, count in self._experts.items():
+            if other._experts.get(site, count) != count:
+                raise SelectionError(
+                    f"{site}: the maps are of {count} and {other._experts[site]} experts: are they of the same model?"
+                )
         values = {site: function(value, other._values[site]) for site, value in self._values.items()}
-        if self._live is None or other._live is None:
-            return NeuronMap(values, live=self._live or other._live)
-        return NeuronMap(values, live={site: self._live[site] | other._live[site] for site in values})
+        live = self._live or other._live
+        if self._live is not None and other._live is not None:
+            live = {site: self._live[site] | other._live[site] for site in values}
+        return NeuronMap(values, live=live, experts=other._experts | self._experts)
 
     def where(self, keep: "NeuronMap", other: Scalar) -> "NeuronMap":
         """Keep the values that a selection selects, and put a number everywhere else."""
@@ -323,7 +371,7 @@ class NeuronMap:
             parts = [
                 NeuronMap({site: value})._top(fraction, candidates[[site]]) for site, value in self._values.items()
             ]
-            return NeuronMap({site: part._values[site] for part in parts for site in part})
+            return NeuronMap({site: part._values[site] for part in parts for site in part}, experts=self._experts)
         return self._top(fraction, candidates)
 
     def _top(self, fraction: float, candidates: "NeuronMap") -> "NeuronMap":
@@ -343,7 +391,8 @@ class NeuronMap:
         """Cut a vector with one entry per neuron into a map of this shape; the inverse of `flat`."""
         sizes = [value.numel() for value in self._values.values()]
         parts = torch.split(vector, sizes)
-        return NeuronMap({s: part.reshape(v.shape) for (s, v), part in zip(self._values.items(), parts, strict=True)})
+        values = {s: part.reshape(v.shape) for (s, v), part in zip(self._values.items(), parts, strict=True)}
+        return NeuronMap(values, experts=self._experts)
 
     # --- showing -----------------------------------------------------------------------------------------------------
 
@@ -385,6 +434,6 @@ def _order(item: tuple[Site, Any]) -> tuple[str, int]:
 
 
 def neuron_name(site: Site, neuron: SupportsIndex, shape: Sequence[int]) -> str:
-    """Name a neuron, by its flat index, as it can be typed: ``L3.mlp.post[1742]``, ``L3.attn.z[2,17]``."""
-    index = ",".join(str(int(i)) for i in np.unravel_index(int(neuron), tuple(shape)))
-    return f"{site}[{index}]"
+    """Name a neuron, by its flat index: ``L3.mlp.post[1742]``, ``L3.attn.z[2,17]``, ``L3.experts.post[17, 402]``."""
+    between = ", " if site.kind in EXPERT_KINDS else ","
+    return f"{site}[{between.join(str(int(i)) for i in np.unravel_index(int(neuron), tuple(shape)))}]"

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
+from lens_unlearn.core.errors import ActivationError, EmptyStatisticError, LensUnlearnError
+from lens_unlearn.model.experts import EXPERT_KINDS
+from lens_unlearn.model.routed import Routed
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, require_finite
@@ -41,6 +43,12 @@ class Moments:
     - `mean_sqrt`: (1/N) sum sqrt(abs(x)); extra "sqrt"
     - `min`, `max`: extra "extrema"
 
+    Inside routed experts x is 0 at tokens that are routed elsewhere, and these zeros count. There are besides:
+
+    - `routed_tokens`, `gate_sums`: for each expert how many counted tokens were routed to it, and the sum of their gates
+    - `load`: for each neuron, the share of counted tokens that were routed to its expert
+    - `mean_given_routed`: mean / load
+
     Differs from the released Selective Pruning and Neuron Adjust codes, which keep the variance under the name of the
     standard deviation, and cast the moments to half precision.
 
@@ -59,6 +67,9 @@ class Moments:
         # Rows: a shift c near the mean, sum of x - c, sum of (x - c)^2, sum of relu(x), count of x > 0, then the extras.
         self._state: dict[Site, Tensor] = {}
         self._shift: dict[Site, Tensor] = {}  # of the statistic this one is `fresh` from, so that the two add up
+        self._routing: dict[
+            Site, Tensor
+        ] = {}  # inside routed experts: counted tokens of each expert, and their gates' sum
         self._buffers: dict[Any, Any] = {}  # scratch space, shared with `fresh` so that it is allocated once
 
     def fresh(self) -> "Moments":
@@ -101,6 +112,51 @@ class Moments:
                 flat = flat.double()
                 state = self._reduce(flat, rows, rows.centre(flat))
         self._fold(site, rows.count, state.reshape(len(state), *x.shape[1:]).cpu())
+
+    def update_routed(self, site: Site, routed: Routed, weight: Float[Tensor, "tokens"]) -> None:
+        """Add the values of one batch inside routed experts: what `update` would of the tensor of all neurons, which is never made.
+
+        Raises:
+            ActivationError: If a counted value is NaN or infinite; names the neuron.
+        """
+        rows = self._rows_of(weight)
+        if rows.count == 0:
+            return
+        counted = (weight.to(routed.device)[routed.token] > 0).nonzero()[:, 0]
+        by_expert = counted[torch.argsort(routed.expert[counted], stable=True)]
+        values, expert = routed.values.detach(), routed.expert[by_expert]
+        sizes = torch.bincount(expert, minlength=routed.experts)
+        state = values.new_zeros(
+            5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra),
+            routed.experts,
+            routed.columns,
+            dtype=torch.float64,
+        )
+        # About 0, where the values at most tokens are; in float64, in which the digits of a standard deviation do not cancel.
+        for number, places in enumerate(by_expert.split(sizes.tolist())):
+            if not len(places):
+                continue
+            part = values[places].double()
+            one = state[:, number]
+            torch.sum(part, 0, out=one[1])
+            torch.sum(part.square(), 0, out=one[2])
+            torch.sum(part.clamp_min(0), 0, out=one[3])
+            torch.sum(part > 0, 0, dtype=torch.float64, out=one[4])
+            if "sqrt" in self.extra:
+                torch.sum(part.abs().sqrt_(), 0, out=one[5])
+            if "extrema" in self.extra:
+                zero = math.inf if len(places) == rows.count else 0.0
+                one[-2], one[-1] = part.amin(0).clamp_max(zero), part.amax(0).clamp_min(-zero)
+        if not bool(torch.isfinite(state).all()):
+            _require_finite_routed(site, values, by_expert, expert)
+        gates = torch.zeros_like(sizes, dtype=torch.float64).index_add_(
+            0, expert, routed.gate.detach()[by_expert].double()
+        )
+        self._fold(site, rows.count, state.cpu())
+        self._add_routing(site, torch.stack([sizes.double(), gates]).cpu())
+
+    def _add_routing(self, site: Site, routing: Tensor) -> None:
+        self._routing[site] = self._routing[site] + routing if site in self._routing else routing
 
     def _rows_of(self, weight: Float[Tensor, "tokens"]) -> "_Rows":
         """Look at a batch's weights once, not once per site."""
@@ -186,12 +242,15 @@ class Moments:
         for part in (self, other):
             for site, state in part._state.items():
                 merged._fold(site, part._count[site], state)
+            for site, routing in part._routing.items():
+                merged._add_routing(site, routing)
         return merged
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that was accumulated, as tensors named by site."""
         counts = {f"{site}.count": torch.tensor(n, dtype=torch.int64) for site, n in self._count.items()}
-        return counts | {f"{site}.moments": state for site, state in self._state.items()}
+        routing = {f"{site}.routing": sums for site, sums in self._routing.items()}
+        return counts | {f"{site}.moments": state for site, state in self._state.items()} | routing
 
     def with_state(self, tensors: Mapping[str, Tensor]) -> "Moments":
         """Return moments of the same settings that continue from `state`."""
@@ -207,6 +266,18 @@ class Moments:
                 if not is_count or not is_state:
                     raise LensUnlearnError(f"{site}: the stored sums cannot be those of {count} tokens")
                 new._state[Site.parse(site)], new._count[Site.parse(site)] = tensor, count
+                if Site.parse(site).kind in EXPERT_KINDS:
+                    routing = tensors[f"{site}.routing"]
+                    fits = routing.dtype == torch.float64 and tensor.ndim == 3 and routing.shape == (2, tensor.shape[1])
+                    if not (
+                        fits
+                        and bool(torch.isfinite(routing).all())
+                        and bool((routing[0] * (count - routing[0]) >= 0).all())
+                    ):
+                        raise LensUnlearnError(
+                            f"{site}: the stored loads cannot be those of experts and {count} tokens"
+                        )
+                    new._routing[Site.parse(site)] = routing
         return require_all_read(new, tensors)
 
     @property
@@ -274,6 +345,33 @@ class Moments:
         self._require("extrema")
         return self._map(lambda state, n: state[-1])
 
+    @property
+    def routed_tokens(self) -> dict[Site, Float[Tensor, "experts"]]:
+        """For each expert of the sites inside routed experts, how many counted tokens were routed to it."""
+        return {site: routing[0].clone() for site, routing in self._routing.items()}
+
+    @property
+    def gate_sums(self) -> dict[Site, Float[Tensor, "experts"]]:
+        """Likewise, the sum of the gates with which they were."""
+        return {site: routing[1].clone() for site, routing in self._routing.items()}
+
+    @property
+    def load(self) -> NeuronMap:
+        """For each neuron inside routed experts, the share of counted tokens that were routed to its expert."""
+        if not self._routing:
+            raise EmptyStatisticError("these moments have no site inside routed experts: collect at 'experts.post'")
+        shares = {
+            site: (routing[0] / self._count[site])[:, None].expand(self._state[site].shape[1:])
+            for site, routing in self._routing.items()
+        }
+        return NeuronMap(shares)
+
+    @property
+    def mean_given_routed(self) -> NeuronMap:
+        """Mean activation over the tokens that were routed to the neuron's expert; 0 if there was none."""
+        load = self.load
+        return (self.mean[load.sites] / load).map(lambda value: torch.nan_to_num(value, nan=0.0))
+
     def _require(self, extra: str) -> None:
         if extra not in self.extra:
             raise EmptyStatisticError(
@@ -287,6 +385,16 @@ class Moments:
         layers = len({site.layer for site in self._state})
         source = self.provenance.get("corpus")
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
+
+
+def _require_finite_routed(site: Site, values: Tensor, places: Tensor, expert: Tensor) -> None:
+    bad = (~torch.isfinite(values[places])).nonzero()
+    if len(bad):
+        row, column = (int(i) for i in bad[0])
+        raise ActivationError(
+            f"{site}[{int(expert[row])}, {column}] is {float(values[places[row], column])}: the model overflows or is broken "
+            "there; try a wider dtype, or look at that text"
+        )
 
 
 def _possible(state: Tensor, n: int, rows: int) -> bool:

@@ -1,8 +1,8 @@
 """Tiny seeded random mixture-of-experts models of every family that TransformerLens bridges, built without a hub.
 
-`CONFIGS` names them; `plain(name)` is a fresh Hugging Face model of two layers or so, to run or edit as an oracle, `bridge(name)` the
-same weights as a TransformerBridge. Four experts, two of them for each token (one in Llama 4), hidden size 32, and expert width 24
-(no other width is 24), so that an axis that was mistaken shows.
+`CONFIGS` names them; `plain(name)` is a fresh Hugging Face model of two layers or so, to run or edit as an oracle, `bridge(name)`
+is a TransformerBridge of the same weights. Four experts, two of them for each token (one in Llama 4), hidden size 32, and expert
+width 24 (no other width is 24), so that an axis that was mistaken shows.
 """
 
 import copy
@@ -269,3 +269,62 @@ def experts_of(model: Any) -> list[Any]:
     inner = getattr(model, "original_model", model)
     found = [m for m in inner.modules() if m._parameters.get("down_proj") is not None]
     return list({id(m): m for m in found}.values())
+
+
+# --- oracles: plain PyTorch, token by token ----------------------------------------------------------------------------
+
+
+def zero_columns(model: Any, selection: list[torch.Tensor]) -> None:
+    """Zero columns of the experts' down projections, in place: for each layer with experts a mask ``[experts, columns]``."""
+    for module, chosen in zip(experts_of(model), selection, strict=True):
+        inputs_first = module.down_proj.shape[1] == WIDTH
+        with torch.no_grad():
+            (module.down_proj if inputs_first else module.down_proj.transpose(1, 2))[chosen] = 0
+
+
+def values(model: Any, tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Run a plain model; for each layer with experts, return values ``[tokens, experts, columns]`` of each kind, and gates."""
+    found: list[dict[str, torch.Tensor]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        found.append(_values(module, *args, *kwargs.values()))
+
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in experts_of(model)]
+    try:
+        with torch.no_grad():
+            model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _values(module: Any, hidden: torch.Tensor, index: Any = None, weights: Any = None) -> dict[str, torch.Tensor]:
+    if index is None:  # Llama 4: every expert is given every token, times its gate
+        hidden = hidden.view(EXPERTS, -1, hidden.shape[-1])
+        number = hidden.shape[1]
+    else:
+        number = len(hidden)
+    out = {kind: torch.zeros(number, EXPERTS, WIDTH).to(hidden) for kind in ("pre", "pre_linear", "post")}
+    out["gate"] = torch.zeros(number, EXPERTS).to(hidden)
+    for token in range(number):
+        if index is None:
+            routed = [(e, hidden[e, token], 1.0) for e in range(EXPERTS) if bool((hidden[e, token] != 0).any())]
+        else:
+            routed = [(int(e), hidden[token], weights[token, slot]) for slot, e in enumerate(index[token])]
+        for e, x, gate in routed:
+            matrix = (module.up_proj if hasattr(module, "up_proj") else module.gate_up_proj)[e]
+            up = x @ matrix if matrix.shape[0] == len(x) and matrix.shape[1] != len(x) else matrix @ x
+            if type(module).__name__ == "GptOssExperts":
+                up = up + module.gate_up_proj_bias[e]
+                pre, linear = up[::2], up[1::2]
+                a, b = pre.clamp(max=module.limit), linear.clamp(-module.limit, module.limit)
+                key = (b + 1) * a / (1 + torch.exp(-module.alpha * a))
+            elif hasattr(module, "up_proj"):
+                pre, linear, key = up, up * 0, module.act_fn(up)
+            else:
+                pre, linear = up[:WIDTH], up[WIDTH:]
+                key = module.act_fn(pre) * linear
+            out["pre"][token, e], out["pre_linear"][token, e] = pre, linear
+            out["post"][token, e], out["gate"][token, e] = gate * key, gate
+    return out
