@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, ModelError, SiteError
 from lens_unlearn.model.hooks import attach, backbone, detach_all
-from lens_unlearn.model.host import Model, processing, require_model
+from lens_unlearn.model.host import Model, processing, require_float, require_model
 from lens_unlearn.model.loading import load_model
 from lens_unlearn.model.sites import Site, layers_with, resolve
 from lens_unlearn.neurons.maps import NeuronMap
@@ -26,8 +26,13 @@ def ov_basis(model: Model) -> NeuronMap:
 
     Returns:
         One matrix per head at every `attn.z` site, ``[heads, d_head, d_head]``, float64.
+
+    Raises:
+        ModelError: If the model is quantized.
+        SiteError: If a head has no W_V of its own, as in multi-head latent attention.
     """
     require_model(model)
+    require_float(model, "its matrices cannot be read")
     return NeuronMap({Site(layer, "attn.z"): _head_bases(model, layer) for layer in layers_with(model, "attn.z")})
 
 
@@ -40,8 +45,12 @@ def rotate(
 
 def _head_bases(model: Model, layer: int) -> Float[Tensor, "heads d_head d_head"]:
     attention = model.blocks[layer].attn
-    w_o = attention.W_O.detach().double().cpu()
-    w_v = attention.W_V.detach().double().cpu()
+    try:
+        w_o, w_v = (getattr(attention, name).detach().double().cpu() for name in ("W_O", "W_V"))
+    except AttributeError as error:  # multi-head latent attention
+        raise SiteError(
+            f"a {type(attention).__name__} has no OV circuit of one W_V and one W_O per head: use unit='neuron'"
+        ) from error
     if len(w_v) != len(w_o):  # grouped queries: several heads read one value head
         w_v = w_v.repeat_interleave(len(w_o) // len(w_v), dim=0)
     r_v = torch.linalg.qr(w_v).R

@@ -17,6 +17,7 @@ __all__ = [
     "boot",
     "device_of",
     "host_version",
+    "is_quantized",
     "is_wrapped",
     "part_of",
     "processing",
@@ -24,6 +25,7 @@ __all__ = [
     "require_float",
     "require_host",
     "require_model",
+    "stored",
     "versions",
 ]
 
@@ -67,14 +69,27 @@ def require_eval(model: Model) -> None:
             raise ModelError(f"{name} is in training mode: call model.eval() first")
 
 
-def require_float(model: Model) -> None:
+def require_float(model: Model, why: str = "no gradient flows through its weights") -> None:
     """Refuse a quantized model, through whose weights no gradient flows.
 
     Raises:
-        ModelError: If a parameter is not of a floating-point dtype.
+        ModelError: If a parameter is quantized.
     """
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ModelError("this model is quantized: no gradient flows through its weights; load it unquantized")
+    if any(map(is_quantized, model.parameters())):
+        raise ModelError(f"this model is quantized: {why}; load it unquantized")
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is stored as other numbers than it means: integers, maybe packed, or in a class of its own (torchao's)."""
+    return not weight.is_floating_point() or type(weight).dequantize is not torch.Tensor.dequantize
+
+
+def stored(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors in which a weight is stored: itself, or those of a class that has no memory of its own (torchao's)."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in stored(getattr(weight, name))]
 
 
 def device_of(model: Model) -> torch.device:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import ModelError, SelectionError
-from lens_unlearn.model.host import is_wrapped
+from lens_unlearn.model.host import is_quantized, is_wrapped
 from lens_unlearn.model.matrices import Matrix
 
 __all__ = ["add_biases", "bias_view", "norm_bias", "require_bias", "require_known", "weight_view"]
@@ -85,7 +85,7 @@ def weight_view(hf_model: Any, matrix: Matrix) -> Float[Tensor, "in *out"]:
     """
     module = _module(hf_model, matrix)
     weight = module.weight.detach()
-    if not weight.is_floating_point() or weight.ndim != 2:
+    if is_quantized(module.weight) or weight.ndim != 2:
         raise ModelError(f"the weights of {matrix} are quantized: load the model unquantized, and merge into that")
     rows = weight if type(module).__name__ == "Conv1D" else weight.t()  # of torch's Linear, the columns are the inputs
     return _part(rows, matrix.name, hf_model)

@@ -22,7 +22,7 @@ from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
 from lens_unlearn.model.dtypes import AUTO, dtype_of, has_fast_bfloat16, stored_dtype
 from lens_unlearn.model.gguf import read_gguf
-from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model
+from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model, stored
 from lens_unlearn.model.special_tokens import adds_bos_itself
 
 __all__ = ["as_in_file", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
@@ -387,6 +387,8 @@ def _state_of(weight: Tensor) -> tuple[Any, ...]:
     """Return what is the same as long as a weight's bits are; without a sample at its end if that cannot be told."""
     if weight.is_meta or weight.is_inference():
         return (id(weight),)
+    if (parts := stored(weight))[0] is not weight:
+        return tuple(state for part in parts for state in _state_of(part))
     where = (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
     return (*where, weight._version, _sample(weight))
 
@@ -402,6 +404,8 @@ def _read_bits(weight: Tensor, module: Any, name: str) -> bytes:
 
 
 def _digest_of_bits(weight: Tensor) -> bytes:
+    if (parts := stored(weight))[0] is not weight:
+        return b"".join(map(_digest_of_bits, parts))
     flat = weight.detach().contiguous().reshape(-1)
     flat = flat if flat.device.type in ("cpu", "cuda") else flat.cpu()
     bits = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
@@ -429,7 +433,7 @@ def _sampled_digests(model: Model) -> list[str]:
     samples: dict[tuple[int, tuple[int, ...]], bytes] = {}
     offloaded = []
     for parameter in model.parameters():
-        key = (parameter.data_ptr(), tuple(parameter.shape))
+        key = (stored(parameter)[0].data_ptr(), tuple(parameter.shape))
         if parameter.is_meta:
             offloaded.append(parameter)
         elif key not in samples:

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lens_unlearn.core.errors import SiteError
+from lens_unlearn.core.errors import ModelError, SiteError
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register
-from lens_unlearn.model.host import Model, part_of, require_eval, require_model
+from lens_unlearn.model.host import Model, is_quantized, part_of, require_eval, require_model
 
 __all__ = [
     "MATRICES",
@@ -115,14 +115,19 @@ def matrix_shapes(model: Model, matrices: Iterable[Matrix]) -> dict[Matrix, tupl
 
     Raises:
         SiteError: If a matrix does not exist in this model, or is not used exactly once in a forward pass.
-        ModelError: If this is no TransformerLens model, it is in training mode, or another thread has an intervention on it, or
-            measures it.
+        ModelError: If its weights are quantized, so that they cannot be edited; if this is no TransformerLens model, it is in
+            training mode, or another thread has an intervention on it, or measures it.
     """
     require_model(model)
     require_eval(model)
     wanted = list(dict.fromkeys(matrices))
     with one_thread(model):
         places = {matrix: _computed_by(model, matrix) for matrix in wanted}
+        for matrix, module in places.items():
+            if any(is_quantized(weight) for weight in _held(model, module, matrix.name)):
+                raise ModelError(
+                    f"the weights of {matrix} are quantized, and cannot be edited: load the model unquantized"
+                )
         known = _shapes.setdefault(model, {})
         missing = [m for m in wanted if m not in known or known[m][0] is not places[m]]
         seen: dict[Matrix, list[tuple[int, int]]] = {matrix: [] for matrix in missing}
@@ -159,7 +164,8 @@ def matrix_value(model: Model, layer: int, name: str) -> Tensor:
     """Return the values of a matrix as ``[in, out]``, detached; often a view of the weights, so do not write to it.
 
     Raises:
-        SiteError: If the model does not have it, or not as floating-point numbers (as in quantized models).
+        SiteError: If the model does not have it.
+        ModelError: If its weights are quantized.
     """
     shape = matrix_shape(model, layer, name)
     module = _computed_by(model, Matrix(layer, name))
@@ -169,14 +175,19 @@ def matrix_value(model: Model, layer: int, name: str) -> Tensor:
     else:
         # With grouped queries, `W_K` repeats the heads that are stored once as `_W_K`; with `ungroup_grouped_query_attention`
         # the model computes with the repeated ones. The one that has the size of the map is meant.
-        held = [getattr(module, key).detach() for key in (f"_{name}", name) if hasattr(module, key)]
+        held = [weight.detach() for weight in _held(model, module, name)]
         weight = next((weight for weight in held if weight.numel() == shape[0] * shape[1]), held[0])
         value = weight.transpose(0, 1).flatten(1) if name in ("W_Q", "W_K", "W_V") else weight.flatten(0, -2)
-    if not value.is_floating_point() or tuple(value.shape) != shape:
-        raise SiteError(
-            f"{Matrix(layer, name)} is stored as {tuple(weight.shape)} {weight.dtype}: load the model unquantized"
-        )
+    if tuple(value.shape) != shape:
+        raise SiteError(f"{Matrix(layer, name)} is stored as {tuple(weight.shape)} {weight.dtype}, not as {shape}")
     return value
+
+
+def _held(model: Model, module: Any, name: str) -> list[Tensor]:
+    """Return the parameters in which the module that computes with a matrix may have it."""
+    if hasattr(model, "original_model"):
+        return [module.weight]
+    return [getattr(module, key) for key in (f"_{name}", name) if hasattr(module, key)]
 
 
 def matrix_bias(model: Model, layer: int, name: str) -> Tensor | None:

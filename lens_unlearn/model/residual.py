@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register, resting
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, stored
 from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["norms", "on_residual", "residual_scale", "sinks_of"]
@@ -94,7 +94,7 @@ def residual_scale(model: Model) -> tuple[float, ...]:
 
     It is of the model without interventions, measured once for the same weights.
     """
-    state = [(p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference()]
+    state = [(p.data_ptr(), p._version) for held in model.parameters() for p in stored(held) if not p.is_inference()]
     state.append((0, bool(getattr(model, "compatibility_mode", False))))
     known = _measured.get(model)
     if known is None or known[0] != state:

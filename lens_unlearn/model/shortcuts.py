@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_unlearn.core.counter_rng import mix
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, is_quantized, stored
 
 __all__ = ["shortcuts"]
 
@@ -167,11 +167,11 @@ def _same_weights(component: nn.Module, original: nn.Module) -> bool:
     since. Copies are compared by a digest that does not depend on how the values are cut into matrices.
     """
     held = list(original.parameters())
-    places = {p.untyped_storage().data_ptr() for p in held}
-    copies = [p for p in component.parameters() if p.untyped_storage().data_ptr() not in places]
+    places = {part.untyped_storage().data_ptr() for p in held for part in stored(p)}
+    copies = [p for p in component.parameters() if stored(p)[0].untyped_storage().data_ptr() not in places]
     if not copies:
         return True
-    if any(p.is_meta or not p.is_floating_point() or p.is_inference() for p in (*copies, *held)):
+    if any(p.is_meta or is_quantized(p) or p.is_inference() for p in (*copies, *held)):
         return False
     state = [(p.data_ptr(), p._version) for p in (*copies, *held)]
     if component not in _compared or _compared[component][0] != state:

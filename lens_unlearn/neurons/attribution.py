@@ -33,7 +33,7 @@ from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnEr
 from lens_unlearn.core.numbers import STEPS, THRESHOLD, check_numbers
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
-from lens_unlearn.model.host import Model, require_model
+from lens_unlearn.model.host import Model, require_float, require_model
 from lens_unlearn.model.loading import model_name
 from lens_unlearn.model.replay import Replay, replaying
 from lens_unlearn.model.shortcuts import shortcuts
@@ -149,7 +149,8 @@ def attribute(
         CorpusError: If the corpus has no token that anything predicts, or was tokenized for another model.
         SiteError: If a site does not exist or has no neuron axis.
         ActivationError: If an activation or a gradient is NaN or infinite.
-        ModelError: If the model is in training mode, or another thread has an intervention on it, or measures it.
+        ModelError: If no gradient flows through a quantized model, the model is in training mode, or another thread has an
+            intervention on it, or measures it.
         LensUnlearnError: If an option is unknown.
     """
     require_model(model)
@@ -329,7 +330,11 @@ class _Path:
         activation, leaf = seen
         if not gradient:
             return float(value), activation, activation
-        slope = torch.autograd.grad(value, leaf)[0][where.to(leaf.device)]
+        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        if slope is None:  # 4-bit kernels of a CPU; of another model, 0
+            require_float(self.replay.model)
+            slope = torch.zeros_like(leaf)
+        slope = slope[where.to(leaf.device)]
         if slope.dtype in (torch.bfloat16, torch.float16):
             activation, slope = activation.float(), slope.float()
         return float(value.detach()), activation, slope

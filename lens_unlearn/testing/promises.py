@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, stored
 
 __all__ = [
     "BrokenPromise",
@@ -178,6 +178,8 @@ def weights_of(model: Model) -> dict[str, Any]:
 def contents(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """Return what an object holds, in a form that can be compared later; cached properties are left out."""
     if isinstance(value, Tensor):
+        if (parts := stored(value))[0] is not value:
+            return [contents(part, inside) for part in parts]
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(flat.numpy().tobytes()).hexdigest()}"
     if isinstance(value, np.ndarray):
