@@ -39,6 +39,8 @@ class Documents:
     test: dict[str, Corpus]
     queries: dict[str, Corpus]
     """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
+    retain_queries: list[Corpus]
+    """Those of `queries` to retain, by source."""
     removed: dict[str, int]
     """Documents removed from the fit because they also stand in a test source, and from retain those that are facts to forget."""
 
@@ -123,6 +125,7 @@ class Reader:
         }
         known = [*also.values(), *tests["forget"], *tests["retain"]]
         fit, tuning, test, queries, removed = {}, {}, {}, {}, {}
+        asked: list[Corpus] = []
         if plan.facts:
             known.append(forget)
             tests["retain"] = [source.without(forget)[0] for source in tests["retain"]]
@@ -143,11 +146,13 @@ class Reader:
             if "tune" in parts:
                 tuning |= self._tuning(name, self._prompted(parts["tune"]))
             test[name] = self._pool(name, self._prompted(tests[name] or parts["test"]), plan.tokens)
-            queries |= {name: self._queries(name, parts["fit"])} if judging else {}
+            if judging:
+                asked = self._queries(parts["fit"])
+                queries[name] = self._pool(name, asked)
         if set(fit["forget"].keys) == set(fit["retain"].keys):
             raise CorpusError("forget and retain hold the same documents: nothing could tell them apart")
         test |= {name: self._pool(name, self._prompted([corpus]), plan.tokens) for name, corpus in also.items()}
-        return Documents(fit, tuning, test, queries, removed)
+        return Documents(fit, tuning, test, queries, asked, removed)  # retain came last
 
     def _shares(self, *, tested: bool) -> dict[str, float]:
         """Return the shares of a source by use; facts' neighbours are few, so of these no part lies idle without a budget."""
@@ -167,17 +172,21 @@ class Reader:
         records = list(self.plan.records.values())
         return [cut_prompts({"": corpus}, records, self.plan.seed)[""] for corpus in corpora]
 
-    def _queries(self, name: str, corpora: Sequence[Corpus]) -> Corpus:
+    def _queries(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         """Draw prompts of every source, in equal numbers."""
         cut = self._prompted(corpora)
         per_source = -(-QUERIES // len(cut))
-        return self._pool(name, cut, sum(per_source * c.n_tokens // c.n_rows for c in cut))
+        return self._shared(cut, sum(per_source * c.n_tokens // c.n_rows for c in cut))
 
     def _pool(self, name: str, corpora: Sequence[Corpus], tokens: int | None = None) -> Corpus:
         """Join sources: each whole, or with an equal share of the tokens, drawn over all of its documents."""
         if tokens is not None:
-            corpora = [corpus.sample(max(2, tokens // len(corpora)), self.plan.seed) for corpus in corpora]
+            corpora = self._shared(corpora, tokens)
         joined = corpora[0]
         for more in corpora[1:]:
             joined = joined + more
         return replace(joined, name=f"{name} ({joined.name})")
+
+    def _shared(self, corpora: Sequence[Corpus], tokens: int) -> list[Corpus]:
+        """Draw an equal share of the tokens from each source, over all of its documents."""
+        return [corpus.sample(max(2, tokens // len(corpora)), self.plan.seed) for corpus in corpora]

@@ -249,10 +249,12 @@ class Experiment:
                     raise ArtefactError(f"{name}={value!r} there, {options.get(name)!r} in this run")
         return load_intervention(path, self.model), chosen
 
-    def _fit_pair(self, record: Method) -> tuple[Corpus, Corpus]:
+    def _fit_pair(self, record: Method) -> tuple[Corpus, Any]:
         part = self.documents.queries if record.judges_prompts else self.documents.fit
         part = cut_prompts(part, [record], self.plan.seed)
-        return part["forget"], part["retain"]
+        asked = self.documents.retain_queries if record.judges_prompts else []
+        sources = [cut_prompts({"": source}, [record], self.plan.seed)[""] for source in asked]
+        return part["forget"], record.together(sources) if len(sources) > 1 else part["retain"]
 
     def _controls(
         self, name: str, edit: Intervention, seeds: Sequence[int], strength: float | None

@@ -250,10 +250,11 @@ def _save_fitted(path: Path, fitted: tuple[Any, Any], model: Model | None) -> No
     if isinstance(fitted[0], Delta):
         fitted[0].save(path, model)
         return
-    if not all(type(statistic).__name__ in STATISTICS for statistic in fitted):
+    several = [fitted[0], *(fitted[1] if isinstance(fitted[1], list) else [fitted[1]])]
+    if not all(type(statistic).__name__ in STATISTICS for statistic in several):
         return
     entries, tensors = [], {}
-    for number, statistic in enumerate(fitted):
+    for number, statistic in enumerate(several):
         kind = type(statistic).__name__
         settings = STATISTICS[kind][1](statistic)
         entries.append({"kind": kind, "provenance": statistic.provenance, "settings": settings})
@@ -266,8 +267,10 @@ def _load_fitted(path: Path, model: Model | None) -> tuple[Any, Any]:
     if header["kind"] == "intervention":
         return load_intervention(path, model), None
     with artefacts.usable(path, "statistics that can be read"):
-        one, other = (_statistic(entry, tensors, f"{number}/") for number, entry in enumerate(header["statistics"]))
-        return one, other
+        forget, first, *more = (
+            _statistic(entry, tensors, f"{number}/") for number, entry in enumerate(header["statistics"])
+        )
+        return forget, [first, *more] if more else first  # of each source to retain, where a method keeps them apart
 
 
 def _statistic(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], start: str) -> Moments | KeySample:

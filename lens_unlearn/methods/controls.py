@@ -275,6 +275,7 @@ def shuffled_controls(
 ) -> list[Intervention]:
     """Fit a method again to samples whose documents were dealt to forget and retain at random; none without samples."""
     forget, retain = fitted
+    retain = KeySample.joined(retain) if isinstance(retain, list) else retain
     if not (isinstance(forget, KeySample) and isinstance(retain, KeySample)):
         return []
     return [refit(*forget.shuffled(retain, seed)) for seed in seeds]

@@ -119,7 +119,7 @@ def key_space_detection(
 
     keys = keys_of(forget)
     several = [keys_of(part) for part in _listed(retain)] if contrasts or not fixed else []
-    others = _joined(several) if several else None
+    others = KeySample.joined(several) if several else None
     sources = [part.documents(sites[0]) for part in several] if len(several) > 1 else []
     held = None if held_out is None or fixed else (keys_of(held_out[0]), keys_of(held_out[1]))
     shapes: Sequence[Shape] = SHAPES if region == "auto" else (region,)
@@ -220,7 +220,7 @@ def _check(
     parts = _listed(retain)
     if held_out is not None or not parts or not all(isinstance(part, Corpus) for part in (forget, *parts)):
         return  # of keys that are collected, nothing is lost by finding out later
-    keys, others = (_joined([query_places(part, seed=seed) for part in side]) for side in ([forget], parts))
+    keys, others = (KeySample.joined([query_places(part, seed=seed) for part in side]) for side in ([forget], parts))
     if not fixed:
         contrasts, choosing = region in _CONTRASTS, region == "auto" or len(layers) > 1
         keys, others, held = _parted(keys, others, contrasts=contrasts, seed=seed)
@@ -234,16 +234,6 @@ def _check(
 
 def _listed(retain: Any) -> list[Any]:
     return [] if retain is None else list(retain) if isinstance(retain, list | tuple) else [retain]
-
-
-def _joined(samples: Sequence[KeySample]) -> KeySample:
-    """Merge samples, as large as they are together."""
-    if len(samples) == 1:
-        return samples[0]
-    whole = KeySample(sum(sample.capacity for sample in samples), seed=samples[0].seed)
-    for sample in samples:
-        whole = whole.merge(KeySample(whole.capacity, seed=whole.seed).with_state(sample.state()))
-    return whole
 
 
 def _dealt(
@@ -475,5 +465,6 @@ METHOD = Method(
     check=_check,
     control=shuffled_controls,
     control_words=SHUFFLED_LABELS,
+    by_source=True,
     summary="Abstains from prompts whose key lies where the keys of the forget prompts lie (Li, Sun and Weng 2025).",
 )

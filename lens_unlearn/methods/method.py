@@ -4,8 +4,10 @@ Knows what a method is fitted to, how strong it can be and what its control is; 
 with a function and a record, and a line in `lens_unlearn.methods.METHODS`.
 """
 
+import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +77,8 @@ class Method:
     """What its control is, as reports say it."""
     score: Callable[..., NeuronMap] | None = None
     """Takes ``(forget, retain, **options)``, moments, and returns the score that neurons were selected by, for figures."""
+    by_source: bool = False
+    """Whether the function takes several sources to retain as a list, since it keeps its budget on each."""
     unlearns_answers: bool = False
     """Whether it is fitted to answers, and so texts are cut into prompts and what follows."""
     trains: bool = False
@@ -108,6 +112,12 @@ class Method:
             self.settings
         )
 
+    def together(self, retain: Sequence[Any]) -> Any:
+        """Return several sources to retain as the function takes them: a list of them, or joined."""
+        if len(retain) > 1 and self.by_source:
+            return list(retain)
+        return functools.reduce(operator.add, retain)
+
     def takes(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of some options that the function has."""
         return {name: value for name, value in options.items() if name in self._parameters}
@@ -138,7 +148,9 @@ class Method:
         return self._collected(model, forget, options), self._collected(model, retain, options)
 
     def _collected(self, model: Model, part: Any, options: Mapping[str, Any]) -> Any:
-        """Collect the statistic that the function takes over a corpus."""
+        """Collect the statistic that the function takes over a corpus, or over each of a list."""
+        if isinstance(part, list):
+            return [self._collected(model, one, options) for one in part]
         if not isinstance(part, Corpus) or self.fitted_to is Corpus:
             return part
         site = options.get("site", self.defaults().get("site", self.sites))

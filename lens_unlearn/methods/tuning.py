@@ -3,8 +3,6 @@
 Knows records of methods and how to evaluate; knows no method by name.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -203,10 +201,11 @@ def tune(
     check_numbers(evaluations=evaluations, seed=seed, batch_size=batch_size)
     record = record_of(method)
     settings = record.with_progress(options or {}, progress)
-    whole_forget, whole_retain = forget, _together(retain)
+    whole_forget, whole_retain = forget, _together(retain, record)
     if held_out is None:
-        if not isinstance(forget, Corpus) or not isinstance(whole_retain, Corpus):
-            for role, part in (("forget", forget), ("retain", whole_retain)):
+        texts = [forget, *(whole_retain if isinstance(whole_retain, list) else [whole_retain])]
+        if not all(isinstance(text, Corpus) for text in texts):
+            for role, part in zip(("forget", *["retain"] * len(texts)), texts, strict=False):
                 if not hasattr(part, "fresh"):  # no statistic, either
                     require_corpus(part, role)
             raise LensUnlearnError(
@@ -227,7 +226,7 @@ def tune(
     corpora = cut_prompts({"forget": tune_forget, **tune_retain}, [record], seed)
     tuned_on = {name: corpora[name] for name in tune_retain}
     units = check_units(tuned_on, budget, confidence, at_once=record.judges_prompts)
-    fitted = record.fit(model, forget, _together(retain), settings)
+    fitted = record.fit(model, forget, _together(retain, record), settings)
     edits: dict[float, Intervention] = {}
     forgotten: dict[float, float] = {}
     retained: dict[float, dict[str, tuple[float, float]]] = {}
@@ -281,11 +280,11 @@ def _by_name(retain: Corpus | Mapping[str, Corpus]) -> dict[str, Corpus]:
     return named
 
 
-def _together(retain: Any) -> Any:
-    """Join retain corpora that are given by name; anything else is returned as it is."""
+def _together(retain: Any, record: Method) -> Any:
+    """Return retain corpora that are given by name as a method takes them; anything else is returned as it is."""
     if isinstance(retain, Mapping):
         require_corpora(retain, "retain corpora")
-    return functools.reduce(operator.add, retain.values()) if isinstance(retain, Mapping) and retain else retain
+    return record.together(list(retain.values())) if isinstance(retain, Mapping) and retain else retain
 
 
 def check_units(corpora: Mapping[str, Corpus], budget: float, confidence: float, *, at_once: bool) -> dict[str, int]:

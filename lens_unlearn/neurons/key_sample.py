@@ -3,7 +3,7 @@
 Knows activations, and documents and places as numbers; knows nothing of models, corpora, or the regions fitted to keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,18 @@ class KeySample:
             for site, keys in part._keys.items():
                 merged._add(site, keys, part._ids[site])
         return merged
+
+    @classmethod
+    def joined(cls, samples: Sequence["KeySample"]) -> "KeySample":
+        """Merge samples into one that is as large as they are together."""
+        if len(samples) == 1:
+            return samples[0]
+        whole = cls(sum(sample.capacity for sample in samples), seed=samples[0].seed)
+        for sample in samples:
+            grown = cls(whole.capacity, seed=whole.seed).with_state(sample.state())
+            grown.provenance = sample.provenance
+            whole = whole.merge(grown)
+        return whole
 
     def state(self) -> dict[str, Tensor]:
         """Return the keys and what identifies them, named by site."""

@@ -76,9 +76,10 @@ def test_the_size_is_kept_and_the_run_is_known_again_by_all_of_its_texts(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Experiment, "_evaluate", killed)
-        carry_out(plan, tmp_path / "again", **QUIET)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(plan, tmp_path / "again", **QUIET)
     monkeypatch.setattr(experiment, "AIM", 1.0)  # what is kept is used, not measured again
     assert counts_of(plan, tmp_path / "again", resume=True) == before
     assert carry_out(plan, tmp_path / "again", resume=True, **QUIET) is None
