@@ -76,6 +76,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "interventions.delta": ("Delta",),
     "interventions.files": ("load_intervention",),
     "interventions.patch": ("Patch",),
+    "interventions.reroute": (
+        "Reroute",
+        "whole_experts",
+    ),
     "interventions.update": ("Update",),
     "keyspace.key_space": (
         "KeySpace",
@@ -172,6 +176,7 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.delta import Delta
     from lens_unlearn.interventions.files import load_intervention
     from lens_unlearn.interventions.patch import Patch
+    from lens_unlearn.interventions.reroute import Reroute, whole_experts
     from lens_unlearn.interventions.update import Update
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region

@@ -18,12 +18,13 @@ from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Chain, Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.patch import Patch
+from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import require_model_of
 
 __all__ = ["CLASSES", "load_intervention"]
 
-CLASSES = (Ablate, Adjust, Abstain, Delta, Patch, Chain, Placed)
+CLASSES = (Ablate, Adjust, Abstain, Delta, Patch, Reroute, Chain, Placed)
 """Every intervention that can be read from a file: a new one is a file of this room and a name here."""
 _BY_KIND: dict[str, Any] = {cls.kind: cls for cls in CLASSES}
 

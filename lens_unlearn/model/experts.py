@@ -1,4 +1,4 @@
-"""Hook points inside routed experts, and in front of the last matrix of shared ones, which TransformerLens does not have.
+"""Hook points that TransformerLens does not have: inside routed experts, before the last matrix of shared ones, and at routers.
 
 Knows how transformers computes the experts of a layer (its table of expert implementations, from 5.9 on), and how to compute them
 so that their keys pass through hook points; knows nothing of sites' names in files, or of what hooks there do.
@@ -15,9 +15,13 @@ so that their keys pass through hook points; knows nothing of sites' names in fi
 #
 # Llama 4 has experts outside the table, all of which are computed for all tokens, with inputs of 0 where a token is not routed.
 # There a hook on the module computes its output again.
+#
+# A router computes its logits and what it chooses by them in one function. A hook on it runs that function once more, in a mode
+# in which the logits pass through the hook point on their way. What is -inf there is -inf in the choice, too: scores to which a
+# bias is added after a sigmoid would otherwise still be chosen.
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -25,20 +29,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.hooks import Remover, register
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.routed import Routed
 
-__all__ = ["EXPERT_KINDS", "MOE_KINDS", "expert_point", "experts_in", "extra_points", "has_kind", "plain_block"]
+__all__ = [
+    "EXPERT_KINDS",
+    "MOE_KINDS",
+    "expert_point",
+    "experts_in",
+    "extra_points",
+    "has_kind",
+    "plain_block",
+    "top_k",
+]
 
 EXPERT_KINDS = ("experts.pre", "experts.pre_linear", "experts.post")
-MOE_KINDS = (*EXPERT_KINDS, "shared.post")
+MOE_KINDS = (*EXPERT_KINDS, "experts.router", "shared.post")
 _OURS = "lens_unlearn:"
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _LAST = ("down_proj", "output_linear", "w2")
 """The names of the modules of shared experts, and of their last linear map, in the models of transformers."""
+_ROUTERS = ("gate", "router")
+"""Those of what chooses among the experts, beside them."""
 
 
 def plain_block(model: Model, layer: int) -> nn.Module | None:
@@ -67,16 +83,43 @@ def _shared_in(model: Model, layer: int) -> nn.Module | None:
     for name, module in block.named_modules():
         *owners, last = name.split(".")
         if last in _LAST and set(owners) & set(_SHARED):
-            while (inner := module._modules.get("_original_component")) is not None:
-                module = inner
-            return module
+            return _unwrapped(module)
     return None
+
+
+def _router_in(model: Model, layer: int) -> nn.Module | None:
+    """Return what chooses among the routed experts of a layer; None if there are none, or it is not known."""
+    block, experts = plain_block(model, layer), experts_in(model, layer)
+    if block is None or experts is None:
+        return None
+    for owner in block.modules():
+        if any(_unwrapped(part) is experts for part in owner.children()):  # a bridge's component can be one as well
+            for part in map(owner._modules.get, _ROUTERS):
+                if part is not None:
+                    return _unwrapped(part)
+    return None
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while (inner := module._modules.get("_original_component")) is not None:
+        module = inner
+    return module
+
+
+def top_k(model: Model, layer: int) -> int:
+    """Return how many experts the router of a layer chooses for each token."""
+    router: Any = _router_in(model, layer)
+    names = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_k")
+    places = (router, model.original_model.config)
+    return next(
+        int(value) for place in places for name in names if isinstance(value := getattr(place, name, None), int)
+    )
 
 
 def has_kind(model: Model, layer: int, kind: str) -> bool:
     """Whether a layer has a kind of `MOE_KINDS`."""
-    if kind == "shared.post":
-        return _shared_in(model, layer) is not None
+    if kind in _FINDERS:
+        return _FINDERS[kind](model, layer) is not None
     experts = experts_in(model, layer)
     return experts is not None and (kind != "experts.pre_linear" or getattr(experts, "has_gate", True))
 
@@ -87,18 +130,23 @@ def expert_point(model: Model, layer: int, kind: str) -> Any:
     Raises:
         SiteError: If the experts are computed in a way in which their keys cannot be had; the message says what to do.
     """
-    module = _shared_in(model, layer) if kind == "shared.post" else experts_in(model, layer)
+    module, block = _FINDERS.get(kind, experts_in)(model, layer), plain_block(model, layer)
     assert module is not None
-    block = plain_block(model, layer)
     assert block is not None
     if module not in _layers:
-        if kind == "shared.post":
-            _layers[module] = _SharedLayer(module, block)
-        else:
-            _layers[module] = (_TableLayer if hasattr(module, "has_gate") else _Llama4Layer)(module, block)
+        made: Any = {"shared.post": _SharedLayer, "experts.router": _RouterLayer}.get(kind)
+        made = made or (_TableLayer if hasattr(module, "has_gate") else _Llama4Layer)
+        _layers[module] = made(module, block)
     found = _layers[module]
     found.require(f"L{layer}.{kind}")
     return found.point(kind)
+
+
+_FINDERS: dict[str, Callable[[Model, int], nn.Module | None]] = {
+    "shared.post": _shared_in,
+    "experts.router": _router_in,
+}
+"""The module at which a kind is, where that is not the one of the routed experts."""
 
 
 def extra_points(model: Model) -> list[Any]:
@@ -170,6 +218,49 @@ class _SharedLayer(_Layer):
             return (self.points["shared.post"](x.reshape(*self.batch, -1)).reshape(x.shape), *args[1:]), kwargs
 
         return [(module, "_forward_pre_hooks", pass_on)]
+
+
+class _RouterLayer(_Layer):
+    """Routers: the logits of all experts, before any is chosen."""
+
+    def require(self, name: str) -> None:
+        """Refuse a router that first chooses among groups of experts."""
+        router: Any = self.module()
+        groups, chosen = int(getattr(router, "num_group", None) or 1), int(getattr(router, "topk_group", None) or 1)
+        if groups > chosen and getattr(router, "topk_method", "") != "greedy":
+            raise SiteError(
+                f"{name} is not supported: this router first chooses {chosen} of {groups} groups of experts, so that an expert's "
+                "place is not taken by the next one; ablate the expert's neurons at experts.post"
+            )
+
+    def _places(self, module: nn.Module) -> list[tuple[Any, str, Callable[..., Any]]]:
+        def again(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            with _Logits(self._pass_on):
+                return module.forward(*args, **kwargs)
+
+        return [(module, "_forward_hooks", again)]
+
+    def _pass_on(self, logits: Tensor) -> Tensor:
+        new = self.points["experts.router"](logits.reshape(*self.batch, -1))
+        return new.reshape(logits.shape)
+
+
+class _Logits(TorchFunctionMode):
+    """Passes the result of the first linear map through a function; what is -inf then is in no maximum of scores of that shape."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.out = function, None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "topk" and self.out is not None and args[0].shape == self.out.shape:
+            args = (args[0].masked_fill(self.out, -torch.inf), *args[1:])
+        result = func(*args, **(kwargs or {}))
+        if name == "linear" and self.out is None:
+            result = self.function(result)
+            self.out = result == -torch.inf
+        return result
 
 
 class _ExpertsLayer(_Layer):
@@ -389,10 +480,3 @@ class _Llama4Layer(_ExpertsLayer):
         all_up = torch.bmm(given, module.gate_up_proj)
         keys = activate(all_up).index_put((expert, token), self.keys(all_up[expert, token], activate, pairs))
         return torch.bmm(keys, module.down_proj).view(-1, module.hidden_size)
-
-
-def moe_layers(model: Model) -> Iterator[int]:
-    """Yield the layers that have routed experts."""
-    for layer in range(int(model.cfg.n_layers)):
-        if experts_in(model, layer) is not None:
-            yield layer

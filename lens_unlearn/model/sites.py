@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import SiteError
-from lens_unlearn.model.experts import EXPERT_KINDS, MOE_KINDS, expert_point, experts_in, has_kind
+from lens_unlearn.model.experts import EXPERT_KINDS, MOE_KINDS, expert_point, experts_in, has_kind, top_k
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, part_of, require_eval, require_model
 
@@ -86,6 +86,8 @@ class Point:
     device: torch.device
     experts: int = 0
     """How many experts a token may be routed to; 0 elsewhere."""
+    top_k: int = 0
+    """At a router, how many experts it chooses for each token; 0 elsewhere."""
     note: str = ""
     """What else is to be known of the neurons there."""
 
@@ -282,6 +284,8 @@ def _of_experts(model: Model, site: Site) -> dict[str, Any]:
     count = int(experts.num_experts)
     if site.kind in EXPERT_KINDS:
         return {"experts": count}
+    if site.kind == "experts.router":
+        return {"top_k": top_k(model, site.layer)}
     if site.kind.startswith("mlp"):
         note = f"the dense half of a layer that also routes tokens to {count} experts: their neurons are at {EXPERT_KINDS[-1]}"
         warnings.warn(f"{site.kind} is {note}", RuntimeWarning, stacklevel=5)

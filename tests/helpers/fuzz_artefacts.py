@@ -45,6 +45,7 @@ from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.interventions.patch import Patch
+from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid
 from lens_unlearn.methods.training import Training
@@ -102,6 +103,7 @@ def interventions() -> dict[str, Intervention]:
         "abstain": Abstain(regions, 2, "every_token", "No.", rates),
         "delta": Delta(updates, -0.5, record),
         "patch": Patch({POST: ramp(2, 4, 3), HEADS: ramp(2, 4, 2, 2)}, "last", site=("mlp.post", "attn.z")),
+        "reroute": Reroute({0: [2, 0], 3: [17]}),
         "placed": means.placed("generated", skip_special=True, sink_ratio=7.5),
     }
     return {**made, "chain": Chain((number, Chain(()), Chain((made["adjust"], Ablate(Z)))))}

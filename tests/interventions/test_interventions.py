@@ -35,6 +35,8 @@ from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Chain, Intervention, Live
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
+from lens_unlearn.interventions.patch import Patch
+from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.keyspace.regions import Box
 from lens_unlearn.methods.ov_basis import ov_basis, value_offset
@@ -712,7 +714,8 @@ def test_describe_says_what_is_done_at_each_place() -> None:
 def test_every_kind_in_the_table_of_files_is_written_and_read_by_its_own_class(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     written = {}
-    for intervention in (*zoo(model).values(), Chain(tuple(zoo(model).values()))):
+    others = (Patch({POST[1]: torch.ones(1, 2, 64)}, site="mlp.post"), Reroute({1: [0]}))
+    for intervention in (*zoo(model).values(), Chain(tuple(zoo(model).values())), *others):
         header, _ = intervention.parts()
         assert header["kind"] == type(intervention).kind
         intervention.save(tmp_path / "it.safetensors", model)
