@@ -297,7 +297,7 @@ class Experiment:
 
     def control_words(self) -> dict[str, str]:
         """Return what each method's control is, as reports say it."""
-        return {name: record.control_words for name, record in self.records.items()}
+        return {name: record.words_of_control(self.plan.options(name)) for name, record in self.records.items()}
 
     def _evaluate(self) -> Report:
         conditions: dict[str, Condition] = {}

@@ -25,6 +25,7 @@ from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.keyspace.key_space import key_space
 from lens_unlearn.methods.controls import controls_for
+from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.model.special_tokens import written_after
@@ -237,10 +238,9 @@ DETAILS: dict[type[Intervention], Callable[[Content, str, Any], dict[str, Any]]]
 
 
 def _at_keys(selection: NeuronMap) -> NeuronMap:
-    """Name MLP neurons by their keys, so that selections made at pre-activations and at keys can be compared."""
-    return NeuronMap(
-        {Site(s.layer, "mlp.post") if s.kind.startswith("mlp.") else s: value for s, value in selection.items()}
-    )
+    """Name MLP neurons and those of experts by their keys, so that selections at pre-activations and at keys can be compared."""
+    keys = {"mlp.pre": "mlp.post", "mlp.pre_linear": "mlp.post", **dict.fromkeys(EXPERT_KINDS, "experts.post")}
+    return NeuronMap({Site(s.layer, keys.get(s.kind, s.kind)): value for s, value in selection.shaped()})
 
 
 def strongest(score: NeuronMap, count: int) -> list[tuple[Site, int]]:

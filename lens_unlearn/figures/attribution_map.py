@@ -3,6 +3,7 @@
 Knows how attributions of very different size become comparable colours; attributes nothing itself.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def attribution_map(
     kinds = theme.kinds_of(attribution, None)
     layers = theme.layer_rows(attribution)
     values = {site: value for site, value in theme.values_of(attribution).items() if value.size}
-    shapes = {site: tuple(value.shape) for site, value in attribution.items()}
+    shapes = {site: attribution.shape_of(site) for site in attribution}
     chosen = {} if selection is None else _chosen(selection, shapes)
     complete: Mapping[Site, Any] = getattr(attribution, "completeness", None) or {}
     fig = make_subplots(
@@ -175,7 +176,7 @@ def _chosen(selection: NeuronMap, shapes: Mapping[Site, tuple[int, ...]]) -> dic
     theme.require_selection(selection, "attribution_map")
     chosen = {}
     for site, value in selection.items():
-        if tuple(value.shape) != shapes.get(site, tuple(value.shape)):
+        if value.numel() != math.prod(shapes.get(site, value.shape)):
             raise SelectionError(f"attribution_map: {site} of the selection has another shape: is it of this model?")
         chosen[site] = value.reshape(-1).numpy().nonzero()[0]
     return chosen

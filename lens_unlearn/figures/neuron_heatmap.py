@@ -3,6 +3,7 @@
 Knows how a map's values become colours, and when a score is taken for a ratio; knows nothing of what it measures.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,7 @@ def neuron_heatmap(
     theme.require_neurons(score, "neuron_heatmap")
     kinds = theme.kinds_of(score, kind)
     shown = {site: value for site, value in theme.values_of(score).items() if site.kind in kinds and value.size}
-    shapes = {site: tuple(value.shape) for site, value in score.items()}
+    shapes = {site: score.shape_of(site) for site in score}
     scale = _Scale.of(np.concatenate(list(shown.values())), signed)
     layers = theme.layer_rows(shown)
     width = max(1, min(MAX_COLUMNS, MAX_CELLS // max(1, len(layers) * len(kinds))))
@@ -194,7 +195,7 @@ def _selected(selection: NeuronMap, shapes: dict[Site, tuple[int, ...]], kind: s
     for site, value in selection.items():
         if site.kind != kind or site not in shapes:
             continue
-        if tuple(value.shape) != shapes[site]:
+        if value.numel() != math.prod(shapes[site]):
             raise SelectionError(f"neuron_heatmap: {site} of the selection has another shape: is it of this model?")
         chosen[site] = value.reshape(-1).numpy().nonzero()[0]
     return chosen

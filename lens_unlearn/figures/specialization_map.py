@@ -218,7 +218,7 @@ def _marks(
     top: bool,
 ) -> None:
     tops, bottoms = theme.values_of(forget_importance), theme.values_of(retain_importance)
-    shapes = {site: tuple(value.shape) for site, value in forget_importance.items()}
+    shapes = {site: forget_importance.shape_of(site) for site in forget_importance}
     y = np.array([tops[site][i] for site, i in marked])
     x = np.array([bottoms[site][i] for site, i in marked])
     ratios = y / np.maximum(x, np.finfo(float).tiny) if len(marked) else y

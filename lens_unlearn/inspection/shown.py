@@ -81,11 +81,13 @@ def neurons_of(model: Model, neurons: Neurons) -> tuple[dict[str, tuple[Site, in
     points = resolve(model, [site for site, _ in wanted])
     places = {}
     for site, index in wanted:
-        shape = points[site].shape
+        shape = points[site].lies
         if not (
             len(index) in (1, len(shape)) and all(0 <= i < n for i, n in zip(index, _sizes(index, shape), strict=True))
         ):
-            known = f"0 to {_sizes((0,), shape)[0] - 1}" + (f", or [head, place] of {shape}" if len(shape) > 1 else "")
+            known = f"0 to {_sizes((0,), shape)[0] - 1}" + (
+                f", or [{'expert' if points[site].experts else 'head'}, place] of {shape}" if len(shape) > 1 else ""
+            )
             raise SelectionError(f"there is no {site}[{','.join(map(str, index))}]: that site has neurons {known}")
         flat = index[0] if len(index) == 1 else index[0] * shape[1] + index[1]
         places[neuron_name(site, flat, shape)] = (site, flat)
@@ -121,9 +123,9 @@ def _selected(model: Model, selection: NeuronMap) -> tuple[dict[str, tuple[Site,
     points = resolve(model, list(chosen))
     places = {}
     for site, mask in chosen.items():
-        shape = points[site].shape
-        if tuple(mask.shape) != shape:
-            raise SelectionError(f"{site}: the selection has shape {tuple(mask.shape)}, and the model {shape}")
+        shape = points[site].lies
+        if tuple(mask.shape) != points[site].shape or selection.experts.get(site, shape[0]) != shape[0]:
+            raise SelectionError(f"{site}: the selection has shape {selection.shape_of(site)}, and the model {shape}")
         for flat in mask.reshape(-1).nonzero()[:, 0].tolist():
             places[neuron_name(site, flat, shape)] = (site, flat)
     return places, points

@@ -1,7 +1,8 @@
 """The controls that every result is set beside: what random changes of the same size do.
 
 A control is fair if it differs from the method in nothing but what the texts determined: random neurons are drawn from those
-that the method could have chosen, and a random update has the rank and the singular values of the trained one.
+that the method could have chosen, and a random update has the rank and the singular values of the trained one. Inside routed
+experts they are drawn from experts with the same load: one to which hardly any token is routed is a cheap victim.
 
 Knows the kinds of intervention, and for each of them what the same at random is; knows nothing of the method that found it.
 """
@@ -25,6 +26,7 @@ from lens_unlearn.interventions.base import Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.ov_basis import rotate
+from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.sites import Site, resolve
@@ -39,6 +41,7 @@ Controls = Callable[..., list[Intervention]]
 """Takes ``(model, intervention, seeds, *, fitted, refit)``: what the method was fitted to, and how to fit it to something else."""
 
 RANDOM_NEURONS = "as many random neurons of every layer"
+RANDOM_LOADED = f"{RANDOM_NEURONS}, in experts with the same load"
 RANDOM_UPDATES = "random updates of the same singular values"
 SHUFFLED_LABELS = "the same method fitted to shuffled labels"
 """What reports call the controls below."""
@@ -53,11 +56,15 @@ def random_pruning(
     site: str = "mlp.post",
     like: Ablate | None = None,
     among: NeuronMap | None = None,
+    load: NeuronMap | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Ablate:
     """Ablate neurons chosen at random, of those that a method could have chosen.
+
+    Inside routed experts, each neuron of `like` is replaced by one of an expert with about the same load: the experts of a layer
+    are cut into ten quantiles of it. Where `like` takes whole experts, whole experts are drawn.
 
     Methods that rank neurons by their activations never choose one that is dead (constant on the forget and on the retain corpus)
     while others remain, and to ablate one changes next to nothing: a control that draws dead neurons is too weak.
@@ -72,6 +79,7 @@ def random_pruning(
         like: Choose as many neurons per layer as this ablation has, and put the same values in their place. Where it
             takes whole heads, whole heads are chosen.
         among: A selection to draw from, in place of what is alive on `forget` or `retain`.
+        load: The loads of experts by which neurons inside them are matched, `Moments.load`; default: those of `retain`.
         seed: The same seed gives the same selection, whatever else was drawn before.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with, where
             `forget` and `retain` are texts.
@@ -98,14 +106,18 @@ def random_pruning(
                 f"like={like!r} is no ablation: give one, and place the control itself, as in "
                 "random_pruning(..., like=prune).placed('generated')"
             )
-        pattern = dict(like.selection.items())
+        pattern = dict(like.selection.shaped())
         counts = {s: _counted(chosen) for s, chosen in pattern.items()}
     if among is None:
         options = {"batch_size": batch_size, "progress": progress}
-        among = _alive(model, (forget, retain), pattern, None if like is None else like.basis, **options)
+        known = _moments_of(model, (forget, retain), pattern, None if like is None else like.basis, **options)
+        among, load = _alive(known, pattern), _load(known) if load is None else load
     elif not among.is_selection:
         raise SelectionError("among is no selection: give a boolean map, as in moments.std > 0")
-    drawn = NeuronMap({s: _draw(s, shape, *counts[s], among, seed) for s, shape in pattern.items()})
+    elif load is None and isinstance(retain, Moments):
+        load = _load([retain])
+    strata = {} if load is None or like is None else {site: _strata(load[site]) for site in load}
+    drawn = NeuronMap({s: _draw(s, shape, *counts[s], among, seed, strata.get(s)) for s, shape in pattern.items()})
     return Ablate(drawn) if like is None else Ablate(drawn, like.value, like.basis)
 
 
@@ -166,7 +178,7 @@ def _counted(chosen: Bool[Tensor, "*neurons"]) -> tuple[int, int]:
     return int(chosen.sum()) // block, block
 
 
-def _alive(
+def _moments_of(
     model: Model,
     parts: Sequence[Any],
     pattern: Mapping[Site, Tensor],
@@ -174,8 +186,8 @@ def _alive(
     *,
     batch_size: int | None = None,
     progress: bool = False,
-) -> NeuronMap:
-    """Mark the neurons, or directions in a basis, that are alive on one text at least; all of a site of which nothing is known."""
+) -> list[Moments]:
+    """Return the moments of corpora, in a basis if there is one, and those that were given; of anything else there are none."""
     kinds = tuple(dict.fromkeys(site.kind for site in pattern))
     turn = None if basis is None else {site: partial(rotate, basis=basis[site]) for site in basis}
     known = []
@@ -185,8 +197,25 @@ def _alive(
         ):  # no statistic: `collect` refuses it
             part = collect(model, part, kinds, transform=turn, batch_size=batch_size, progress=progress)
         if isinstance(part, Moments):
-            known.append(part.mean.live)
-    flags = {site: [live[site] for live in known if site in live] for site in pattern}
+            known.append(part)
+    return known
+
+
+def _load(known: Sequence[Moments]) -> NeuronMap | None:
+    """Return the loads of experts in the last moments, those of the retain side; None where nothing is inside experts."""
+    return known[-1].load if known and known[-1].routed_tokens else None
+
+
+def _strata(load: Float[Tensor, "neurons"]) -> Tensor:
+    """Return which of ten quantiles of load each neuron's expert is in."""
+    edges = torch.quantile(load.double().unique(), torch.arange(1, 10, dtype=torch.float64) / 10)
+    return torch.bucketize(load.double(), edges)
+
+
+def _alive(known: Sequence[Moments], pattern: Mapping[Site, Tensor]) -> NeuronMap:
+    """Mark the neurons, or directions in a basis, that are alive on one text at least; all of a site of which nothing is known."""
+    lives = [part.mean.live for part in known]
+    flags = {site: [live[site] for live in lives if site in live] for site in pattern}
     return NeuronMap(
         {
             site: torch.stack(flags[site]).any(0) if flags[site] else torch.ones_like(chosen, dtype=torch.bool)
@@ -195,34 +224,54 @@ def _alive(
     )
 
 
-def _draw(site: Site, like: Tensor, count: int, block: int, among: NeuronMap, seed: int) -> Bool[Tensor, "*neurons"]:
-    """Choose `count` runs of `block` neurons in which there is a candidate; each site has its own stream."""
+def _draw(
+    site: Site, like: Tensor, count: int, block: int, among: NeuronMap, seed: int, strata: Tensor | None = None
+) -> Bool[Tensor, "*neurons"]:
+    """Choose `count` runs of `block` neurons in which there is a candidate, as many of each stratum; a site has its own stream."""
     flat = torch.zeros(like.numel() // block, dtype=torch.bool)
     if count:
         candidates = among[site]
-        if candidates.shape != like.shape:
-            shapes = f"{tuple(candidates.shape)} and {tuple(like.shape)}"
+        expected = like.reshape(-1) if site.kind in EXPERT_KINDS else like
+        if candidates.shape != expected.shape:
+            shapes = f"{tuple(candidates.shape)} and {tuple(expected.shape)}"
             raise SelectionError(f"{site}: candidates and neurons have shapes {shapes}: are they of the same model?")
-        where = candidates.reshape(-1, block).any(-1).nonzero()[:, 0]
-        if len(where) < count:
-            raise SelectionError(
-                f"{site}: {count:,} {'heads' if block > 1 else 'neurons'} are to be drawn, and {len(where):,} of {len(flat):,} "
-                "are candidates (alive on forget or retain, or in among): draw fewer, or give other texts"
-            )
-        flat[where[torch.randperm(len(where), generator=_generator("random_pruning", seed, site))[:count]]] = True
+        possible = candidates.reshape(-1, block).any(-1)
+        generator = _generator("random_pruning", seed, site)
+        if strata is None:
+            _draw_into(flat, possible, count, generator, site, block)
+        else:
+            levels, wanted = strata.reshape(-1, block)[:, 0], like.reshape(-1, block).any(-1)
+            for level in levels[wanted].unique().tolist():
+                here = levels == level
+                _draw_into(flat, possible & here, int((wanted & here).sum()), generator, site, block)
     return flat.repeat_interleave(block).reshape(like.shape)
 
 
-def _random_adjust(model: Model, intervention: Adjust, seed: int, among: NeuronMap | None) -> Intervention:
+def _draw_into(flat: Tensor, possible: Tensor, count: int, generator: torch.Generator, site: Site, block: int) -> None:
+    where = possible.nonzero()[:, 0]
+    if len(where) < count:
+        whole = "experts" if site.kind in EXPERT_KINDS else "heads"
+        raise SelectionError(
+            f"{site}: {count:,} {whole if block > 1 else 'neurons'} are to be drawn, and {len(where):,} of {len(flat):,} "
+            "are candidates (alive on forget or retain, or in among): draw fewer, or give other texts"
+        )
+    flat[where[torch.randperm(len(where), generator=generator)[:count]]] = True
+
+
+def _random_adjust(
+    model: Model, intervention: Adjust, seed: int, among: NeuronMap | None, load: NeuronMap | None
+) -> Intervention:
     """Adjust random neurons, by their own means and standard deviations."""
-    drawn = random_pruning(model, like=Ablate(intervention.selection), among=among, seed=seed)
+    drawn = random_pruning(model, like=Ablate(intervention.selection), among=among, load=load, seed=seed)
     return replace(intervention, selection=drawn.selection, floored=0)
 
 
-AT_RANDOM: dict[type[Intervention], Callable[[Model, Any, int, NeuronMap | None], Intervention]] = {
-    Ablate: lambda model, intervention, seed, among: random_pruning(model, like=intervention, among=among, seed=seed),
+AT_RANDOM: dict[type[Intervention], Callable[[Model, Any, int, NeuronMap | None, NeuronMap | None], Intervention]] = {
+    Ablate: lambda model, intervention, seed, among, load: random_pruning(
+        model, like=intervention, among=among, load=load, seed=seed
+    ),
     Adjust: _random_adjust,
-    Delta: lambda model, intervention, seed, among: random_delta(intervention, seed=seed),
+    Delta: lambda model, intervention, seed, among, load: random_delta(intervention, seed=seed),
 }
 """For each kind of intervention that selects something, the same of as much at random."""
 
@@ -231,6 +280,8 @@ def controls_for(
     model: Model, intervention: Intervention, seeds: Sequence[int] = range(5), forget: Any = None, retain: Any = None
 ) -> list[Intervention]:
     """Return random selections of equal per-layer counts, one per seed; none for what selects nothing.
+
+    Inside routed experts the counts are equal also for experts of the same load, see `random_pruning`.
 
     Of an `Adjust`, random neurons are adjusted by their own means and standard deviations; of a `Delta`, the controls are
     random updates of the same singular values. What acts at some positions only has controls that act there.
@@ -249,13 +300,13 @@ def controls_for(
     draw = AT_RANDOM.get(type(intervention))
     if draw is None:
         return []
-    among = None
+    among = load = None
     if isinstance(intervention, Ablate | Adjust):
         selection = intervention.selection
-        among = (
-            _alive(model, (forget, retain), dict(selection.items()), getattr(intervention, "basis", None)) | selection
-        )
-    return [draw(model, intervention, seed, among) for seed in seeds]
+        pattern = dict(selection.items())
+        known = _moments_of(model, (forget, retain), pattern, getattr(intervention, "basis", None))
+        among, load = _alive(known, pattern) | selection, _load(known)
+    return [draw(model, intervention, seed, among, load) for seed in seeds]
 
 
 def random_controls(

@@ -15,7 +15,8 @@ from typing import Any
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.methods.controls import RANDOM_NEURONS, Controls, random_controls
+from lens_unlearn.methods.controls import RANDOM_LOADED, RANDOM_NEURONS, Controls, random_controls
+from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import resolve
 from lens_unlearn.neurons.collect import collect, query_keys
@@ -130,6 +131,14 @@ class Method:
         """
         if self.check is not None:
             self.check(model, forget, retain, **{**self.settings, **options})
+
+    def words_of_control(self, options: Mapping[str, Any]) -> str:
+        """Return what its control is with some options, as reports say it: inside routed experts, loads are matched."""
+        site = {**self.defaults(), **options}.get("site", self.sites)
+        kinds = {site} if isinstance(site, str) else set(site)
+        return (
+            RANDOM_LOADED if self.control_words == RANDOM_NEURONS and kinds & set(EXPERT_KINDS) else self.control_words
+        )
 
     def fit(self, model: Model, forget: Any, retain: Any, options: Mapping[str, Any]) -> Fitted:
         """Collect once what the function needs at every strength; what is no corpus was collected before.

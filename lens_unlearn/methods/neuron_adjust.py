@@ -151,7 +151,7 @@ def _maps(forget_stats: Moments, retain_stats: Moments, kind: str) -> tuple[tupl
             raised[site] = raised.get(site, 0) + (value < floor).long()
             floors[site] = value.clamp_min(floor)
         means.append(moments.mean[kind])
-        stds.append(NeuronMap(floors))
+        stds.append(NeuronMap(floors, experts=std.experts))
     return (means[0], stds[0], means[1], stds[1]), raised
 
 

@@ -41,7 +41,7 @@ IMPORTANCES: dict[str, Callable[[Moments], NeuronMap]] = {
 }
 """How much a neuron matters to a corpus: mean abs(x) (the paper's best), frequency of x > 0, rms, std, mean sqrt(abs(x))."""
 
-EPS = {"mlp": 1e-3, "attn": 1e-4}
+EPS = {"mlp": 1e-3, "shared": 1e-3, "experts": 1e-3, "attn": 1e-4}
 """The paper's code's eps: of MLP and of attention neurons."""
 
 Fraction = float | Mapping[str, float]
@@ -69,6 +69,9 @@ def selective_pruning(
 ) -> Ablate:
     """Find the neurons of a skill by Selective Pruning.
 
+    Inside routed experts (site "experts.post") eps is multiplied by the mean gate of a neuron, and "mean" is that over the tokens
+    routed to its expert.
+
     Args:
         model: Where to look.
         forget: Texts of the skill to remove, or moments already collected (only with ``steps=1`` and ``unit`` other
@@ -77,7 +80,8 @@ def selective_pruning(
         fraction: Share of the neurons to ablate, in [0, 1]; per site kind if several, as in
             ``{"mlp.post": 0.02, "attn.z": 0.01}``. Each kind is ranked for itself.
         importance: "abs", "freq", "rms", "std" or "sqrt".
-        site: "mlp.post" (feed-forward neurons), "attn.z" (attention pre-out neurons), or both in a tuple.
+        site: "mlp.post" (feed-forward neurons), "experts.post" (those inside routed experts), "attn.z" (attention pre-out
+            neurons), or several in a tuple.
         steps: Reach the fraction in this many equal steps; each ranks anew on activations collected under the
             ablation so far.
         within: Rank over the whole model, or the same fraction in each layer.
@@ -150,15 +154,19 @@ def pruning_score(
     measure = IMPORTANCES[importance]
     top, bottom = measure(forget), measure(retain)
     floors = {
-        site: torch.full_like(
-            value, EPS[site.kind.partition(".")[0]] if eps is None and site.kind[:4] in ("mlp.", "attn") else eps or 0.0
-        )
-        + eps_relative * value.median()
+        site: torch.full_like(value, _eps(site, retain) if eps is None else eps) + eps_relative * value.median()
         for site, value in bottom.items()
     }
     ratio = top / (bottom + NeuronMap(floors))
     # With eps = 0 a neuron that neither corpus moves scores 0/0: it matters to neither.
     return ratio.map(lambda value: torch.nan_to_num(value, nan=0.0, posinf=float("inf")))
+
+
+def _eps(site: Site, retain: Moments) -> float:
+    """Return eps by default; inside routed experts, whose values are multiplied by gates and mostly 0, times the mean gate."""
+    gates = retain.gate_sums.get(site)
+    scale = 1.0 if gates is None else float(gates.mean()) / retain.n
+    return EPS.get(site.kind.partition(".")[0], 0.0) * scale
 
 
 def pruning_moments(
@@ -217,7 +225,7 @@ class _Frame:
         """Return what to put in place of a unit, in the coordinates of the model's own `attn.z`."""
         if replacement == "zero" and self.offset is None:
             return 0.0
-        value = retain.mean if replacement == "mean" else retain.mean * 0.0
+        value = _means(retain) if replacement == "mean" else retain.mean * 0.0
         if self.offset is None:
             return value
         shift = {
@@ -225,6 +233,12 @@ class _Frame:
             for s, c in self.offset.items()
         }
         return NeuronMap({site: v - shift[site] if site in shift else v for site, v in value.items()})
+
+
+def _means(moments: Moments) -> NeuronMap:
+    """Return the means over the tokens at which each neuron is computed."""
+    routed = {} if not moments.routed_tokens else dict(moments.mean_given_routed.shaped())
+    return NeuronMap(dict(moments.mean.shaped()) | routed)
 
 
 def _rotate(z: Tensor, basis: Tensor | None) -> Tensor:
@@ -250,11 +264,11 @@ def _select(
             # is constant, so the score's own knowledge of what lives has to go: it would rank what is pruned last.
             before = chosen.selection[kind]
             before = before.map(lambda v: v.all(-1)) if unit == "head" else before
-            part, live = NeuronMap(dict(part.where(~before, float("inf")).items())), live | before
+            part, live = NeuronMap(dict(part.where(~before, float("inf")).shaped())), live | before
         selection = part.top(fraction * share, within=within, among=live)
         if unit == "head":
             selection = NeuronMap({s: v[:, None].expand_as(score[s]) for s, v in selection.items()})
-        parts |= dict(selection.items())
+        parts |= dict(selection.shaped())
     selection = NeuronMap(parts)
     if selection.count() == 0:
         raise SelectionError(f"fraction={dict(fractions)} selects nothing of {score.numel():,} neurons: raise it")

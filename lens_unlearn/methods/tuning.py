@@ -88,7 +88,10 @@ def sweep(
             conditions[f"{record.name}:control@{strength:g}"] = control
     report = evaluate(model, cut_prompts(test, [record]), conditions, batch_size=batch_size, progress=progress)
     shown = {key: value for key, value in settings.items() if key not in ("reference", "progress")}
-    about = {"sweep": {"method": record.name, "options": shown}, "controls": {record.name: record.control_words}}
+    about = {
+        "sweep": {"method": record.name, "options": shown},
+        "controls": {record.name: record.words_of_control(settings)},
+    }
     return replace(report, provenance={**report.provenance, **about})
 
 

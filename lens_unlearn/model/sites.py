@@ -91,6 +91,11 @@ class Point:
     note: str = ""
     """What else is to be known of the neurons there."""
 
+    @property
+    def lies(self) -> tuple[int, ...]:
+        """How the neurons lie: the shape, or ``(experts, columns)``."""
+        return (self.experts, self.shape[0] // self.experts) if self.experts else self.shape
+
 
 def check_kind(kind: str) -> str:
     """Return a kind of site, if it is one.

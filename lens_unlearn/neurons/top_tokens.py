@@ -4,6 +4,7 @@ It serves all neurons of a model at once, as ``lu.collect(model, corpus, statist
 behind `lu.top_examples`. Knows activations, and documents and places as numbers; knows nothing of texts, and how to show them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,7 +114,11 @@ class TopTokens:
         if self.among is None:
             return None
         mask = self.among[site]
-        if tuple(mask.shape) != shape:
+        if (
+            tuple(mask.shape) != shape
+            and self.among.shape_of(site) != shape
+            and (mask.ndim, mask.numel()) != (1, math.prod(shape))
+        ):
             raise SelectionError(f"{site}: the selection has shape {tuple(mask.shape)}, and the activations {shape}")
         return mask.reshape(-1).nonzero()[:, 0]
 
