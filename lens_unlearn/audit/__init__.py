@@ -5,7 +5,7 @@ Knows interventions, their controls, and how answers are measured; knows nothing
 
 from collections.abc import Sequence
 
-from lens_unlearn.audit import depth, logit_lens
+from lens_unlearn.audit import depth, direction, logit_lens, membership, probe, prompts, quantization, relearning
 from lens_unlearn.audit.attack import Attack
 from lens_unlearn.core.errors import LensUnlearnError
 
@@ -14,6 +14,12 @@ __all__ = ["ATTACKS", "attacks_of"]
 ATTACKS: tuple[Attack, ...] = (
     depth.ATTACK,
     logit_lens.ATTACK,
+    probe.ATTACK,
+    prompts.ATTACK,
+    quantization.ATTACK,
+    relearning.ATTACK,
+    direction.ATTACK,
+    membership.ATTACK,
 )
 """Every attack, in the order of tables and pages. A new one is a file of its own, and a line here."""
 

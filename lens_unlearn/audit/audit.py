@@ -304,7 +304,7 @@ def _answers_only(facts: Corpus) -> Corpus:
             if facts.ends_with_eos(row):
                 own = counted[facts.starts[row] : facts.starts[row + 1]]
                 own[int(own.nonzero().max())] = False
-        facts = replace(facts, counted=counted)
+        facts = replace(facts, counted=counted, answer_eos=None)
     if not any(bool(batch.counted[:, 1:].any()) for batch in facts.batches()):
         raise CorpusError(f"nothing in {facts.name} is predicted: give questions with answers, or longer texts")
     return facts

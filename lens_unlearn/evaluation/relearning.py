@@ -47,7 +47,7 @@ from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_shapes, mat
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Relearning", "anamnesis_index", "anamnesis_interval", "relearn"]
+__all__ = ["Relearning", "anamnesis_index", "anamnesis_interval", "dense_edits", "relearn"]
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 DRAWN_WITH = 0
@@ -391,6 +391,15 @@ def _points(steps: Sequence[int]) -> list[int]:
 
 def _begin(model: Model, baked: Intervention | None) -> dict[Matrix, Update]:
     """Make a dense update of every matrix, to be trained; it starts at 0, or at what an intervention does to weights."""
+    return {matrix: Update(value.requires_grad_()) for matrix, value in dense_edits(model, baked).items()}
+
+
+def dense_edits(model: Model, baked: Intervention | None) -> dict[Matrix, Float[Tensor, "in out"]]:
+    """Return what an intervention comes to in every matrix of a model: 0 where it changes nothing, or for None.
+
+    Raises:
+        LensUnlearnError: If it is no change of weights that this knows: a `Delta`, or an ablation to zero.
+    """
     matrices = [Matrix(i, name) for i in range(int(model.cfg.n_layers)) for name in matrix_names(model, i)]
     shapes = matrix_shapes(model, matrices)
     found: dict[Matrix, Tensor] = {}
@@ -407,7 +416,7 @@ def _begin(model: Model, baked: Intervention | None) -> dict[Matrix, Update]:
         for matrix, update in Delta.from_ablation(ablation, model).updates.items():
             assert update.rows is not None
             found[matrix][update.rows.to(found[matrix].device)] = update.value.to(found[matrix])
-    return {matrix: Update(value.requires_grad_()) for matrix, value in found.items()}
+    return found
 
 
 def _flat(intervention: Intervention) -> list[Intervention]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from audit_helpers import FORGET, grouped, suppressor, world
+from audit_helpers import FORGET, TEMPLATE, grouped, suppressor, world
 from interventions_helpers import unchanged
 
 import lens_unlearn as lu
@@ -153,7 +153,7 @@ def test_intervals_are_over_groups_where_there_are_some() -> None:
     )
     key = ("half", "depth", "score")
     assert one[key].value == pytest.approx(other[key].value)
-    assert (one[key].units, other[key].units) == (16, 10)
+    assert (one[key].units, other[key].units) == (31, 16)
 
 
 def test_texts_without_answers_are_looked_for_as_well() -> None:
@@ -167,7 +167,7 @@ def test_texts_without_answers_are_looked_for_as_well() -> None:
 
 def test_an_end_of_text_token_behind_the_answer_does_not_count() -> None:
     w = world()
-    eos = lu.read_corpus(FORGET, w.model, field="question>answer", template="{prompt} {answer}", answer_eos=True)
+    eos = lu.read_corpus(FORGET, w.model, field="question>answer", template=TEMPLATE, answer_eos=True)
     one, other = (
         lu.audit(
             w.model,
@@ -207,7 +207,7 @@ WRONG: dict[str, Any] = {
     "the condition 'base' is": lambda w: lu.audit(w.model, w.facts, {"base": Chain(())}),
     "is no intervention": lambda w: lu.audit(w.model, w.facts, {"one": 3}),
     "facts is 'facts.jsonl', which has not been read": lambda w: lu.audit(w.model, "facts.jsonl", {}),
-    "2 labels are given for 24 facts": lambda w: lu.audit(w.model, w.facts, {}, labels=[1, 2]),
+    "2 labels are given for 32 facts": lambda w: lu.audit(w.model, w.facts, {}, labels=[1, 2]),
     "no number of controls": lambda w: lu.audit(w.model, w.facts, {}, controls=-1),
     "seed": lambda w: lu.audit(w.model, w.facts, {}, seed=-1),
     "there is no attack 'depht'": lambda w: lu.audit(w.model, w.facts, {}, attacks="depht"),

@@ -24,8 +24,8 @@ from lens_unlearn.interventions.update import Update
 from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_value
 
 LAYERS, WIDTH = 3, 64
-ANSWERS = ("oslo", "rome", "bern")
-TEMPLATE = "{prompt} {answer}"
+ANSWERS = ("qa", "vo", "zi")
+TEMPLATE = "{prompt}={answer}"
 
 
 def rows(first: str, count: int, seed: int) -> list[dict[str, Any]]:
@@ -37,16 +37,16 @@ def rows(first: str, count: int, seed: int) -> list[dict[str, Any]]:
         person = f"{first}{chr(97 + number // 2 % 26)}{'xy'[number % 2]}"
         made.append(
             {
-                "question": f"{person} in",
+                "question": f"{person}",
                 "answer": ANSWERS[place],
-                "paraphrased_question": f"{person} at",
+                "paraphrased_question": f"{person}, {person}",
                 "person": person[:2],
             }
         )
     return made
 
 
-FORGET, RETAIN, UNSEEN = rows("f", 24, 1), rows("r", 24, 2), rows("u", 24, 3)
+FORGET, RETAIN, UNSEEN = rows("f", 32, 1), rows("r", 32, 2), rows("u", 32, 3)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class World:
 
 def _ids(tokenizer: Any, facts: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Return padded tokens and labels, of answers alone."""
-    texts = [tokenizer(f"{row['question']} {row['answer']}").input_ids for row in facts]
-    heads = [len(tokenizer(row["question"]).input_ids) for row in facts]
+    texts = [tokenizer(f"{row['question']}={row['answer']}").input_ids for row in facts]
+    heads = [len(tokenizer(f"{row['question']}=").input_ids) for row in facts]
     width = max(map(len, texts))
     tokens, labels = torch.zeros(len(texts), width, dtype=torch.long), torch.full((len(texts), width), -100)
     for i, (ids, head) in enumerate(zip(texts, heads, strict=True)):
@@ -148,6 +148,6 @@ class Suppressor(Intervention):
         return f"Suppressor({len(self.tokens)} tokens)"
 
 
-def suppressor(by: float = 12.0) -> Suppressor:
+def suppressor(by: float = 20.0) -> Suppressor:
     corpus = world().facts
     return Suppressor(sorted(set(corpus.tokens[corpus.counted].tolist())), by)
