@@ -1,8 +1,8 @@
 """Relearning: how much of the tested facts comes back with a little fine-tuning on other texts.
 
 Half of the facts are tested, and the model is fine-tuned on the other half, on a dozen of those, or on retained facts only (Lynch
-et al., arXiv 2402.16835; Hu et al., "Unlearning or Obfuscating?", arXiv 2406.13356). The reference is fine-tuned alike: what comes as
-slowly as in it was not there. See `evaluation.relearning`: weights are trained by AdamW outside the model, with the intervention
+et al., arXiv 2402.16835; Hu et al., "Unlearning or Obfuscating?", arXiv 2406.13356). The reference is fine-tuned alike: what comes
+as slowly as in it was not there. See `evaluation.relearning`: weights are trained by AdamW outside the model, with the intervention
 written into them where it is a change of weights, and in force otherwise; what acts on the logits alone is not fine-tuned with.
 """
 
