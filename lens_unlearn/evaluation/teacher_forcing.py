@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError
@@ -45,8 +44,6 @@ __all__ = [
     "with_answers",
 ]
 
-_AT_ONCE = 2**24
-"""Logits that stand at a time: 64 MB in float32."""
 _IN_CACHE = 2**20
 """Logits that are read at a time on a processor: what is made of them stays in its caches."""
 FLOOR = 1e-6  # of the variance of log probabilities, as in the released Min-K%++
@@ -68,10 +65,9 @@ class Predicted:
     """Where an intervention makes logits constant, as `with_constants` takes it; None for nowhere."""
 
     @property
-    def slices(self) -> Iterator[slice]:
+    def slices(self) -> list[slice]:
         """Cut the tokens into parts whose logits can stand at a time."""
-        size = max(1, _AT_ONCE // int(self.end.model.cfg.d_vocab))
-        return (slice(start, start + size) for start in range(0, len(self.target), size))
+        return self.end.parts(len(self.target))
 
     def logits(self, part: slice = slice(None)) -> Float[Tensor, "n vocabulary"]:
         """Compute the logits of some of the tokens."""
@@ -88,10 +84,7 @@ class Predicted:
             logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             return F.cross_entropy(logits, self.target[part], reduction="none")
 
-        # The gradient of a part needs its logits, which are computed again then rather than kept.
-        parts = [(self.hidden[part], part) for part in self.slices]
-        again = len(parts) > 1 and torch.is_grad_enabled()
-        return torch.cat([checkpoint(of, *one, use_reentrant=False) if again else of(*one) for one in parts])
+        return torch.cat(self.end.in_parts(of, self.hidden))
 
 
 def predict(

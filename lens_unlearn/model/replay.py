@@ -4,10 +4,10 @@ Knows that a model is a stack of blocks and an unembedding; knows nothing of att
 """
 
 # Attribution runs the same text many times, each time with something changed at one layer. Everything below that layer is the
-# same in every run, so it is computed once (half of the work, on average over the layers), and only the positions that are asked
-# for are unembedded. Instead of rebuilding a forward pass out of its parts, which differ between architectures, `forward` of each
-# block is replaced by a function that returns the stored output: masks, position embeddings, the final norm and soft-capping stay
-# the model's own. The wrapper is inside the module's hooks, so hooks at a block act in every run, and once.
+# same in every run, so it is computed once (half of the work, on average over the layers), and logits are left to the caller, who
+# needs those of some positions. Instead of rebuilding a forward pass out of its parts, which differ between architectures,
+# `forward` of each block is replaced by a function that returns the stored output: masks, position embeddings, the final norm and
+# soft-capping stay the model's own. The wrapper is inside the module's hooks, so hooks at a block act in every run, and once.
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lens_unlearn.model.hooks import Remover, detach_all, logit_functions, one_thread
 from lens_unlearn.model.host import Model, device_of
-from lens_unlearn.model.unembedding import wrap_forward
+from lens_unlearn.model.unembedding import Unembedding, unembedding, wrap_forward
 
 __all__ = ["Prefix", "Replay", "replaying"]
 
@@ -33,61 +33,54 @@ class Replay:
     first text: if it does not hold, or if logits pass through functions of `on_logits`, every run is a full forward pass.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, end: Unembedding) -> None:
+        self.model, self.end = model, end
         self.shortcut = not logit_functions(model)
         """Whether `again` skips the blocks below its layer."""
-        unembed = model.unembed.modules()
-        self._unembeds_few = self.shortcut and not any(m._forward_hooks or m._forward_pre_hooks for m in unembed)
         self._outputs: dict[int, Any] = {}
         self._below = 0  # in this run, blocks below this one return their stored outputs; -1: the outputs are stored
         self._rows = self._tokens = torch.zeros(0, dtype=torch.long)
         self._width = 0
-        self._where: Tensor | None = None  # in this run, the only positions that are unembedded; None: all
         self._thread = threading.get_ident()  # forward passes of other threads are left alone
 
-    def first(
-        self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "n vocabulary"]:
-        """Run the model, store the outputs of its blocks, and return the logits at some positions."""
+    def first(self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n width"]:
+        """Run the model, store the outputs of its blocks, and return what its unembedding is given at some positions.
+
+        Of that, `end` makes logits.
+        """
         untried = self.shortcut and not self._outputs
         self._tokens = tokens.to(device_of(self.model))
         self._outputs.clear()
-        logits = self._run(-1, torch.arange(len(tokens)), where, few=False)
+        hidden = self._run(-1, torch.arange(len(tokens)), where)
         if untried:
             last = int(self.model.cfg.n_layers) - 1
             try:
-                again = self._run(last, torch.arange(len(tokens)), where, self._unembeds_few)
-                self.shortcut = bool(torch.isclose(again, logits, rtol=1e-2, atol=1e-2).float().mean() > 0.99)
+                again = self._run(last, torch.arange(len(tokens)), where)
+                self.shortcut = bool(torch.isclose(again, hidden, rtol=1e-2, atol=1e-2).float().mean() > 0.99)
             except Exception:  # an architecture of another structure: then without the shortcut
                 self.shortcut = False
-            self._unembeds_few = self._unembeds_few and self.shortcut
-        return logits
+        return hidden
 
     def again(
         self, layer: int, rows: Int[Tensor, "runs"], where: Bool[Tensor, "runs width"]
-    ) -> Float[Tensor, "n vocabulary"]:
-        """Run some rows again, from a layer's block on, and return the logits at some positions.
+    ) -> Float[Tensor, "n width"]:
+        """Run some rows again, from a layer's block on, and return what the unembedding is given at some positions.
 
         Hooks at that layer and above act; below it the activations are those of the first run.
 
         Args:
             layer: The first block that runs.
             rows: Rows of the first run, which may repeat.
-            where: The positions whose logits are returned; the rows are cut to this width.
+            where: The positions that are returned; the rows are cut to this width.
         """
-        return self._run(layer if self.shortcut else 0, rows, where, self._unembeds_few)
+        return self._run(layer if self.shortcut else 0, rows, where)
 
-    def _run(self, below: int, rows: Tensor, where: Tensor, few: bool) -> Tensor:
-        device = self._tokens.device
-        where = where.to(device)
-        self._below, self._rows, self._width = below, rows.to(device), where.shape[1]
-        self._where = where if few else None
+    def _run(self, below: int, rows: Tensor, where: Tensor) -> Tensor:
+        self._below, self._rows, self._width = below, rows.to(self._tokens.device), where.shape[1]
         try:
-            logits = self.model(self._tokens[self._rows, : self._width], return_type="logits")
+            return self.end.hidden(self._tokens[self._rows, : self._width], where)
         finally:
-            self._below, self._where = 0, None
-        return logits[0] if few else logits[where]
+            self._below = 0
 
     def block(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function that replaces a block's `forward`."""
@@ -111,21 +104,12 @@ class Replay:
             return value[self._rows.to(value.device), : self._width]
         return value
 
-    def unembed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function that replaces the unembedding's `forward`."""
-
-        def run(residual: Tensor, *args: Any, **kwargs: Any) -> Any:
-            few = self._where is not None and threading.get_ident() == self._thread
-            return forward(residual[self._where][None] if few else residual, *args, **kwargs)
-
-        return run
-
 
 @contextmanager
 def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Iterator[Replay]:
     """Make a model's forward pass replayable from a layer on, for the length of a `with` block.
 
-    `forward` of the blocks and of the unembedding is wrapped; leaving the block, in whatever way, removes exactly these wrappers.
+    `forward` of the blocks is wrapped; leaving the block, in whatever way, removes exactly these wrappers.
 
     Args:
         model: The model.
@@ -135,14 +119,13 @@ def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Itera
         ModelError: If another thread has an intervention on this model, or measures it.
     """
     removers: list[Remover] = []
-    with one_thread(model):
-        replay = Replay(model)
+    with one_thread(model), unembedding(model, stand_ins, whole=bool(logit_functions(model))) as end:
+        replay = Replay(model, end)
         try:
             try:
                 runs = {**(stand_ins or {})}
                 for number, block in enumerate(model.blocks):
                     wrap_forward(runs.get(block, block), partial(replay.block, number), removers)
-                wrap_forward(runs.get(model.unembed, model.unembed), replay.unembed, removers)
                 yield replay
             finally:
                 detach_all(removers)

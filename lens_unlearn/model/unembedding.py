@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lens_unlearn.model.hooks import Remover, detach_all, register
+from lens_unlearn.model.hooks import Remover, detach_all, logit_functions, register
 from lens_unlearn.model.host import Model, device_of
 
 __all__ = ["Unembedding", "knows_its_end", "unembedding", "wrap_forward"]
 
+AT_ONCE = 2**24
+"""Logits that stand at a time: 64 MB in float32."""
 AtLast = Callable[[Tensor], Tensor]
 """What a model does to the output of its unembedding."""
 _AT_LAST: Mapping[str, Callable[[Tensor, float], Tensor]] = {
@@ -65,6 +68,20 @@ class Unembedding:
         """Return the logits at positions of which the hidden states are given."""
         return hidden if self._forward is None else self._forward(hidden[None])[0]
 
+    def parts(self, count: int) -> list[slice]:
+        """Cut so many positions into parts whose logits can stand at a time."""
+        size = max(1, AT_ONCE // int(self.model.cfg.d_vocab))
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def in_parts(self, function: Callable[[Tensor, slice], Tensor], hidden: Float[Tensor, "n width"]) -> list[Tensor]:
+        """Apply a function to the hidden states of each part and that part; with gradients where they are enabled.
+
+        The gradient of a part needs its logits, which are computed again then rather than kept.
+        """
+        parts = [(hidden[part], part) for part in self.parts(len(hidden))]
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        return [checkpoint(function, *one, use_reentrant=False) if again else function(*one) for one in parts]
+
     def _stop(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._where is None or threading.get_ident() != self._thread:
@@ -95,6 +112,8 @@ def unembedding(
     """
     parts = list(model.unembed.modules())[1:] if not whole else []
     watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts) or model.unembed._forward_pre_hooks
+    # Of hooks at the unembedding itself, those of `on_logits` are the caller's business; others are somebody's own.
+    watched = watched or len(model.unembed._forward_hooks) > len(logit_functions(model))
     at_last = None if whole or watched else _at_last(model)
     if at_last is None:
         yield Unembedding(model, None)

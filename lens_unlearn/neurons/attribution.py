@@ -32,12 +32,13 @@ from tqdm.auto import tqdm
 from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.core.numbers import STEPS, THRESHOLD, check_numbers
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
-from lens_unlearn.model.hooks import Remover, attach, detach_all, one_thread
+from lens_unlearn.model.hooks import Remover, attach, detach_all, logit_functions, one_thread
 from lens_unlearn.model.host import Model, require_float, require_model
 from lens_unlearn.model.loading import model_name
 from lens_unlearn.model.replay import Replay, replaying
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
+from lens_unlearn.model.unembedding import Unembedding, knows_its_end, unembedding
 from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = [
@@ -164,6 +165,9 @@ def attribute(
     predicted = _predicted(corpus)
     nodes = (torch.arange(1, steps + 1) - (0.5 if rule == "midpoint" else 0)) / steps
     room = batch_size * int(corpus.starts.diff().max())  # tokens that a forward pass may hold
+    if not (logit_functions(model) or knows_its_end(model)):  # it is looked at while the model is whole
+        with one_thread(model), unembedding(model):
+            pass
     bar = tqdm(total=predicted * len(points), unit=" tokens", unit_scale=True, disable=not progress)
     bar.set_description(f"attribute {corpus.name}")
     with (
@@ -181,15 +185,15 @@ def attribute(
             if samples is None:
                 continue
             with torch.no_grad(), _finite(points, samples.all):
-                logits = replay.first(batch.tokens[:, :-1], samples.all)
-            unscaled = float(_objective(logits, samples.next[samples.all], objective))
+                hidden = replay.first(batch.tokens[:, :-1], samples.all)
+                unscaled = float(_objective(replay.end, hidden, samples.next[samples.all], objective))
             # One site at a time: the method attributes along a path on which all other activations are what the model makes of
             # them. Scaled together, an upper layer would start from what a scaled lower one gives it, and not from its own keys.
             for site, point in points.items():
                 path = _Path(replay, point, samples, objective, room)
                 gaps[site] += unscaled - path.at_zero()
                 sums[site] += path.integral(nodes)
-                bar.update(len(logits))
+                bar.update(len(hidden))
     completeness = {site: Completeness(float(sums[site].sum()), gaps[site]) for site in points}
     incomplete = [str(s) for s, both in completeness.items() if abs(both.attributed) < LOST * abs(both.difference)]
     if incomplete:
@@ -220,13 +224,18 @@ def _predicted(corpus: Corpus) -> int:
 
 
 def _objective(
-    logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, "n"], objective: Objective
+    end: Unembedding, hidden: Float[Tensor, "n width"], targets: Int[Tensor, "n"], objective: Objective
 ) -> Float[Tensor, ""]:
-    """Return the sum of the objective over tokens."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    loss = cross_entropy(logits, targets.to(logits.device), reduction="none")
-    values = {"prob": lambda: (-loss).exp(), "logprob": lambda: -loss, "loss": lambda: loss}[objective]()
-    return values.sum(dtype=torch.float64)
+    """Return the sum of the objective over tokens, of what the unembedding is given there."""
+
+    def of(hidden: Tensor, part: slice) -> Tensor:
+        logits = end.logits(hidden)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        loss = cross_entropy(logits, targets[part].to(logits.device), reduction="none")
+        values = {"prob": lambda: (-loss).exp(), "logprob": lambda: -loss, "loss": lambda: loss}[objective]()
+        return values.sum(dtype=torch.float64)
+
+    return torch.stack(end.in_parts(of, hidden)).sum()
 
 
 @dataclass(frozen=True)
@@ -323,8 +332,8 @@ class _Path:
         try:
             attach(self.point.hook, scaled, removers, own_thread=True)
             with torch.no_grad():
-                logits = self.replay.again(self.point.site.layer, rows, where)
-                value = _objective(logits, self.samples.next[rows, :width][where], self.objective)
+                hidden = self.replay.again(self.point.site.layer, rows, where)
+                value = _objective(self.replay.end, hidden, self.samples.next[rows, :width][where], self.objective)
         finally:
             detach_all(removers)
         activation, leaf = seen

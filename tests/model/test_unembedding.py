@@ -14,6 +14,7 @@ from lens_unlearn.corpora.corpus import Batch
 from lens_unlearn.evaluation import teacher_forcing
 from lens_unlearn.evaluation.teacher_forcing import outcomes, predict
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.model import unembedding as ends
 from lens_unlearn.model.unembedding import unembedding
 
 EVERY = tiny.ALL
@@ -23,7 +24,7 @@ QUANTITIES = ("loss", "top1", "top10", "right", "z_score", "kl")
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tokens' logits stand at a time, and two are read at a time."""
-    monkeypatch.setattr(teacher_forcing, "_AT_ONCE", 3 * tiny.VOCABULARY)
+    monkeypatch.setattr(ends, "AT_ONCE", 3 * tiny.VOCABULARY)
     monkeypatch.setattr(teacher_forcing, "_IN_CACHE", 2 * tiny.VOCABULARY)
 
 
@@ -100,6 +101,23 @@ def test_somebodys_hook_on_the_unembedding_sees_every_position() -> None:
         model.reset_hooks()
     assert seen == [(3, 9, tiny.VOCABULARY)] * 2
     torch.testing.assert_close(got, expected)
+
+
+def test_somebodys_module_hook_at_the_unembedding_acts() -> None:
+    """Also where the model was looked at before the hook came, and as often as in a pass of the model's own."""
+    model, batch, seen = tiny.model("llama"), batch_of(), list[tuple[int, ...]]()
+    with torch.no_grad():
+        plain = predict(model, batch).logits()
+        handle = model.unembed.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)) or out * 2)
+        try:
+            got = predict(model, batch).logits()
+            assert seen == [(3, 9, tiny.VOCABULARY)]
+            report = lu.evaluate(model, {"a": tiny.corpus((6, 7))}, {}, resamples=5, progress=False)
+        finally:
+            handle.remove()
+        without = lu.evaluate(model, {"a": tiny.corpus((6, 7))}, {}, resamples=5, progress=False)
+    torch.testing.assert_close(got, 2 * plain)
+    assert report["base", "a", "loss"].value != without["base", "a", "loss"].value
 
 
 def test_quantities_are_those_of_plain_numpy(few: None) -> None:

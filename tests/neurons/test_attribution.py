@@ -18,6 +18,7 @@ from lens_unlearn.core.errors import (
     SiteError,
 )
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.model import unembedding as ends
 from lens_unlearn.model.hooks import on_logits
 from lens_unlearn.model.replay import replaying
 from lens_unlearn.model.sites import Site, resolve
@@ -227,7 +228,7 @@ def test_where_the_objective_is_linear_one_step_is_exact(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         attribution,
         "_objective",
-        lambda logits, targets, objective: logits.gather(1, targets[:, None]).sum(dtype=torch.float64),
+        lambda end, hidden, targets, objective: end.logits(hidden).gather(1, targets[:, None]).sum(dtype=torch.float64),
     )
     corpus, site = questions((6, 9)), Site(1, "mlp.post")
     seen: list[Tensor] = []
@@ -324,9 +325,24 @@ def test_only_predicting_positions_are_unembedded_and_no_parameter_has_a_gradien
     assert not allocated
     counted = sum(len(places) for _, places in samples_of(corpus, "teacher_forced"))
     sites = 4
-    # The first run is whole; then only positions that predict, of the trial, at zero, and on the steps.
-    assert sum(seen) == 2 * 20 + counted * (1 + sites * (1 + 5))
+    # Only positions that predict, of the first run, at zero, and on the steps.
+    assert sum(seen) == counted * (1 + sites * (1 + 5))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_logits_of_a_few_positions_stand_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tiny.quiet():
+        model = tiny.build("gpt2")
+    corpus, most = questions((20, 20), uncounted=0.2), []
+    expected = run(model, corpus, objective="logprob")
+    inner = model.unembed.forward
+    model.unembed.__dict__["forward"] = lambda x: (most.append(x.shape[:2].numel()), inner(x))[1]
+    monkeypatch.setattr(ends, "AT_ONCE", 3 * tiny.VOCABULARY)
+    found = run(model, corpus, objective="logprob")
+    assert max(most) == 3
+    for site in expected:
+        torch.testing.assert_close(found[site], expected[site], rtol=1e-4, atol=1e-7)
+        assert found.completeness[site].ratio == pytest.approx(expected.completeness[site].ratio, rel=1e-5)
 
 
 def test_hooks_of_the_user_act_once_in_every_run() -> None:
