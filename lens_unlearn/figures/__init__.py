@@ -11,6 +11,7 @@ from lens_unlearn.figures.audit import audit
 from lens_unlearn.figures.colored_tokens import colored_tokens
 from lens_unlearn.figures.condition_bars import condition_bars
 from lens_unlearn.figures.examples import examples
+from lens_unlearn.figures.expert_load import expert_load
 from lens_unlearn.figures.forget_quality import forget_quality
 from lens_unlearn.figures.forgetting_matrix import forgetting_matrix
 from lens_unlearn.figures.frontier import frontier
@@ -39,6 +40,7 @@ __all__ = [
     "colored_tokens",
     "condition_bars",
     "examples",
+    "expert_load",
     "forget_quality",
     "forgetting_matrix",
     "frontier",

@@ -4,7 +4,7 @@ Knows maps, layer by layer; knows nothing of the texts or the method that they c
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,6 +12,8 @@ from plotly.subplots import make_subplots
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.figures import theme
+from lens_unlearn.figures.expert_grid import Panel, expert_grid
+from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = ["layer_importance"]
@@ -24,15 +26,19 @@ def layer_importance(
     selection: NeuronMap | None = None,
     *,
     kind: str | None = None,
+    by: Literal["layer", "expert"] = "layer",
     title: str | None = None,
     subtitle: str = "",
 ) -> go.Figure:
     """Draw, per layer, the share of neurons that is selected and the mean score, MLP and attention side by side.
 
+    With `by="expert"`, each routed expert of each layer is a cell of heat maps of them.
+
     Args:
         score: A score, a selection, or selections by name (such as a method's and its control's).
         selection: A selection to show above the score.
         kind: The one kind to draw; default: all.
+        by: "layer", or "expert" for sites inside routed experts.
         title: Instead of the default title.
         subtitle: Such as model and corpora, which a map does not know.
 
@@ -47,6 +53,10 @@ def layer_importance(
         ['selected', 'mean score']
     """
     selections, scored = _parts(score, selection)
+    if by not in ("layer", "expert"):
+        raise LensUnlearnError(f"by={by!r} is not known: choose from layer, expert")
+    if by == "expert":
+        return _by_expert(selections, scored, kind, title, subtitle)
     maps = [*selections.values(), *([] if scored is None else [scored])]
     kinds = list(dict.fromkeys(name for part in maps for name in theme.kinds_of(part, kind)))
     layers = sorted({site.layer for part in maps for site in part})
@@ -75,6 +85,37 @@ def layer_importance(
     note = "dotted: the share over all layers" if len(selections) == 1 else ""
     notes = " · ".join(part for part in (subtitle, _extent(selections), note) if part)
     return theme.finish(fig, title or f"{quantity}, by layer", notes, height=height, columns=len(kinds), facets=True)
+
+
+def _by_expert(
+    selections: Mapping[str, NeuronMap], scored: NeuronMap | None, kind: str | None, title: str | None, subtitle: str
+) -> go.Figure:
+    """Draw a heat map of each selection, and one of the mean score, with a cell for each expert."""
+    panels = [Panel(label, _expert_means(part, kind), "neurons selected", ".2~%") for label, part in selections.items()]
+    if scored is not None:
+        panels.append(Panel("mean score", _expert_means(scored, kind), "mean score", ".3g"))
+    fig = expert_grid(panels)
+    layers = theme.layer_rows(site for panel in panels for site in panel.values)
+    quantity = "Share of neurons selected" if selections else "Mean score"
+    quantity += " and mean score" if selections and scored is not None else ""
+    height, notes = (
+        theme.layer_height(layers) + 90,
+        " · ".join(part for part in (subtitle, _extent(selections)) if part),
+    )
+    return theme.finish(fig, title or f"{quantity}, by expert", notes, height=height, columns=len(panels), facets=True)
+
+
+def _expert_means(part: NeuronMap, kind: str | None) -> dict[Site, np.ndarray]:
+    """Return the mean over each expert's neurons, at the sites of one kind inside experts."""
+    known = {site: count for site, count in part.experts.items() if kind in (None, site.kind)}
+    if not known:
+        raise LensUnlearnError(
+            "layer_importance by expert needs a map that knows its experts: one of moments collected at 'experts.post'"
+        )
+    first = kind or next(iter(known)).kind
+    values = theme.values_of(part)
+    means = {s: values[s].reshape(count, -1) for s, count in known.items() if s.kind == first}
+    return {site: np.where(np.isfinite(v), v, np.nan).mean(1) for site, v in means.items()}
 
 
 def _parts(
