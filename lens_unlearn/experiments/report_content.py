@@ -160,6 +160,10 @@ class Content:
             f"Where {name} found the skill": figures.layer_importance(score, selection, title=title),
             f"Specialization of neurons ({name})": figures.specialization_map(forget, retain, selection=selection),
         }
+        if forget.routed_tokens:
+            loads = {"forget": forget, "retain": retain}
+            drawn[f"Where {name} found the skill, by expert"] = figures.layer_importance(score, selection, by="expert")
+            drawn[f"How forget and retain are routed ({name})"] = figures.expert_load(loads, against="retain")
         if isinstance(edit, Ablate):
             drawn[f"Every neuron's score ({name})"] = figures.neuron_heatmap(
                 (forget.mean_abs + EPS) / (retain.mean_abs + EPS), selection=selection
