@@ -131,6 +131,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "neurons.maps": ("NeuronMap",),
     "neurons.moments": ("Moments",),
     "neurons.top_tokens": ("TopTokens",),
+    "testing.models": ("check_model",),
 }
 """The public names, by the module that defines them: the one table from which `__all__` and `__getattr__` are made."""
 _MODULES = {"plot": "figures", "demo": "demo"}
@@ -197,6 +198,7 @@ if TYPE_CHECKING:
     from lens_unlearn.neurons.maps import NeuronMap
     from lens_unlearn.neurons.moments import Moments
     from lens_unlearn.neurons.top_tokens import TopTokens
+    from lens_unlearn.testing.models import check_model
 
 
 def __getattr__(name: str) -> Any:

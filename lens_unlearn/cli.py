@@ -1,4 +1,4 @@
-"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | audit | generate | show | push`.
+"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | audit | generate | check | show | push`.
 
 Knows options and how they map to the functions of the package; knows nothing of what these do. Heavy imports happen inside the
 commands, so that `--help` answers at once.
@@ -656,6 +656,25 @@ def generate(
     prompts = [_newlines(text) for text in prompt]
     for text, answer in zip(prompts, lu.generate(loaded, prompts, intervention=edit, **sampling), strict=True):
         typer.echo(answer if chat else text + answer)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="'demo', a Hugging Face directory, or a hub name.")],
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Check on a model that sites, statistics and interventions mean what they say; exit code 1 if something does not."""
+    import lens_unlearn as lu
+
+    found = lu.check_model(
+        lu.load_model(model, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=trust_remote_code)
+    )
+    typer.echo(str(found))
+    if found.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

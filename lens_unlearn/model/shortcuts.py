@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.model.host import Model, is_quantized, stored
 
-__all__ = ["shortcuts"]
+__all__ = ["shortcuts", "unbridged"]
 
 _ORIGINAL = "_original_component"
 _PREPARES_INPUT = ("_OptBlockBridge",)
@@ -67,8 +67,36 @@ def shortcuts(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
         restore()
 
 
+@contextmanager
+def unbridged(model: Model) -> Iterator[nn.Module]:
+    """Yield the plain Hugging Face model inside a raw bridge, without the bridge's components, for the length of a `with` block.
+
+    Hooks at what the bridge alone has do not fire inside.
+    """
+    inner = model.original_model
+    bypassed: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def restore() -> None:
+        for parent, name, component in reversed(bypassed):
+            parent._modules[name] = component
+
+    try:
+        try:
+            _bypass(inner, bypassed, wired=False, seen=set(), wholly=True)
+            yield inner
+        finally:
+            restore()
+    finally:  # once more, for an interrupt in the middle of it
+        restore()
+
+
 def _bypass(
-    parent: nn.Module, bypassed: list[tuple[nn.Module, str, nn.Module]], *, wired: bool, seen: set[int]
+    parent: nn.Module,
+    bypassed: list[tuple[nn.Module, str, nn.Module]],
+    *,
+    wired: bool,
+    seen: set[int],
+    wholly: bool = False,
 ) -> None:
     """Put the original modules in place of components, outermost first; each is recorded before it is done.
 
@@ -77,6 +105,7 @@ def _bypass(
         bypassed: For each component the module it is in, its name there, and the component itself.
         wired: Whether a component around the parent stays, so that its internal hooks on its parts are needed.
         seen: The modules that were visited.
+        wholly: Whether to do so with all of them, whatever is hooked in them.
     """
     if id(parent) in seen:
         return
@@ -86,14 +115,14 @@ def _bypass(
             continue
         original = child._modules.get(_ORIGINAL)
         if original is None:
-            _bypass(child, bypassed, wired=wired, seen=seen)
-        elif _fires_the_same(child, original, wired) and _same_weights(child, original):
+            _bypass(child, bypassed, wired=wired, seen=seen, wholly=wholly)
+        elif wholly or _fires_the_same(child, original, wired) and _same_weights(child, original):
             bypassed.append((parent, name, child))
             parent._modules[name] = original
             for place, beside in _output_map(child, original):
                 bypassed.append((original, place, original._modules[place]))  # type: ignore[arg-type]
                 original._modules[place] = beside  # to be bypassed in turn, if nothing in it is hooked
-            _bypass(original, bypassed, wired=wired, seen=seen)
+            _bypass(original, bypassed, wired=wired, seen=seen, wholly=wholly)
         elif not any(_ORIGINAL in part._modules for part in child.children() if part is not original):
             _bypass(original, bypassed, wired=True, seen=seen)
         # A component that stays and has components of its own computes with these: nothing in it can be bypassed.

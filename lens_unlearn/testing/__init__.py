@@ -12,6 +12,8 @@ Under pytest, one test per promise:
 What cannot be checked on a model is returned with the reason, and skipped under pytest. The checks run many forward passes, so
 use a small model; its hooks and flags, the random states and the modes of PyTorch are restored after every check.
 
+`check_model(model)` checks a model instead: that on it sites, statistics and interventions mean what they say.
+
 Knows the promises of every intervention and statistic; knows nothing of the methods that make them.
 """
 
@@ -25,10 +27,20 @@ from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.statistic import Statistic
 from lens_unlearn.testing.interventions import InterventionPromises
+from lens_unlearn.testing.models import check_model
+from lens_unlearn.testing.outcomes import ModelChecks
 from lens_unlearn.testing.promises import BrokenPromise, Checks, check_all, checks_of
 from lens_unlearn.testing.statistics import StatisticPromises
 
-__all__ = ["BrokenPromise", "check_intervention", "check_statistic", "intervention_checks", "statistic_checks"]
+__all__ = [
+    "BrokenPromise",
+    "ModelChecks",
+    "check_intervention",
+    "check_model",
+    "check_statistic",
+    "intervention_checks",
+    "statistic_checks",
+]
 
 
 def check_intervention(
