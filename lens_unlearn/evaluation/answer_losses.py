@@ -50,9 +50,15 @@ class Answers:
         return total / count.clamp_min(1), count
 
 
-def read_answers(model: Model, batch: Batch) -> Answers:
-    """Run a model on a batch of rows and look at its counted tokens, teacher-forced, with gradients where they are enabled."""
-    predicted = predict(model, batch)
+def read_answers(model: Model, batch: Batch, *, twice: bool = False) -> Answers:
+    """Run a model on a batch of rows and look at its counted tokens, teacher-forced, with gradients where they are enabled.
+
+    Args:
+        model: The model.
+        batch: The rows.
+        twice: Whether gradients will be differentiated once more.
+    """
+    predicted = predict(model, batch, twice=twice)
     return Answers(predicted, predicted.nll(), len(batch.tokens))
 
 

@@ -88,7 +88,13 @@ class Predicted:
 
 
 def predict(
-    model: Model, batch: Batch, *, last: bool = True, prefix: Prefix | None = None, start: int = 0
+    model: Model,
+    batch: Batch,
+    *,
+    last: bool = True,
+    prefix: Prefix | None = None,
+    start: int = 0,
+    twice: bool = False,
 ) -> Predicted:
     """Run a model on a batch, with gradients where they are enabled, up to the logits of its counted tokens.
 
@@ -99,6 +105,8 @@ def predict(
             row by it; without it, rows may be one token longer than the context.
         prefix: Where to keep what blocks give in this pass, or where that is kept.
         start: The first block that is run; what those below it give is that of `prefix`.
+        twice: Whether gradients will be differentiated once more, as some estimates of curvature do: fused attention has no
+            second derivative.
     """
     width = batch.tokens.shape[1] - (not last)
     lives = acting(model)
@@ -113,9 +121,8 @@ def predict(
         live.expect(batch.prompt_ends.clamp_max(width - 1), lengths=batch.lengths.clamp_max(width))
     where = batch.counted[:, 1:]
     whole = any(not only_constants(live.intervention) for live in lives) or len(lives) < len(logit_functions(model))
-    # Fused attention has no second derivative, which some estimates of curvature need.
     with (
-        nullcontext() if torch.is_grad_enabled() else shortcuts(model) as out,
+        nullcontext() if twice else shortcuts(model) as out,
         nullcontext() if prefix is None else prefix.acting(model, out, start),
         unembedding(model, out, whole=whole) as end,
     ):

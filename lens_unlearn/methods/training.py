@@ -233,7 +233,8 @@ class Training:
         """Give Sophia an estimate over the first forget and retain rows of the step."""
         generator = torch.Generator().manual_seed(key_of("labels", self.settings.seed, self.step) % 2**63)
         batches = self._batches(self.step * self.settings.accumulation)
-        answers = [read_answers(self.model, batch) for batch in batches]
+        twice = self.settings.curvature == "hutchinson"
+        answers = [read_answers(self.model, batch, twice=twice) for batch in batches]
         sophia.curve(curvature_of(self.settings.curvature, answers, self.trained, generator))
 
     def _update(self, gradients: list[Tensor]) -> None:
