@@ -7,7 +7,8 @@ from typing import Any
 import moe
 import pytest
 import tiny
-from command_line_helpers import call, run_arguments
+import torch
+from command_line_helpers import WORDS, call, run_arguments, write_texts
 
 import lens_unlearn as lu
 from lens_unlearn.interventions.ablate import Ablate
@@ -18,9 +19,17 @@ from lens_unlearn.neurons.collect import load_moments
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("mixtral")
-    with tiny.quiet():
-        moe.plain("mixtral").save_pretrained(made)
+    with tiny.quiet(0):
         tiny.save_tokenizer(str(made))
+        tokens = tiny.load_tokenizer(str(made))([" ".join(WORDS), " ".join(word[::-1] for word in WORDS)])["input_ids"]
+        plain = moe.plain("mixtral")
+        adam = torch.optim.AdamW(plain.parameters(), 1e-2)
+        for step in range(40):  # so that there is something to lose
+            row = torch.tensor([tokens[step % 2]])
+            plain(row, labels=row).loss.backward()
+            adam.step()
+            adam.zero_grad()
+        plain.save_pretrained(made)
     return made
 
 
@@ -53,10 +62,14 @@ def test_statistics_of_experts_are_collected_on_the_command_line(
     assert all(float(tokens.sum()) == 2 * moments.n for tokens in moments.routed_tokens.values())
 
 
-def test_skills_are_compared_on_neurons_inside_experts(folder: Path, texts: dict[str, Path]) -> None:
+def test_skills_are_compared_on_neurons_inside_experts(folder: Path, tmp_path: Path) -> None:
+    texts = {
+        "plain": write_texts(tmp_path / "a.jsonl", 1, 60),
+        "reversed": write_texts(tmp_path / "b.jsonl", 2, 60, [word[::-1] for word in WORDS]),
+    }
     with tiny.quiet():
         model = lu.load_model(folder)
-    skills: Any = {f"{name}-words": lu.read_corpus(f"{path}:text", model) for name, path in texts.items()}
+    skills: Any = {name: lu.read_corpus(f"{path}:text", model) for name, path in texts.items()}
     report = lu.compare(
         model, skills, ["selective-pruning"], settings={"site": "experts.post"}, retain_drop=0.5, tokens=400, controls=1,
         progress=False,
