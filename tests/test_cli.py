@@ -292,7 +292,7 @@ def test_collect_evaluate_and_generate_work_together(
         == 0
     )
     output = capsys.readouterr().out.rstrip("\n")
-    assert output == "the quick" + lu.generate(model, "the quick", intervention=edit, max_new_tokens=5)[0]
+    assert output == "the quick" + lu.generate(model, "the quick", intervention=edit, max_new_tokens=5)
 
 
 def test_attention_sinks_are_left_out_where_that_is_asked_for_and_it_is_recorded(

@@ -29,9 +29,9 @@ Conversation = Sequence[Mapping[str, Any]]
 
 
 @overload
-def generate(
+def generate(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
     model: Model,
-    prompts: Conversation,
+    prompts: str | Conversation,
     *,
     intervention: Intervention | None = ...,
     max_new_tokens: int = ...,
@@ -46,7 +46,7 @@ def generate(
 @overload
 def generate(
     model: Model,
-    prompts: str | Sequence[str] | Sequence[Conversation],
+    prompts: Sequence[str] | Sequence[Conversation],
     *,
     intervention: Intervention | None = ...,
     max_new_tokens: int = ...,
@@ -94,7 +94,7 @@ def generate(
         seed: Of the draws; the global random state is left as it was.
 
     Returns:
-        The texts in the order of the prompts; of one conversation, what the assistant answers.
+        The text added to one prompt, or what the assistant answers in one conversation; of several, a list in their order.
 
     Raises:
         CorpusError: If the model has no tokenizer, or for a conversation no chat template; if a conversation is none, or the
@@ -110,7 +110,7 @@ def generate(
     written = continue_rows(model, rows, intervention, batch_size=batch_size, seed=seed, **options)
     require_unbroken(model, rows, written, intervention)
     texts = [one.text for one in written]
-    return texts[0] if is_conversation(prompts) else texts
+    return texts[0] if isinstance(prompts, str) or is_conversation(prompts) else texts
 
 
 def _encoded(

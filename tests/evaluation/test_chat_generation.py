@@ -42,7 +42,7 @@ def test_answers_are_those_of_the_models_own_generation(name: str) -> None:
     assert lu.generate(model, ONE[:1], max_new_tokens=8) == expected[0]
     assert lu.generate(model, tuple(QUESTION), max_new_tokens=8) == expected[1]
     said = ONE[0]["content"]
-    assert lu.generate(model, said, chat=True, max_new_tokens=8) == expected[:1]
+    assert lu.generate(model, said, chat=True, max_new_tokens=8) == expected[0]
     assert lu.generate(model, [said, said], chat=True, max_new_tokens=8) == [expected[0]] * 2
 
 

@@ -72,14 +72,14 @@ def test_directions_and_means_too(name: str) -> None:
 
 def test_the_texts_do_not_depend_on_one_another_nor_on_the_cache(model: Any) -> None:
     together = generate(model, PROMPTS, max_new_tokens=10)
-    assert together == [generate(model, prompt, max_new_tokens=10)[0] for prompt in PROMPTS]
+    assert together == [generate(model, prompt, max_new_tokens=10) for prompt in PROMPTS]
     assert together == generate(model, PROMPTS[::-1], max_new_tokens=10)[::-1]
     assert together == generate(model, PROMPTS, max_new_tokens=10, use_cache=False)
     assert len(together) == 3
 
 
 def test_only_what_was_added_is_returned(model: Any) -> None:
-    [text] = generate(model, "the quick brown", max_new_tokens=4)
+    text = generate(model, "the quick brown", max_new_tokens=4)
     ids = model.tokenizer("the quick brown", add_special_tokens=False)["input_ids"]
     bos = [tiny.BOS]
     expected = greedy(tiny.hugging_face("gpt2"), torch.tensor([bos + ids]), 4)[0, len(bos) + len(ids) :].tolist()
@@ -124,7 +124,7 @@ def test_drawn_texts_come_back_with_their_seed_and_leave_the_global_state(model:
 def test_drawn_texts_do_not_depend_on_one_another_either(model: Any) -> None:
     drawn = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
     together = generate(model, PROMPTS, **drawn)
-    assert together == [generate(model, prompt, **drawn)[0] for prompt in PROMPTS]
+    assert together == [generate(model, prompt, **drawn) for prompt in PROMPTS]
     assert together == generate(model, PROMPTS[::-1], **drawn)[::-1]
     again = generate(model, [PROMPTS[0]] * 4, **drawn)
     assert again[0] == together[0]
@@ -184,7 +184,7 @@ def test_the_text_stops_at_the_end_of_the_context(model: Any, monkeypatch: pytes
     prompt = "the quick brown fox jumps over the lazy dog"
     ids = [tiny.BOS, *model.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     whole = greedy(tiny.hugging_face("gpt2"), torch.tensor([ids]), tiny.CONTEXT - len(ids))[0, len(ids) :].tolist()
-    assert generate(model, prompt, max_new_tokens=1000) == [model.tokenizer.decode(whole, skip_special_tokens=True)]
+    assert generate(model, prompt, max_new_tokens=1000) == model.tokenizer.decode(whole, skip_special_tokens=True)
 
 
 def test_what_cannot_be_generated_is_refused(model: Any) -> None:

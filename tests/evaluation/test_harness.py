@@ -104,7 +104,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_model(demo: Any) -> None:
 
 def test_what_is_written_ends_at_the_first_stop_text(demo: Any) -> None:
     ours = HarnessModel(demo)
-    text = lu.generate(demo, "Once upon a time", max_new_tokens=12)[0]
+    text = lu.generate(demo, "Once upon a time", max_new_tokens=12)
     inner = text[4:7]
     options = [
         {"until": [inner, "never"], "max_gen_toks": 12},
@@ -114,7 +114,7 @@ def test_what_is_written_ends_at_the_first_stop_text(demo: Any) -> None:
     found = ours.generate_until([request("Once upon a time", one) for one in options])
     assert found[0] == text[: text.index(inner)]
     assert found[1] == text
-    assert found[2] == lu.generate(demo, "Once upon a time", max_new_tokens=3)[0]
+    assert found[2] == lu.generate(demo, "Once upon a time", max_new_tokens=3)
     with pytest.raises(LensUnlearnError, match="top_p"):
         ours.generate_until([request("a", {"do_sample": True, "top_p": 0.9})])
 

@@ -660,21 +660,21 @@ def test_generate_writes_the_refusal_and_leaves_the_others(model: Any, use_cache
             assert generate(model, PROMPTS, intervention=abstain, **options) == expected
         with abstain.on(model):
             assert generate(model, PROMPTS[::-1], **options) == expected[::-1]
-            assert generate(model, PROMPTS[target], **options) == ["I will not."]
-            assert generate(model, PROMPTS[0], **options) == base[:1]
-            assert generate(model, PROMPTS[target], temperature=1.0, **options) == ["I will not."]
+            assert generate(model, PROMPTS[target], **options) == "I will not."
+            assert generate(model, PROMPTS[0], **options) == base[0]
+            assert generate(model, PROMPTS[target], temperature=1.0, **options) == "I will not."
 
 
 def test_the_published_refusal_is_the_default(model: Any) -> None:
     abstain = Abstain({LAST: everywhere(model)})
-    assert generate(model, "1 + 2", intervention=abstain, max_new_tokens=3) == ["Sorry, your query is not valid."]
+    assert generate(model, "1 + 2", intervention=abstain, max_new_tokens=3) == "Sorry, your query is not valid."
 
 
 def test_the_refusal_is_that_of_the_intervention_that_fired(model: Any) -> None:
     one = about(model, ids(model, PROMPTS[0]), refusal="first")
     two = about(model, ids(model, PROMPTS[1]), refusal="second")
     base = generate(model, PROMPTS[2], max_new_tokens=4)
-    expected = ["first", "second", *base]
+    expected = ["first", "second", base]
     assert generate(model, PROMPTS[:3], intervention=one + two, max_new_tokens=4) == expected
     assert (
         generate(model, PROMPTS[:3], intervention=Chain((Chain((two,)), Chain((one,)))), max_new_tokens=4) == expected
@@ -705,7 +705,7 @@ def test_a_text_that_has_ended_is_looked_at_no_more(
     for place in looked:
         abstain = Abstain({LAST: around(key(model, place))}, when="every_token")
         assert generate(model, prompts, intervention=abstain, **options) == base
-        assert generate(model, prompts[0], intervention=abstain, **options) == base[:1]
+        assert generate(model, prompts[0], intervention=abstain, **options) == base[0]
     before = Abstain({LAST: around(key(model, written[:-1]))}, when="every_token")
     assert generate(model, prompts, intervention=before, **options) == [before.refusal, base[1]]
 
@@ -1060,7 +1060,7 @@ def test_runs_repeat_and_other_seeds_differ(model: Any) -> None:
     with adjust_of(model).on(model):
         assert torch.equal(run(model, tokens), run(model, tokens)), "not the next numbers of a stream"
         assert generate(model, PROMPTS, max_new_tokens=6) == [
-            generate(model, prompt, max_new_tokens=6, use_cache=False)[0] for prompt in PROMPTS
+            generate(model, prompt, max_new_tokens=6, use_cache=False) for prompt in PROMPTS
         ]
 
 

@@ -188,7 +188,7 @@ def test_what_transformer_lens_invents_is_not_used(speaking: Any) -> None:
     assert model.tokenizer.eos_token is not None, "this is what is to be noticed"
     assert end_token(model) is None
     assert model.tokenizer.eos_token_id not in ends_of_text(model)
-    assert generate(model, TEXTS, max_new_tokens=3) == [generate(model, text, max_new_tokens=3)[0] for text in TEXTS]
+    assert generate(model, TEXTS, max_new_tokens=3) == [generate(model, text, max_new_tokens=3) for text in TEXTS]
     with pytest.raises(CorpusError, match="answer_eos=True, but this tokenizer has no end-of-text token"):
         lu.read_corpus([{"q": "a", "a": "b"}], model, field="q>a", answer_eos=True)
 
@@ -296,7 +296,7 @@ def test_a_continuation_of_the_llama_family_keeps_its_first_space(speaking: Any)
     model = speaking("llama")
     tokenizer = model.tokenizer
     for prompt, begin in itertools.product(("the quick brown", "def f(x):\n"), (True, False)):
-        [text] = generate(model, prompt, max_new_tokens=6, prepend_bos=begin)
+        text = generate(model, prompt, max_new_tokens=6, prepend_bos=begin)
         ids = encode(tokenizer, prompt, tokenizer.bos_token_id if begin else None)
         with torch.no_grad():
             for _ in range(6):
@@ -319,12 +319,12 @@ def test_generation_ends_at_every_end_that_the_generation_config_names(
     hugging_face = model.original_model
     for i, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
         first = next(place for place, token in enumerate(tokens) if token in ends)
-        assert generate(model, prompt, max_new_tokens=8) == [model.tokenizer.decode(tokens[:first])]
+        assert generate(model, prompt, max_new_tokens=8) == model.tokenizer.decode(tokens[:first])
         theirs = hugging_face.generate(
             torch.tensor([ids[i]]), attention_mask=torch.ones(1, len(ids[i])), max_new_tokens=8, do_sample=False
         )[0, len(ids[i]) :].tolist()
         assert theirs == tokens[: first + 1]
-    assert generate(model, prompts, max_new_tokens=8) == [generate(model, p, max_new_tokens=8)[0] for p in prompts]
+    assert generate(model, prompts, max_new_tokens=8) == [generate(model, p, max_new_tokens=8) for p in prompts]
 
 
 @pytest.mark.parametrize("temperature", [-1.0, -1e-9, float("nan"), float("inf")])

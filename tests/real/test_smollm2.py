@@ -34,7 +34,7 @@ def read(model: Any, part: str, skill: str, tokens: int) -> lu.Corpus:
 
 def test_it_knows_what_it_was_trained_on(smollm2: Any) -> None:
     assert (smollm2.cfg.n_layers, smollm2.cfg.d_model, smollm2.cfg.d_vocab) == (30, 576, 49_152)
-    (answer,) = lu.generate(smollm2, "The capital of France is", max_new_tokens=4)
+    answer = lu.generate(smollm2, "The capital of France is", max_new_tokens=4)
     assert answer.startswith(" Paris")
 
 
@@ -78,7 +78,7 @@ def test_chats_are_those_of_its_own_template(smollm2: Any, system: str | None) -
 
 def test_it_answers_a_chat_as_transformers_does(smollm2: Any) -> None:
     assert lu.generate(smollm2, CHAT[:1]) == "The capital of France is Paris."
-    assert lu.generate(smollm2, CHAT[0]["content"], chat=True) == ["The capital of France is Paris."]
+    assert lu.generate(smollm2, CHAT[0]["content"], chat=True) == "The capital of France is Paris."
     asked = smollm2.tokenizer.apply_chat_template(
         CHAT[:3], return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
