@@ -19,6 +19,7 @@ from lens_unlearn.interventions.base import (
 )
 from lens_unlearn.interventions.selections import check_shape, describe_selection, maps_in, selection_in
 from lens_unlearn.interventions.update import Edit
+from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.matrices import Matrix
 from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.sites import Point, Site
@@ -124,7 +125,8 @@ class Ablate(Intervention):
         """
         elsewhere = [site for site in self._sites() if site.kind not in WRITES]
         if elsewhere:
-            raise SelectionError(f"{self!r} is no change of weights at {elsewhere[0]}: ablate at {', '.join(WRITES)}")
+            kind = "no change of weights that is known" if elsewhere[0].kind in EXPERT_KINDS else "no change of weights"
+            raise SelectionError(f"{self!r} is {kind} at {elsewhere[0]}: ablate at {', '.join(WRITES)}")
         return [
             Edit(Matrix(site.layer, WRITES[site.kind]), self._masked(site), True, bool(self._constant(site).any()))
             for site in self._sites()

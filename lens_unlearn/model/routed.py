@@ -62,7 +62,12 @@ class Routed:
     def with_dense(self, new: Float[Tensor, "batch pos neurons"]) -> "Routed":
         """Return what has these values; at experts that a token was not routed to there is nothing to change."""
         values = new.reshape(-1, self.experts, self.columns)[self.token, self.expert]
-        return self.replaced(values != self.values, values)
+        changed = self.replaced(values != self.values, values)
+        if not (torch.is_grad_enabled() and values.requires_grad):
+            return changed
+        # What is left as it is keeps its key, but its gradient is that of the new value, which may be a leaf of its own.
+        same = self.key.detach() + self._keyed(values - values.detach())
+        return replace(self, key=torch.where(values != self.values, changed.key, same))
 
     def replaced(
         self, where: Bool[Tensor, "pairs columns"], values: Float[Tensor, "pairs columns"] | float
@@ -71,11 +76,15 @@ class Routed:
 
         Where the gate is 0 no value but 0 can be had: the key becomes 0 there.
         """
-        if self.weighted and not (isinstance(values, float) and values == 0):
-            gate = self._gates
-            values = torch.where(gate == 0, 0.0, torch.as_tensor(values, dtype=gate.dtype, device=gate.device) / gate)
+        if not (isinstance(values, float) and values == 0):
+            values = self._keyed(torch.as_tensor(values, dtype=self.key.dtype, device=self.key.device))
         key = self.key.masked_fill(where, values) if isinstance(values, float) else torch.where(where, values, self.key)
         return replace(self, key=key.to(self.key.dtype))
+
+    def _keyed(self, values: Tensor) -> Tensor:
+        """Return the keys that have some values."""
+        gate = self._gates
+        return torch.where(gate == 0, 0.0, values / gate) if self.weighted else values
 
     def limited(self, to: Bool[Tensor, "batch pos"], before: "Routed") -> "Routed":
         """Return the same at some positions, and what was before at all others."""

@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 
 from lens_unlearn.corpora.corpus import Corpus
+from lens_unlearn.model.experts import extra_points
 from lens_unlearn.model.sites import Site
 
 try:
@@ -382,7 +383,12 @@ def hooks_of(made: torch.nn.Module) -> list[Any]:
             found += [(path, kind, key) for key in getattr(module, kind)]
         for kind in ("fwd_hooks", "bwd_hooks"):
             found += [(path, kind, id(handle)) for handle in getattr(module, kind, [])]
-    return found
+    for point in extra_points(made):  # inside experts, and how these are computed
+        found += [
+            ("experts", point.name, id(function)) for function in (*point._forward_hooks.values(), *point.fwd_hooks)
+        ]
+    ways = [getattr(getattr(m, "config", None), "_experts_implementation", None) for m in made.modules()]
+    return found + [("experts", "way", way) for way in ways if str(way).startswith("lens_unlearn")]
 
 
 def weights_hash(made: torch.nn.Module) -> str:

@@ -271,6 +271,30 @@ def test_a_hook_of_tensors_does_the_same_as_one_of_routed_values(made: Any, valu
         assert not bool(x[(chosen & ~routed.expand(*routed.shape[:-1], moe.WIDTH).flatten(-2))].any())
 
 
+def test_gradients_flow_through_hooks_of_tensors() -> None:
+    """Of a neuron, the sum over tokens of value times gradient is that over its column of the weights of weight times gradient."""
+    model, tokens, leaves = moe.bridge("mixtral"), tiny.some_tokens(2, 5), list[torch.Tensor]()
+
+    def leaf(t: torch.Tensor) -> torch.Tensor:
+        leaves.append(t.detach().requires_grad_())
+        return leaves[-1]
+
+    removers: list[Any] = []
+    attach(resolve(model, "L1.experts.post")[Site(1, "experts.post")].hook, leaf, removers)
+    try:
+        logits = model(tokens)
+        logits[..., 7].sum().backward()
+    finally:
+        detach_all(removers)
+    assert torch.equal(logits.detach(), tiny.logits(model, tokens))
+    assert leaves[0].grad is not None
+    plain = moe.plain("mixtral")
+    plain(tokens).logits[..., 7].sum().backward()
+    weights = moe.experts_of(plain)[1].down_proj
+    expected = (weights * weights.grad).sum(1).flatten()
+    torch.testing.assert_close((leaves[0] * leaves[0].grad).sum((0, 1)), expected.detach(), rtol=1e-3, atol=1e-4)
+
+
 def test_a_whole_expert_ablated_is_its_projection_zeroed(made: Any) -> None:
     selection = NeuronMap({site: torch.arange(4)[:, None].expand(4, 24) == 2 for site in resolve(made, "experts.post")})
     with Ablate(selection).on(made):

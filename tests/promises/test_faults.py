@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import moe
 import numpy as np
 import pytest
 import tiny
@@ -31,6 +32,7 @@ from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.base import Chain, Live
 from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.keyspace.regions import Box
 from lens_unlearn.methods.ov_basis import value_offset
@@ -38,8 +40,9 @@ from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.methods.tuning import tune
-from lens_unlearn.model import hooks, host, matrices, replay, residual, shortcuts, sites
+from lens_unlearn.model import experts, hooks, host, matrices, replay, residual, shortcuts, sites
 from lens_unlearn.model.replay import replaying
+from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons import collect as collecting
 from lens_unlearn.neurons.attribution import attribute
 from lens_unlearn.neurons.collect import collect
@@ -602,6 +605,18 @@ def test_an_interrupt_leaves_no_hook_wherever_it_comes(used: Any, name: str) -> 
     model = used(name)
     assert interrupted_everywhere(nested(model), model, OURS | AROUND | {WITH}, 400)[False] > 200
     assert interrupted_everywhere(nested(model), model, OURS, 80, probing=True)[False] > 60
+
+
+def test_an_interrupt_leaves_no_hook_inside_experts_wherever_it_comes() -> None:
+    model = moe.bridge("qwen3-moe")
+    chosen = Ablate(NeuronMap({Site(1, "experts.post"): torch.ones(4, 24, dtype=torch.bool)}))
+
+    def act() -> None:
+        with chosen.on(model), (Reroute({0: [1]}) + chosen).on(model):
+            pass
+
+    assert interrupted_everywhere(act, model, OURS | {experts.__file__}, 150)[False] > 100
+    assert interrupted_everywhere(act, model, {experts.__file__, hooks.__file__}, 60, probing=True)[False] > 40
 
 
 @pytest.mark.parametrize("name", ["gpt2", *tiny.HOOKED[:1]])
