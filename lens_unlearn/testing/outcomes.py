@@ -4,8 +4,9 @@ Knows outcomes and how they are shown; knows nothing of how they are found.
 """
 
 import html
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lens_unlearn.core.text import visible
 
@@ -87,6 +88,6 @@ def _subject(row: Row) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    lines: list[Any] = str(error).strip().splitlines() or ["without a word"]
-    return str(lines[0])
+    """Return what an error says, in one line, and without the places of files."""
+    lines = str(error).strip().splitlines() or ["without a word"]
+    return re.sub(r" \(/[^)]*\)", "", lines[0])

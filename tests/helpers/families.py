@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import moe
 import tiny
 import torch
 import transformers
@@ -65,6 +66,8 @@ class Family:
     d_head: int = 4
     lacks: tuple[str, ...] = ()
     """Kinds that cannot be used although the layers have attention, or an MLP."""
+    bad_cache: bool = False
+    """Whether it generates other tokens with a cache than without, or not at all, also without any intervention."""
 
 
 def _gpt(name: str, config: dict[str, Any] | None = None, **other: Any) -> Family:
@@ -173,7 +176,7 @@ HYBRID: dict[str, Family] = {
     ),
     "bamba": Family(
         "BambaForCausalLM", {**_COMMON, **_MAMBA2, "attn_layer_indices": [1]}, post="feed_forward.down_proj",
-        layers=("m", "am"),
+        layers=("m", "am"), bad_cache=True,
     ),
     "granite-hybrid": Family(
         "GraniteMoeHybridForCausalLM",
@@ -192,7 +195,9 @@ HYBRID: dict[str, Family] = {
          "num_experts_per_tok": 2, "num_dense_layers": 1},
         post="feed_forward.w2", z="self_attn.out_proj", layers=("m", "a"),
     ),
-    "olmo-hybrid": Family("OlmoHybridForCausalLM", {**_COMMON, **_DELTA}, layers=("m", "am")),
+    "olmo-hybrid": Family(
+        "OlmoHybridForCausalLM", {**_COMMON, **_DELTA}, layers=("m", "am"), bad_cache=True
+    ),
     "qwen3.5": Family("Qwen3_5ForCausalLM", {**_COMMON, **_DELTA}, layers=("m", "am"), lacks=_Q),
     "qwen3-next": Family(
         "Qwen3NextForCausalLM",
@@ -233,6 +238,8 @@ HYBRID: dict[str, Family] = {
 """Some layers lack attention or an MLP, or TransformerLens shows neither of any."""
 
 FAMILIES = {**DENSE, **HYBRID}
+EXPERTS = [name for name in moe.CONFIGS if name not in FAMILIES and name != "jamba"]
+"""The names in `moe` of those that are not above already."""
 
 
 @cache
@@ -261,11 +268,16 @@ def _tokenizer() -> Any:
 
 
 def bridge(name: str, model: Any = None) -> Any:
-    """Bridge a plain model (which changes it); default a fresh one. Its tokenizer, without which some cannot generate, is of a
-    larger vocabulary than the model's: for special tokens only.
+    """Bridge a plain model (which changes it); default a fresh one, also of `EXPERTS`.
+
+    Its tokenizer, without which some cannot generate, has more tokens than the model: it is there for the special ones.
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+    if name in EXPERTS:
+        made = moe.bridge(name, model=model)
+        made.tokenizer = _tokenizer()
+        return made
     model = plain(name) if model is None else model
     with tiny.quiet():
         made = build_bridge_from_module(

@@ -10,9 +10,10 @@ import plotly.graph_objects as go
 import pytest
 import tiny
 import torch
+import transformers
 
 import lens_unlearn as lu
-from lens_unlearn.core.errors import LensUnlearnError, SiteError
+from lens_unlearn.core.errors import LensUnlearnError, ModelError, SiteError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.delta import Delta
@@ -107,6 +108,30 @@ def test_experts_are_not_blamed_where_there_is_no_mlp() -> None:
 def test_what_is_laid_out_otherwise_is_refused(name: str, kind: str, words: str) -> None:
     with pytest.raises(SiteError, match=words):
         resolve(families.bridge(name), kind)
+
+
+def test_a_model_of_several_stacks_is_refused() -> None:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+    }
+    with tiny.quiet(0):
+        config = transformers.HrmTextConfig(**sizes, num_key_value_heads=2, head_dim=4, bos_token_id=0, eos_token_id=1)
+        plain = transformers.HrmTextForCausalLM(config).eval()
+        try:
+            model = build_bridge_from_module(
+                plain, architecture="HrmTextForCausalLM", hf_config=config, tokenizer=None, device="cpu"
+            ).eval()
+        except ValueError as error:
+            pytest.skip(f"this TransformerLens does not know it: {error}")
+    for look in (lambda: resolve(model, "resid"), lambda: collect(model, corpora()[0]), lambda: lu.check_model(model)):
+        with pytest.raises(ModelError, match="^a HrmTextForCausalLM has no single stack of layers"):
+            look()
 
 
 def test_statistics_of_a_kind_are_of_its_layers(model: Any) -> None:

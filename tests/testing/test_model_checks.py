@@ -49,8 +49,8 @@ def test_a_reference_of_ones_own_is_compared_with() -> None:
 
 def test_what_a_model_does_not_have_says_why() -> None:
     checks = check_model(families.bridge("lfm2-moe"))
-    assert found(checks, "site", "mlp.post").words == "24 in layers 0"
-    assert found(checks, "site", "attn.z").words == "4 x 4 in layers 1"
+    assert found(checks, "site", "mlp.post").words == "24 in layer 0"
+    assert found(checks, "site", "attn.z").words == "4 x 4 in layer 1"
     mamba = check_model(families.bridge("mamba"))
     assert found(mamba, "site", "attn.z").words == "no layer has it; layer 0 is a MambaBlock"
     assert not mamba.failed
