@@ -264,6 +264,10 @@ def audit(
     runs = _with_controls(model, conditions, int(controls), retain)
     suspects = {name: [Suspect(model, one) for one in several] for name, several in runs.items()}
     notes: dict[str, tuple[str, ...]] = {}
+    if controls and (without := _without_control(runs)):
+        notes["controls"] = tuple(
+            f"{name} has none, for it selects nothing: give one as '{name}{SUFFIX}'" for name in without
+        )
     if reference is not None:
         never_saw, why = _reference(model, facts, reference)
         if never_saw is not None:
@@ -331,6 +335,15 @@ def _with_controls(
             found = controls_for(model, several[0], range(controls))
             runs |= {drawn: found} if found else {}
     return runs
+
+
+def _without_control(runs: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return the conditions that do something and have no control."""
+    return [
+        name
+        for name, several in runs.items()
+        if name != BASE and not name.endswith(SUFFIX) and f"{name}{SUFFIX}" not in runs and several != [None]
+    ]
 
 
 def _reference(model: Model, facts: Corpus, reference: Model | str | os.PathLike[str]) -> tuple[Model | None, str]:

@@ -40,6 +40,8 @@ def test_everybody_is_a_row_and_the_model_is_bitwise_as_before() -> None:
     assert set(frame["corpus"]) == {"facts"}
     assert set(frame["condition"]) == set(made.conditions)
     assert made["gone", "depth", "recovered"].value < 0.02 < made["gone:control", "depth", "recovered"].value
+    hidden = lu.audit(w.model, w.facts, {"hidden": suppressor()}, attacks=("depth",), **QUICK)
+    assert hidden.notes["controls"] == ("hidden has none, for it selects nothing: give one as 'hidden:control'",)
     with pytest.raises(AttributeError):
         made.measures = {}  # type: ignore[misc]
 
