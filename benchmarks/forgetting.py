@@ -38,6 +38,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "low rank, NPO": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "loss": "npo", "beta": 1.0},
     "low rank, refusals": {"optimizer": "adamw", "attention": "lora", "lr": 1e-3, "loss": "po"},
     "all weights": ADAMW | {"mask": "all", "inner": True},
+    "all weights, NPO": ADAMW | {"mask": "all", "inner": True, "loss": "npo", "beta": 1.0, "forget_weight": 1.0},
     "attention alone": ADAMW | {"mask": "none"},
     "critical rows alone": ADAMW | {"attention": "none", "lr": 4e-3},
     "random rows alone": ADAMW | {"attention": "none", "lr": 4e-3, "mask": "random"},
@@ -81,18 +82,23 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--retain-weight", type=float, default=2.0)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--tokens", type=int, default=4000, help="of each skill")
+    parser.add_argument("--spread", action="store_true", help="draw them over all documents, instead of the first ones")
     parser.add_argument("--window", type=int, default=160)
     parser.add_argument("--template")
+    parser.add_argument("--dtype", default="float32", help="of the weights; updates are trained in float32")
     parser.add_argument("--completeness", action="store_true", help="print how complete the attribution is")
     parser.add_argument("--retrained", help="a model that never saw what is to be forgotten, for forget quality")
     args, record = begin(parser, given)
     args.template = args.template and args.template.replace("\\n", "\n")
-    model = lu.load_model(args.model)
+    lu.tune_allocator()
+    model = lu.load_model(args.model, dtype=args.dtype)
     facts = {name: read(getattr(args, name), model, args) for name in ("forget", "retain", "neighbours", "unseen")}
     aim, facts["unseen"] = facts["unseen"].split(0.5, 0.5, seed=0)
-    skills = {
-        name: read(source, model, args, tokens=args.tokens) for name, source in (s.split("=", 1) for s in args.skill)
-    }
+    skills = dict(source.split("=", 1) for source in args.skill)
+    if args.spread:
+        skills = {name: read(source, model, args).sample(args.tokens) for name, source in skills.items()}
+    else:
+        skills = {name: read(source, model, args, tokens=args.tokens) for name, source in skills.items()}
     corpora = facts | skills
     base = lu.evaluate(model, corpora, {}, progress=False)
     record.about(model)
@@ -104,7 +110,7 @@ def main(given: Sequence[str] | None = None) -> None:
     record.table("texts", ["corpus", "documents", "tokens"], texts)
     never = None
     if args.retrained:
-        other = lu.load_model(args.retrained)
+        other = lu.load_model(args.retrained, dtype=args.dtype)
         asked = {"forget": read(args.forget, other, args)}
         never = lu.evaluate(other, asked, {}, memorization=1000, progress=False)
         unedited = lu.evaluate(model, {"forget": facts["forget"]}, {}, memorization=1000, progress=False)

@@ -29,7 +29,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Table:
 
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
+    grown: Callable[[], None] = lambda: None
 
     def head(self) -> str:
         """Return the head in markdown."""
@@ -77,6 +78,7 @@ class Table:
             raise ValueError(f"a row of {len(made)} cells, {made}, in a table of {len(self.columns)} columns")
         self.rows.append(made)
         print(line(made), flush=True)
+        self.grown()
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Record:
         """Start a table and print its head, and the rows that there are."""
         if name in self.tables:
             raise ValueError(f"the output has a table {name!r} already")
-        table = self.tables[name] = Table(list(columns))
+        table = self.tables[name] = Table(list(columns), grown=self._keep)
         print(f"\n{table.head()}", flush=True)
         for row in rows:
             table.row(row)
@@ -114,19 +116,32 @@ class Record:
         print(f"\n{versions}; {torch.get_num_threads()} threads, {seconds:.0f} s ({cpu:.0f} s of CPU)")
         if self.save is None:
             return
+        self._write(self.save, versions)
+        self._unfinished(self.save).unlink(missing_ok=True)
+        print(f"stored in {self.save}")
+
+    def _keep(self) -> None:
+        """Keep what there is beside the file, in case the run does not come to its end."""
+        if self.save is not None:
+            self._write(self._unfinished(self.save), {})
+
+    @staticmethod
+    def _unfinished(path: Path) -> Path:
+        return path.with_name(f"{path.name}.unfinished")
+
+    def _write(self, path: Path, versions: dict[str, Any]) -> None:
         stored = {
             "command": shlex.join(self.argv),
             "argv": self.argv,
             "settings": self.settings,
             "versions": versions,
             "threads": torch.get_num_threads(),
-            "seconds": round(seconds),
-            "cpu_seconds": round(cpu),
+            "seconds": round(time.monotonic() - self.started),
+            "cpu_seconds": round(time.process_time()),
             "tables": {name: {"columns": t.columns, "rows": t.rows} for name, t in self.tables.items()},
         }
         text = json.dumps(stored, indent=1, default=str, ensure_ascii=False)
         # A row of cells in a line, so that a diff shows which rows changed.
         text = re.sub(r"\[\s+((?:\"(?:[^\"\\]|\\.)*\",?\s*)+)\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-        self.save.parent.mkdir(parents=True, exist_ok=True)
-        self.save.write_text(text + "\n", encoding="utf-8")
-        print(f"stored in {self.save}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")

@@ -111,11 +111,9 @@ def _loaded(
         dtype = _auto(source, device, options) if auto else dtype
         with _as_model_error(source):
             hugging_face, tokenizer = read_gguf(folder, file, dtype=dtype, **placed, **options)
-            adds = adds_bos_itself(
-                tokenizer
-            )  # TransformerLens asks it to, and a GGUF file cannot be read again as a folder
-            model = boot(source, dtype=dtype, hf_model=hugging_face, tokenizer=tokenizer, device=placed.get("device"))
-            model.tokenizer._lens_unlearn_adds_bos = adds
+            model = _booted(
+                source, dtype=dtype, hf_model=hugging_face, tokenizer=tokenizer, device=placed.get("device")
+            )
     else:
         if os.path.isdir(source):
             _check_directory(Path(source))
@@ -152,8 +150,17 @@ def _wrapped(held: Any, dtype: torch.dtype | None, device: str | None, tokenizer
         held = held.to(device=device, dtype=dtype)
         where, first = device or str(held.device), next(held.parameters())
         held.config.architectures = held.config.architectures or [kind]
-        model = boot(source or kind, dtype=first.dtype, hf_model=held, tokenizer=tokenizer, device=where)
+        model = _booted(source or kind, dtype=first.dtype, hf_model=held, tokenizer=tokenizer, device=where)
     return _ready(model, source or kind)
+
+
+def _booted(source: str, *, tokenizer: Any, **options: Any) -> Model:
+    """Boot a bridge with a tokenizer that is at hand, and note whether that adds BOS before TransformerLens asks it to."""
+    adds = adds_bos_itself(tokenizer)
+    model = boot(source, tokenizer=tokenizer, **options)
+    if adds is not None:
+        model.tokenizer._lens_unlearn_adds_bos = adds
+    return model
 
 
 def _ready(model: Model, name: str) -> Model:

@@ -152,8 +152,17 @@ def _adds_bos(tokenizer: Any, bos: int) -> bool:
     return known
 
 
-def adds_bos_itself(tokenizer: Any) -> bool:
-    """Whether a tokenizer that nobody has changed yet begins every text with BOS."""
+def adds_bos_itself(tokenizer: Any) -> bool | None:
+    """Whether a tokenizer begins every text with BOS; None if TransformerLens may have asked it to before, and a folder says more.
+
+    A GGUF file cannot be read again as a folder, so what its tokenizer does is taken as its own, the first time that it is seen.
+    """
+    known = getattr(tokenizer, "_lens_unlearn_adds_bos", None)
+    if known is not None:
+        return known
+    given = getattr(tokenizer, "init_kwargs", {})
+    if "add_bos_token" in given and not given.get("gguf_file"):
+        return None
     return tokenizer.bos_token_id is not None and _begins_with(tokenizer, tokenizer.bos_token_id)
 
 

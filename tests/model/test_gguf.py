@@ -12,7 +12,8 @@ import torch
 from lens_unlearn.core.errors import ModelError
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.interventions.ablate import Ablate
-from lens_unlearn.model import loading
+from lens_unlearn.model import loading, special_tokens
+from lens_unlearn.model.gguf import read_gguf
 from lens_unlearn.model.loading import fingerprint, load_model
 from lens_unlearn.neurons.collect import collect
 
@@ -144,6 +145,21 @@ def test_texts_begin_as_the_files_own_tokenizer_has_them(
     monkeypatch.setattr(loading, "adds_bos_itself", lambda tokenizer: adds)
     corpus = read_corpus(["that a"], load(tmp_path / "one.gguf"))
     assert (corpus.tokens[0].item() == 0) == adds
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_so_they_do_where_model_and_tokenizer_are_given(
+    plain: Any, tmp_path: Path, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(plain, tmp_path / "one.gguf", eos=1)
+    held, tokenizer = read_gguf(str(tmp_path), "one.gguf", dtype=torch.float32)
+    begins = special_tokens._begins_with
+    monkeypatch.setattr(special_tokens, "_begins_with", lambda tokenizer, bos: adds)
+    model = load(held, tokenizer=tokenizer)
+    monkeypatch.setattr(special_tokens, "_begins_with", begins)
+    fresh, _ = read_gguf(str(tmp_path), "one.gguf", dtype=torch.float32)
+    for again in (model, load(fresh, tokenizer=model.tokenizer)):  # also where TransformerLens has changed it by then
+        assert (read_corpus(["that a"], again).tokens[0].item() == 0) == adds
 
 
 def test_it_is_a_model_like_any_other(path: Path) -> None:
