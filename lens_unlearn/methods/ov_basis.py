@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, ModelError, SiteError
 from lens_unlearn.model.hooks import attach, backbone, detach_all
-from lens_unlearn.model.host import Model, processing, require_float, require_model
+from lens_unlearn.model.host import Model, part_of, processing, require_float, require_model
 from lens_unlearn.model.loading import load_model
 from lens_unlearn.model.sites import Site, layers_with, resolve
 from lens_unlearn.neurons.maps import NeuronMap
@@ -44,12 +44,12 @@ def rotate(
 
 
 def _head_bases(model: Model, layer: int) -> Float[Tensor, "heads d_head d_head"]:
-    attention = model.blocks[layer].attn
+    attention = part_of(model, layer, "attn")
     try:
         w_o, w_v = (getattr(attention, name).detach().double().cpu() for name in ("W_O", "W_V"))
-    except AttributeError as error:  # multi-head latent attention
+    except AttributeError as error:  # multi-head latent attention, or a layer that is wrapped whole
         raise SiteError(
-            f"a {type(attention).__name__} has no OV circuit of one W_V and one W_O per head: use unit='neuron'"
+            f"the attention of layer {layer} has no OV circuit of one W_V and one W_O per head: use unit='neuron'"
         ) from error
     if len(w_v) != len(w_o):  # grouped queries: several heads read one value head
         w_v = w_v.repeat_interleave(len(w_o) // len(w_v), dim=0)

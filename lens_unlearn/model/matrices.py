@@ -28,6 +28,7 @@ from torch import Tensor
 from lens_unlearn.core.errors import ModelError, SiteError
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register
 from lens_unlearn.model.host import Model, is_quantized, part_of, require_eval, require_model
+from lens_unlearn.model.wrapped import plain_map
 
 __all__ = [
     "MATRICES",
@@ -223,7 +224,13 @@ def _computed_by(model: Model, matrix: Matrix) -> Any:
     if matrix.name not in here:
         raise SiteError(f"{matrix} does not exist in this model: layer {matrix.layer} has {', '.join(here) or 'none'}")
     owner = part_of(model, matrix.layer, part)
+    if owner is None:
+        return plain_map(model, matrix.layer, _INSIDE[matrix.name])
     return _linear(owner, module).original_component if hasattr(model, "original_model") else owner
+
+
+_INSIDE = {"W_out": "mlp.post", "W_O": "attn.z"}
+"""The matrices that are known in layers that TransformerLens wraps whole, by the sites in front of them."""
 
 
 def _linear(owner: Any, name: str) -> Any:
@@ -241,6 +248,8 @@ def matrix_names(model: Model, layer: int) -> list[str]:
     for name, (part, module, _) in MATRICES.items():
         owner = part_of(model, layer, part)
         inner = getattr(_linear(owner, module), "original_component", None) if bridged else None
+        if owner is None and name in _INSIDE:
+            inner = plain_map(model, layer, _INSIDE[name])
         if (getattr(inner, "weight", None) is not None) if bridged else hasattr(owner, name):
             names.append(name)
     return names

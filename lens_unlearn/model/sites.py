@@ -24,6 +24,7 @@ from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.experts import EXPERT_KINDS, MOE_KINDS, expert_point, experts_in, has_kind, top_k
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, part_of, require_eval, require_model
+from lens_unlearn.model.wrapped import plain_map, wrapped_point
 
 __all__ = ["KINDS", "Point", "Site", "check_kind", "layers_with", "mlp_width", "parse_sites", "resolve"]
 
@@ -197,7 +198,8 @@ def _hook_point(model: Model, points: Mapping[str, Any], site: Site) -> Any:
         raise SiteError(_missing(model, points, site))
     if site.kind in MOE_KINDS:
         return expert_point(model, site.layer, site.kind)
-    return points[_name(points, site)]
+    name = _name(points, site)
+    return points[name] if name in points else wrapped_point(model, site.layer, site.kind)
 
 
 def _name(points: Mapping[str, Any], site: Site) -> str:
@@ -212,7 +214,7 @@ def _has(model: Model, points: Mapping[str, Any], site: Site) -> bool:
         )  # the same neurons, as Granite's hybrids have
         return has_kind(model, site.layer, site.kind) and not mlp
     neurons = not site.kind.startswith("mlp") or mlp_width(model, site.layer) is not None
-    return _name(points, site) in points and neurons
+    return (_name(points, site) in points and neurons) or plain_map(model, site.layer, site.kind) is not None
 
 
 def _missing(model: Model, points: Mapping[str, Any], site: Site) -> str:
@@ -238,6 +240,8 @@ def _original(component: Any) -> Any:
 
 def mlp_width(model: Model, layer: int) -> int | None:
     """Return the number of neurons of a layer's MLP, from its output matrix; None if it does not have exactly one."""
+    if (inside := plain_map(model, layer, "mlp.post")) is not None:
+        return int(inside.in_features)  # type: ignore[arg-type]
     mlp: Any = part_of(model, layer, "mlp")
     out = _original(getattr(mlp, "out", None) or getattr(mlp, "dense_out", None))
     if isinstance(width := getattr(out, "in_features", None), int):  # weights may be packed, or elsewhere

@@ -29,6 +29,7 @@ from lens_unlearn.model.matrices import Matrix, matrix_shape
 from lens_unlearn.model.positions import pad_of
 from lens_unlearn.model.shortcuts import unbridged
 from lens_unlearn.model.sites import KINDS, Point, Site, layers_with, resolve
+from lens_unlearn.model.wrapped import plain_map
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.testing.outcomes import ModelChecks, Outcome, Row, first_line
@@ -442,6 +443,8 @@ def _matrix_behind(model: Model, site: Site) -> tuple[nn.Module, str]:
 
 def _linear(model: Model, site: Site) -> nn.Module:
     """Return the plain module of a bridge whose input a site is."""
+    if (inside := plain_map(model, site.layer, site.kind)) is not None:
+        return inside
     part, name, _ = _BEHIND[site.kind]
     owner = part_of(model, site.layer, part)
     component = getattr(owner, f"dense_{name}", None) or getattr(owner, name)

@@ -80,6 +80,8 @@ def _llama(name: str, /, gated: bool = True, d_head: int = 4, lacks: tuple[str, 
 
 
 _Q, _QKV = ("attn.q",), ("attn.q", "attn.k", "attn.v")
+_WHOLE = (*_QKV, "mlp.pre")
+"""What layers lack that TransformerLens wraps whole."""
 
 DENSE: dict[str, Family] = {
     "gpt2": _gpt("GPT2LMHeadModel"),
@@ -209,19 +211,21 @@ HYBRID: dict[str, Family] = {
         "NemotronHForCausalLM",
         {**_COMMON, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4,
          "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 4, "chunk_size": 8},
-        layers=("", "", ""),
+        post="mixer.down_proj", z="mixer.o_proj", layers=("", "a", "m"), gated=False, lacks=_WHOLE,
     ),
     "zamba2": Family(
         "Zamba2ForCausalLM",
         {**_WIDE, "num_hidden_layers": 3, "mamba_d_state": 4, "mamba_headdim": 8, "n_mamba_heads": 4, "mamba_ngroups": 1,
          "chunk_size": 8, "hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1,
          "num_key_value_heads": 4, "attention_head_dim": 8, "use_shared_mlp_adapter": False, "adapter_rank": 4},
-        layers=("", "", ""),
+        post="shared_transformer.feed_forward.down_proj", z="shared_transformer.self_attn.o_proj", layers=("", "am", ""),
+        gated=False, d_head=8, lacks=_WHOLE,
     ),
     "recurrent-gemma": Family(
         "RecurrentGemmaForCausalLM",
         {**_COMMON, **_EIGHT, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 8},
-        layers=("", "", ""),
+        post="mlp_block.down_proj", z="temporal_block.o_proj", layers=("m", "m", "am"), gated=False, neurons=12, d_head=8,
+        lacks=_WHOLE,
     ),
     "mamba": Family("MambaForCausalLM", _MAMBA, "backbone.layers", layers=("", "")),
     "mamba2": Family(

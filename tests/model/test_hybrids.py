@@ -1,5 +1,6 @@
 """Models of which only some layers have attention, or an MLP: kinds mean the layers that have them, wherever kinds are taken."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from lens_unlearn.methods.key_space_detection import key_space_detection
 from lens_unlearn.methods.ov_basis import ov_basis
 from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.methods.simu import simu
-from lens_unlearn.model.hooks import detach_all, on_forward
+from lens_unlearn.model.hooks import attach, detach_all, on_forward
 from lens_unlearn.model.matrices import matrix_names
 from lens_unlearn.model.sites import Site, layers_with, resolve
 from lens_unlearn.neurons.attribution import attribute
 from lens_unlearn.neurons.collect import collect, load_moments, save_moments
+from lens_unlearn.neurons.maps import NeuronMap
 
 USUAL = range(3, families.VOCABULARY)
 
@@ -58,13 +60,9 @@ def corpora(*, prompts: bool = False) -> tuple[Corpus, Corpus]:
 @pytest.mark.parametrize("name", families.HYBRID)
 def test_a_kind_means_the_layers_that_have_it(name: str) -> None:
     family, model = families.FAMILIES[name], families.bridge(name)
-    for letter, kind in (
-        ("a", "attn.z"),
-        ("a", "attn.v"),
-        ("m", "mlp.pre"),
-        ("m", "mlp.pre_linear"),
-        ("m", "mlp.post"),
-    ):
+    for kind in ("attn.z", "attn.v", "mlp.pre", "mlp.pre_linear", "mlp.post"):
+        shown = kind not in family.lacks and (kind != "mlp.pre_linear" or family.gated)
+        letter = kind[0] if shown else "none"
         expected = [layer for layer, has in enumerate(family.layers) if letter in has]
         if expected:
             assert [site.layer for site in resolve(model, kind)] == expected == layers_with(model, kind)
@@ -88,7 +86,7 @@ def test_a_site_that_is_named_has_to_exist(models: dict[str, Any]) -> None:
 
 
 def test_experts_are_not_blamed_where_there_is_no_mlp() -> None:
-    for name in ("mamba", "rwkv", "zamba2"):
+    for name in ("mamba", "rwkv"):
         with pytest.raises(SiteError, match=r"does not exist in this model: layer 0 is a \w+ with resid;") as caught:
             resolve(families.bridge(name), "mlp.post")
         assert "expert" not in str(caught.value)
@@ -108,6 +106,41 @@ def test_experts_are_not_blamed_where_there_is_no_mlp() -> None:
 def test_what_is_laid_out_otherwise_is_refused(name: str, kind: str, words: str) -> None:
     with pytest.raises(SiteError, match=words):
         resolve(families.bridge(name), kind)
+
+
+@pytest.mark.parametrize("name", ["nemotron-h", "recurrent-gemma", "zamba2"])
+def test_layers_that_are_wrapped_whole_have_hook_points_of_their_own(name: str) -> None:
+    model = families.bridge(name)
+    tiny.logits(model, families.tokens())
+    before = tiny.hooks_of(model)
+    for kind in ("mlp.post", "attn.z"):
+        sites = resolve(model, kind)
+        seen: list[torch.Size] = []
+        remove = attach(next(iter(sites.values())).hook, lambda x, seen=seen: seen.append(x.shape))
+        tiny.logits(model, families.tokens())
+        assert remove()
+        assert seen == [(2, 7, *next(iter(sites.values())).shape)]
+        assert tiny.hooks_of(model) == before
+    copied = []
+    with Ablate(NeuronMap({s: torch.ones(p.shape, dtype=torch.bool) for s, p in resolve(model, "attn.z").items()})).on(
+        model
+    ):
+        copied.append(copy.deepcopy(model))
+    assert torch.equal(tiny.logits(copied[0], families.tokens()), tiny.logits(model, families.tokens()))
+    with pytest.raises(SiteError, match="has no OV circuit of one W_V and one W_O per head"):
+        ov_basis(model)
+
+
+def test_weights_that_several_layers_share_have_a_site_in_each() -> None:
+    """Zamba 2's attention: its weights are those of one block, run in several layers."""
+    family = families.FAMILIES["zamba2"]
+    shared = {"hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4}
+    with tiny.quiet(0):
+        plain = transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**{**family.config, **shared})).eval()
+    plain.config.architectures = [family.name]
+    model = families.bridge("zamba2", plain)
+    assert [site.layer for site in resolve(model, "attn.z")] == [1, 3]
+    assert not lu.check_model(model).failed
 
 
 def test_a_model_of_several_stacks_is_refused() -> None:
