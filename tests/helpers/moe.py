@@ -219,6 +219,8 @@ CONFIGS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
 }
 """By name: the class of the model in transformers, and what makes its configuration."""
+if tiny.HookedTransformer is not None:  # the bridge of TransformerLens 3.9 does not run these under transformers 5.23
+    del CONFIGS["qwen3-next"], CONFIGS["qwen3.5-moe"]
 
 
 @cache

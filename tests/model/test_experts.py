@@ -382,6 +382,24 @@ def test_a_dense_model_has_no_experts() -> None:
         resolve(tiny.model("llama"), "experts.post")
 
 
+@pytest.mark.skipif(tiny.HookedTransformer is None, reason="this TransformerLens has no HookedTransformer")
+def test_transformer_lens_own_experts_are_refused_and_the_rest_works() -> None:
+    settings = {**tiny._settings("llama"), "num_experts": 4, "experts_per_token": 2}
+    with tiny.quiet(0):
+        own = tiny.HookedTransformer(tiny.HookedTransformerConfig(**settings, seed=0)).eval()
+    for kind in ("experts.post", "experts.router", "mlp.post"):
+        with pytest.raises(
+            SiteError, match=r"TransformerLens' own: load the model as a TransformerBridge|mixture-of-experts"
+        ):
+            resolve(own, kind)
+    before = tiny.logits(own)
+    selection = NeuronMap({site: torch.arange(32).view(4, 8) % 3 == 0 for site in resolve(own, "attn.z")})
+    with Ablate(selection).on(own):
+        assert not torch.equal(tiny.logits(own), before)
+    assert torch.equal(tiny.logits(own), before)
+    assert collect(own, tiny.corpus(), ("attn.z", "resid"), progress=False).n > 0
+
+
 def test_experts_that_are_fused_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = moe.bridge("mixtral")
     monkeypatch.setattr(made.original_model.config, "_experts_implementation_internal", "sonicmoe")
