@@ -22,7 +22,7 @@ so that their keys pass through hook points; knows nothing of sites' names in fi
 
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from importlib.metadata import version
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from lens_unlearn.core.errors import SiteError
 from lens_unlearn.model.hooks import Remover, register
 from lens_unlearn.model.host import Model
-from lens_unlearn.model.routed import Routed
+from lens_unlearn.model.routed import Routed, through
 
 __all__ = [
     "EXPERT_KINDS",
@@ -173,15 +173,29 @@ class _Layer:
         from transformer_lens.hook_points import HookPoint
 
         if kind not in self.points:
-            point = HookPoint()
+            point: Any = HookPoint()
             point.name = kind
-            point.settle = self.settle  # type: ignore[assignment]
+            point.settle = self.settle
+            point.add_hook = partial(self._add, point.add_hook)
             self.points[kind] = point
         return self.points[kind]
 
+    def _add(self, add: Callable[..., Any], hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Add a hook, which may be the user's: it is given tensors."""
+
+        @wraps(hook)
+        def run(value: Any, hook: Any) -> Any:
+            return through(lambda tensor: given(tensor, hook=hook), value)
+
+        given, function = hook, hook if getattr(hook, "takes_routed", False) else run
+        handle = add(function, *args, **kwargs)
+        self.settle()
+        return handle
+
     def hooked(self, *kinds: str) -> bool:
         """Whether something is hooked, at one of some kinds or at any."""
-        return any(point._forward_hooks for kind, point in self.points.items() if kind in kinds or not kinds)
+        points = [point for kind, point in self.points.items() if kind in kinds or not kinds]
+        return any(point._forward_hooks or point._backward_hooks for point in points)
 
     def require(self, name: str) -> None:
         """Refuse experts whose keys cannot be had."""
@@ -191,12 +205,14 @@ class _Layer:
         block, module = self.block(), self.module()
         if block is None or module is None:  # the model is gone
             return True
-        if not self.hooked():
+        in_place = any(getattr(hook, "__wrapped__", None) == self._note for hook in block._forward_pre_hooks.values())
+        if not (self.hooked() and in_place):
             while self.removers:
                 self.removers[-1]()
                 self.removers.pop()
-        elif not self.removers:
-            register([(block, "_forward_pre_hooks", self._note), *self._places(module)], self.removers)
+            if self.hooked():
+                places = [(block, "_forward_pre_hooks", self._note), *self._places(module)]
+                register(places, self.removers, always=True)
         return True
 
     def _places(self, module: nn.Module) -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -291,7 +307,11 @@ class _ExpertsLayer(_Layer):
         return self._passed("experts.post", pairs(key)).key if self.hooked("experts.post") else key
 
     def _passed(self, kind: str, values: Routed) -> Routed:
-        return self.points[kind](values) if kind in self.points else values
+        point = self.points.get(kind)
+        if point is None:
+            return values
+        # PyTorch calls backward hooks of modules that return tensors.
+        return values.with_dense(point(values.dense())) if point._backward_hooks else point(values)
 
 
 class _TableLayer(_ExpertsLayer):

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import ModelError, SiteError
 from lens_unlearn.model.host import Model, device_of, require_model
-from lens_unlearn.model.routed import through
+from lens_unlearn.model.routed import takes_routed, through
 
 __all__ = [
     "Remover",
@@ -112,6 +112,7 @@ def attach(
             return None
         return through(function, tensor)
 
+    takes_routed(run)
     # A hook point that is not TransformerLens' has to know when it is used, see `experts`.
     settle: Callable[[], bool] = getattr(hook, "settle", lambda: True)
 
@@ -133,7 +134,6 @@ def attach(
         hook.add_hook(run, is_permanent=True)
         if not any(handle.user_hook is run for handle in hook.fwd_hooks):  # pragma: no cover - another version
             raise SiteError("this TransformerLens does not keep its hooks in HookPoint.fwd_hooks: install >=3.9,<5")
-        settle()
         added = True
     except BaseException:
         remove()
@@ -312,7 +312,11 @@ def _generating(kind: type) -> frozenset[CodeType]:
 
 
 def register(
-    places: Sequence[tuple[Any, str, Callable[..., Any]]], removers: list[Remover] | None, *, with_kwargs: bool = True
+    places: Sequence[tuple[Any, str, Callable[..., Any]]],
+    removers: list[Remover] | None,
+    *,
+    with_kwargs: bool = True,
+    always: bool = False,
 ) -> Remover:
     """Add PyTorch hooks to modules.
 
@@ -320,13 +324,14 @@ def register(
         places: For each hook the module, the kind ("_forward_hooks" or "_forward_pre_hooks"), and the function.
         removers: As in `attach`.
         with_kwargs: Whether the functions take the module's keyword arguments too.
+        always: Whether they act also where hooks rest: what only hands values to hooks, which rest themselves.
 
     Returns:
         One remover for all of them.
     """
     added = False
 
-    owned = [(module, kind, _own(module, hook)) for module, kind, hook in places]
+    owned = [(module, kind, _own(module, hook, always)) for module, kind, hook in places]
 
     def remove() -> bool:
         were_there = [_unhook(*place) for place in owned]
@@ -345,9 +350,9 @@ def register(
     return remove
 
 
-def _own(module: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
+def _own(module: Any, hook: Callable[..., Any], always: bool) -> Callable[..., Any]:
     """Make a PyTorch hook that does nothing when it is called for another module, such as a copy of its own, or rests."""
-    reference, rests = weakref.ref(module), not _resting()
+    reference, rests = weakref.ref(module), not always and not _resting()
 
     @wraps(hook)
     def run(called: Any, *args: Any) -> Any:

@@ -410,6 +410,8 @@ class InterventionPromises(Promises):
             "run_with_cache": lambda: self.model.run_with_cache(self._tokens),
             "run_with_hooks": lambda: self.model.run_with_hooks(self._tokens, fwd_hooks=[(name, lambda x, hook: x)]),
         }
+        if name not in self.model.hook_dict:  # inside experts, which these tools do not know
+            del tools["run_with_hooks"]
         with self.intervention.on(self.model), torch.no_grad():
             for tool, use in tools.items():
                 result = use()

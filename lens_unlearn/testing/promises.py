@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.model.experts import extra_points
 from lens_unlearn.model.host import Model, stored
 
 __all__ = [
@@ -117,6 +118,8 @@ class Picture:
 
     def __init__(self, model: Model) -> None:
         self.model, modules = model, [(path or "the model", module) for path, module in model.named_modules()]
+        self._inside = extra_points(model)  # which are no part of the model
+        modules += [(f"{point.name} ({index})", point) for index, point in enumerate(self._inside)]
         self._books = {  # the hook lists of PyTorch and of TransformerLens
             f"{name} of {path}": (vars(module), name, book)
             for path, module in modules
@@ -145,6 +148,10 @@ class Picture:
             if book or entries:
                 book.clear()
                 book.update(entries) if isinstance(book, dict) else book.extend(hook for _, hook in entries)
+        for point in extra_points(self.model):
+            if not any(point is known for known in self._inside):  # made since
+                point.remove_hooks("both", including_permanent=True)
+            point.settle()
         for path, module in self.model.named_modules():
             module.training = self.settings[f"training mode of {path or 'the model'}"]
         for name, parameter in self.model.named_parameters():

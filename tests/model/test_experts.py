@@ -13,12 +13,15 @@ from sites_helpers import values_seen
 
 from lens_unlearn.core.errors import ActivationError, ModelError, SelectionError, SiteError
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.model.experts import extra_points
 from lens_unlearn.model.hooks import attach, detach_all
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.moments import Moments
+from lens_unlearn.testing import check_intervention
 
 IN_TABLE = [name for name in moe.CONFIGS if name != "llama4"]
 WAYS = ["grouped_mm", "batched_mm", "eager"]
@@ -299,6 +302,61 @@ def test_a_whole_expert_ablated_is_its_projection_zeroed(made: Any) -> None:
     selection = NeuronMap({site: torch.arange(4)[:, None].expand(4, 24) == 2 for site in resolve(made, "experts.post")})
     with Ablate(selection).on(made):
         assert torch.equal(tiny.logits(made), edited("qwen3-moe", selection))
+
+
+@pytest.mark.parametrize("kind", ["ablate and reroute", "adjust", "shared and pre"])
+def test_the_public_battery_is_passed(kind: str) -> None:
+    model = moe.bridge("qwen2-moe")
+    chosen = some_neurons(model)
+    if kind == "ablate and reroute":
+        subject: Any = Ablate(chosen, 0.1) + Reroute({0: [1], 1: [3]})
+    elif kind == "adjust":
+        maps = {
+            n: chosen.map(lambda m, v=v: torch.full(m.shape, v))
+            for n, v in zip(Adjust._MAPS, (0.02, 1, -0.05, 0.5), strict=True)
+        }
+        subject = Adjust(chosen, **maps)
+    else:
+        shared = NeuronMap({site: torch.arange(16) % 3 == 0 for site in resolve(model, "shared.post")})
+        subject = Ablate(some_neurons(model, "experts.pre")).placed("prompt") + Ablate(shared)
+    results = check_intervention(subject, model, tokens=tiny.some_tokens(4, 6))
+    lacking = {
+        "generates_alike",
+        "ignores_padding_on_the_left",
+        "ignores_padding_on_the_right",
+    }  # there is no tokenizer
+    assert {promise for promise, seen in results.items() if seen != "kept"} <= lacking, results
+
+
+def test_hooks_of_the_user_are_given_tensors_and_may_be_added_as_to_any_hook_point(made: Any) -> None:
+    seen: list[torch.Size] = []
+    point = resolve(made, "L1.experts.post")[Site(1, "experts.post")].hook
+    point.add_hook(lambda x, hook: seen.append(x.shape))
+    tiny.logits(made)
+    tiny.logits(made, tiny.some_tokens(1, 3))
+    assert seen == [(2, 7, 96), (1, 3, 96)]
+    point.remove_hooks()
+    point.settle()
+
+
+def test_backward_hooks_of_the_user_are_given_the_gradient(made: Any) -> None:
+    seen: list[torch.Tensor] = []
+    point = resolve(made, "L1.experts.post")[Site(1, "experts.post")].hook
+    embed = made.hook_dict["embed.hook_out"]
+    embed.add_hook(lambda x, hook: x.detach().requires_grad_())
+    point.add_hook(lambda grad, hook: seen.append(grad.clone()), dir="bwd")
+    try:
+        made(tiny.some_tokens(2, 5))[..., 7].sum().backward()
+    finally:
+        point.remove_hooks("bwd")
+        point.settle()
+        embed.remove_hooks()
+    plain, tokens = moe.plain("qwen3-moe"), tiny.some_tokens(2, 5)
+    plain(tokens).logits[..., 7].sum().backward()
+    weights = moe.experts_of(plain)[1].down_proj
+    value = moe.values(plain, tokens)[1]["post"].flatten(1)
+    expected = (weights * weights.grad).sum(1).flatten().detach()
+    torch.testing.assert_close((value * seen[0].flatten(0, 1)).sum(0), expected, rtol=1e-3, atol=1e-4)
 
 
 # --- shared experts, mixed blocks, and what is refused -------------------------------------------------------------------
