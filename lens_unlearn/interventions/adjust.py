@@ -20,6 +20,7 @@ from lens_unlearn.interventions.base import (
     Parts,
 )
 from lens_unlearn.interventions.selections import check_shape, describe_selection, maps_in, selection_in
+from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 
@@ -105,11 +106,17 @@ class Adjust(Intervention):
         neuron = mix(index + key_of("neuron adjust", self.seed, str(site)))
         random = self.rule == "random"
 
-        def act(x: Tensor, live: Live) -> Tensor:
+        def act(x: Any, live: Live) -> Any:
+            if isinstance(x, Routed):
+                where = live.like(index, x.key)
+                return x.with_selected(where, adjusted(x.selected(where), live))
             flat = x.reshape(*x.shape[:2], -1)
             where = live.like(index, x)
+            return flat.index_copy(2, where, adjusted(flat.index_select(2, where), live)).reshape(x.shape)
+
+        def adjusted(x: Tensor, live: Live) -> Tensor:
             mf, sf, mr, sr, offset = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, log_ratio))
-            chosen = flat.index_select(2, where).float()
+            chosen = x.float()
             z_f, z_r = (chosen - mf) / sf, (chosen - mr) / sr
             # log p_f / p_r = (z_r^2 - z_f^2) / 2 + log sigma_r / sigma_f. Some 15 sigmas out both densities are 0 in float32,
             # and their ratio is NaN, but its logarithm is not. Written as a product, since each square may overflow.
@@ -125,10 +132,9 @@ class Adjust(Intervention):
                 # number depends on what was drawn before: on the batch, its padding, and whether there is a cache.
                 keys = live.rows.beside(x).keys
                 flip &= uniform(keys[:, :, None] + live.like(neuron, x)) < log_odds.sigmoid()  # p_f / (p_r + p_f)
-            new = torch.where(flip, (mr - sr * z_f).to(x.dtype), flat.index_select(2, where))
-            return flat.index_copy(2, where, new).reshape(x.shape)
+            return torch.where(flip, (mr - sr * z_f).to(x.dtype), x)
 
-        return act
+        return takes_routed(act)
 
     def check(self, points: Mapping[Site, Point]) -> None:
         """Refuse a model with other numbers of neurons."""

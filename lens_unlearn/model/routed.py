@@ -3,7 +3,7 @@
 Knows pairs of a token and an expert; knows nothing of models, nor of how the experts are computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,28 @@ class Routed:
             values = self._keyed(torch.as_tensor(values, dtype=self.key.dtype, device=self.key.device))
         key = self.key.masked_fill(where, values) if isinstance(values, float) else torch.where(where, values, self.key)
         return replace(self, key=key.to(self.key.dtype))
+
+    def selected(self, index: Int[Tensor, "chosen"]) -> Float[Tensor, "batch pos chosen"]:
+        """Return the values of some neurons, by their flat indices, with the zeros: of `dense` only that part is made."""
+        rows, positions = self.batch
+        found = self.values.new_zeros(rows * positions, len(index))
+        for pairs, columns, chosen in self._parts(index):
+            found[self.token[pairs][:, None], chosen] = self.values[pairs][:, columns]
+        return found.view(rows, positions, -1)
+
+    def with_selected(self, index: Int[Tensor, "chosen"], new: Float[Tensor, "batch pos chosen"]) -> "Routed":
+        """Return what has other values at some neurons, where a token is routed to their experts."""
+        flat, values = new.reshape(-1, len(index)), self.values.clone()
+        for pairs, columns, chosen in self._parts(index):
+            values[pairs[:, None], columns] = flat[self.token[pairs][:, None], chosen].to(values.dtype)
+        return self.replaced(values != self.values, values)
+
+    def _parts(self, index: Int[Tensor, "chosen"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield, for each expert with some of the neurons, its pairs, the neurons' columns, and their places in the index."""
+        of, columns = index // self.columns, index % self.columns
+        for expert in of.unique().tolist():
+            chosen = (of == expert).nonzero()[:, 0]
+            yield (self.expert == expert).nonzero()[:, 0], columns[chosen], chosen
 
     def _keyed(self, values: Tensor) -> Tensor:
         """Return the keys that have some values."""

@@ -298,6 +298,36 @@ def test_gradients_flow_through_hooks_of_tensors() -> None:
     torch.testing.assert_close((leaves[0] * leaves[0].grad).sum((0, 1)), expected.detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["random", "deterministic"])
+def test_an_adjustment_of_routed_values_is_one_of_the_tensor_of_all(made: Any, rule: Any) -> None:
+    chosen = some_neurons(made)
+    maps = {
+        n: chosen.map(lambda m, v=v: torch.full(m.shape, v))
+        for n, v in zip(Adjust._MAPS, (0.02, 0.3, -0.05, 0.2), strict=True)
+    }
+
+    class Dense(Adjust):
+        def hooks(self) -> Any:
+            return [(site, lambda x, live, f=function: f(x, live)) for site, function in super().hooks()]
+
+    before = tiny.logits(made)
+    with Adjust(chosen, **maps, rule=rule).on(made):
+        quick = tiny.logits(made)
+    with Dense(chosen, **maps, rule=rule).on(made):
+        torch.testing.assert_close(quick, tiny.logits(made), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(quick, before)
+
+
+def test_a_file_of_moments_without_sensible_loads_is_refused(made: Any, tmp_path: Any) -> None:
+    from lens_unlearn.core.errors import LensUnlearnError
+
+    moments = collect(made, tiny.corpus(), "experts.post", progress=False)
+    state, key = moments.state(), "L0.experts.post.routing"
+    for wrong in (state[key][:, :3], state[key] + moments.n, -state[key], state[key].float(), state[key] * torch.inf):
+        with pytest.raises(LensUnlearnError, match="the stored loads cannot be those of experts"):
+            Moments().with_state({**state, key: wrong})
+
+
 def test_a_whole_expert_ablated_is_its_projection_zeroed(made: Any) -> None:
     selection = NeuronMap({site: torch.arange(4)[:, None].expand(4, 24) == 2 for site in resolve(made, "experts.post")})
     with Ablate(selection).on(made):
