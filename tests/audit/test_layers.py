@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from audit_helpers import LAYERS, suppressor, world
+from interventions_helpers import selection_of
 from torch import Tensor
 
 import lens_unlearn as lu
 from lens_unlearn.audit import layers
+from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.base import Chain
 
 QUICK: dict[str, Any] = {"progress": False, "resamples": 50}
@@ -181,3 +184,24 @@ def test_without_a_reference_the_curves_are_there_and_no_score() -> None:
     assert alone["gone", "depth", "drop@2"].value > 0.05
     assert all("no reference" in " ".join(alone.notes[name]) for name in ("depth", "logit_lens"))
     assert list(alone.table()["reference"]) == ["no reference"] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt2-compat", "native-gpt2", *tiny.HOOKED[:1]])
+def test_on_other_models_passes_from_a_layer_on_give_what_whole_passes_give(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = tiny.model(name), tiny.build(name, seed=1)
+    corpus = tiny.corpus([9, 12, 7, 10, 8, 11, 9, 8, 12, 10], seed=1).with_prompts(4)
+    conditions = {"pruned": Ablate(selection_of(model)), "nothing": Chain(())}
+    options = {"reference": other, "attacks": ("depth", "logit_lens"), "controls": False, **QUICK}
+    tried, of = [], layers.Trace.of
+    monkeypatch.setattr(layers.Trace, "of", lambda *given: tried.append(made := of(*given)) or made)
+    quick = lu.audit(model, corpus, conditions, **options)
+    assert all(one.replays for one in tried)
+    monkeypatch.setattr(layers.Trace, "of", lambda case, batch, replays=None: of(case, batch, False))
+    whole = lu.audit(model, corpus, conditions, **options)
+    for key, measure in quick.measures.items():
+        assert measure.value == pytest.approx(whole[key].value, abs=1e-4), key
+    assert quick["nothing", "depth", "score"].value == pytest.approx(0, abs=1e-3)
+    assert quick["reference", "depth", "score"].value == pytest.approx(1)
+    assert quick["pruned", "depth", "score"].value > 0
