@@ -4,7 +4,6 @@ Knows activations by site and where a forward pass stands in its texts; knows no
 from the other.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +16,9 @@ from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts
 from lens_unlearn.interventions.place import At, Place
 from lens_unlearn.interventions.selections import check_shape, maps_in
-from lens_unlearn.model.sites import KINDS, Point, Site, check_kind
+from lens_unlearn.model.sites import ALIASES, KINDS, Point, Site, check_kind
 
 __all__ = ["Patch"]
-
-_KIND_OF = {tail: kind for kind, tail in KINDS.items()}
-_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -171,10 +167,9 @@ def _sites_of(run: Any) -> dict[Site, Tensor]:
     found: dict[Site, Tensor] = {}
     for key, value in entries.items():
         if isinstance(key, str):
-            match = _HOOK.fullmatch(key)
-            if "hook" in key and (match is None or match[2] not in _KIND_OF):
+            if "hook" in key and not any(key.endswith(f".{name}") for name in ALIASES):
                 continue  # of a cache, which holds everything
-            key = Site(int(match[1]), _KIND_OF[match[2]]) if match else Site.parse(key)
+            key = Site.parse(key)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise SelectionError(f"{key}: the run holds a {type(value).__name__}, and no activations")
         found[Site(int(key[0]), check_kind(key[1]))] = value

@@ -108,6 +108,7 @@ def key_space_detection(
         model, forget, retain, layer=layer, alpha=alpha, coverage=coverage, region=region, vote=vote, when=when,
         false_alarms=false_alarms, site=site, held_out=held_out, refusal=refusal, seed=seed, batch_size=batch_size,
     )  # fmt: skip
+    site = check_kind(site)
     sites = [Site(number, site) for number in _layers(layer, vote, _having(model, forget, site), site)]
     fixed = layer is not None and alpha is not None and region != "auto"
     budget, contrasts = check_fraction(false_alarms, "false_alarms"), region in _CONTRASTS
@@ -205,7 +206,7 @@ def _check(
         1 if vote is None else vote, "vote"
     )
     check_fraction(false_alarms, "false_alarms")
-    check_kind(site)
+    site = check_kind(site)
     check_numbers(seed=seed, batch_size=batch_size)
     if not isinstance(refusal, str):
         raise LensUnlearnError(f"refusal={refusal!r} is no text")

@@ -101,7 +101,7 @@ def neuron_adjust(
         model, forget, retain, fraction=fraction, rank_by=rank_by, rule=rule, site=site, within=within, seed=seed,
         skip_sinks=skip_sinks, batch_size=batch_size,
     )  # fmt: skip
-    share = check_fraction(fraction)
+    share, site = check_fraction(fraction), check_kind(site)
     forget_stats, retain_stats = (
         require_skipped(part, skip_sinks)
         if isinstance(part, Moments)
@@ -120,7 +120,7 @@ def neuron_adjust(
 
 def adjust_score(forget: Moments, retain: Moments, *, rank_by: str = "signed", site: str = "mlp.pre") -> NeuronMap:
     """Return the score by which `neuron_adjust` ranks neurons."""
-    return _score(_maps(forget, retain, site)[0], rank_by)
+    return _score(_maps(forget, retain, check_kind(site))[0], rank_by)
 
 
 def _score(maps: tuple[NeuronMap, ...], rank_by: str) -> NeuronMap:
@@ -181,7 +181,7 @@ def _check(
     share = check_fraction(fraction)
     if not share and model is None:  # with one, its neurons are counted below
         raise SelectionError(f"fraction={fraction:g} selects nothing: raise it")
-    check_kind(site)
+    site = check_kind(site)
     check_numbers(seed=seed, batch_size=batch_size, skip_sinks=skip_sinks)
     if isinstance(forget, Corpus) and isinstance(retain, Corpus) and forget.fingerprint == retain.fingerprint:
         raise LensUnlearnError(f"forget and retain are the same text ({forget.name}): nothing could tell them apart")

@@ -25,7 +25,7 @@ from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.methods.method import Fitted, Method, require_some
 from lens_unlearn.methods.ov_basis import ov_basis, rotate, value_offset
 from lens_unlearn.model.host import Model, require_model
-from lens_unlearn.model.sites import Site, check_kind
+from lens_unlearn.model.sites import ALIASES, Site, check_kind
 from lens_unlearn.neurons.collect import collect, require_skipped
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
@@ -116,7 +116,7 @@ def selective_pruning(
         model, forget, retain, fraction=fraction, importance=importance, site=site, steps=steps, within=within, eps=eps,
         eps_relative=eps_relative, replacement=replacement, unit=unit, skip_sinks=skip_sinks, batch_size=batch_size,
     )  # fmt: skip
-    fractions = _fractions(fraction, (site,) if isinstance(site, str) else tuple(site))
+    fractions = _fractions(fraction, _kinds(site))
     if steps > 1 and not (isinstance(forget, Corpus) and isinstance(retain, Corpus)):
         raise LensUnlearnError("steps > 1 collects anew under the mask so far: pass corpora, not moments")
     frame = _Frame(model, tuple(fractions), unit, reference, skip_sinks)
@@ -182,7 +182,7 @@ def pruning_moments(
     progress: bool = True,
 ) -> Moments:
     """Collect what `selective_pruning` scores, so that several fractions can share one pass over the corpus."""
-    frame = _Frame(model, (site,) if isinstance(site, str) else tuple(site), unit, reference, skip_sinks)
+    frame = _Frame(model, _kinds(site), unit, reference, skip_sinks)
     return frame.collect(corpus, importance, None, batch_size, progress)
 
 
@@ -275,9 +275,14 @@ def _select(
     return selection
 
 
+def _kinds(site: str | tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(check_kind, (site,) if isinstance(site, str) else site))
+
+
 def _fractions(fraction: Fraction, kinds: tuple[str, ...]) -> dict[str, float]:
     if not isinstance(fraction, Mapping):
         return {kind: check_fraction(fraction) for kind in kinds}
+    fraction = {ALIASES.get(kind, kind): share for kind, share in fraction.items()}
     odd = set(fraction) ^ set(kinds) if set(fraction) - set(kinds) else set()
     if odd:
         raise SelectionError(
@@ -313,9 +318,7 @@ def _check(
     ):
         if given not in known:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
-    fractions = _fractions(fraction, (site,) if isinstance(site, str) else tuple(site))
-    for kind in fractions:
-        check_kind(kind)
+    fractions = _fractions(fraction, _kinds(site))
     if not any(fractions.values()) and model is None:  # with one, its neurons are counted below
         raise SelectionError(f"fraction={fraction} selects nothing: raise it")
     STEPS.check(steps, "steps")

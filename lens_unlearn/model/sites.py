@@ -41,7 +41,9 @@ KINDS: dict[str, str] = {
 }
 """The kinds of sites, and the TransformerLens name of each inside a block; those inside experts are not TransformerLens'."""
 
-_SITE = re.compile(r"L(\d+)\.([a-z_.]+)")
+ALIASES = {tail: kind for kind, tail in KINDS.items()} | {"resid_post": "resid"}
+"""TransformerLens' own names of the kinds, which are taken wherever a kind is."""
+_SITE = re.compile(r"(?:L|blocks\.)(\d+)\.([a-z_.]+)")
 
 
 class Site(NamedTuple):
@@ -52,6 +54,8 @@ class Site(NamedTuple):
         L3.mlp.post
         >>> Site.parse("L3.mlp.post").layer
         3
+        >>> Site.parse("blocks.3.mlp.hook_post")
+        L3.mlp.post
     """
 
     layer: int
@@ -64,10 +68,11 @@ class Site(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Site":
-        """Read what `repr` wrote.
+        """Read what `repr` wrote, or the name of a hook point of TransformerLens.
 
         Raises:
-            SiteError: If the text is not ``L<layer>.<kind>`` with a kind of `KINDS`.
+            SiteError: If the text is not ``L<layer>.<kind>`` with a kind of `KINDS`, or ``blocks.<layer>.<name>`` with one of
+                TransformerLens' names of these.
         """
         match = _SITE.fullmatch(text)
         if match is None:
@@ -99,13 +104,15 @@ class Point:
 
 
 def check_kind(kind: str) -> str:
-    """Return a kind of site, if it is one.
+    """Return a kind of site, if it is one or TransformerLens' name of one (``mlp.hook_post``, ``resid_post``).
 
     Raises:
         SiteError: If there is no such kind; the message names the nearest ones.
     """
     if kind in KINDS:
         return kind
+    if kind in ALIASES:
+        return ALIASES[kind]
     near = difflib.get_close_matches(kind, KINDS, n=3, cutoff=0.3) or list(KINDS)
     raise SiteError(f"there is no site kind {kind!r}: did you mean {' or '.join(near)}?")
 

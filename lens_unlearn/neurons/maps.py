@@ -144,7 +144,7 @@ class NeuronMap:
         return ((site, value.clone()) for site, value in self._values.items())
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the tensor of a `Site` (a copy), or the part of the map of one kind, layer, or of several sites.
+        """Return the tensor of a `Site` or its name (a copy), or the part of the map of one kind, layer, or of several sites.
 
         Raises:
             SelectionError: If the map has nothing there; the message says what it has.
@@ -153,6 +153,8 @@ class NeuronMap:
             if key in self._values:
                 return self._values[key].clone()
             raise SelectionError(f"{key} is not in this map, which has {self._extent()}")
+        if isinstance(key, str) and key[:1] in "Lb":  # a site's name, ours or TransformerLens'
+            return self[Site.parse(key)]
         if isinstance(key, str):
             kind = check_kind(key)
             return self._part(lambda site: site.kind == kind, key)

@@ -9,12 +9,14 @@ import transformers
 from sites_helpers import values_seen
 from torch import nn
 
-from lens_unlearn.core.errors import ModelError, SiteError
+import lens_unlearn as lu
+from lens_unlearn.core.errors import ModelError, SelectionError, SiteError
 from lens_unlearn.model import host, sites
 from lens_unlearn.model.hooks import attach
 from lens_unlearn.model.host import processing
 from lens_unlearn.model.sites import KINDS, Site, parse_sites, resolve
 from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.maps import NeuronMap
 
 CORPUS = tiny.corpus((5,), tokens=range(3, 60))
 
@@ -94,7 +96,7 @@ def test_mixture_of_experts_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "near"),
-    [("mlp.psot", "mlp.post"), ("attn.hook_z", "attn.z"), ("mlp.hook_post", "mlp.post"), ("residual", "resid")],
+    [("mlp.psot", "mlp.post"), ("attn.hok_z", "attn.z"), ("mlp.hok_post", "mlp.post"), ("residual", "resid")],
 )
 def test_a_misspelled_kind_names_the_nearest(kind: str, near: str) -> None:
     with pytest.raises(SiteError, match=f"'{kind}'.*{near}"):
@@ -327,3 +329,45 @@ def test_supported_versions_of_the_host_are_taken(monkeypatch: pytest.MonkeyPatc
         assert resolve(tiny.model("gpt2"), "mlp.post")
     finally:
         host.require_host.cache_clear()
+
+
+@pytest.mark.parametrize("kind", sites.KINDS)
+def test_transformer_lens_names_are_taken_wherever_a_site_is(kind: str) -> None:
+    name = f"blocks.1.{sites.KINDS[kind]}"
+    assert Site.parse(name) == Site(1, kind)
+    assert sites.parse_sites([name, sites.KINDS[kind]], 2) == [Site(1, kind), Site(0, kind)]
+    made = NeuronMap({Site(layer, kind): torch.arange(3.0) + layer for layer in range(2)})
+    assert torch.equal(made[name], torch.arange(3.0) + 1)
+    assert torch.equal(made[f"L1.{kind}"], made[name])
+    assert torch.equal(made[1][f"L1.{kind}"], made[name])
+    assert made[sites.KINDS[kind]].sites == made.sites
+    assert sites.check_kind("resid_post") == "resid"
+    with pytest.raises(SelectionError, match=r"L4\..* is not in this map"):
+        made[f"L4.{kind}"]
+    for wrong in ("blocks.1.hook_attn_out", "blocks.x.mlp.hook_post", "L1.mlp.hook_nothing", "hook_post"):
+        with pytest.raises(SiteError):
+            sites.parse_sites(wrong, 2)
+
+
+def test_methods_take_them_as_well() -> None:
+    model, forget, retain = tiny.model("llama"), tiny.corpus((8, 9), seed=1), tiny.corpus((8, 9), seed=2)
+    quiet: dict[str, Any] = {"fraction": 0.1, "progress": False}
+    for method, kind in (
+        (lu.selective_pruning, "mlp.post"),
+        (lu.selective_pruning, "attn.z"),
+        (lu.neuron_adjust, "mlp.pre"),
+    ):
+        found = method(model, forget, retain, site=sites.KINDS[kind], **quiet)
+        assert repr(found) == repr(method(model, forget, retain, site=kind, **quiet))
+    shares = {"mlp.hook_post": 0.1, "attn.z": 0.2}
+    mixed = lu.selective_pruning(
+        model, forget, retain, fraction=shares, site=("mlp.post", "attn.hook_z"), progress=False
+    )
+    assert set(mixed.selection.kinds) == {"mlp.post", "attn.z"}
+    wanted = lu.collect(model, forget, ["blocks.0.mlp.hook_post", "resid_post"], progress=False)
+    assert [str(site) for site in wanted.sites] == ["L0.mlp.post", "L0.resid", "L1.resid"]
+    prompts = tiny.corpus([9] * 30, seed=3).with_prompts(seed=0)
+    options: dict[str, Any] = {"layer": -1, "alpha": 1.4, "progress": False}
+    assert repr(lu.key_space_detection(model, prompts, site="mlp.hook_post", **options)) == repr(
+        lu.key_space_detection(model, prompts, site="mlp.post", **options)
+    )
