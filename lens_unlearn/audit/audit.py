@@ -249,6 +249,10 @@ def audit(
     require_eval(model)
     check_numbers(batch_size=batch_size, seed=seed)
     chosen = attacks_of(attacks)
+    if not isinstance(conditions, Mapping):
+        raise LensUnlearnError(
+            f"conditions are given by name: pass {{'a name': intervention}}, and not a {type(conditions).__name__}"
+        )
     if REFERENCE in conditions:
         raise LensUnlearnError(
             "the condition 'reference' is the model that never saw the facts: give the intervention another name"

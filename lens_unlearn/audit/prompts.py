@@ -22,8 +22,8 @@ __all__ = ["ATTACK", "WAYS", "Asked", "prompts"]
 
 WRITTEN = 20
 """Facts whose answers are also written, at most."""
-LONGEST = 40
-"""Tokens of a written answer."""
+LONGEST, SPARE = 40, 8
+"""Tokens of a written answer, at most, and more than the longest true one has."""
 FILLER = (
     "This is a longer text, which first speaks of something else. The weather was fine, and the train was on time. "
 )
@@ -203,11 +203,12 @@ def _rouge(
     """Let everybody write some answers greedily, each asked in one way, and compare them with the true ones."""
     ending = Ending.of(list(truths))
     rows = [corpus.prompt(which.index(int(i))).tolist() for i, (corpus, which) in zip(some, ways, strict=True)]
-    room = int(suspect.model.cfg.n_ctx) - max(map(len, rows))
+    tokens = [int(part.sum()) for part in case.facts.counted.split(case.facts.starts.diff().tolist())]
+    room = min(LONGEST, max(tokens) + SPARE, int(suspect.model.cfg.n_ctx) - max(map(len, rows)))
     if room < 1:
         return [0.0] * len(rows)
     with suspect.acting():
-        written = continue_rows(suspect.model, rows, max_new_tokens=min(LONGEST, room))
+        written = continue_rows(suspect.model, rows, max_new_tokens=room)
     texts = [ending.cut(one.text, truths[int(i)].marker) for i, one in zip(some, written, strict=True)]
     return [
         0.0 if one.abstained else max(rouge_l(text, right)[0] for right in truths[int(i)].right)

@@ -207,6 +207,7 @@ WRONG: dict[str, Any] = {
     "one twice": lambda w: lu.audit(w.model, w.facts, {}, attacks=("depth", "depth")),
     "the condition 'reference' is": lambda w: lu.audit(w.model, w.facts, {"reference": None}),
     "the condition 'base' is": lambda w: lu.audit(w.model, w.facts, {"base": Chain(())}),
+    "conditions are given by name": lambda w: lu.audit(w.model, w.facts, [w.gone]),
     "is no intervention": lambda w: lu.audit(w.model, w.facts, {"one": 3}),
     "facts is 'facts.jsonl', which has not been read": lambda w: lu.audit(w.model, "facts.jsonl", {}),
     "2 labels are given for 32 facts": lambda w: lu.audit(w.model, w.facts, {}, labels=[1, 2]),

@@ -41,6 +41,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "relearn, measured": lambda model, wrong: lu.relearn(model, EDIT, fine(), measured={"a": wrong}, steps=[0, 1]),
     "membership": lambda model, wrong: lu.membership(model, wrong, fine(), {}, progress=False),
     "membership, outside": lambda model, wrong: lu.membership(model, fine(), wrong, {}, progress=False),
+    "audit": lambda model, wrong: lu.audit(model, wrong, {}, progress=False),
     "evaluate": lambda model, wrong: lu.evaluate(model, {"a": wrong}, {}, progress=False),
     "key_space": lambda model, wrong: lu.key_space(model, {"a": fine(), "b": wrong}, progress=False),
     "compare": lambda model, wrong: lu.compare(model, {"a": fine(), "b": wrong}, progress=False),
