@@ -216,10 +216,9 @@ def _name(points: Mapping[str, Any], site: Site) -> str:
 
 def _has(model: Model, points: Mapping[str, Any], site: Site) -> bool:
     if site.kind in MOE_KINDS:
-        mlp = (
-            site.kind == "shared.post" and mlp_width(model, site.layer) is not None
-        )  # the same neurons, as Granite's hybrids have
-        return has_kind(model, site.layer, site.kind) and not mlp
+        # In Granite's hybrids the bridge shows the shared experts as the MLP.
+        shown = site.kind == "shared.post" and mlp_width(model, site.layer) is not None
+        return has_kind(model, site.layer, site.kind) and not shown
     neurons = not site.kind.startswith("mlp") or mlp_width(model, site.layer) is not None
     return (_name(points, site) in points and neurons) or plain_map(model, site.layer, site.kind) is not None
 
@@ -237,6 +236,13 @@ def _missing(model: Model, points: Mapping[str, Any], site: Site) -> str:
         )
     if site.kind in MOE_KINDS and not hasattr(model, "original_model") and getattr(model.cfg, "num_experts", None):
         has += " (its experts are TransformerLens' own: load the model as a TransformerBridge)"
+    elif (
+        site.kind in MOE_KINDS
+        and mlp is not None
+        and mlp_width(model, site.layer) is None
+        and not has_kind(model, site.layer, "experts.post")
+    ):
+        has += f" (its {type(_original(mlp)).__name__} computes experts outside transformers' table of implementations)"
     return f"{site} does not exist in this model: layer {site.layer} is a {type(_original(block)).__name__} with {has}"
 
 

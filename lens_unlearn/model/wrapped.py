@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lens_unlearn.model.experts import _Layer, _layers, plain_block
+from lens_unlearn.model.expert_layers import _Layer, _layers
+from lens_unlearn.model.experts import plain_block
 from lens_unlearn.model.host import Model, part_of
 
 __all__ = ["plain_map", "wrapped_point"]

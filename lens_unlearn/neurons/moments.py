@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_unlearn.core.errors import ActivationError, EmptyStatisticError, LensUnlearnError
+from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
 from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.routed import Routed
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.maps import NeuronMap
+from lens_unlearn.neurons.routed_sums import routed_sums
 from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, require_finite
 
 __all__ = ["Moments"]
@@ -122,38 +123,9 @@ class Moments:
         rows = self._rows_of(weight)
         if rows.count == 0:
             return
-        counted = (weight.to(routed.device)[routed.token] > 0).nonzero()[:, 0]
-        by_expert = counted[torch.argsort(routed.expert[counted], stable=True)]
-        values, expert = routed.values.detach(), routed.expert[by_expert]
-        sizes = torch.bincount(expert, minlength=routed.experts)
-        state = values.new_zeros(
-            5 + ("sqrt" in self.extra) + 2 * ("extrema" in self.extra),
-            routed.experts,
-            routed.columns,
-            dtype=torch.float64,
-        )
-        # About 0, where the values at most tokens are; in float64, in which the digits of a standard deviation do not cancel.
-        for number, places in enumerate(by_expert.split(sizes.tolist())):
-            if not len(places):
-                continue
-            part = values[places].double()
-            one = state[:, number]
-            torch.sum(part, 0, out=one[1])
-            torch.sum(part.square(), 0, out=one[2])
-            torch.sum(part.clamp_min(0), 0, out=one[3])
-            torch.sum(part > 0, 0, dtype=torch.float64, out=one[4])
-            if "sqrt" in self.extra:
-                torch.sum(part.abs().sqrt_(), 0, out=one[5])
-            if "extrema" in self.extra:
-                zero = math.inf if len(places) == rows.count else 0.0
-                one[-2], one[-1] = part.amin(0).clamp_max(zero), part.amax(0).clamp_min(-zero)
-        if not bool(torch.isfinite(state).all()):
-            _require_finite_routed(site, values, by_expert, expert)
-        gates = torch.zeros_like(sizes, dtype=torch.float64).index_add_(
-            0, expert, routed.gate.detach()[by_expert].double()
-        )
-        self._fold(site, rows.count, state.cpu())
-        self._add_routing(site, torch.stack([sizes.double(), gates]).cpu())
+        sums, routing = routed_sums(site, routed, weight > 0, self.extra)
+        self._fold(site, rows.count, sums)
+        self._add_routing(site, routing)
 
     def _add_routing(self, site: Site, routing: Tensor) -> None:
         self._routing[site] = self._routing[site] + routing if site in self._routing else routing
@@ -385,16 +357,6 @@ class Moments:
         layers = len({site.layer for site in self._state})
         source = self.provenance.get("corpus")
         return f"Moments({self.n:,} tokens{f' of {source}' if source else ''}, {layers} layers, {kinds})"
-
-
-def _require_finite_routed(site: Site, values: Tensor, places: Tensor, expert: Tensor) -> None:
-    bad = (~torch.isfinite(values[places])).nonzero()
-    if len(bad):
-        row, column = (int(i) for i in bad[0])
-        raise ActivationError(
-            f"{site}[{int(expert[row])}, {column}] is {float(values[places[row], column])}: the model overflows or is broken "
-            "there; try a wider dtype, or look at that text"
-        )
 
 
 def _possible(state: Tensor, n: int, rows: int) -> bool:

@@ -143,6 +143,22 @@ def test_a_sweep_has_loads_matched_and_whole_experts_can_be_compared(made: Any) 
     assert set(frame["condition"]) == {"base", "off", "rerouted"}
 
 
+def test_a_report_is_of_plain_passes_under_each_intervention(made: Any) -> None:
+    """Also where several conditions begin in the last layer, below which nothing is run again."""
+    off = Ablate(whole_experts(made, {1: [0, 2]}))
+    conditions = {"off": off, "rerouted": lu.Reroute({1: [0]}), "both": lu.Reroute({0: [1]}) + off}
+    report = lu.evaluate(made, {"forget": FORGET}, conditions, **QUIET)
+    rows = list(zip(FORGET.starts, FORGET.starts[1:], strict=False))
+    for name, intervention in conditions.items():
+        losses = []
+        with intervention.on(made), torch.no_grad():
+            for start, end in rows:
+                row = FORGET.tokens[start:end].long()
+                scores = made(row[None])[0, :-1].log_softmax(-1)
+                losses.append(-scores.gather(1, row[1:, None])[:, 0][FORGET.counted[start:end][1:]])
+        assert report[name, "forget", "loss"].value == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
 def test_neurons_inside_experts_can_be_named_and_looked_at(made: Any) -> None:
     from lens_unlearn.inspection.shown import neurons_of
 

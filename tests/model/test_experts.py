@@ -101,6 +101,21 @@ def test_it_is_so_under_every_implementation(name: str, way: str) -> None:
     assert {config._experts_implementation for config in configs(made)} == {way}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama4"])
+def test_in_half_precision_too(name: str) -> None:
+    plain, zeroed = moe.plain(name).bfloat16(), moe.plain(name).bfloat16()
+    made = moe.bridge(name, model=plain)
+    before, selection = tiny.logits(made), some_neurons(made)
+    moe.zero_columns(zeroed, masks(selection))
+    with Ablate(selection).on(made):
+        assert torch.equal(tiny.logits(made), tiny.logits(moe.bridge(name, model=zeroed)))
+    assert torch.equal(tiny.logits(made), before)
+    moments = collect(made, tiny.corpus(), "experts.post", progress=False)
+    exact = collect(moe.shared(name), tiny.corpus(), "experts.post", progress=False)
+    site = moments.sites[0]
+    torch.testing.assert_close(moments.rms[site].mean(), exact.rms[site].mean(), rtol=0.1, atol=0.01)
+
+
 def test_a_hook_that_changes_nothing_leaves_the_logits_of_the_eager_loop(name: str) -> None:
     made, plain = moe.shared(name), moe.plain(name)
     plain.set_experts_implementation("eager")
@@ -503,6 +518,31 @@ def test_experts_outside_the_table_are_refused() -> None:
             resolve(made, "experts.post")
     finally:
         type(moe.experts_of(made)[0]).__name__ = "Llama4TextExperts"
+
+
+def test_experts_that_are_no_one_module_are_told_apart() -> None:
+    import transformers
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+        "intermediate_size": 24,
+    }
+    config = transformers.JetMoeConfig(vocab_size=320, num_local_experts=4, max_position_embeddings=64, **sizes)
+    config._attn_implementation = "eager"
+    with tiny.quiet(0):
+        plain = transformers.JetMoeForCausalLM(config).eval()
+        model = build_bridge_from_module(
+            plain, architecture="JetMoeForCausalLM", hf_config=config, tokenizer=None, device="cpu"
+        )
+    model.eval()
+    with pytest.raises(
+        SiteError, match="its JetMoeMoE computes experts outside transformers' table of implementations"
+    ):
+        resolve(model, "experts.post")
 
 
 def test_transformers_without_the_table_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
