@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lens_unlearn.core.errors import LensUnlearnError, SiteError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.interventions.base import Chain
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.model.chat import ends_of_text
@@ -41,7 +42,7 @@ ABLATED = ("mlp.post", "attn.z", "experts.post")
 """The kinds behind which there is a matrix whose rows an ablation stands for."""
 MOST_LAYERS = 3
 """Layers in which things are changed: the first, the middle and the last that have a kind."""
-_ROWS, _WIDTH, _NEW = 3, 9, 6
+_ROWS, _WIDTH, _NEW = 2, 9, 4
 _BEHIND = {"mlp.post": ("mlp", "out", "W_out"), "attn.z": ("attn", "o", "W_O")}
 
 
@@ -357,10 +358,10 @@ class _Battery:
         if getattr(self.model, "tokenizer", None) is None:
             raise _Absent("without a tokenizer TransformerLens cannot generate: give the bridge one")
         self._same_tokens("")
-        for kind in ABLATED:
-            if kind in found:
-                with self._third(found[kind]).on(self.model):
-                    self._same_tokens(f" with {kind} ablated")
+        ablations = [self._third(found[kind]) for kind in ABLATED if kind in found]
+        if ablations:
+            with Chain(tuple(ablations)).on(self.model):
+                self._same_tokens(" where neurons are ablated")
         return "with a cache and without, the same tokens, ablated and not"
 
     def _same_tokens(self, how: str) -> None:

@@ -16,6 +16,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from lens_unlearn.model.host import host_version
+
 VOCABULARY = 96
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _BASE: dict[str, Any] = {
@@ -244,6 +246,22 @@ HYBRID: dict[str, Family] = {
 FAMILIES = {**DENSE, **HYBRID}
 EXPERTS = [name for name in moe.CONFIGS if name not in FAMILIES and name != "jamba"]
 """The names in `moe` of those that are not above already."""
+
+
+WRONG_IN_3 = {
+    **dict.fromkeys(("cohere", "cohere2", "hunyuan"), "logits"),
+    "mpt": "generation",
+    **dict.fromkeys(("qwen3.5", "qwen3-next", "qwen3.5-moe"), "any"),
+}
+"""What TransformerLens 3.9 gets wrong of a family (with this transformers), whatever is done with it."""
+
+
+def usable(name: str) -> bool:
+    """Whether the installed TransformerLens knows a family, and gets it right."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    kind = FAMILIES[name].name if name in FAMILIES else moe.CONFIGS[name][0]
+    return kind in SUPPORTED_ARCHITECTURES and not (host_version().startswith("3.") and name in WRONG_IN_3)
 
 
 @cache

@@ -59,6 +59,8 @@ def corpora(*, prompts: bool = False) -> tuple[Corpus, Corpus]:
 
 @pytest.mark.parametrize("name", families.HYBRID)
 def test_a_kind_means_the_layers_that_have_it(name: str) -> None:
+    if not families.usable(name):
+        pytest.skip("this TransformerLens does not know it, or gets it wrong")
     family, model = families.FAMILIES[name], families.bridge(name)
     for kind in ("attn.z", "attn.v", "mlp.pre", "mlp.pre_linear", "mlp.post"):
         shown = kind not in family.lacks and (kind != "mlp.pre_linear" or family.gated)
@@ -104,6 +106,8 @@ def test_experts_are_not_blamed_where_there_is_no_mlp() -> None:
     ],
 )
 def test_what_is_laid_out_otherwise_is_refused(name: str, kind: str, words: str) -> None:
+    if not families.usable(name):
+        pytest.skip("this TransformerLens does not know it, or gets it wrong")
     with pytest.raises(SiteError, match=words):
         resolve(families.bridge(name), kind)
 
@@ -271,6 +275,8 @@ def test_figures_have_a_row_for_every_layer_between(models: dict[str, Any]) -> N
 @pytest.mark.parametrize("name", ["jamba", "jamba-moe", "lfm2", "falcon-h1", "granite-hybrid", "qwen3.5", "mamba2"])
 def test_cached_positions_are_counted(name: str) -> None:
     """Also where no layer of the cache is of attention, and none knows."""
+    if not families.usable(name):
+        pytest.skip("this TransformerLens does not know it, or gets it wrong")
     model, seen = families.bridge(name), []
     removers: list[Any] = []
     on_forward(model, lambda ids, cached: seen.append((None if ids is None else ids.shape[1], cached)), removers)

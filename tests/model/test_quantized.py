@@ -29,6 +29,7 @@ from lens_unlearn.model.residual import residual_scale
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons.attribution import attribute
 from lens_unlearn.neurons.collect import collect
+from lens_unlearn.testing import check_model
 
 
 class Linear4bit(nn.Linear):
@@ -193,6 +194,14 @@ def test_an_ablation_acts_and_leaves_the_model_as_it_was(model: Any, tmp_path: P
     loaded = load_intervention(tmp_path / "prune.safetensors", model)
     assert torch.equal(loaded.selection.flat(), prune.selection.flat())  # type: ignore[attr-defined]
     assert len(residual_scale(model)) == 2
+
+
+def test_the_battery_for_models_passes(model: Any) -> None:
+    checks = check_model(model)
+    assert not checks.failed, str(checks)
+    words = {row.check: row.words for row in checks.rows}
+    assert words["ablation"] == "it acts; quantized weights have no edit to compare with"
+    assert words["update"].startswith("the weights of L1.W_out are quantized")
 
 
 def test_weights_that_are_edited_are_another_model() -> None:
