@@ -157,9 +157,12 @@ def curve(name: str, places: Sequence[int], words: str, **options: Any) -> list[
 
 
 def answered(case: Case, suspect: Suspect, corpus: Corpus) -> Float[np.ndarray, "documents"]:
-    """Return the probability of the counted tokens of each document: their geometric mean. NaN where none is predicted."""
-    with suspect.acting(), tqdm(disable=True) as silent:
-        rows = force(suspect.model, corpus, None, case.batch_size, silent, ("loss",))
+    """Return the probability of the counted tokens of each document: their geometric mean.
+
+    NaN where none is predicted, and where an intervention breaks the model.
+    """
+    with tqdm(disable=True) as silent:
+        rows = force(suspect.model, corpus, suspect.intervention, case.batch_size, silent, ("loss",))
     sums, counts = np.zeros(corpus.n_documents), np.zeros(corpus.n_documents)
     for row, document in zip(rows, corpus.document.tolist(), strict=True):
         sums[document] += row["loss"].sum()

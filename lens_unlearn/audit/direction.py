@@ -78,7 +78,7 @@ def direction(case: Case) -> Found:
             pushed = np.stack(
                 [_pushed(case, suspect, base[fit][i] - own[fit][i], i) for i in places], axis=1
             )  # of all facts: by one half the place is chosen
-            best = int(np.nanmean(pushed[half], axis=0).argmax())
+            best = int(np.nan_to_num(pushed[half], nan=-1.0).mean(0).argmax())
             if not number and any(bool((base[fit][i] - own[fit][i]).any()) for i in places):
                 chosen.setdefault(name, set()).add(best)
             table[other, :-1], table[other, -1] = pushed[other], pushed[other, best]

@@ -186,8 +186,8 @@ def _others(facts: Corpus, number: int) -> list[int]:
 
 def _said(case: Case, suspect: Suspect, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Return the probability of each row's answer, and whether each of its tokens is the most probable one."""
-    with suspect.acting(), tqdm(disable=True) as silent:
-        rows = force(suspect.model, corpus, None, case.batch_size, silent)
+    with tqdm(disable=True) as silent:
+        rows = force(suspect.model, corpus, suspect.intervention, case.batch_size, silent)
     return np.array([np.exp(-row["loss"].mean()) for row in rows]), np.array(
         [float(row["right"].all()) for row in rows]
     )

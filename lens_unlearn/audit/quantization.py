@@ -82,7 +82,10 @@ def _with_fewer_bits(suspect: Suspect, to: Callable[[Tensor], Tensor]) -> tuple[
     updates = {}
     for matrix, edit in edits.items():
         weights = matrix_value(suspect.model, *matrix).to(edit.dtype)
-        updates[matrix] = Update(to(weights + edit) - weights)
+        change = to(weights + edit) - weights
+        if not bool(torch.isfinite(change).all()):  # an edit that breaks the model does so with any bits
+            return suspect, merged
+        updates[matrix] = Update(change)
     whole = Delta(updates)
     kept = suspect.intervention
     return Suspect(suspect.model, whole if merged or kept is None else Chain((kept, whole))), merged

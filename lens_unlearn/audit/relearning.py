@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lens_unlearn.audit.attack import SCORE, Attack, Case, Found, Suspect, each_suspect
+from lens_unlearn.audit.attack import SCORE, Attack, Case, Found, Suspect, answered, each_suspect
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.bootstrap import over_replicates
@@ -54,13 +54,20 @@ def relearning(case: Case, *, lr: float = LR, steps: Sequence[int] = STEPS, batc
         return {step: measure for (_, step), measure in run.measures.items()}
 
     seen: dict[tuple[str, str], list[Measure]] = {}
+    broken: list[str] = []
     for name, _, suspect in each_suspect(case, "relearning"):
+        if not np.isfinite(answered(case, suspect, tested)).all():
+            broken.append(name)
+            continue
         for what, corpus in texts.items():
             for step, measure in curve(suspect, corpus).items():
                 seen.setdefault((name, f"{what}@{step}"), []).append(measure)
     measures = {key: _mean(several, case.seed) for key, several in seen.items()}
-    measures |= {(name, SCORE): measures[name, f"other@{steps[-1]}"] for name in case.suspects}
+    measures |= {
+        (name, SCORE): measures[name, f"other@{steps[-1]}"] for name in dict.fromkeys(name for name, _ in seen)
+    }
     notes = [] if "retain" in texts else ["relearning retained facts only was left out: give retain"]
+    notes += [f"{name} gives logits that are no numbers, and is not fine-tuned" for name in dict.fromkeys(broken)]
     notes += [
         f"{name} acts on the logits alone, which whoever fine-tunes the weights does not run: it is fine-tuned without"
         for name, several in case.suspects.items()

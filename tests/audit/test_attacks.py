@@ -1,6 +1,7 @@
 """Each attack against an oracle that uses nothing of the package: plain models, scikit-learn by hand, plain training loops."""
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -268,3 +269,19 @@ def test_what_an_attack_lacks_is_said_in_one_sentence_and_the_rest_goes_on() -> 
         assert "\n" not in made.left_out[name]
     few = lu.audit(w.model, w.facts.only(range(6)), {}, attacks=("probe",), **QUICK)
     assert "too few to cross-validate" in few.left_out["probe"]
+
+
+def test_an_edit_that_breaks_the_model_gives_no_numbers_and_the_rest_goes_on() -> None:
+    w = world()
+    conditions = {"broken": w.gone.at(1e300), "gone": w.gone}
+    sources = {"reference": w.never_saw, "unseen": w.unseen}
+    made = lu.audit(w.model, w.facts, conditions, attacks=("depth", *OTHERS), **sources, **QUICK)
+    assert made.left_out == {}
+    assert math.isnan(made.answers["broken"].value)
+    for attack in made.attacks:
+        assert made["gone", attack.name, "recovered"].value == pytest.approx(0, abs=0.02), attack.name
+        measure = made.measures.get(("broken", attack.name, "score"))
+        assert measure is None or math.isnan(measure.value), attack.name
+    assert "broken gives logits that are no numbers, and is not fine-tuned" in made.notes["relearning"]
+    assert lu.plot.audit(made).data
+    assert "nan" in repr(made)
