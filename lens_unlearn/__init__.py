@@ -134,13 +134,14 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "testing.models": ("check_model",),
 }
 """The public names, by the module that defines them: the one table from which `__all__` and `__getattr__` are made."""
-_MODULES = {"plot": "figures", "demo": "demo"}
+_MODULES = {"plot": "figures", "demo": "demo", "benchmarks": "benchmarks"}
 """Whole modules under a public name."""
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [*sorted([*_HOME, *_MODULES]), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from lens_unlearn import benchmarks as benchmarks
     from lens_unlearn import demo as demo
     from lens_unlearn import figures as plot
     from lens_unlearn.audit.attack import Attack

@@ -1,4 +1,4 @@
-"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | audit | generate | check | show | push`.
+"""The command line: `lens-unlearn demo | run | compare | collect | evaluate | audit | bench | generate | check | show | push`.
 
 Knows options and how they map to the functions of the package; knows nothing of what these do. Heavy imports happen inside the
 commands, so that `--help` answers at once.
@@ -624,6 +624,96 @@ def audit(
     typer.echo(f"report: {out / 'audit.html'}")
 
 
+class BenchCommand(TyperCommand):
+    """A command whose help lists the benchmarks and methods; they are imported only when that help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, with the tables at the end."""
+        from lens_unlearn.benchmarks import BENCHMARKS
+        from lens_unlearn.methods import METHODS
+
+        super().format_help(ctx, formatter)
+        with formatter.section("Benchmarks"):
+            options = {one.name: f" Options: {', '.join(one.options)}." if one.options else "" for one in BENCHMARKS}
+            formatter.write_dl([(one.name, one.summary + options[one.name]) for one in BENCHMARKS])
+        with formatter.section("Methods"):
+            formatter.write_dl([(method.name, method.summary) for method in METHODS])
+
+
+@app.command(cls=BenchCommand)
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark, such as lume or tofu.")],
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="The folder of the benchmark's files in their public layout, or hf:OWNER/NAME.")
+    ],
+    out: Out,
+    reference: Annotated[
+        str | None, typer.Option(help="A model that never saw what is to be forgotten: some scores are beside it.")
+    ] = None,
+    method: Annotated[
+        list[str],
+        typer.Option(help="A method, fitted to the benchmark's forget and retain rows; may be given several times."),
+    ] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")] = [],  # noqa: B006
+    intervention: Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")] = [],  # noqa: B006
+    option: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="An option of the benchmark.")] = [],  # noqa: B006
+    rows: Annotated[int | None, typer.Option(help="Only the first so many rows of each group. [default: all]")] = None,
+    controls: Annotated[int, typer.Option(help="Random controls of each condition; 0 for none.")] = 1,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each side that methods are fitted to. [default: all]")
+    ] = None,
+    template: Template = None,
+    prepend_bos: PrependBos = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and the controls.")] = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model on a public benchmark: the base, every method with its random control, and a reference.
+
+    OUT holds bench.html, scores.csv, generations.jsonl, losses.csv, run.json, and what each method found. What is finished is
+    stored in OUT.partial until the end, as by run.
+    """
+    from lens_unlearn.experiments.bench import BenchPlan, carry_out_bench
+
+    plan = BenchPlan(
+        benchmark=name,
+        model=model,
+        data=data,
+        reference=reference,
+        methods=tuple(method),
+        settings=_settings(set_, None),
+        interventions=tuple(map(str, intervention)),
+        options=_settings(option, None, "--option"),
+        rows=rows,
+        controls=controls,
+        tokens=tokens,
+        template=template and _newlines(template),
+        prepend_bos=prepend_bos,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    with _interruptible(out):
+        found = carry_out_bench(plan, out, resume=resume, overwrite=overwrite, progress=not quiet)
+    if found is None:
+        typer.echo(f"{out} already holds this run, finished before")
+    else:
+        typer.echo(found.table().to_string())
+        for note in found.notes:
+            typer.echo(note)
+    typer.echo(f"report: {out / 'bench.html'}")
+
+
 @app.command()
 def generate(
     model: Model,
@@ -763,9 +853,9 @@ def _pairs(entries: list[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def _settings(given: list[str], skip_sinks: float | None) -> dict[str, Any]:
+def _settings(given: list[str], skip_sinks: float | None, option: str = "--set") -> dict[str, Any]:
     """Return the options of methods: those of --set, and one that has a name of its own."""
-    read = {key: _value(text) for key, text in _pairs(given, "--set").items()}
+    read = {key: _value(text) for key, text in _pairs(given, option).items()}
     return read if skip_sinks is None else {**read, "skip_sinks": skip_sinks}
 
 

@@ -35,7 +35,19 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert all(
         command in output
-        for command in ("demo", "run", "compare", "collect", "evaluate", "audit", "generate", "check", "show", "push")
+        for command in (
+            "demo",
+            "run",
+            "compare",
+            "collect",
+            "evaluate",
+            "audit",
+            "bench",
+            "generate",
+            "check",
+            "show",
+            "push",
+        )
     )
 
 

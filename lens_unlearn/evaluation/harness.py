@@ -121,7 +121,8 @@ def run_tasks(
             named, dropped = _columns(found["configs"][name], task)
             left_out |= {f"{name}: {metric}": reason for metric, reason in dropped.items()}
             columns.setdefault(name, named)
-            table, counts[name] = _tables(task, columns[name])
+            delimiter = str(found["configs"][name].get("target_delimiter", " "))
+            table, counts[name] = _tables(task, columns[name], delimiter)
             scores.setdefault(name, {}).setdefault(condition, []).append(table)
             _sample(samples.setdefault(name, []), name, condition, task)
     asked = {
@@ -257,7 +258,9 @@ def _key(sample: Mapping[str, Any], metric: str, filters: set[str]) -> str:
     return name if len(filters) == 1 else f"{name} ({sample['filter']})"
 
 
-def _tables(task: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _tables(
+    task: Sequence[Mapping[str, Any]], columns: Sequence[str], delimiter: str = " "
+) -> tuple[np.ndarray, np.ndarray]:
     """Return what each document adds to each column, and how much it counts there: [documents, columns] each."""
     filters = {sample["filter"] for sample in task}
     documents = {number: place for place, number in enumerate(dict.fromkeys(sample["doc_id"] for sample in task))}
@@ -273,8 +276,36 @@ def _tables(task: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[
                 total, weight = value if isinstance(value, tuple | list) else (value, 1)
                 table[place], counts[place] = -float(total) / _RATIOS[metric][1], float(weight)
             else:
-                table[place] = float(value)
+                table[place] = _shared(sample, metric, delimiter) if metric in _CHOSEN else float(value)
     return table, counts
+
+
+_CHOSEN = ("acc", "acc_norm")
+"""What counts the option that scores highest."""
+
+
+def _shared(sample: Mapping[str, Any], metric: str, delimiter: str) -> float:
+    """Return the share of the best options that are right.
+
+    The harness takes the first of several equal ones, so that a model whose logits are constant, as where an intervention abstains,
+    is right wherever the first option is.
+    """
+    options = [text for _, text in (argument[:2] for argument in sample["arguments"])]
+    scored = sample["filtered_resps"]
+    if len(options) < 2 or len(scored) != len(options) or isinstance(scored[0], str):
+        return float(sample[metric])
+    likelihoods = np.array([float(one[0]) for one in scored])
+    choices = [text.removeprefix(delimiter) for text in options]
+    if metric == "acc_norm":
+        likelihoods = likelihoods / [max(len(text), 1) for text in choices]
+    best = np.flatnonzero(likelihoods == likelihoods.max())
+    target = sample["target"]
+    right = {
+        choices.index(one) if one in choices else one for one in (target if isinstance(target, list) else [target])
+    }
+    if len(best) < 2 or not right <= {*range(len(options))}:
+        return float(sample[metric])
+    return float(np.isin(best, [*right]).mean())
 
 
 def _sample(into: list[dict[str, Any]], name: str, condition: str, task: Sequence[Mapping[str, Any]]) -> None:

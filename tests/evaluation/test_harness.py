@@ -22,7 +22,7 @@ from lens_unlearn.neurons.maps import NeuronMap
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
-from lens_unlearn.evaluation.harness import HarnessModel, _own_random_state, run_tasks
+from lens_unlearn.evaluation.harness import HarnessModel, _own_random_state, _shared, run_tasks
 
 TOLD: dict[str, Any] = {"resamples": 20, "progress": False}
 
@@ -384,3 +384,56 @@ def test_a_model_whose_logits_are_no_numbers_is_refused_in_tasks_too(demo: Any, 
     for name in ("sums_choice", "sums_write", "sums_text"):
         with pytest.raises(ActivationError, match="NaN or infinite: that begins in layer 1"):
             evaluate(broken, {}, {}, tasks=[sums[name]], task_limit=1, **TOLD)
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "expected"),
+    [
+        ((-1.0, -1.0, -1.0, -1.0), 0, 0.25),  # the harness says 1
+        ((-1.0, -1.0, -1.0, -1.0), 3, 0.25),  # and 0
+        ((-2.0, -1.0, -1.0, -3.0), 2, 0.5),
+        ((-2.0, -1.0, -1.0, -3.0), 0, 0.0),
+        ((-2.0, -1.0, -1.5, -3.0), 1, 1.0),
+        ((-1.0, -1.0, -1.0, -1.0), [0, 2], 0.5),
+        ((-1.0, -1.0, -2.0, -2.0), "B", 0.5),
+    ],
+)
+def test_options_that_score_equally_share_the_point(scores: Any, target: Any, expected: float) -> None:
+    """No option is right for standing first, so constant logits earn what guessing does."""
+    wanted = [
+        ord(one) - ord("A") if isinstance(one, str) else one
+        for one in (target if isinstance(target, list) else [target])
+    ]
+    sample = {
+        "arguments": [("Answer:", f" {letter}") for letter in "ABCD"],
+        "filtered_resps": [(score, False) for score in scores],
+        "target": target,
+        "acc": float(int(np.argmax(scores)) in wanted),
+    }
+    assert _shared(sample, "acc", " ") == expected
+
+
+def test_a_model_of_constant_logits_earns_what_guessing_does(demo: Any) -> None:
+    rows = [{"q": f"{n}", "good": 0} for n in range(4)]
+    import datasets
+
+    task = {
+        "task": "first_is_right",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "{{good}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+    class Silent(Ablate):
+        looks_at_rows = True
+
+        def finish(self, logits: Any, live: Any) -> Any:
+            return torch.zeros_like(logits)
+
+    everything = NeuronMap({site: value for site, value in lu.random_pruning(demo, fraction=0.1).selection.items()})
+    asked, _ = run_tasks(demo, [task], {"base": [None], "silent": [Silent(everything)]}, progress=False)
+    assert asked["first_is_right"].scores.values["silent"][0][:, 0].tolist() == [0.25] * 4
