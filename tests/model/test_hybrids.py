@@ -112,6 +112,29 @@ def test_what_is_laid_out_otherwise_is_refused(name: str, kind: str, words: str)
         resolve(families.bridge(name), kind)
 
 
+def test_layers_that_take_keys_and_values_from_others_have_none() -> None:
+    """Gemma 4's upper layers, whose heads and MLPs are of several widths as well."""
+    if not families.usable("gemma4"):
+        pytest.skip("this TransformerLens does not know it, or gets it wrong")
+    family = families.FAMILIES["gemma4"]
+    own = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 16, "use_double_wide_mlp": True}
+    own["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    with tiny.quiet(0):
+        config = transformers.Gemma4TextConfig(**{**family.config, **own})
+        config._attn_implementation = "eager"
+        plain = transformers.Gemma4ForCausalLM(config).eval()
+    plain.config.architectures = [family.name]
+    tiny.randomize(plain)
+    model = families.bridge("gemma4", plain)
+    shapes = {
+        kind: [(s.layer, p.shape) for s, p in resolve(model, kind).items()] for kind in ("attn.k", "attn.z", "mlp.post")
+    }
+    assert shapes["attn.k"] == [(0, (2, 8)), (1, (2, 16))]
+    assert shapes["attn.z"] == [(0, (4, 8)), (1, (4, 16)), (2, (4, 8)), (3, (4, 16))]
+    assert shapes["mlp.post"] == [(0, (24,)), (1, (24,)), (2, (48,)), (3, (48,))]
+    assert not lu.check_model(model).failed
+
+
 @pytest.mark.parametrize("name", ["nemotron-h", "recurrent-gemma", "zamba2"])
 def test_layers_that_are_wrapped_whole_have_hook_points_of_their_own(name: str) -> None:
     model = families.bridge(name)
