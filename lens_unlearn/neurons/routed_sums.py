@@ -38,19 +38,21 @@ def routed_sums(
     for number, places in enumerate(pairs.split(sizes.tolist())):
         if not len(places):
             continue
-        part = key[places].double()
-        if routed.weighted:
-            part = part * gates[places, None]
+        # With gates that are not negative each sum over gate times key is a product of a vector of gates with a matrix of keys.
+        part, gate = key[places].double(), gates[places] if routed.weighted else torch.ones_like(gates[places])
+        if bool((gate < 0).any()):
+            part, gate = part * gate[:, None], torch.ones_like(gate)
         one = sums[:, number]
-        torch.sum(part, 0, out=one[1])
-        torch.sum(part.square(), 0, out=one[2])
-        torch.sum(part.clamp_min(0), 0, out=one[3])
-        torch.sum(part > 0, 0, dtype=torch.float64, out=one[4])
+        torch.mv(part.T, gate, out=one[1])
+        above = part.clamp_min(0)
+        torch.mv(above.T, gate, out=one[3])
+        torch.mv(above.sign_().T, (gate > 0).double(), out=one[4])
         if "sqrt" in extra:
-            torch.sum(part.abs().sqrt_(), 0, out=one[5])
+            torch.mv(part.abs().sqrt_().T, gate.sqrt(), out=one[5])
         if "extrema" in extra:
-            zero = math.inf if len(places) == every else 0.0
-            one[-2], one[-1] = part.amin(0).clamp_max(zero), part.amax(0).clamp_min(-zero)
+            values, zero = part * gate[:, None], math.inf if len(places) == every else 0.0
+            one[-2], one[-1] = values.amin(0).clamp_max(zero), values.amax(0).clamp_min(-zero)
+        torch.mv(part.square_().T, gate.square(), out=one[2])
     if not bool(torch.isfinite(sums).all()):
         _refuse(site, routed.values.detach()[pairs], expert)
     of_experts = torch.zeros_like(sizes, dtype=torch.float64).index_add_(0, expert, gates[pairs])
