@@ -6,14 +6,28 @@ interventions; knows nothing of how a result is drawn, nor of which method made 
 """
 
 from lens_unlearn.benchmarks import lume as _lume
+from lens_unlearn.benchmarks import muse as _muse
+from lens_unlearn.benchmarks import rwku as _rwku
+from lens_unlearn.benchmarks import tofu as _tofu
+from lens_unlearn.benchmarks import wmdp as _wmdp
 from lens_unlearn.benchmarks.benchmark import Benchmark
 from lens_unlearn.benchmarks.lume import lume
+from lens_unlearn.benchmarks.muse import muse
 from lens_unlearn.benchmarks.result import BenchmarkResult
+from lens_unlearn.benchmarks.rwku import rwku
+from lens_unlearn.benchmarks.tofu import tofu
+from lens_unlearn.benchmarks.wmdp import wmdp
 from lens_unlearn.core.errors import LensUnlearnError
 
-__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkResult", "by_name", "lume"]
+__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkResult", "by_name", "lume", "muse", "rwku", "tofu", "wmdp"]
 
-BENCHMARKS: tuple[Benchmark, ...] = (_lume.BENCHMARK,)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    _tofu.BENCHMARK,
+    _lume.BENCHMARK,
+    _muse.BENCHMARK,
+    _rwku.BENCHMARK,
+    _wmdp.BENCHMARK,
+)
 """Every benchmark. A new one is a file of its own, and a line here."""
 
 

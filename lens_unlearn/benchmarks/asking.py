@@ -15,6 +15,7 @@ from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.evaluate import ROWS
 from lens_unlearn.evaluation.generation import chat_prompt, continue_rows, require_unbroken
+from lens_unlearn.evaluation.question_answering import line_breaks
 from lens_unlearn.evaluation.teacher_forcing import Forced, force
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.host import Model
@@ -62,6 +63,11 @@ class Asker:
     def has_chat(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return bool(getattr(self.model.tokenizer, "chat_template", None))
+
+    @property
+    def line_breaks(self) -> list[int]:
+        """The tokens whose text holds a line break."""
+        return line_breaks(self.model)
 
     def chat(self, prompt: str) -> str:
         """Return what the model is given of a turn of the user, in its chat template, up to where the assistant's begins."""

@@ -83,6 +83,8 @@ class Files:
         where, read = self._open(names, hub)
         found: list[Row] = []
         for number, row in enumerate(read, 1):
+            if isinstance(row, str) and len(columns) == 1:  # a list of texts, as MUSE has them
+                row = {next(iter(columns)): row}
             if not isinstance(row, Mapping):
                 raise CorpusError(
                     f"{where} holds {type(row).__name__}s and no rows with the columns {_listed(columns)}"

@@ -18,7 +18,7 @@ from lens_unlearn.evaluation.report import Measure
 
 __all__ = ["Column", "areas", "combined", "harmonic", "means", "plain"]
 
-Values = Sequence[float]
+Values = Sequence[float] | np.ndarray
 
 
 class Column:

@@ -147,8 +147,8 @@ def ends_in_number(text: str) -> bool:
     return bool(re.search(r"\d\W*$", text))
 
 
-def rouge_l(text: str, truth: str) -> tuple[float, float]:
-    """Return ROUGE-L as (recall, F-measure), by the `rouge_score` library with Porter stemming.
+def rouge_l(text: str, truth: str, *, stem: bool = True) -> tuple[float, float]:
+    """Return ROUGE-L as (recall, F-measure), by the `rouge_score` library, with Porter stemming unless `stem` is not set.
 
     With m and n the words of the generated and the true answer, and l the length of their longest common subsequence:
     recall l / n, which is what TOFU reports, precision l / m, F-measure their harmonic mean. Both are 0 where there is no
@@ -163,18 +163,18 @@ def rouge_l(text: str, truth: str) -> tuple[float, float]:
     >>> rouge_l("the cats sat", "a cat sat on a mat")
     (0.333..., 0.444...)
     """
-    score = _scorer().score(truth, text)["rougeL"]
+    score = _scorer(stem).score(truth, text)["rougeL"]
     return float(score.recall), float(score.fmeasure)
 
 
 @cache
-def _scorer() -> Any:
+def _scorer(stem: bool) -> Any:
     # Not at the head of the module: this imports all of nltk, which draws random numbers meanwhile.
     state = random.getstate()
     from rouge_score import rouge_scorer, tokenizers
 
     random.setstate(state)
-    ascii_only = tokenizers.DefaultTokenizer(use_stemmer=True)
+    ascii_only = tokenizers.DefaultTokenizer(use_stemmer=stem)
 
     class Words(tokenizers.Tokenizer):
         def tokenize(self, text: str) -> list[str]:
