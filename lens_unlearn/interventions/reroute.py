@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Point, Site, resolve
 from lens_unlearn.neurons.maps import NeuronMap
 
@@ -117,6 +117,7 @@ def whole_experts(model: Model, experts: Experts, site: str = "experts.post") ->
         >>> whole_experts(model, ["L3.experts[17]"])  # doctest: +SKIP
         NeuronMap(768 of 98,304 neurons, 1 layer, experts.post)
     """
+    require_model(model)
     wanted = by_layer(experts)
     points = resolve(model, [Site(layer, site) for layer in wanted])
     selected = {}

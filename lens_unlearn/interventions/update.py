@@ -37,7 +37,8 @@ class Update:
 
         D = value,   D[rows] = value,   D[:, columns] = value,   or   D = value @ right
 
-    Nothing is copied: an optimizer may hold the tensors and change them in place.
+    Nothing is copied, since an optimizer may hold the tensors and change them in place; but for a tensor without gradients that does
+    not lie in memory row by row, with which products would be rounded otherwise than from a file.
 
     Args:
         value: ``[in, out]``; ``[rows, out]`` with `rows`; ``[in, columns]`` with `columns`; ``[in, rank]`` with `right`.
@@ -69,6 +70,8 @@ class Update:
                 )
             if not bool(torch.isfinite(floats.detach()).all()):
                 raise SelectionError(f"an update's {name} holds NaN or infinity: give finite values")
+            if not floats.requires_grad and not floats.is_contiguous():
+                object.__setattr__(self, name, floats.contiguous())
         for axis, name in ((0, "rows"), (1, "columns")):
             index = getattr(self, name)
             if index is None:

@@ -170,6 +170,9 @@ COMMANDS: dict[str, list[object]] = {
     "evaluate": ["evaluate", "--model", "x", "--corpus", "a=a.txt"],
     "generate": ["generate", "--model", "x", "--prompt", "a"],
     "demo": ["demo"],
+    "audit": ["audit", "--model", "x", "--facts", "a.jsonl:q>a", "--intervention", "a.safetensors"],
+    "bench": ["bench", "lume", "--model", "x", "--data", "a"],
+    "check": ["check", "x"],
 }
 WRONG = [
     ("run", "--retain-drop", "5", "retain_drop=5"),
@@ -198,6 +201,11 @@ WRONG = [
     ("generate", "--temperature", "nan", "temperature=nan"),
     ("generate", "--max-new-tokens", "0", "max_new_tokens=0"),
     ("demo", "--tokens", "0", "tokens=0"),
+    ("audit", "--seed", "-1", "seed=-1"),
+    ("audit", "--batch-size", "0", "batch_size=0"),
+    ("bench", "--rows", "0", "rows=0"),
+    ("bench", "--seed", "-1", "seed=-1"),
+    ("check", "--dtype", "int8", "dtype='int8'"),
 ]
 
 
@@ -210,7 +218,7 @@ def test_on_the_command_line_it_is_one_sentence_before_a_model_is_loaded(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "boot", loaded)
-    out = [] if command == "generate" else ["--out", tmp_path / "out.safetensors"]
+    out = [] if command in ("generate", "check") else ["--out", tmp_path / "out.safetensors"]
     assert call(*COMMANDS[command], option, value, *out) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("lens-unlearn: ")
