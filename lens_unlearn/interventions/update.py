@@ -37,8 +37,8 @@ class Update:
 
         D = value,   D[rows] = value,   D[:, columns] = value,   or   D = value @ right
 
-    Nothing is copied, since an optimizer may hold the tensors and change them in place; but for a tensor without gradients that does
-    not lie in memory row by row, with which products would be rounded otherwise than from a file.
+    Nothing is copied, since an optimizer may hold the tensors and change them in place; but for a tensor without gradients that
+    does not lie in memory row by row, with which products would be rounded otherwise than from a file.
 
     Args:
         value: ``[in, out]``; ``[rows, out]`` with `rows`; ``[in, columns]`` with `columns`; ``[in, rank]`` with `right`.
