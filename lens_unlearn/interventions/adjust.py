@@ -110,6 +110,8 @@ class Adjust(Intervention):
             if isinstance(x, Routed):
                 where = live.like(index, x.key)
                 return x.with_selected(where, adjusted(x.selected(where), live))
+            if random and live.rows is not None:
+                live.rows.check(x)  # here, where an error can say what shape all of it has
             flat = x.reshape(*x.shape[:2], -1)
             where = live.like(index, x)
             return flat.index_copy(2, where, adjusted(flat.index_select(2, where), live)).reshape(x.shape)
