@@ -16,6 +16,7 @@ told what to forget.
 """
 
 import argparse
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -126,18 +127,25 @@ def main(given: Sequence[str] | None = None) -> None:
     table = record.table("forgetting", ["condition", "seed", *heads])
     unchanged = [share(base["base", name, "top1"]) for name in facts]
     table.row(["unedited", "", *unchanged, *[""] * (len(heads) - len(unchanged))])
-    critical = lu.critical(lu.attribute(model, facts["forget"], progress=False))
+
+    @functools.cache
+    def critical() -> lu.NeuronMap:
+        """Attribution takes long on a large model, and not all conditions need it."""
+        return lu.critical(lu.attribute(model, facts["forget"], progress=False))
+
     trajectories: list[tuple[list[Any], dict[int, str]]] = []
     for name in args.conditions:
         for seed in args.seeds:
             options: dict[str, Any] = {}
             if name != DEFAULT:
-                options = {"unseen": aim, "steps": args.steps, "retain_weight": args.retain_weight, "mask": critical}
+                options = {"unseen": aim, "steps": args.steps, "retain_weight": args.retain_weight}
                 options |= {"forget_weight": 1.0, "weight_decay": 0.0}
             options |= CONDITIONS[name]
+            if name != DEFAULT and "mask" not in options:
+                options["mask"] = critical()
             if CONDITIONS[name].get("mask") == "random":
                 options["mask"] = lu.random_pruning(
-                    model, facts["forget"], facts["retain"], like=lu.Ablate(critical), seed=seed, progress=False
+                    model, facts["forget"], facts["retain"], like=lu.Ablate(critical()), seed=seed, progress=False
                 ).selection
             if args.lr and options and options.get("attention") != "none":
                 options["lr"] = args.lr

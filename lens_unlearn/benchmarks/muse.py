@@ -186,7 +186,7 @@ def _score(data: Data, raw: Mapping[str, Sequence[Raw]], resamples: int, seed: i
         if "reference" in raw:
             found[name, "privleak"] = combined(_leak, [area[name], area["reference"]])
         elif retrained is not None:
-            found[name, "privleak"] = combined(lambda one: _leak([one[0], np.float64(retrained)]), [area[name]])
+            found[name, "privleak"] = combined(lambda one: _leak([one[0], np.asarray(retrained)]), [area[name]])
         found[name, "privleak_auc"] = area[name]
     if "reference" not in raw and retrained is None:
         notes.append(

@@ -143,7 +143,7 @@ def by_layer(experts: Experts) -> dict[int, tuple[int, ...]]:
             numbers = [given] if isinstance(given, int) else list(given)
             if not all(type(number) is int and number >= 0 for number in (layer, *numbers)):
                 raise SelectionError(f"experts={{{layer!r}: {given!r}}} are no experts: give whole numbers by layer")
-            pairs |= {(layer, number) for number in numbers}
+            pairs |= {(int(layer), number) for number in numbers}
     else:
         for name in [experts] if isinstance(experts, str) else list(experts):
             match = _EXPERT.fullmatch(name) if isinstance(name, str) else None
