@@ -18,6 +18,7 @@ import numpy as np
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, BudgetError, LensUnlearnError, ProcessError
+from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.corpora.batching import batch_tokens, use_batch_tokens
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
@@ -325,7 +326,7 @@ class Experiment:
         # A part of the tests shows how the curves run; it has to be the same for all of them, the chosen strengths included.
         texts = {
             name: self.documents.test[name].sample(
-                max(PILOT, self.documents.test[name].n_tokens // SWEPT), self.plan.seed, units=PILOT_UNITS
+                max(PILOT, self.documents.test[name].n_tokens // SWEPT), self.plan.seed, units=FEWEST
             )
             for name in ("forget", "retain")
         }
