@@ -60,7 +60,8 @@ class BenchPlan:
     tokens: int | None = None
     """Tokens of each side that methods are fitted to; None for all."""
     template: str | None = None
-    """How questions and answers are joined where methods are fitted; default as the benchmark has it."""
+    """How questions and answers are joined, where methods are fitted and where a benchmark that leaves it open asks; default as the
+    benchmark has it."""
     prepend_bos: bool | None = None
     seed: int = 0
     batch_size: int | None = None
@@ -80,6 +81,8 @@ class BenchPlan:
             if name not in record.options:
                 has = ", ".join(record.options) or "none"
                 raise LensUnlearnError(f"{self.benchmark} has no option {name!r}: its options are {has}")
+        if self.template is not None and "template" in self.options:
+            raise LensUnlearnError("--template and --option template are the same: give one of them")
         for key in self.settings:
             owner, _, option = key.rpartition(".")
             if not any(option in option_names(name) and owner in ("", name) for name in self.methods):
@@ -104,6 +107,17 @@ class BenchPlan:
             if option in option_names(name) and owner in ("", name):
                 chosen[option] = value
         return chosen
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """The options of the benchmark, with the template where it is one of them."""
+        asked = self.template is not None and "template" in by_name(self.benchmark).options
+        return self.options | ({"template": self.template} if asked else {})
+
+    @property
+    def fitting(self) -> str:
+        """How questions and answers are joined where methods are fitted: as they are asked."""
+        return str(self.asking.get("template") or self.template or by_name(self.benchmark).template)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -140,7 +154,7 @@ def carry_out_bench(
         ArtefactError: If the interrupted run was another one; the message names what differs.
     """
     record = by_name(plan.benchmark)
-    data = record.data(plan.data, plan.rows, plan.options)
+    data = record.data(plan.data, plan.rows, plan.asking)
     if plan.methods and not (data.forget and data.retain):
         raise CorpusError(
             f"{plan.benchmark} has no texts here that a method could be fitted to: give --intervention, or the files of both splits"
@@ -166,7 +180,7 @@ def carry_out_bench(
             conditions, saved = edits
             found = measured(
                 record, model, data, conditions, reference=plan.reference, rows=plan.rows, prepend_bos=plan.prepend_bos,
-                batch_size=plan.batch_size, seed=plan.seed, progress=progress, keep=keep, options=plan.options,
+                batch_size=plan.batch_size, seed=plan.seed, progress=progress, keep=keep, options=plan.asking,
             )  # fmt: skip
             found = replace(
                 found, provenance={**found.provenance, "plan": settings, "inputs": texts, "data": plan.data}
@@ -227,7 +241,7 @@ def _corpora(plan: BenchPlan, model: Model, data: Data) -> dict[str, Corpus]:
         reading: dict[str, Any] = {"tokens": plan.tokens, "prepend_bos": plan.prepend_bos}
         reading |= {"name": f"{plan.benchmark} {side}"}
         if pairs:
-            reading |= {"field": "question>answer", "template": plan.template or by_name(plan.benchmark).template}
+            reading |= {"field": "question>answer", "template": plan.fitting.replace("\\n", "\n")}
         found[side] = read_corpus(list(rows), model, **reading)
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from benchmark_helpers import lume_scores, write_lines, write_lume
+from benchmark_helpers import lume_scores, write_lines, write_lume, write_tofu
 from command_line_helpers import call
 
 import lens_unlearn as lu
@@ -133,3 +133,27 @@ def test_a_saved_intervention_is_a_condition_with_its_control(model: Any, model_
     )
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     assert set(scores["condition"]) == {"base", "mine", "mine:control"}
+
+
+@pytest.mark.parametrize(
+    "given", [["--template", r"Q: {prompt}\nA: {answer}"], ["--option", r"template=Q: {prompt}\nA: {answer}"]]
+)
+def test_questions_are_asked_as_methods_are_fitted_to_them(
+    given: list[str], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    read: list[str] = []
+    inner = bench.read_corpus
+    monkeypatch.setattr(bench, "read_corpus", lambda *a, **o: (read.append(o["template"]), inner(*a, **o))[1])
+    folder = write_tofu(tmp_path / "tofu")
+    arguments = ["bench", "tofu", "--model", model_dir, "--data", folder, "--rows", 2, "--quiet", "--controls", 0]
+    arguments += ["--option", "max_new_tokens=2", "--option", "answer_eos=false"]
+    arguments += ["--method", "selective-pruning", "--set", "fraction=0.2"]
+    assert call(*arguments, *given, "--out", tmp_path / "out") == 0
+    texts = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert texts
+    assert all(row["prompt"].startswith("Q: ") and row["prompt"].endswith("\nA:") for row in texts)
+    assert set(read) == {"Q: {prompt}\nA: {answer}"}
+    both = ["--template", "a {prompt} {answer}", "--option", "template=b {prompt} {answer}"]
+    assert call(*arguments, *both, "--out", tmp_path / "both") == 2
+    assert "are the same: give one of them" in capsys.readouterr().err
+    assert not (tmp_path / "both").exists()
