@@ -302,6 +302,8 @@ def test_the_forget_corpus_gets_worse_and_the_model_stays(optimizer: Any, loss: 
         ({"mask": "none"}, {"W_Q", "W_K", "W_V", "W_O"}),
         ({"mask": "all", "attention": "none"}, {"W_out"}),
         ({"curvature": "hutchinson", "accumulation": 2}, {"W_out", "W_Q", "W_K", "W_V", "W_O"}),
+        # Attention without hooks, which is fused where nothing is differentiated twice.
+        ({"attention": "none", "curvature": "hutchinson"}, {"W_out"}),
         ({"mask": "union", "threshold": 0.9}, {"W_out", "W_Q", "W_K", "W_V", "W_O"}),
     ],
 )
