@@ -3,6 +3,8 @@ r"""Neurons inside routed experts: which experts carry a skill, Selective Prunin
     python benchmarks/train_experts.py --texts ../shared/data/skillmix_fit --out .models/experts
     python benchmarks/experts.py --model .models/experts --save benchmarks/outputs/experts.json
 
+    python benchmarks/experts.py --parts shapes --fit-tokens 6000 --save benchmarks/outputs/experts_shapes.json    # random weights
+
 Each skill is forgotten in turn, and the other ones, in equal parts, are the retain corpus. Everything is fitted on documents of
 --fit and measured on those of --test. "control" are random neurons of experts with the same load, as many in each layer;
 "unmatched" are as many random neurons in each layer, of any expert. Several seeds of each are one condition.
@@ -27,7 +29,7 @@ SITE = "experts.post"
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".models/experts")
-    parser.add_argument("--parts", nargs="+", default=["pruning", "cost"], choices=["pruning", "cost"])
+    parser.add_argument("--parts", nargs="+", default=["pruning", "cost"], choices=["pruning", "cost", "shapes"])
     parser.add_argument("--fit", default="../shared/data/skillmix_fit")
     parser.add_argument("--test", default="../shared/data/skillmix_heldout")
     parser.add_argument("--skills", nargs="+", default=["code", "math", "prose"])
@@ -39,8 +41,16 @@ def main(given: Sequence[str] | None = None) -> None:
         "--units", type=int, default=10, help="test documents of each skill, at least, if there are so many"
     )
     parser.add_argument("--repeats", type=int, default=9, help="of the timing")
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=[128, 256, 512], help="of the models of random weights"
+    )
+    parser.add_argument("--tokenizer", default="../shared/models/skillmix", help="of these")
     parser.add_argument("--figure", help="a picture of the experts' loads, ending in .png")
     args, record = begin(parser, given)
+    if "shapes" in args.parts:
+        shapes(args, record)
+        record.end()
+        return
     model = lu.load_model(args.model)
     window = int(model.cfg.n_ctx)
 
@@ -120,6 +130,39 @@ def pruning(
 
 def cost(model: Any, args: argparse.Namespace, record: Any, corpus: lu.Corpus) -> None:
     """Time collecting at every layer's experts beside a forward pass without logits, in turns."""
+    forward, collect, ratio = timed(model, args.repeats, corpus)
+    table = record.table("cost", ["what", "seconds", "ratio"])
+    table.row(["forward", f"{forward:.2f}", "1.00"])
+    table.row(["collect", f"{collect:.2f}", f"{ratio:.2f}"])
+
+
+def shapes(args: argparse.Namespace, record: Any) -> None:
+    """Time the same on models of random weights: Mixtral's shape, 4 layers of 16 experts, as wide inside as outside."""
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    table = record.table("shapes", ["width", "forward, s", "collect, s", "ratio"])
+    for width in args.widths:
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_local_experts=16,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=256,
+        )
+        model = lu.load_model(MixtralForCausalLM(config).eval(), tokenizer=tokenizer)
+        source = f"{args.fit}/{args.skills[0]}.jsonl:text"
+        corpus = lu.read_corpus(source, model, tokens=args.fit_tokens, window=256)
+        forward, collect, ratio = timed(model, args.repeats, corpus)
+        table.row([width, f"{forward:.2f}", f"{collect:.2f}", f"{ratio:.2f}"])
+
+
+def timed(model: Any, repeats: int, corpus: lu.Corpus) -> tuple[float, float, float]:
+    """Return the median seconds of a forward pass without logits and of collecting, taken in turns, and their median ratio."""
     batches = list(corpus.batches(16))
 
     def forward() -> None:
@@ -131,15 +174,13 @@ def cost(model: Any, args: argparse.Namespace, record: Any, corpus: lu.Corpus) -
         lu.collect(model, corpus, SITE, batch_size=16, progress=False)
 
     seconds: dict[str, list[float]] = {"forward": [], "collect": []}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         for name, run in (("forward", forward), ("collect", collect)):
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-    ratio = np.median(np.array(seconds["collect"]) / np.array(seconds["forward"]))
-    table = record.table("cost", ["what", "seconds", "ratio"])
-    table.row(["forward", f"{np.median(seconds['forward']):.2f}", "1.00"])
-    table.row(["collect", f"{np.median(seconds['collect']):.2f}", f"{ratio:.2f}"])
+    ratio = float(np.median(np.array(seconds["collect"]) / np.array(seconds["forward"])))
+    return float(np.median(seconds["forward"])), float(np.median(seconds["collect"])), ratio
 
 
 if __name__ == "__main__":
