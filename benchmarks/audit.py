@@ -38,6 +38,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--attacks", nargs="+", default=[a.name for a in ATTACKS], choices=[a.name for a in ATTACKS])
     parser.add_argument("--fraction", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=60, help="of SIMU")
+    parser.add_argument(
+        "--intervention",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a saved one beside these, as forgetting.py keeps",
+    )
+    parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--template")
     parser.add_argument("--window", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -47,9 +55,11 @@ def main(given: Sequence[str] | None = None) -> None:
             demo.WITHOUT_FACTS_DIR.name
         )  # as everywhere, wherever it is installed
     args.template = args.template and args.template.replace("\\n", "\n")
-    model = lu.load_model(args.model)
+    lu.tune_allocator()
+    model = lu.load_model(args.model, dtype=args.dtype)
     never_saw = lu.load_model(
-        str(demo.WITHOUT_FACTS_DIR) if args.reference == demo.WITHOUT_FACTS_DIR.name else args.reference
+        str(demo.WITHOUT_FACTS_DIR) if args.reference == demo.WITHOUT_FACTS_DIR.name else args.reference,
+        dtype=args.dtype,
     )
     facts, retain, unseen = (read(getattr(args, name), model, args) for name in SOURCES)
     record.about(model, facts=facts.n_documents)
@@ -72,6 +82,10 @@ def main(given: Sequence[str] | None = None) -> None:
         conditions[name] = method.at(model, fitted, None, options)
         control = method.controls(model, conditions[name], fitted, [args.seed], options=options)
         conditions |= {f"{name}:control": control} if control else {}
+        print(f"{name}: {conditions[name]!r}", flush=True)
+    for name, path in (given.split("=", 1) for given in args.intervention):
+        conditions[name] = lu.load_intervention(path, model)
+        conditions[f"{name}:control"] = lu.random_delta(conditions[name], seed=args.seed)
         print(f"{name}: {conditions[name]!r}", flush=True)
     began, cpu = time.monotonic(), time.process_time()
     found = lu.audit(

@@ -20,6 +20,7 @@ import functools
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=160)
     parser.add_argument("--template")
     parser.add_argument("--dtype", default="float32", help="of the weights; updates are trained in float32")
+    parser.add_argument("--keep", metavar="DIR", help="save every update that is trained there, to be audited")
     parser.add_argument("--completeness", action="store_true", help="print how complete the attribution is")
     parser.add_argument("--retrained", help="a model that never saw what is to be forgotten, for forget quality")
     args, record = begin(parser, given)
@@ -159,6 +161,8 @@ def main(given: Sequence[str] | None = None) -> None:
                 **options,
             )
             seconds = time.time() - began
+            if args.keep:
+                delta.save(Path(args.keep) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors", model)
             edits = {name: delta, f"{name}: control": lu.random_delta(delta, seed=seed)}
             report = lu.evaluate(model, corpora, edits, base=base, progress=False)
             asked = {"forget": facts["forget"]}
