@@ -10,20 +10,19 @@ condition ablates as many random neurons in each layer, once for each seed; that
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from record import begin, percent
+from skills import Edits, Skills
 
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Report
 
 FILES = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma3": "gemma-3-270m-Q4_K_M.gguf"}
 MODELS = Path(".models")
-SITES = ("mlp.pre", "mlp.post", "attn.z")
 IMPORTANCES = ("abs", "freq", "rms", "std", "sqrt")
-Edits = Mapping[str, Sequence[lu.Intervention]]
 Fit = Callable[[str, int], tuple[lu.Corpus, lu.Corpus, lu.Moments, lu.Moments]]
 
 
@@ -49,37 +48,18 @@ def main(given: Sequence[str] | None = None) -> None:
     model = lu.load_model(MODELS / FILES[args.model], dtype=args.dtype)
     record.about(model, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
 
-    def read(folder: str, skill: str, tokens: int) -> lu.Corpus:
-        return lu.read_corpus(f"{folder}/{skill}.jsonl:text", model, tokens=tokens, window=args.window)
-
-    # Five times as much as is fitted on, so that each seed has other documents.
-    whole = {skill: read(args.fit, skill, 5 * args.fit_tokens) for skill in args.skills}
-    # Rows drawn from all documents: an interval needs many of them, more than many tokens.
-    test = {skill: read(args.test, skill, 10**6).sample(args.test_tokens, units=args.units) for skill in args.skills}
-    known: dict[tuple[str, int], lu.Moments] = {}
-
-    def moments(skill: str, seed: int) -> tuple[lu.Corpus, lu.Moments]:
-        corpus = whole[skill].sample(args.fit_tokens, seed=seed)
-        if (skill, seed) not in known:
-            known[skill, seed] = lu.collect(model, corpus, SITES, statistic=lu.Moments(extra=("sqrt",)), progress=False)
-        return corpus, known[skill, seed]
-
-    def fit(skill: str, seed: int) -> tuple[lu.Corpus, lu.Corpus, lu.Moments, lu.Moments]:
-        forget, of_forget = moments(skill, seed)
-        others = [moments(other, seed) for other in args.skills if other != skill]
-        retain, of_retain = others[0]
-        for corpus, statistic in others[1:]:
-            retain, of_retain = retain + corpus, of_retain.merge(statistic)
-        return forget, retain, of_forget, of_retain
-
-    base = lu.evaluate(model, test, {}, progress=False)
+    skills = Skills(
+        model, args.fit, args.test, args.skills, fit_tokens=args.fit_tokens, test_tokens=args.test_tokens,
+        units=args.units, window=args.window,
+    )  # fmt: skip
     table = record.table("base", ["skill", "documents", "tokens", "top-1", "loss"])
-    for skill, corpus in test.items():
-        loss = f"{base['base', skill, 'loss'].value:.3f}"
-        table.row([skill, corpus.n_documents, corpus.n_tokens, percent(base["base", skill, "top1"]), loss])
+    for skill, corpus in skills.test.items():
+        loss = f"{skills.base['base', skill, 'loss'].value:.3f}"
+        top1 = percent(skills.base["base", skill, "top1"])
+        table.row([skill, corpus.n_documents, corpus.n_tokens, top1, loss])
     parts = {"fractions": fractions, "choices": choices, "adjust": adjust}
     for part in args.parts:
-        parts[part](model, args, record, fit, lambda edits: lu.evaluate(model, test, edits, progress=False, base=base))
+        parts[part](model, args, record, skills.fit, skills.evaluate)
     record.end()
 
 

@@ -39,11 +39,14 @@ import torch
 from lens_unlearn.evaluation.report import provenance_of
 
 
-def begin(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> tuple[argparse.Namespace, "Record"]:
-    """Add ``--save``, parse, and start a record."""
+def begin(
+    parser: argparse.ArgumentParser, given: Sequence[str] | None = None, module: str | None = None
+) -> tuple[argparse.Namespace, "Record"]:
+    """Add ``--save``, parse, and start a record; of a package, ``python -m module`` is the command."""
     parser.add_argument("--save", type=Path, metavar="FILE", help="store what is printed: benchmarks/outputs/NAME.json")
     args = parser.parse_args(given)
-    typed = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *(sys.argv[1:] if given is None else given)]
+    program = ["-m", module] if module else [f"benchmarks/{Path(sys.argv[0]).name}"]
+    typed = ["python", *program, *(sys.argv[1:] if given is None else given)]
     settings = {name: value for name, value in vars(args).items() if name != "save"}
     return args, Record(typed, args.save, settings)
 
@@ -80,6 +83,16 @@ class Table:
         print(line(made), flush=True)
         self.grown()
 
+    def add(self, rows: Iterable[Iterable[object]]) -> None:
+        """Add rows that belong together: what is kept of an interrupted run has all of them or none."""
+        kept, self.grown = self.grown, lambda: None
+        try:
+            for cells in rows:
+                self.row(cells)
+        finally:
+            self.grown = kept
+        self.grown()
+
 
 @dataclass
 class Record:
@@ -108,6 +121,14 @@ class Record:
         for row in rows:
             table.row(row)
         return table
+
+    def left(self, name: str) -> list[list[str]]:
+        """Return the rows of a table that an interrupted run with the same arguments has left; none if there was none."""
+        if self.save is None or not self._unfinished(self.save).exists():
+            return []
+        stored = json.loads(self._unfinished(self.save).read_text(encoding="utf-8"))
+        same = stored["settings"] == json.loads(json.dumps(self.settings, default=str))
+        return stored["tables"][name]["rows"] if same and name in stored["tables"] else []
 
     def end(self) -> None:
         """Print versions and seconds; write the file, if one was asked for."""

@@ -153,3 +153,69 @@ def test_a_measure_without_an_interval_is_printed_without(load: Callable[[str], 
     percent = load("record").percent
     for low, high, printed in ((0.1, 0.3, "21.4% [10.0%, 30.0%]"), (float("nan"), float("nan"), "21.4%")):
         assert percent(SimpleNamespace(value=0.2142, interval=lambda a=low, b=high: (a, b))) == printed
+
+
+def paper_plans(load: Callable[[str], ModuleType]) -> tuple[ModuleType, ModuleType]:
+    """Import the command line of the papers' plans, and their list."""
+    return load("benchmarks.papers.__main__"), load("benchmarks.papers.plans")
+
+
+def test_a_plan_that_was_interrupted_goes_on_with_the_cells_that_are_missing(
+    load: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    main, plans = paper_plans(load)
+    made = load("benchmarks.papers.plan")
+    asked: list[str] = []
+
+    def cells() -> Iterator[object]:
+        for key in ("a", "b", "c"):
+
+            def rows(key: str = key) -> Iterator[list[str]]:
+                asked.append(key)
+                yield ["first", key * 2]
+                if len(asked) == 2:
+                    raise KeyboardInterrupt  # in the middle of a cell
+                yield ["second", key * 3]
+
+            yield made.Cell((key,), rows)
+
+    plan = made.Plan("one", "a figure", "a model", ("key", "which", "value"), cells)
+    monkeypatch.setattr(plans, "PLANS", (plan,))
+    path = tmp_path / "one.json"
+    with pytest.raises(KeyboardInterrupt):
+        main.main(["one", "--save", str(path)])
+    assert asked == ["a", "b"]
+    assert not path.exists()
+    main.main(["one", "--save", str(path)])
+    assert asked == ["a", "b", "b", "c"]
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["argv"][:3] == ["python", "-m", "benchmarks.papers"]
+    assert stored["tables"]["rows"]["rows"] == [
+        [key, which, key * times] for key in "abc" for which, times in (("first", 2), ("second", 3))
+    ]
+    assert not list(tmp_path.glob("*.unfinished"))
+    main.main([])
+    assert "one                  a figure [a model]" in capsys.readouterr().out
+
+
+def test_each_plan_of_a_paper_is_listed_and_its_cells_have_keys_of_their_own(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    plans = paper_plans(load)[1].PLANS
+    files = {path.stem for path in (FOLDER / "papers").glob("*.py")}
+    assert {plan.name.replace("-", "_") for plan in plans} == files - {
+        "__init__",
+        "__main__",
+        "plan",
+        "plans",
+        "models",
+    }
+    for plan in plans:
+        keys = [cell.key for cell in plan.cells()]  # nothing is loaded or computed yet
+        assert len(set(keys)) == len(keys) > 1
+        assert all(len(key) < len(plan.columns) for key in keys)

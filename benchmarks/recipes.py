@@ -1,6 +1,6 @@
 r"""Run every recipe of docs/papers.md, with small models and texts in the place of those on the hub.
 
-    python benchmarks/papers.py --save benchmarks/outputs/papers.json
+    python benchmarks/recipes.py --save benchmarks/outputs/recipes.json
 
 The code and the commands are taken from the page. What cannot be had here is replaced in their text, by `STAND_INS`, and so are
 sizes: this shows that each recipe runs as it is written and changes what it is to change, not what the papers measured. Every
