@@ -1,10 +1,10 @@
-r"""Run every recipe of docs/papers.md, with small models and texts in the place of those on the hub.
+r"""Run every recipe of docs/reproductions/, with small models and texts in the place of those on the hub.
 
     python benchmarks/recipes.py --save benchmarks/outputs/recipes.json
 
-The code and the commands are taken from the page. What cannot be had here is replaced in their text, by `STAND_INS`, and so are
+The code and the commands are taken from the pages. What cannot be had here is replaced in their text, by `STAND_INS`, and so are
 sizes: this shows that each recipe runs as it is written and changes what it is to change, not what the papers measured. Every
-replacement has to be found in its recipe, so the page cannot drift away from this script.
+replacement has to be found in its recipe, so the pages cannot drift away from this script.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from record import Table, begin, percent
 
 import lens_unlearn as lu
 
-PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
+PAGES = Path(__file__).parents[1] / "docs" / "reproductions"
 BLOCK = re.compile(r"^```(python|bash)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHARED = "../shared"
 SKILLMIX, MEMORIZED = f"{SHARED}/models/skillmix", f"{SHARED}/models/skillmix-tofu"
@@ -85,7 +85,7 @@ class Recipe:
 
     Attributes:
         name: In the table.
-        section: The heading it is under.
+        section: Its page and the heading it is under.
         blocks: Which of the section's blocks, counted from 0, share their names.
         stand_ins: Further text to replace, and its replacement.
         rows: Takes the names that the Python blocks leave, with the value of the last expression as ``_``, and gives rows of
@@ -127,7 +127,7 @@ def on_fitted(edits: str, forget: str, retain: str) -> Callable[[dict[str, Any]]
 RECIPES = (
     Recipe(
         "Selective Pruning, the curve",
-        "Selective Pruning",
+        "selective_pruning#Settings",
         (0, 1),
         {
             '"facebook/opt-1.3b"': f'"{SKILLMIX}"',
@@ -142,7 +142,7 @@ RECIPES = (
     ),
     Recipe(
         "Selective Pruning, toxicity",
-        "Selective Pruning",
+        "selective_pruning#Settings",
         (0, 2),
         {
             '"facebook/opt-1.3b"': f'"{SKILLMIX}"',
@@ -157,13 +157,13 @@ RECIPES = (
     ),
     Recipe(
         "Selective Pruning, the command",
-        "Selective Pruning",
+        "selective_pruning#Settings",
         (3,),
         {"facebook/opt-1.3b": SKILLMIX, "--tokens 100000 --window 1000": "--tokens 3000 --window 160"},
     ),
     Recipe(
         "Neuron Adjust and Key Space Detection",
-        "Neuron Adjust and Key Space Detection",
+        "effective_skill#Settings",
         (0, 1),
         {
             '"meta-llama/Meta-Llama-3-8B"': f'"{SKILLMIX}"',
@@ -177,20 +177,20 @@ RECIPES = (
     ),
     Recipe(
         "Neuron Adjust, languages",
-        "Neuron Adjust and Key Space Detection",
+        "effective_skill#Settings",
         (0, 2),
         {'"meta-llama/Meta-Llama-3-8B"': f'"{SKILLMIX}"', "torch.bfloat16": "torch.float32", **HUB},
         on_fitted("_", "german", "others"),
     ),
     Recipe(
         "Key Space Detection, the command",
-        "Neuron Adjust and Key Space Detection",
+        "effective_skill#Settings",
         (3,),
         {"meta-llama/Meta-Llama-3-8B": SKILLMIX, "--answers 200": "--answers 5 --tokens 12000"},
     ),
     Recipe(
         "SIMU",
-        "SIMU",
+        "simu#Settings",
         (0,),
         {
             '"path/to/llama2-7b-finetuned-on-tofu"': f'"{MEMORIZED}"',
@@ -206,7 +206,7 @@ RECIPES = (
     ),
     Recipe(
         "SIMU, the command",
-        "SIMU",
+        "simu#Settings",
         (1,),
         {
             "path/to/llama2-7b-finetuned-on-tofu": MEMORIZED,
@@ -218,7 +218,7 @@ RECIPES = (
     ),
     Recipe(
         "GPT-2, the command",
-        "GPT-2, as a first real model",
+        "index#GPT-2, as a first real model",
         (0,),
         {"gpt2 ": f"{SKILLMIX} ", "--tokens 20000": "--tokens 4000 --window 160"},
     ),
@@ -227,7 +227,9 @@ RECIPES = (
 
 def blocks_of(recipe: Recipe) -> list[tuple[str, str]]:
     """Return language and text of a recipe's blocks, with everything replaced that cannot be had here."""
-    section = PAGE.read_text(encoding="utf-8").partition(f"\n## {recipe.section}\n")[2].partition("\n## ")[0]
+    page, _, heading = recipe.section.partition("#")
+    text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     found = BLOCK.findall(section)
     chosen, missing = [found[i] for i in recipe.blocks], set(recipe.stand_ins)
     made = []
@@ -239,7 +241,7 @@ def blocks_of(recipe: Recipe) -> list[tuple[str, str]]:
             text = text.replace(old, new)
         made.append((language, text))
     if missing:
-        raise ValueError(f"{recipe.name}: docs/papers.md has no {sorted(missing)} any more: mend its stand-ins")
+        raise ValueError(f"{recipe.name}: {page}.md has no {sorted(missing)} any more: mend its stand-ins")
     return made
 
 

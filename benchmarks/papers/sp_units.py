@@ -1,4 +1,4 @@
-"""Selective Pruning, Fig. 2 and 3, and its appendix on heads and ActSVD: what is pruned.
+"""Selective Pruning: what is pruned.
 
 Feed-forward neurons against attention pre-out neurons, both together, whole heads, and directions of the SVD of W_V W_O. The
 paper's number is the largest gap between what is lost of the forget and of the retain corpus along the way; here the fractions
