@@ -5,30 +5,35 @@ agree with what the published formulas give on the same texts and losses. Knows 
 interventions; knows nothing of how a result is drawn, nor of which method made an intervention.
 """
 
-from lens_unlearn.benchmarks import lume as _lume
-from lens_unlearn.benchmarks import muse as _muse
-from lens_unlearn.benchmarks import rwku as _rwku
-from lens_unlearn.benchmarks import tofu as _tofu
-from lens_unlearn.benchmarks import wmdp as _wmdp
 from lens_unlearn.benchmarks.benchmark import Benchmark
+from lens_unlearn.benchmarks.effective_skill import effective_skill
 from lens_unlearn.benchmarks.lume import lume
 from lens_unlearn.benchmarks.muse import muse
 from lens_unlearn.benchmarks.result import BenchmarkResult
+from lens_unlearn.benchmarks.running import BenchmarkFunction
 from lens_unlearn.benchmarks.rwku import rwku
 from lens_unlearn.benchmarks.tofu import tofu
 from lens_unlearn.benchmarks.wmdp import wmdp
 from lens_unlearn.core.errors import LensUnlearnError
 
-__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkResult", "by_name", "lume", "muse", "rwku", "tofu", "wmdp"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "BenchmarkFunction",
+    "BenchmarkResult",
+    "by_name",
+    "effective_skill",
+    "lume",
+    "muse",
+    "rwku",
+    "tofu",
+    "wmdp",
+]
 
-BENCHMARKS: tuple[Benchmark, ...] = (
-    _tofu.BENCHMARK,
-    _lume.BENCHMARK,
-    _muse.BENCHMARK,
-    _rwku.BENCHMARK,
-    _wmdp.BENCHMARK,
+BENCHMARKS: tuple[Benchmark, ...] = tuple(
+    globals()[name].benchmark for name in __all__ if hasattr(globals().get(name), "benchmark")
 )
-"""Every benchmark. A new one is a file of its own, and a line here."""
+"""Every benchmark. A new one is a file of its own, imported above, and its name in the list."""
 
 
 def by_name(name: str) -> Benchmark:

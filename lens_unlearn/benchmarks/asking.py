@@ -1,7 +1,7 @@
 """`Asker`: one model under one intervention, as a benchmark asks it: texts that it continues, and losses of texts and answers.
 
 Prompts are tokenized as everywhere in the package, run without padding on the left, begin with BOS once, and are continued
-greedily, whatever generation configuration the model ships. Knows models and tokens; knows no benchmark.
+as the benchmark says, whatever generation configuration the model ships. Knows models and tokens; knows no benchmark.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,6 +45,7 @@ class Asker:
         prepend_bos: Whether texts begin with BOS; None for as the tokenizer has it.
         progress: Whether to show bars.
         name: Of the condition, for the bars.
+        seed: Of texts that are sampled.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Asker:
     prepend_bos: bool | None = None
     progress: bool = False
     name: str = ""
+    seed: int = 0
 
     @property
     def has_end(self) -> bool:
@@ -74,15 +76,24 @@ class Asker:
         return chat_prompt(self.model, prompt)
 
     def write(
-        self, prompts: Sequence[str], max_new_tokens: int, *, stop: Sequence[int] = (), written: bool = False
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        stop: Sequence[int] = (),
+        written: bool = False,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
     ) -> Texts:
-        """Continue prompts greedily.
+        """Continue prompts, greedily unless a temperature is given.
 
         Args:
             prompts: The texts.
             max_new_tokens: The longest continuation.
             stop: Tokens that end a text besides those that end every text.
             written: Whether prompts are written in a chat template, which has BOS where it belongs.
+            temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
+            top_p: Draw from the fewest most probable tokens that have this share of the probability together.
         """
         tokenizer = tokenizer_of(self.model, "a benchmark cannot be asked")
         bos = None if written else bos_token(self.model, self.prepend_bos)
@@ -98,6 +109,7 @@ class Asker:
                 part = kept[start : start + size]
                 ids = [rows[number] for number in part]
                 options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size or ROWS}
+                options |= {"temperature": temperature, "top_p": top_p, "seed": self.seed}
                 done = continue_rows(self.model, ids, self.intervention, stop=stop, **options)
                 if self.intervention is None:
                     require_unbroken(self.model, ids, done)

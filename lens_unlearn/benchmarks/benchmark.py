@@ -1,15 +1,17 @@
 """`Benchmark`: everything that the function, the command line and the page need to know of a public benchmark.
 
 Knows what a benchmark is made of: items that are asked, what is kept of a model's answers, and scores of these; knows no
-benchmark by name. A new one is a file with a record and a function, and a line in `lens_unlearn.benchmarks.BENCHMARKS`.
+benchmark by name. A new one is a file with a record, and a line in `lens_unlearn.benchmarks`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lens_unlearn.benchmarks.asking import Asker
 from lens_unlearn.benchmarks.files import Files
+from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.evaluation.report import Measure
 
 __all__ = ["Benchmark", "Data", "Item", "Raw", "Score"]
@@ -82,19 +84,50 @@ class Benchmark:
     official: Mapping[str, str]
     """The official scores, by metric, with the formula of each."""
     read: Callable[..., Data]
-    """Takes ``(files, rows, **options)``: reads and checks every file, before a model is loaded."""
+    """Takes ``(files, rows, *, options)``: reads and checks every file, before a model is loaded. Its keyword arguments are the
+    benchmark's options, with their defaults."""
     ask: Callable[[Data, Asker], Raw]
     """Asks one model under one intervention."""
     score: Scorer
     summary: str
     """What it is and where it was published, in a sentence."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `read` with their defaults."""
     template: str = "{prompt} {answer}"
     """How the questions and answers that methods are fitted to are joined."""
-    splits: tuple[str, ...] = ()
-    """Values of the option `split`, where it has that."""
+    decoding: str = "greedy"
+    """How texts are continued, in words."""
+
+    @property
+    def keywords(self) -> tuple[inspect.Parameter, ...]:
+        """The options as `read` takes them."""
+        return tuple(
+            one
+            for one in inspect.signature(self.read).parameters.values()
+            if one.kind is inspect.Parameter.KEYWORD_ONLY
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options with their defaults."""
+        return {one.name: one.default for one in self.keywords}
+
+    def check(self, options: Iterable[str]) -> None:
+        """Refuse names that are none of its options.
+
+        Raises:
+            LensUnlearnError: If there is one; the message lists those that there are.
+        """
+        for name in options:
+            if name not in self.options:
+                raise LensUnlearnError(
+                    f"{self.name} has no option {name!r}: its options are {', '.join(self.options) or 'none'}"
+                )
 
     def data(self, source: Any, rows: int | None, options: Mapping[str, Any]) -> Data:
-        """Read and check the files."""
+        """Read and check the files.
+
+        Raises:
+            CorpusError: If a file or a column is missing.
+            LensUnlearnError: If there is no such option.
+        """
+        self.check(options)
         return self.read(Files.of(source, self.name), rows, **{**self.options, **options})

@@ -2,6 +2,24 @@
 
 Prompts are continued as they are, without a template; a sentence completion scores ROUGE-L recall with stemming, an answer scores
 1 where it is the true one after stripping and lower-casing. Knows LUME's files and formulas.
+
+Metrics: `final`, the mean of the three behind it, where MMLU can be had; `task_aggregate`, the harmonic mean of the twelve
+parts, forget parts as 1 - x; `mia_score` = 1 - 2 abs(AUC - 0.5) of a loss attack; `mmlu`; and the parts
+``task1_forget_regurgitation`` to ``task3_retain_knowledge`` as they are: ROUGE-L recall with stemming of sentence completions,
+and the share of answers that are the true one after stripping and lower-casing. `mia_auc` is the attack's area.
+
+The attack compares the mean losses of the documents of ``mia_data/member.jsonl`` and ``mia_data/nonmember.jsonl`` (column
+`document`), as the released code does; without these files, of the true outputs of the forget and of the retain split.
+
+Data: the folder that holds ``forget.jsonl`` and ``retain.jsonl`` with the columns id, input, output and task; or
+``hf:OWNER/NAME``. Rows are counted by task, split and kind. Intervals resample documents, each with its sentence and questions.
+
+Options:
+
+- `mmlu`: Tasks of lm-evaluation-harness, such as "mmlu"; default a file ``mmlu.jsonl`` (question, choices, answer) in the folder,
+  if there is one.
+- `mmlu_floor`: Below this accuracy on MMLU `final` is 0, as in the challenge: 0.371 for its model of 7 billion parameters.
+- `max_new_tokens`: The longest continuation; 256 in the released code.
 """
 
 import re
@@ -14,16 +32,13 @@ from lens_unlearn.benchmarks.asking import Asker, mean_loss
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.choices import multiple_choice, read_choices
 from lens_unlearn.benchmarks.files import Files, first_of_each
-from lens_unlearn.benchmarks.result import BenchmarkResult
-from lens_unlearn.benchmarks.running import Reference, measured
+from lens_unlearn.benchmarks.running import function_of
 from lens_unlearn.benchmarks.scoring import Column, areas, combined, harmonic, means, plain
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
-from lens_unlearn.evaluation.evaluate import Condition
-from lens_unlearn.model.host import Model
 
-__all__ = ["BENCHMARK", "lume"]
+__all__ = ["lume"]
 
 _KIND = re.compile(r"(sc|qa)\d+$")
 _KINDS = {"sc": "regurgitation", "qa": "knowledge"}
@@ -34,66 +49,13 @@ PARTS = tuple(f"{task}_{split}_{kind}" for split in _SPLITS for task in _TASKS f
 _DIGITS = 6  # of a loss: what float32 logits leave open is a tie, as for `membership`
 
 
-def lume(
-    model: Model,
-    data: Any,
-    conditions: Mapping[str, Condition],
+def _read(
+    files: Files,
+    rows: int | None,
     *,
-    rows: int | None = None,
-    reference: Reference | None = None,
     mmlu: str | Sequence[str] | None = None,
     mmlu_floor: float | None = None,
     max_new_tokens: int = 256,
-    controls: int = 0,
-    prepend_bos: bool | None = None,
-    batch_size: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Score a model on LUME, the benchmark of SemEval 2025 task 4.
-
-    Metrics: `final`, the mean of the three behind it, where MMLU can be had; `task_aggregate`, the harmonic mean of the twelve
-    parts, forget parts as 1 - x; `mia_score` = 1 - 2 abs(AUC - 0.5) of a loss attack; `mmlu`; and the parts
-    ``task1_forget_regurgitation`` to ``task3_retain_knowledge`` as they are: ROUGE-L recall with stemming of sentence completions,
-    and the share of answers that are the true one after stripping and lower-casing. `mia_auc` is the attack's area.
-
-    The attack compares the mean losses of the documents of ``mia_data/member.jsonl`` and ``mia_data/nonmember.jsonl`` (column
-    `document`), as the released code does; without these files, of the true outputs of the forget and of the retain split.
-
-    Args:
-        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
-        data: The folder that holds ``forget.jsonl`` and ``retain.jsonl`` with the columns id, input, output and task; or
-            ``hf:OWNER/NAME``.
-        conditions: As for `evaluate`.
-        rows: The first so many rows of each task, split and kind; None for all.
-        reference: A model that never saw the forget split, or its directory: one more condition.
-        mmlu: Tasks of lm-evaluation-harness, such as "mmlu"; default a file ``mmlu.jsonl`` (question, choices, answer) in the
-            folder, if there is one.
-        mmlu_floor: Below this accuracy on MMLU `final` is 0, as in the challenge: 0.371 for its model of 7 billion parameters.
-        max_new_tokens: The longest continuation; 256 in the released code.
-        controls: Random controls of each condition.
-        prepend_bos: Whether prompts begin with BOS; default as the tokenizer has it.
-        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
-        resamples: Bootstrap resamples over documents, each with its sentence and questions.
-        seed: Of the bootstrap and the controls.
-        progress: Whether to show bars.
-
-    Returns:
-        The scores, and the texts they are made of.
-
-    Raises:
-        CorpusError: If a file or a column is missing.
-    """
-    options = {"mmlu": mmlu, "mmlu_floor": mmlu_floor, "max_new_tokens": max_new_tokens}
-    return measured(
-        BENCHMARK, model, data, conditions, reference=reference, rows=rows, controls=controls, prepend_bos=prepend_bos,
-        batch_size=batch_size, resamples=resamples, seed=seed, progress=progress, options=options,
-    )  # fmt: skip
-
-
-def _read(
-    files: Files, rows: int | None, *, mmlu: str | Sequence[str] | None, mmlu_floor: float | None, max_new_tokens: int
 ) -> Data:
     COUNT.check(max_new_tokens, "max_new_tokens")
     columns = {"id": None, "input": None, "output": None, "task": None}
@@ -264,7 +226,7 @@ BENCHMARK = Benchmark(
     read=_read,
     ask=_ask,
     score=_score,
-    options={"mmlu": None, "mmlu_floor": None, "max_new_tokens": 256},
     template="{prompt} {answer}",
     summary="Synthetic stories, biographies with private data, and Wikipedia (Ramakrishna et al. 2025, SemEval 2025 task 4).",
 )
+lume = function_of(BENCHMARK, __doc__)

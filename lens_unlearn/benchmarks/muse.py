@@ -1,29 +1,42 @@
-"""MUSE: Machine Unlearning Six-Way Evaluation (News, Books): verbatim and knowledge memorization, and privacy leakage.
+"""MUSE: Machine Unlearning Six-Way Evaluation (News, Books; Shi et al. 2024): verbatim and knowledge memorization, and leakage.
 
 ROUGE-L F-measure without stemming, and Min-40 % membership beside a retrained model. Knows MUSE's files and formulas.
+
+Metrics, in per cent as MUSE reports them: `verbmem_f`, mean ROUGE-L F-measure of what continues a forget text; `knowmem_f` and
+`knowmem_r`, the same of answers to questions on the forget and the retain texts, behind MUSE's examples; and `privleak`,
+(AUC - AUC_retrained) / AUC_retrained, where AUC is the probability that a held-out text scores lower by Min-40 % than a forget
+text (`privleak_auc`, a fraction). 0 is ideal; near -100 the forget texts are still known.
+
+Data: the folder of one corpus, such as ``data/news``: ``verbmem/forget.json`` (prompt, gt), ``knowmem/forget_qa.json`` and
+``retain_qa.json`` (question, answer), each with its examples in ``..._qa_icl.json``, ``privleak/forget.json`` and ``holdout.json``
+(texts); or ``hf:muse-bench/MUSE-News``. The reference is the model retrained without the forget texts; `privleak` needs it.
+Intervals resample texts and questions.
+
+Options:
+
+- `retrained_auc`: AUC of the retrained model in place of a reference; MUSE's code has 0.4772 for News and 0.5393 for Books, of its
+  own retrained Llama-2 7B.
+- `verbmem_tokens`: The longest continuation.
+- `knowmem_tokens`: The longest answer.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from lens_unlearn.benchmarks.asking import Asker
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.files import Files
-from lens_unlearn.benchmarks.result import BenchmarkResult
-from lens_unlearn.benchmarks.running import Reference, measured
+from lens_unlearn.benchmarks.running import function_of
 from lens_unlearn.benchmarks.scoring import Column, areas, combined, means
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
-from lens_unlearn.evaluation.evaluate import Condition
 from lens_unlearn.evaluation.membership import Document
 from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.report import Measure
-from lens_unlearn.model.host import Model
 
-__all__ = ["BENCHMARK", "muse"]
+__all__ = ["muse"]
 
 K = 0.4
 STOPS = ("\n\n", "\nQuestion", "Question:")
@@ -31,64 +44,13 @@ STOPS = ("\n\n", "\nQuestion", "Question:")
 _QUESTIONS = (("knowmem_f", "forget"), ("knowmem_r", "retain"))
 
 
-def muse(
-    model: Model,
-    data: Any,
-    conditions: Mapping[str, Condition],
+def _read(
+    files: Files,
+    rows: int | None,
     *,
-    rows: int | None = None,
-    reference: Reference | None = None,
     retrained_auc: float | None = None,
     verbmem_tokens: int = 128,
     knowmem_tokens: int = 32,
-    controls: int = 0,
-    prepend_bos: bool | None = None,
-    batch_size: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Score a model on one of MUSE's corpora.
-
-    Metrics, in per cent as MUSE reports them: `verbmem_f`, mean ROUGE-L F-measure of what continues a forget text; `knowmem_f` and
-    `knowmem_r`, the same of answers to questions on the forget and the retain texts, behind MUSE's examples; and `privleak`,
-    (AUC - AUC_retrained) / AUC_retrained, where AUC is the probability that a held-out text scores lower by Min-40 % than a forget
-    text (`privleak_auc`, a fraction). 0 is ideal; near -100 the forget texts are still known.
-
-    Args:
-        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
-        data: The folder of one corpus, such as ``data/news``: ``verbmem/forget.json`` (prompt, gt), ``knowmem/forget_qa.json`` and
-            ``retain_qa.json`` (question, answer), each with its examples in ``..._qa_icl.json``, ``privleak/forget.json``
-            and ``holdout.json`` (texts); or ``hf:muse-bench/MUSE-News``.
-        conditions: As for `evaluate`.
-        rows: The first so many rows of each file; None for all, the examples always whole.
-        reference: The model retrained without the forget texts, or its directory; `privleak` needs it.
-        retrained_auc: AUC of the retrained model in place of a reference; MUSE's code has 0.4772 for News and 0.5393 for Books, of
-            its own retrained Llama-2 7B.
-        verbmem_tokens: The longest continuation.
-        knowmem_tokens: The longest answer.
-        controls: Random controls of each condition.
-        prepend_bos: Whether texts begin with BOS; default as the tokenizer has it.
-        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
-        resamples: Bootstrap resamples over texts and questions.
-        seed: Of the bootstrap and the controls.
-        progress: Whether to show bars.
-
-    Returns:
-        The scores, and the texts and losses they are made of.
-
-    Raises:
-        CorpusError: If a file or a column is missing.
-    """
-    options = {"retrained_auc": retrained_auc, "verbmem_tokens": verbmem_tokens, "knowmem_tokens": knowmem_tokens}
-    return measured(
-        BENCHMARK, model, data, conditions, reference=reference, rows=rows, controls=controls, prepend_bos=prepend_bos,
-        batch_size=batch_size, resamples=resamples, seed=seed, progress=progress, options=options,
-    )  # fmt: skip
-
-
-def _read(
-    files: Files, rows: int | None, *, retrained_auc: float | None, verbmem_tokens: int, knowmem_tokens: int
 ) -> Data:
     COUNT.check(verbmem_tokens, "verbmem_tokens")
     COUNT.check(knowmem_tokens, "knowmem_tokens")
@@ -226,7 +188,7 @@ BENCHMARK = Benchmark(
     read=_read,
     ask=_ask,
     score=_score,
-    options={"retrained_auc": None, "verbmem_tokens": 128, "knowmem_tokens": 32},
     template="Question: {prompt}\nAnswer: {answer}",
     summary="News articles and books, verbatim and as knowledge, and privacy leakage (Shi et al. 2024).",
 )
+muse = function_of(BENCHMARK, __doc__)

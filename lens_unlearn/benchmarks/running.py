@@ -1,11 +1,14 @@
 """`measured`: a benchmark carried out on one model under every condition, its controls, and a reference model.
 
+`function_of` makes of a record the function by which it is public: what all benchmarks take is said here once.
+
 Knows conditions and models; knows no benchmark by name.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from lens_unlearn.benchmarks.asking import Asker
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Raw
@@ -21,13 +24,88 @@ from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, device_of, require_eval, require_model
 from lens_unlearn.model.loading import fingerprint, load_model, model_name
 
-__all__ = ["REFERENCE", "Keep", "Reference", "check_reference", "measured"]
+__all__ = ["REFERENCE", "BenchmarkFunction", "Keep", "Reference", "check_reference", "function_of", "measured"]
 
 REFERENCE = "reference"
 """The condition that is the model which never saw what is to be forgotten."""
 Reference = Model | str | os.PathLike[str]
 Keep = Callable[[str, Callable[[], Raw]], Raw]
 """Takes a name and how something is made, and returns it: made now, or kept before."""
+
+
+class BenchmarkFunction(Protocol):
+    """What every benchmark is: `lu.benchmarks.NAME`, which has its own options beside what all of them take."""
+
+    benchmark: Benchmark
+    """Everything that is known of it."""
+
+    def __call__(
+        self,
+        model: Model,
+        data: Any,
+        conditions: Mapping[str, Condition],
+        *,
+        rows: int | None = None,
+        reference: Reference | None = None,
+        controls: int = 0,
+        prepend_bos: bool | None = None,
+        batch_size: int | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+        progress: bool = True,
+        **options: Any,
+    ) -> BenchmarkResult:
+        """Score a model on the benchmark.
+
+        Args:
+            model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
+            data: The folder of the benchmark's files in their public layout, or ``hf:OWNER/NAME``.
+            conditions: As for `evaluate`; "NAME:control" is the control of "NAME" where it is given.
+            rows: The first so many rows of each group; None for all.
+            reference: A model that never saw what is to be forgotten, or its directory: one more condition, and some scores are
+                beside it.
+            controls: Random controls of each condition, with different seeds; their mean is given.
+            prepend_bos: Whether prompts begin with BOS; default as the tokenizer has it.
+            batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
+            resamples: Bootstrap resamples.
+            seed: Of the bootstrap, the controls, and texts that are sampled.
+            progress: Whether to show bars.
+            options: Of the benchmark.
+
+        Returns:
+            The scores, and the texts and losses they are made of.
+
+        Raises:
+            CorpusError: If a file or a column is missing.
+            LensUnlearnError: If there is no such option, or a condition is no intervention, or is called "base" or "reference".
+            ModelError: If the model is in training mode, or the reference cannot be loaded.
+        """
+        ...
+
+
+def function_of(benchmark: Benchmark, text: str | None) -> BenchmarkFunction:
+    """Return the public function of a benchmark, with its options in the signature.
+
+    Args:
+        benchmark: Which.
+        text: What `help` says before the arguments.
+    """
+    takes = inspect.signature(BenchmarkFunction.__call__)
+    own = [one for one in takes.parameters.values() if one.name != "self"]
+    common, rest = own[:-1], own[-1]
+
+    def function(model: Model, data: Any, conditions: Mapping[str, Condition], **given: Any) -> BenchmarkResult:
+        known = {one.name for one in common}
+        options = {name: value for name, value in given.items() if name not in known}
+        given = {name: value for name, value in given.items() if name in known}
+        return measured(benchmark, model, data, conditions, options=options, **given)
+
+    assert rest.kind is inspect.Parameter.VAR_KEYWORD
+    function.__name__ = function.__qualname__ = benchmark.name.replace("-", "_")
+    function.__doc__ = f"{inspect.cleandoc(text or '')}\n\n{inspect.cleandoc(BenchmarkFunction.__call__.__doc__ or '')}"
+    function.__signature__ = takes.replace(parameters=[*common, *benchmark.keywords])  # type: ignore[attr-defined]
+    function.benchmark = benchmark  # type: ignore[attr-defined]
+    return function  # type: ignore[return-value]
 
 
 def measured(
@@ -81,6 +159,7 @@ def measured(
         raise LensUnlearnError(
             "the condition 'reference' is the model that never saw what is forgotten: give the intervention another name"
         )
+    benchmark.check(options or {})
     data = source if isinstance(source, Data) else benchmark.data(source, rows, options or {})
     runs = _with_controls(model, conditions, controls, seed)
     asked = {name: [(model, one) for one in several] for name, several in runs.items()}
@@ -92,7 +171,7 @@ def measured(
     for name, several in asked.items():
         raw[name] = []
         for number, (whom, one) in enumerate(several):
-            asker = Asker(whom, one, batch_size, prepend_bos, progress, name)
+            asker = Asker(whom, one, batch_size, prepend_bos, progress, name, seed)
 
             def make(asker: Asker = asker) -> Raw:
                 with one_thread(asker.model):
@@ -109,7 +188,7 @@ def measured(
         "rows of each group": rows,
         "options": {name: value for name, value in {**benchmark.options, **(options or {})}.items()},
         "conditions": {name: repr(several if len(several) > 1 else several[0]) for name, several in runs.items()},
-        "decoding": "greedy",
+        "decoding": benchmark.decoding,
         "bootstrap": {"resamples": resamples, "seed": seed, "weights": WEIGHTS},
         "notes": notes,
     }

@@ -1,6 +1,19 @@
-"""RWKU: Real-World Knowledge Unlearning: probes of three levels on famous persons, their neighbours, and membership.
+"""RWKU: Real-World Knowledge Unlearning (Jin et al. 2024): probes of three levels on famous persons, their neighbours, membership.
 
 ROUGE-L recall by level, on the forget targets and on their neighbours. Knows RWKU's files, prompts and formulas.
+
+Metrics: ROUGE-L recall without stemming of `forget_level1` (fill in the blank), `forget_level2` (questions) and
+`forget_level3` (adversarial), `neighbor_level1` and `neighbor_level2`; `forget_all` and `neighbor_all`, the means over all
+probes; where the folder has them, `mia_forget_loss` and `mia_retain_loss`, mean losses in nats per token.
+
+Data: the folder that holds ``forget_level1.json`` to ``forget_level3.json``, ``neighbor_level1.json`` and ``neighbor_level2.json``
+(query, answer, subject, level, type), and ``forget_mia.json``, ``retain_mia.json`` (text); or ``hf:jinzhuoran/RWKU``. Intervals
+resample subjects.
+
+Options:
+
+- `chat`: Whether prompts stand in the tokenizer's chat template, as in RWKU's code; default where it has one.
+- `max_new_tokens`: The longest answer, which also ends at a line break.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,15 +22,12 @@ from typing import Any
 from lens_unlearn.benchmarks.asking import Asker, mean_loss
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.files import Files
-from lens_unlearn.benchmarks.result import BenchmarkResult
-from lens_unlearn.benchmarks.running import Reference, measured
+from lens_unlearn.benchmarks.running import function_of
 from lens_unlearn.benchmarks.scoring import Column, means
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
-from lens_unlearn.evaluation.evaluate import Condition
-from lens_unlearn.model.host import Model
 
-__all__ = ["BENCHMARK", "rwku"]
+__all__ = ["rwku"]
 
 LEVELS = ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2")
 _BLANK = "Please complete the blank in the following question.\nQuestion: {}\n"
@@ -28,59 +38,7 @@ _ADVERSARIAL = {
 }
 
 
-def rwku(
-    model: Model,
-    data: Any,
-    conditions: Mapping[str, Condition],
-    *,
-    rows: int | None = None,
-    reference: Reference | None = None,
-    chat: bool | None = None,
-    max_new_tokens: int = 30,
-    controls: int = 0,
-    prepend_bos: bool | None = None,
-    batch_size: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Score a model on RWKU.
-
-    Metrics: ROUGE-L recall without stemming of `forget_level1` (fill in the blank), `forget_level2` (questions) and
-    `forget_level3` (adversarial), `neighbor_level1` and `neighbor_level2`; `forget_all` and `neighbor_all`, the means over all
-    probes; where the folder has them, `mia_forget_loss` and `mia_retain_loss`, mean losses in nats per token.
-
-    Args:
-        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
-        data: The folder that holds ``forget_level1.json`` to ``forget_level3.json``, ``neighbor_level1.json`` and
-            ``neighbor_level2.json`` (query, answer, subject, level, type), and ``forget_mia.json``, ``retain_mia.json`` (text); or
-            ``hf:jinzhuoran/RWKU``.
-        conditions: As for `evaluate`.
-        rows: The first so many rows of each file; None for all.
-        reference: A model that does not know the targets, or its directory: one more condition.
-        chat: Whether prompts stand in the tokenizer's chat template, as in RWKU's code; default where it has one.
-        max_new_tokens: The longest answer, which also ends at a line break.
-        controls: Random controls of each condition.
-        prepend_bos: Whether prompts without a chat template begin with BOS; default as the tokenizer has it.
-        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
-        resamples: Bootstrap resamples over subjects.
-        seed: Of the bootstrap and the controls.
-        progress: Whether to show bars.
-
-    Returns:
-        The scores, and the texts and losses they are made of.
-
-    Raises:
-        CorpusError: If a file or a column is missing.
-    """
-    options = {"chat": chat, "max_new_tokens": max_new_tokens}
-    return measured(
-        BENCHMARK, model, data, conditions, reference=reference, rows=rows, controls=controls, prepend_bos=prepend_bos,
-        batch_size=batch_size, resamples=resamples, seed=seed, progress=progress, options=options,
-    )  # fmt: skip
-
-
-def _read(files: Files, rows: int | None, *, chat: bool | None, max_new_tokens: int) -> Data:
+def _read(files: Files, rows: int | None, *, chat: bool | None = None, max_new_tokens: int = 30) -> Data:
     COUNT.check(max_new_tokens, "max_new_tokens")
     columns: dict[str, str | None] = {"query": None, "answer": None, "subject": "", "type": ""}
     items: list[Item] = []
@@ -162,7 +120,7 @@ BENCHMARK = Benchmark(
     read=_read,
     ask=_ask,
     score=_score,
-    options={"chat": None, "max_new_tokens": 30},
     template="Question: {prompt}\nAnswer: {answer}",
     summary="Famous persons, probed by blanks, questions and attacks, and their neighbours (Jin et al. 2024).",
 )
+rwku = function_of(BENCHMARK, __doc__)

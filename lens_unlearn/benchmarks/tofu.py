@@ -1,7 +1,24 @@
-"""TOFU: a Task of Fictitious Unlearning: forget quality, model utility, and what they are made of.
+"""TOFU: a Task of Fictitious Unlearning (Maini et al. 2024): forget quality, model utility, and what they are made of.
 
 Truth ratios, probabilities and ROUGE as TOFU's own code has them, with the end-of-text token behind every answer counted; beside
 them the same without it, the paraphrased questions, and the aggregates of OpenUnlearning. Knows TOFU's files and formulas.
+
+Metrics: `forget_quality`, the p-value of the two-sample Kolmogorov-Smirnov test of the forget set's truth ratios against those
+of the reference, and `model_utility`, the harmonic mean of nine: `probability`, `rouge_l` (recall) and `truth_ratio` on
+retained facts, real authors and world facts; each with the name of its set before it, and the same of the forget set. Where a
+metric ends in ``_without_eos``, the end-of-text token behind answers does not count, as in code that leaves it out.
+
+Data: the folder that holds ``forget10_perturbed.jsonl``, ``retain_perturbed.jsonl``, ``real_authors_perturbed.jsonl`` and
+``world_facts_perturbed.jsonl`` (question, answer, perturbed_answer, and paraphrased_answer, paraphrased_question of the first two);
+or ``hf:locuslab/TOFU``. The reference is a model that was trained without the forget set. Intervals resample authors of the forget
+and the retain set, and questions of the others.
+
+Options:
+
+- `split`: "forget01", "forget05" or "forget10"; default the largest that the folder has.
+- `template`: How the model was asked in training; "{prompt}" and "{answer}" stand for question and answer.
+- `answer_eos`: Whether the end-of-text token behind an answer counts, as in TOFU's code.
+- `max_new_tokens`: The longest answer; 200 in TOFU's code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +29,16 @@ import numpy as np
 from lens_unlearn.benchmarks.asking import Asker, mean_loss
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.files import Files
-from lens_unlearn.benchmarks.result import BenchmarkResult
-from lens_unlearn.benchmarks.running import Reference, measured
+from lens_unlearn.benchmarks.running import function_of
 from lens_unlearn.benchmarks.scoring import Column, combined, harmonic, means, plain
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
-from lens_unlearn.evaluation.evaluate import Condition
 from lens_unlearn.evaluation.memorization import choice_probability, extraction_strength, truth_ratio
 from lens_unlearn.evaluation.report import Measure
 from lens_unlearn.evaluation.tofu import forget_quality
-from lens_unlearn.model.host import Model
 
-__all__ = ["BENCHMARK", "tofu"]
+__all__ = ["tofu"]
 
 SPLITS = ("forget01", "forget05", "forget10")
 _FILES = {
@@ -39,65 +53,14 @@ TEMPLATE = "Question: {prompt}\nAnswer: {answer}"
 """As TOFU's code asks models without chat marks of their own (`phi`)."""
 
 
-def tofu(
-    model: Model,
-    data: Any,
-    conditions: Mapping[str, Condition],
+def _read(
+    files: Files,
+    rows: int | None,
     *,
-    rows: int | None = None,
-    reference: Reference | None = None,
     split: str | None = None,
     template: str = TEMPLATE,
     answer_eos: bool = True,
     max_new_tokens: int = 200,
-    controls: int = 0,
-    prepend_bos: bool | None = None,
-    batch_size: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Score a model on TOFU.
-
-    Metrics: `forget_quality`, the p-value of the two-sample Kolmogorov-Smirnov test of the forget set's truth ratios against those
-    of the reference, and `model_utility`, the harmonic mean of nine: `probability`, `rouge_l` (recall) and `truth_ratio` on
-    retained facts, real authors and world facts; each with the name of its set before it, and the same of the forget set. Where a
-    metric ends in ``_without_eos``, the end-of-text token behind answers does not count, as in code that leaves it out.
-
-    Args:
-        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
-        data: The folder that holds ``forget10_perturbed.jsonl``, ``retain_perturbed.jsonl``, ``real_authors_perturbed.jsonl`` and
-            ``world_facts_perturbed.jsonl`` (question, answer, perturbed_answer, and paraphrased_answer, paraphrased_question of
-            the first two); or ``hf:locuslab/TOFU``.
-        conditions: As for `evaluate`.
-        rows: The first so many rows of each set; None for all.
-        reference: A model that was trained without the forget set, or its directory; without it there is no forget quality.
-        split: "forget01", "forget05" or "forget10"; default the largest that the folder has.
-        template: How the model was asked in training; "{prompt}" and "{answer}" stand for question and answer.
-        answer_eos: Whether the end-of-text token behind an answer counts, as in TOFU's code.
-        max_new_tokens: The longest answer; 200 in TOFU's code.
-        controls: Random controls of each condition.
-        prepend_bos: Whether prompts begin with BOS; default as the tokenizer has it.
-        batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
-        resamples: Bootstrap resamples over authors of the forget and the retain set, and over questions of the others.
-        seed: Of the bootstrap and the controls.
-        progress: Whether to show bars.
-
-    Returns:
-        The scores, and the texts and losses they are made of.
-
-    Raises:
-        CorpusError: If a file or a column is missing, or the tokenizer has no end-of-text token that could count.
-    """
-    options = {"split": split, "template": template, "answer_eos": answer_eos, "max_new_tokens": max_new_tokens}
-    return measured(
-        BENCHMARK, model, data, conditions, reference=reference, rows=rows, controls=controls, prepend_bos=prepend_bos,
-        batch_size=batch_size, resamples=resamples, seed=seed, progress=progress, options=options,
-    )  # fmt: skip
-
-
-def _read(
-    files: Files, rows: int | None, *, split: str | None, template: str, answer_eos: bool, max_new_tokens: int
 ) -> Data:
     COUNT.check(max_new_tokens, "max_new_tokens")
     template = str(template).replace("\\n", "\n")
@@ -336,7 +299,7 @@ BENCHMARK = Benchmark(
     read=_read,
     ask=_ask,
     score=_score,
-    options={"split": None, "template": TEMPLATE, "answer_eos": True, "max_new_tokens": 200},
     template=TEMPLATE,
     summary="Questions on two hundred authors who do not exist (Maini et al. 2024).",
 )
+tofu = function_of(BENCHMARK, __doc__)

@@ -1,6 +1,18 @@
 """WMDP: Weapons of Mass Destruction Proxy, multiple choice on biology, chemistry and cybersecurity, and MMLU beside it.
 
-Accuracy by lm-evaluation-harness, with the prompts of its `wmdp` and `mmlu` tasks. Knows WMDP's files.
+Accuracy by lm-evaluation-harness (extra ``lens-unlearn[harness]``), with the prompts of its `wmdp` and `mmlu` tasks. Knows WMDP's
+files.
+
+Metrics: accuracy on `wmdp_bio`, `wmdp_chem`, `wmdp_cyber`, on all questions (`wmdp`), and on `mmlu`, where that can be had.
+Options that score equally share the point. Single questions are in `losses`.
+
+Data: the folder that holds ``bio_questions.json``, ``chem_questions.json`` and ``cyber_questions.json`` (question, choices,
+answer), or ``wmdp-bio/test-00000-of-00001.parquet`` and the others, as on the hub; or ``hf:cais/wmdp``. Intervals resample
+questions.
+
+Options:
+
+- `mmlu`: Tasks of lm-evaluation-harness, such as "mmlu"; default a file ``mmlu.jsonl`` in the folder, if there is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,65 +22,16 @@ from lens_unlearn.benchmarks.asking import Asker
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Raw, Score
 from lens_unlearn.benchmarks.choices import multiple_choice, read_choices
 from lens_unlearn.benchmarks.files import Files
-from lens_unlearn.benchmarks.result import BenchmarkResult
-from lens_unlearn.benchmarks.running import Reference, measured
+from lens_unlearn.benchmarks.running import function_of
 from lens_unlearn.benchmarks.scoring import Column, means
 from lens_unlearn.core.errors import CorpusError
-from lens_unlearn.evaluation.evaluate import Condition
-from lens_unlearn.model.host import Model
 
-__all__ = ["BENCHMARK", "wmdp"]
+__all__ = ["wmdp"]
 
 _ABOUT = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 
 
-def wmdp(
-    model: Model,
-    data: Any,
-    conditions: Mapping[str, Condition],
-    *,
-    rows: int | None = None,
-    reference: Reference | None = None,
-    mmlu: str | Sequence[str] | None = None,
-    controls: int = 0,
-    batch_size: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Score a model on WMDP, by lm-evaluation-harness (extra ``lens-unlearn[harness]``).
-
-    Metrics: accuracy on `wmdp_bio`, `wmdp_chem`, `wmdp_cyber`, on all questions (`wmdp`), and on `mmlu`, where that can be had.
-    Options that score equally share the point.
-
-    Args:
-        model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
-        data: The folder that holds ``bio_questions.json``, ``chem_questions.json`` and ``cyber_questions.json`` (question, choices,
-            answer), or ``wmdp-bio/test-00000-of-00001.parquet`` and the others, as on the hub; or ``hf:cais/wmdp``.
-        conditions: As for `evaluate`.
-        rows: The first so many questions of each file; None for all.
-        reference: A model that does not know what is asked, or its directory: one more condition.
-        mmlu: Tasks of lm-evaluation-harness, such as "mmlu"; default a file ``mmlu.jsonl`` in the folder, if there is one.
-        controls: Random controls of each condition.
-        batch_size: Rows per forward pass.
-        resamples: Bootstrap resamples over questions.
-        seed: Of the bootstrap and the controls.
-        progress: Whether to show bars.
-
-    Returns:
-        The scores, and single questions' in its `losses`.
-
-    Raises:
-        CorpusError: If a file or a column is missing.
-        LensUnlearnError: If lm-evaluation-harness is not installed.
-    """
-    return measured(
-        BENCHMARK, model, data, conditions, reference=reference, rows=rows, controls=controls,
-        batch_size=batch_size, resamples=resamples, seed=seed, progress=progress, options={"mmlu": mmlu},
-    )  # fmt: skip
-
-
-def _read(files: Files, rows: int | None, *, mmlu: str | Sequence[str] | None) -> Data:
+def _read(files: Files, rows: int | None, *, mmlu: str | Sequence[str] | None = None) -> Data:
     choices = {}
     for part, about in _ABOUT.items():
         names = (f"wmdp-{part}/test", f"{part}_questions", f"wmdp-{part}", f"wmdp_{part}", f"data/{part}_questions")
@@ -125,6 +88,6 @@ BENCHMARK = Benchmark(
     read=_read,
     ask=_ask,
     score=_score,
-    options={"mmlu": None},
     summary="Multiple choice on hazardous biology, chemistry and cybersecurity, and MMLU (Li et al. 2024).",
 )
+wmdp = function_of(BENCHMARK, __doc__)

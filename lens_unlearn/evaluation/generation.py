@@ -178,18 +178,25 @@ def continue_rows(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     use_cache: bool = True,
     batch_size: int = 16,
     seed: int = 0,
     stop: Sequence[int] = (),
 ) -> list[Written]:
-    """Continue rows of token ids; `generate` for what is tokenized already. A text may also end with a token of `stop`."""
+    """Continue rows of token ids; `generate` for what is tokenized already.
+
+    A text may also end with a token of `stop`. With `top_p` below 1, tokens are drawn from the fewest most probable ones that have
+    this share of the probability together.
+    """
     if max_new_tokens < 1:
         raise LensUnlearnError(f"max_new_tokens={max_new_tokens} leaves nothing to write: at least 1")
     if batch_size < 1:
         raise LensUnlearnError(f"batch_size={batch_size} is too small: at least 1")
     if not 0 <= temperature < math.inf:
         raise LensUnlearnError(f"temperature={temperature} is no temperature: 0 for the most probable token, or above")
+    if not 0 < top_p <= 1:
+        raise LensUnlearnError(f"top_p={top_p} is no share of the probability: above 0, at most 1")
     tokenizer, context = model.tokenizer, int(model.cfg.n_ctx)
     of_text = ends_of_text(model)
     ends = {*of_text, *stop}
@@ -237,6 +244,7 @@ def continue_rows(
                     max_new_tokens=min(max_new_tokens, context - width),
                     do_sample=temperature > 0,
                     temperature=temperature or 1.0,
+                    top_p=top_p if temperature > 0 and top_p < 1 else None,
                     use_past_kv_cache=use_cache,
                     stop_at_eos=bool(ends),
                     eos_token_id=sorted(ends) or None,

@@ -77,10 +77,7 @@ class BenchPlan:
         if self.rows is not None:
             COUNT.check(self.rows, "rows")
         NOT_NEGATIVE.check(self.controls, "controls")
-        for name in self.options:
-            if name not in record.options:
-                has = ", ".join(record.options) or "none"
-                raise LensUnlearnError(f"{self.benchmark} has no option {name!r}: its options are {has}")
+        record.check(self.options)
         if self.template is not None and "template" in self.options:
             raise LensUnlearnError("--template and --option template are the same: give one of them")
         for key in self.settings:

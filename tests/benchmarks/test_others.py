@@ -1,5 +1,6 @@
 """TOFU, MUSE, RWKU and WMDP: every score equals the published formulas on the texts and losses that were kept."""
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -187,3 +188,16 @@ def test_options_that_cannot_be_are_refused_without_a_model(tmp_path: Path) -> N
     write_muse(tmp_path, 2)
     with pytest.raises(LensUnlearnError, match="retrained_auc=0"):
         lu.benchmarks.by_name("muse").data(tmp_path, None, {"retrained_auc": 0.0})
+
+
+@pytest.mark.parametrize("record", lu.benchmarks.BENCHMARKS, ids=lambda one: one.name)
+def test_a_benchmarks_options_are_those_of_what_reads_it(record: Any, model: Any, tmp_path: Path) -> None:
+    """Declared once: the signature, `help`, the record and the refusal of others all come from there."""
+    function = getattr(lu.benchmarks, record.name.replace("-", "_"))
+    taken = inspect.signature(function).parameters
+    assert list(taken)[:3] == ["model", "data", "conditions"]
+    assert {name: taken[name].default for name in record.options} == record.options
+    assert all(f"- `{name}`: " in function.__doc__ for name in record.options)
+    assert {"rows", "reference", "controls", "seed"} <= set(taken)
+    with pytest.raises(LensUnlearnError, match=f"{record.name} has no option 'shoots'"):
+        function(model, tmp_path, {}, shoots=5)

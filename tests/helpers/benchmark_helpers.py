@@ -5,6 +5,7 @@ Nothing here imports the package: what is computed from texts and losses shares 
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,104 @@ def write_wmdp(folder: Path, count: int = 3) -> Path:
         ]
         write_json(folder / f"{part}_questions.json", rows)
     return folder
+
+
+# --- Effective skill unlearning ------------------------------------------------------------------------------------------------
+
+PLUS_TEST = """import numpy as np
+from math import inf
+
+def is_floats(x) -> bool:
+    if isinstance(x, float):
+        return True
+    if isinstance(x, (list, tuple)):
+        return all(isinstance(i, float) for i in x)
+    if isinstance(x, np.ndarray):
+        return x.dtype == np.float64 or x.dtype == np.float32
+    return False
+
+def assertion(out, exp, atol):
+    exact_match = out == exp
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if not exact_match and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert exact_match, f"out: {out}, exp: {exp}"
+
+inputs = [[1.0], [2.5], [10.0]]
+results = [2.0, 3.5, 11.0000001]
+for i, (inp, exp) in enumerate(zip(inputs, results)):
+    assertion(add(*inp), exp, 0)
+"""
+"""As in the column `test` of MBPP+."""
+
+
+def squad(language: str, paragraphs: int, questions: int = 2) -> dict[str, Any]:
+    """A file of MLQA or XQuAD: SQuAD's layout."""
+    made = [
+        {
+            "context": f"The {COLORS[n % 8]} fox {n} jumps ({language}).",
+            "qas": [
+                {
+                    "id": f"{n}-{k}",
+                    "question": f"Which fox {n}, {k}?",
+                    "answers": [{"text": COLORS[n % 8], "answer_start": 4}, {"text": "fox", "answer_start": 9}],
+                }
+                for k in range(questions)
+            ],
+        }
+        for n in range(paragraphs)
+    ]
+    return {"version": "1.1", "data": [{"title": "foxes", "paragraphs": made}]}
+
+
+def write_effective(folder: Path, count: int = 4) -> Path:
+    for split in ("test", "train"):
+        rows = [
+            {"question": f"{n} foxes and {n}?", "answer": f"{n} + {n} = <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n:,}"}
+            for n in range(500, 500 + count)
+        ]
+        write_lines(folder / "gsm8k" / f"{split}.jsonl", rows)
+    tasks = [
+        {
+            "task_id": first + n,
+            "text": f"Write a function to add {n}.",
+            "code": f"def add(x):\r\n    return x + {n}",
+            "test_setup_code": "",
+            "test_list": [f"assert add(1) == {n + 1}", f"assert add({n}) == {2 * n}"],
+        }
+        for first in (11, 601)
+        for n in range(count)
+    ]
+    write_lines(folder / "mbpp" / "mbpp.jsonl", tasks)
+    for language in ("en", "es"):
+        write_json(folder / "xquad" / f"xquad.{language}.json", squad(language, count))
+    return folder
+
+
+def gsm8k_right(text: str, answer: str) -> bool:
+    """As the released code compares, but that a true answer with commas is a number."""
+    parts = text.lower().split("the answer is")
+    said = re.findall(r"-?\d+\.?\d*", (parts[1] if len(parts) > 1 else parts[-1]).replace(",", ""))
+    if not said:
+        return False
+    number = float(said[0] if len(parts) > 1 else said[-1])
+    return abs(number - float(answer.split("####")[-1].replace(",", ""))) < 1e-10
+
+
+def effective_scores(texts: Iterable[Mapping[str, Any]], passed: Sequence[float]) -> dict[str, float]:
+    """The score of each skill, of rows task, reference, text, and of whether each program passed."""
+    parts: dict[str, list[float]] = {}
+    for row in texts:
+        if row["task"] == "gsm8k":
+            parts.setdefault("gsm8k", []).append(gsm8k_right(row["text"], row["reference"]))
+        elif row["task"] != "mbpp":
+            parts.setdefault(row["task"], []).append(row["reference"] in row["text"])
+    return {**{name: mean(values) for name, values in parts.items()}, "mbpp": mean(passed)}
+
+
+def effective_left(scores: Mapping[str, float], base: Mapping[str, float], forget: str) -> dict[str, float]:
+    left = {name: scores[name] / value for name, value in base.items() if value}
+    others = [value for name, value in left.items() if name != forget]
+    return {**{f"{n}_left": v for n, v in left.items()}, "forget_left": left[forget], "retain_left": mean(others)}
