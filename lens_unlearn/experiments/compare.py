@@ -156,6 +156,7 @@ class SkillRun(Experiment):
             "chosen": self.chosen,
             "controls": self.control_words(),
             "documents": self.documents.counts(),
+            "retained": list(self.documents.retained),
             **self.failures(),
         }
         return replace(report, provenance=provenance, title=f"Forget {self.plan.forget}, keep the rest")

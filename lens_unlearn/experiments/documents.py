@@ -4,8 +4,8 @@ Memorized facts are not split: what forgetting some of them does to others is no
 Knows sources and splits; knows nothing of methods but whether one needs prompts, and nothing of what is done with the parts.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lens_unlearn.core.errors import CorpusError
@@ -41,7 +41,9 @@ class Documents:
     """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
     retain_queries: list[Corpus]
     """Those of `queries` to retain, by source."""
-    removed: dict[str, int]
+    retained: tuple[str, ...] = ()
+    """Of `test`: the sources of which "retain" is made, each by itself, since the budget has to hold on each; none if it is one."""
+    removed: dict[str, int] = field(default_factory=dict)
     """Documents removed from the fit because they also stand in a test source, and from retain those that are facts to forget."""
 
     @property
@@ -64,9 +66,15 @@ class Documents:
         }
         return {**counts, "removed_from_fit": self.removed}
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return a digest of every part: what has to be the same for an interrupted run to go on."""
-        parts = {"fit": self.fit, "tune": self.tune, "test": self.test, "queries of": self.queries}
+    def fingerprints(self, also: Collection[str] = ()) -> dict[str, str]:
+        """Return a digest of every part: what has to be the same for an interrupted run to go on.
+
+        Args:
+            also: Of `test`: the corpora that the plan names as further ones.
+        """
+        # The sources of "retain" are left out: their documents are those of "test retain", and earlier runs did not test on each.
+        test = {name: corpus for name, corpus in self.test.items() if name not in self.retained or name in also}
+        parts = {"fit": self.fit, "tune": self.tune, "test": test, "queries of": self.queries}
         return {f"{use} {name}": c.fingerprint for use, corpora in parts.items() for name, c in corpora.items()}
 
 
@@ -124,7 +132,7 @@ class Reader:
             "retain": [self.corpus(source) for source in plan.test_retain],
         }
         known = [*also.values(), *tests["forget"], *tests["retain"]]
-        fit, tuning, test, queries, removed = {}, {}, {}, {}, {}
+        fit, tuning, test, tested, queries, removed = {}, {}, {}, {}, {}, {}
         asked: list[Corpus] = []
         if plan.facts:
             known.append(forget)
@@ -145,14 +153,30 @@ class Reader:
             fit[name] = self._pool(name, parts["fit"], plan.tokens)
             if "tune" in parts:
                 tuning |= self._tuning(name, self._prompted(parts["tune"]))
-            test[name] = self._pool(name, self._prompted(tests[name] or parts["test"]), plan.tokens)
+            tested[name] = self._prompted(tests[name] or parts["test"])
+            test[name] = self._pool(name, tested[name], plan.tokens)
             if judging:
                 asked = self._queries(parts["fit"])
                 queries[name] = self._pool(name, asked)
         if set(fit["forget"].keys) == set(fit["retain"].keys):
             raise CorpusError("forget and retain hold the same documents: nothing could tell them apart")
         test |= {name: self._pool(name, self._prompted([corpus]), plan.tokens) for name, corpus in also.items()}
-        return Documents(fit, tuning, test, queries, asked, removed)  # retain came last
+        retained = self._retained(tested["retain"])
+        test |= {name: corpus for name, corpus in retained.items() if name not in test}
+        return Documents(fit, tuning, test, queries, asked, tuple(retained), removed)
+
+    def _retained(self, tested: Sequence[Corpus]) -> dict[str, Corpus]:
+        """Draw what each of several sources to retain is tested on, by the name of a further corpus where it is one as well."""
+        sources = self.plan.test_retain or self.plan.retain
+        if len(sources) < 2:
+            return {}
+        known = {source: name for name, source in self.plan.also.items()}
+        pooled = {known.get(source, source): corpus for source, corpus in zip(sources, tested, strict=True)}
+        taken = ("forget", "retain")
+        return {
+            f"{name} (retained)" if name in taken else name: self._pool(name, [corpus], self.plan.tokens)
+            for name, corpus in pooled.items()
+        }
 
     def _shares(self, *, tested: bool) -> dict[str, float]:
         """Return the shares of a source by use; facts' neighbours are few, so of these no part lies idle without a budget."""

@@ -76,7 +76,7 @@ class Experiment:
         self.progress = progress
         self.model = load_model(plan.model, **plan.loading) if model is None else model
         self.documents = self.reader(plan, self.model, {} if known is None else known).read()
-        self._fingerprints = self.documents.fingerprints()  # of all of them: fewer may be tested on
+        self._fingerprints = self.documents.fingerprints(plan.also)  # of all of them: fewer may be tested on
         self.edits: dict[str, Intervention] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
         """By method: the options that it was used with, and what tuning chose."""
@@ -276,6 +276,7 @@ class Experiment:
             "chosen": self.chosen,
             "controls": self.control_words(),
             "documents": self.documents.counts(),
+            "retained": list(self.documents.retained),
         }
         command = command_of(self.plan)
         provenance |= {"command": command} if command else {}

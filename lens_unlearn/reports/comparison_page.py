@@ -1,40 +1,34 @@
-"""`comparison_page`: what `compare` found as one HTML document: both figures, then in words, then the tables.
+"""`comparison_page`: what `compare` found as one HTML document: a row a method, a sentence, both figures, then skill by skill.
 
 Knows the parts of a comparison and what decides between its methods; `templates/comparison.html` and `comparison_words.html`
 write it. Knows nothing of how the methods were fitted and tuned.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from lens_unlearn.evaluation.conditions import Estimate
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.figures.forgetting_matrix import reports_by_skill
 from lens_unlearn.reports.figure_html import drawing
-from lens_unlearn.reports.findings import Finding, confidence_of, controls_of, failures, findings, gave_up
+from lens_unlearn.reports.findings import (
+    Finding,
+    budget_of,
+    confidence_of,
+    controls_of,
+    exceeds,
+    failures,
+    findings,
+    gave_up,
+)
 from lens_unlearn.reports.numbers import csv_data
 from lens_unlearn.reports.settings import settings
+from lens_unlearn.reports.summary_table import of_comparison
 from lens_unlearn.reports.templating import macro, render
 
-__all__ = ["comparison_page", "comparison_summary", "overall"]
+__all__ = ["comparison_page", "overall"]
 
 METRIC = "top1"
 WORDS = "comparison_words.html"
-
-
-@dataclass(frozen=True)
-class SkillResult:
-    """What was found when one skill was to be forgotten."""
-
-    best: Finding | None
-    """Of those within the budget."""
-    over: list[Finding]
-    """Beyond the budget."""
-    nothing: list[str]
-    """Methods of which no strength stayed within the budget, so that they took nothing out."""
-    beating: list[str] = field(default_factory=list)
-    not_beating: list[str] = field(default_factory=list)
 
 
 def comparison_page(report: Report) -> str:
@@ -46,6 +40,7 @@ def comparison_page(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     results = reports_by_skill(report, "comparison_page")
+    table, of_skills = of_comparison(report, results, METRIC)
     known = (words for one in (report, *report.parts) for words in controls_of(one).values())
     return str(
         render(
@@ -53,7 +48,7 @@ def comparison_page(report: Report) -> str:
             model=report.provenance.get("model") or "a language model",
             skills=list(results),
             methods=report.provenance.get("methods", ()),
-            budget=_budget(report),
+            budget=budget_of(report),
             confidence=confidence_of(report),
             kinds=list(dict.fromkeys(known)),
             metric=METRIC,
@@ -61,7 +56,8 @@ def comparison_page(report: Report) -> str:
             overall=overall(report),
             failed=failures(report),
             figures=[drawing(number, "", figure) for number, figure in enumerate(report.figures.values())],
-            summary=comparison_summary(report),
+            summary=table,
+            of_skills=of_skills,
             data=csv_data(report.csv()),
             tables={skill: _table(skill, part) for skill, part in results.items()},
             settings=settings(report),
@@ -71,58 +67,34 @@ def comparison_page(report: Report) -> str:
 
 
 def overall(report: Report) -> str:
-    """Say in a few sentences, as HTML, which method forgets most within the budget, and where none beats its control."""
-    results = reports_by_skill(report, "comparison_page")
-    means = findings(report, METRIC)
-    best = _best(one for one in means if _within(one, report))
-    beaten = {skill: _verdict(findings(part, METRIC), "beats") for skill, part in results.items()}
-    counts = {
-        one.condition.method: sum(one.condition.method in methods for methods in beaten.values()) for one in means
+    """Say in a few sentences, as HTML, which method forgets most within the budget, and where none beats its control.
+
+    Within the budget is a method that keeps it on every retained skill, whichever is forgotten; where none does, the one named
+    is the most selective.
+    """
+    results = {skill: findings(part, METRIC) for skill, part in reports_by_skill(report, "comparison_page").items()}
+    budget, idle = budget_of(report), set.intersection(*(set(gave_up(part)) for part in report.parts))
+    means = [one for one in findings(report, METRIC) if one.condition.method not in idle]
+    over = {
+        one.condition.method: [skill for skill, of in results.items() if _exceeds(of, one.condition.method, budget)]
+        for one in means
     }
-    without = [skill for skill, methods in beaten.items() if not methods]
-    return macro(WORDS, "overall", best, counts, len(results), without)
+    best = max(means, key=lambda one: _merit(one, within=not over[one.condition.method]), default=None)
+    beaten = {skill: [one.condition.method for one in of if one.verdict == "beats"] for skill, of in results.items()}
+    counts = {one.condition.method: sum(one.condition.method in of for of in beaten.values()) for one in means}
+    without = [skill for skill, of in beaten.items() if not of]
+    beyond = over[best.condition.method] if best is not None else []
+    return macro(WORDS, "overall", best, beyond, counts, len(results), without)
 
 
-def comparison_summary(report: Report) -> str:
-    """Say, as HTML, skill by skill which method forgets most within the budget, and whether it beats its control."""
-    results = {skill: _result(part) for skill, part in reports_by_skill(report, "comparison_page").items()}
-    return macro(WORDS, "summary", results)
+def _exceeds(found: list[Finding], method: str, budget: float | None) -> bool:
+    return budget is not None and any(one.condition.method == method and exceeds(one, budget) for one in found)
 
 
-def _result(part: Report) -> SkillResult:
-    nothing = gave_up(part)
-    found = [one for one in findings(part, METRIC) if one.condition.method not in nothing]
-    return SkillResult(
-        best=_best(one for one in found if _within(one, part)),
-        over=[one for one in found if not _within(one, part)],
-        nothing=nothing,
-        beating=_verdict(found, "beats"),
-        not_beating=_verdict(found, "no better", "worse"),
-    )
-
-
-def _best(found: Iterable[Finding]) -> Finding | None:
-    return max(found, key=_forgotten, default=None)
-
-
-def _verdict(found: list[Finding], *verdicts: str) -> list[str]:
-    """Return the methods of which one of these is said."""
-    return [one.condition.method for one in found if one.verdict in verdicts]
-
-
-def _within(finding: Finding, report: Report) -> bool:
-    cost = finding.drops.get("retain")
-    return cost is not None and cost.value <= _budget(report)
-
-
-def _budget(report: Report) -> float:
-    budget = report.provenance.get("retain_drop")
-    return float(budget) if isinstance(budget, int | float) else math.inf
-
-
-def _forgotten(finding: Finding) -> float:
-    value = finding.drops["forget"].value
-    return -math.inf if math.isnan(value) else value
+def _merit(finding: Finding, *, within: bool) -> tuple[bool, float]:
+    lost = finding.drops["forget"] if within else finding.selectivity
+    value = math.nan if lost is None else lost.value
+    return within, -math.inf if math.isnan(value) else value
 
 
 def _table(skill: str, part: Report) -> dict[str, object]:

@@ -79,9 +79,18 @@ def _budget(found: list[Finding], budget: float | None, confidence: str, nothing
     """Say to which budget the methods were tuned, how surely, and which of them cost more on the test documents."""
     if budget is None:
         return ""
-    over = [f"{name(one.condition.method)} ({one.drops[RETAIN].percent()})" for one in found if exceeds(one, budget)]
-    wide = [one for one in found if one.drops[RETAIN].high > budget]
-    return macro(TEMPLATE, "budget", budget, len(found), over, wide, confidence, nothing)
+    over = [f"{name(one.condition.method)} ({_worst(one)})" for one in found if exceeds(one, budget)]
+    wide = [one for one in found if one.worst is not None and one.worst[1].high > budget]
+    several = any(len(one.retained) > 1 for one in found)
+    return macro(TEMPLATE, "budget", budget, len(found), over, wide, confidence, nothing, several)
+
+
+def _worst(finding: Finding) -> str:
+    """Say what a method took from the retain corpus that lost most, and from which, where there are several."""
+    if finding.worst is None:
+        return ""
+    corpus, lost = finding.worst
+    return lost.percent() + (f" on {name(corpus)}" if len(finding.retained) > 1 else "")
 
 
 def _sure(report: Report) -> str:

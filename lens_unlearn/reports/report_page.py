@@ -19,6 +19,7 @@ from lens_unlearn.figures.condition_bars import condition_bars
 from lens_unlearn.figures.sweep_curves import sweep_curves
 from lens_unlearn.figures.tradeoff import tradeoff
 from lens_unlearn.inspection.html import Html, short
+from lens_unlearn.reports import summary_table
 from lens_unlearn.reports.figure_html import Drawing, drawing, origin
 from lens_unlearn.reports.findings import FORGET, RETAIN, controls_of, failures, headline_metric, summary
 from lens_unlearn.reports.headline import documents_of, headline
@@ -40,6 +41,8 @@ class Part:
     title: str
     level: int
     """Of its headings."""
+    table: str
+    """A row a method."""
     headline: list[str]
     failed: dict[str, str]
     lead: str
@@ -81,6 +84,7 @@ def _part(report: Report, counter: Iterator[int], number: int) -> Part:
     return Part(
         title=report.title,
         level=level,
+        table=summary_table.of_run(report),
         headline=headline(report),
         failed=failures(report),
         lead=_lead(report),

@@ -1,5 +1,6 @@
 """A method that keeps its budget on each source to retain gets them apart, in a run, in tuning, and from a file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.experiments.run_folder import fitted_form
 from lens_unlearn.methods import by_name, key_space_detection, method
 from lens_unlearn.neurons.key_sample import KeySample
+from lens_unlearn.reports import findings
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -65,6 +67,22 @@ def test_a_run_hands_each_source_to_the_method_that_asks_for_it(plan: Plan, tmp_
         assert torch.equal(one[place], other[place])
     report = run.report()
     assert {"key-space-detection", "key-space-detection:control"} <= set(report.conditions)
+    # Each source is measured for itself on documents of the pool's split, and earlier runs, which did not, are still the same runs.
+    assert report.provenance["retained"] == list(plan.retain) == report.corpora[2:]
+    assert findings.retained(report) == plan.retain
+    assert set(run.documents.test["retain"].keys) <= {k for name in plan.retain for k in run.documents.test[name].keys}
+    assert not {f"test {name}" for name in plan.retain} & set(run.texts())
+
+
+def test_a_source_that_is_measured_anyway_is_not_measured_twice(plan: Plan, tmp_path: Path) -> None:
+    forget, far, near = (f"{write_texts(tmp_path / f'{seed}.jsonl', seed, 60)}:text" for seed in (7, 8, 9))
+    tested = replace(plan, test_forget=forget, test_retain=(far, near), also={"far": far})
+    documents = Experiment(tested, **QUIET).documents
+    assert list(documents.test) == ["forget", "retain", "far", near]
+    assert documents.retained == ("far", near)
+    one = Experiment(replace(plan, retain=plan.retain[:1]), **QUIET).documents
+    assert one.retained == ()
+    assert list(one.test) == ["forget", "retain"]
 
 
 def test_tuning_takes_sources_by_name(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:

@@ -553,7 +553,7 @@ def elements(document: str) -> list[tuple[str, dict[str, str]]]:
 TAGS = "html head meta title style body header main section h1 h2 h3 h4 p i b strong small ul li span figure figcaption div script"
 TAGS += " table thead tbody tr th td details summary pre article a nav ol mark footer"
 ATTRIBUTES = "lang charset http-equiv content name class id style type data-figure title scope rowspan href download"
-ATTRIBUTES += " role tabindex aria-label"
+ATTRIBUTES += " role tabindex aria-label data-label"
 
 
 def requests_in(document: str) -> list[str]:
