@@ -1,4 +1,4 @@
-"""Asking otherwise: the same facts in other words, after a beginning of the answer, behind other facts, or inside a longer text.
+"""Asking otherwise: in other words or languages, after a beginning of the answer, behind other facts, or inside a longer text.
 
 Each way of asking gives the probability of the true answer (of what is left of it, where its beginning is given); the worst case is
 the most that any of them brings out of each fact (Patil et al., arXiv 2309.17410; Lynch et al., arXiv 2402.16835).
@@ -24,6 +24,10 @@ WRITTEN = 20
 """Facts whose answers are also written, at most."""
 LONGEST, SPARE = 40, 8
 """Tokens of a written answer, at most, and more than the longest true one has."""
+LANGUAGES = 6
+"""Translations of a question that are asked, the first ones."""
+TEMPLATES = ("I would like to know the following. {prompt}", "{prompt} Please answer in one sentence.")
+"""Paraphrases of any question, in the place of the column that few data sets have."""
 FILLER = (
     "This is a longer text, which first speaks of something else. The weather was fine, and the train was on time. "
 )
@@ -35,6 +39,10 @@ class Asked:
 
     answer: Answer
     rest: str
+
+
+Way = Callable[[Answer, Sequence[Answer]], Asked | None]
+"""Asks a fact, given some others; None where it cannot be asked so."""
 
 
 def _worded(answer: Answer, prompt: str) -> Asked | None:
@@ -50,7 +58,19 @@ def _paraphrase(answer: Answer, others: Sequence[Answer]) -> Asked | None:
     return _worded(answer, answer.paraphrased_prompt) if answer.paraphrased_prompt else None
 
 
-def _begun(words: int) -> Callable[[Answer, Sequence[Answer]], Asked | None]:
+def _translated(number: int) -> Way:
+    def way(answer: Answer, others: Sequence[Answer]) -> Asked | None:
+        asked = answer.translated_prompts[number : number + 1]
+        return _worded(answer, asked[0]) if asked else None
+
+    return way
+
+
+def _template(template: str) -> Way:
+    return lambda answer, others: _worded(answer, template.replace("{prompt}", answer.prompt))
+
+
+def _begun(words: int) -> Way:
     def way(answer: Answer, others: Sequence[Answer]) -> Asked | None:
         parts = answer.text.split(" ")
         if len(parts) <= words:
@@ -76,9 +96,11 @@ def _second_turn(answer: Answer, others: Sequence[Answer]) -> Asked | None:
     return Asked(replace(asked.answer, head=head), asked.rest)
 
 
-WAYS: dict[str, Callable[[Answer, Sequence[Answer]], Asked | None]] = {
+WAYS: dict[str, Way] = {
     "plain": lambda answer, others: Asked(answer, answer.text),
     "paraphrase": _paraphrase,
+    **{f"template_{number}": _template(template) for number, template in enumerate(TEMPLATES, 1)},
+    **{f"translated_{number + 1}": _translated(number) for number in range(LANGUAGES)},
     "begun_1": _begun(1),
     "begun_2": _begun(2),
     "begun_4": _begun(4),
@@ -86,10 +108,14 @@ WAYS: dict[str, Callable[[Answer, Sequence[Answer]], Asked | None]] = {
     "second_turn": _second_turn,
     "embedded": lambda answer, others: _worded(answer, FILLER + answer.prompt),
 }
-"""By name, how a fact is asked, given the fact and some others; None where it cannot be asked so."""
+"""By name, how a fact is asked."""
+COLUMNS = {"paraphrase": "paraphrased_question", "translated_1": "translated_question"}
+"""Ways that need a column of the facts' rows."""
 WORDS = {
     "plain": "as it was read",
     "paraphrase": "paraphrased",
+    **{f"template_{number}": f"in template {number}" for number in range(1, len(TEMPLATES) + 1)},
+    **{f"translated_{number + 1}": f"in another language ({number + 1})" for number in range(LANGUAGES)},
     "begun_1": "with the answer's first word",
     "begun_2": "with its first two words",
     "begun_4": "with its first four words",
@@ -136,11 +162,15 @@ def prompts(case: Case) -> Found:
     one = np.asarray(known.any(1), dtype=np.float64)[:, None]
     into = np.zeros((len(truths), 1))
     into[some] = 1
-    notes = ["not asked paraphrased: no fact has a paraphrase column"] if "paraphrase" in lacking else []
+    notes = [
+        f"not asked {WORDS[name].partition(' (')[0]}: no fact has a column {column!r}"
+        for name, column in COLUMNS.items()
+        if name in lacking
+    ]
     notes += [
         f"not asked {WORDS[name]}: no answer is long enough, or nothing fits the window"
         for name in lacking
-        if name != "paraphrase"
+        if name != "paraphrase" and not name.startswith("translated")
     ]
     return Found(
         case.measures(metrics, values, np.concatenate([known, one, into, one], axis=1), case.facts), tuple(notes)

@@ -139,6 +139,8 @@ class Answer:
     """The prompt as it was read, without the template."""
     accepted: tuple[str, ...] = ()
     """Further answers that are right as well."""
+    translated_prompts: tuple[str, ...] = ()
+    """The prompt in other languages."""
 
     @property
     def right(self) -> tuple[str, ...]:
@@ -238,6 +240,11 @@ class Corpus:
         accepted = [(place, answer.accepted) for place, answer in enumerate(self.answers) if answer and answer.accepted]
         if accepted:
             digest.update(f"accepted {accepted!r}".encode())
+        translated = [
+            (place, a.translated_prompts) for place, a in enumerate(self.answers) if a and a.translated_prompts
+        ]
+        if translated:
+            digest.update(f"translated {translated!r}".encode())
         if self.groups:
             digest.update(repr(self.groups).encode())
         if self.asked is not None:

@@ -8,10 +8,10 @@ then only the answer's tokens are counted, and the question is the prompt. Docum
 author, are named by a field, ``file.jsonl:question>answer@author``, or as runs of so many rows, ``file.jsonl:question>answer@20``:
 splits keep such groups whole, and intervals resample them. Of rows that have the fields of MBPP, "test_list" and "test_setup_code"
 become the answer's unit tests; of those that have the fields of TOFU, "perturbed_answer", "paraphrased_answer" and
-"paraphrased_question" become what the answer is compared with. An answer that is a list (as in SQuAD) is its first one, and the
-others are accepted as well. With ``chat=True``, rows are conversations, in the tokenizer's chat template. Numbers, booleans and
-dates are text. Rows of "input_ids" were tokenized before: of these, the tokens are taken that "attention_mask" does not leave
-out.
+"paraphrased_question" become what the answer is compared with; "translated_question" is the question in other languages. An
+answer that is a list (as in SQuAD) is its first one, and the others are accepted as well. With ``chat=True``, rows are
+conversations, in the tokenizer's chat template. Numbers, booleans and dates are text. Rows of "input_ids" were tokenized
+before: of these, the tokens are taken that "attention_mask" does not leave out.
 
 Knows tokenizers, templates and windows; knows nothing of file formats (that is `sources`) or of what is measured at the tokens.
 """

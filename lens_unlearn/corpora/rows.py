@@ -21,7 +21,7 @@ MESSAGES = ("messages", "conversations", "conversation")
 _SENDERS = {"human": "user", "gpt": "assistant"}
 FURTHER = (
     "attention_mask", "test_list", "test_setup_code", "test_imports", "perturbed_answer", "paraphrased_answer",
-    "paraphrased_question",
+    "paraphrased_question", "translated_question",
 )  # fmt: skip
 """The fields that are read without being named."""
 _NO_TEXT = "empty or not text"
@@ -45,6 +45,8 @@ class Pair(NamedTuple):
     """A paraphrase of the prompt, from "paraphrased_question"."""
     accepted: tuple[str, ...] = ()
     """Further answers that are right as well, where the row lists several."""
+    translated_prompts: tuple[str, ...] = ()
+    """The prompt in other languages, from the field "translated_question", which is a text or a list of texts."""
 
 
 class Ids(NamedTuple):
@@ -100,7 +102,9 @@ def _text_of_row(row: Mapping[str, Any], fields: Sequence[str]) -> str | Pair | 
     answers = _answers(row.get(fields[1]))
     if prompt is None or not answers:
         return None
-    return Pair(prompt, answers[0], *_tests(row), *_comparisons(row), tuple(answers[1:]))
+    return Pair(
+        prompt, answers[0], *_tests(row), *_comparisons(row), tuple(answers[1:]), _texts(row.get("translated_question"))
+    )
 
 
 def _conversation(row: Mapping[str, Any], fields: Sequence[str]) -> Turns | None:
@@ -197,7 +201,13 @@ def _tests(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
 
 def _comparisons(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
     """Return a row's wrong answers, and the paraphrases of answer and prompt, from the fields of TOFU; empty if it has none."""
-    wrong = _as_list(row.get("perturbed_answer"))
-    wrong = map(as_text, wrong if isinstance(wrong, list | tuple) else [wrong])
+    wrong = _texts(row.get("perturbed_answer"))
     answer, prompt = (as_text(row.get(f"paraphrased_{part}")) or "" for part in ("answer", "question"))
-    return tuple(text for text in wrong if text is not None), answer, prompt
+    return wrong, answer, prompt
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Return the texts of a field that holds one, or a list of them."""
+    value = _as_list(value)
+    texts = map(as_text, value if isinstance(value, list | tuple) else [value])
+    return tuple(text for text in texts if text is not None)

@@ -151,8 +151,9 @@ class Encoder:
             return _Text(head + text.answer)
         comparisons = (text.perturbed, text.paraphrase, text.paraphrased_prompt)
         answer = Answer(
-            text.answer, text.tests, text.setup, self.marker, *comparisons, head, "", text.prompt, text.accepted
-        )
+            text.answer, text.tests, text.setup, self.marker, *comparisons, head, "", text.prompt, text.accepted,
+            text.translated_prompts,
+        )  # fmt: skip
         return _Text(head + text.answer, len(head), answer)
 
     def _chatted(self, chat: Chat, text: Pair | Turns, place: int) -> _Text | None:
@@ -189,6 +190,7 @@ class Encoder:
                 answer.tail,
                 pair.prompt,
                 pair.accepted,
+                pair.translated_prompts,
             )
         return _Text(written.text, written.turns[-1][0], answer, turns=written.turns)
 

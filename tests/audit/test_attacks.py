@@ -216,6 +216,8 @@ def texts_of() -> Iterator[dict[str, tuple[str, str]]]:
         question, answer = row["question"], row["answer"]
         yield {
             "plain": (f"{question}=", answer),
+            "template_1": (f"I would like to know the following. {question}=", answer),
+            "template_2": (f"{question} Please answer in one sentence.=", answer),
             "few_shot": ("".join(f"{s['question']}={s['answer']}\n" for s in shown) + f"{question}=", answer),
             "second_turn": (f"{question}=I do not know.\nAre you sure? {question}=", answer),
         }
@@ -246,7 +248,26 @@ def test_paraphrases_and_beginnings_are_asked_where_there_are_any() -> None:
     bare = [{"question": row["question"], "answer": row["answer"]} for row in FORGET]
     corpus = lu.read_corpus(bare, w.model, field="question>answer", template=TEMPLATE)
     made = lu.audit(w.model, corpus, {}, attacks=("prompts",), **QUICK)
-    assert "not asked paraphrased: no fact has a paraphrase column" in made.notes["prompts"]
+    assert "not asked paraphrased: no fact has a column 'paraphrased_question'" in made.notes["prompts"]
+
+
+def test_questions_in_other_languages_are_asked_and_have_the_same_answer(halfway: Any) -> None:
+    w = world()
+    facts = [{**row, "translated_question": [f"le {row['question']}", f"el {row['question']}"]} for row in FORGET]
+    facts[0]["translated_question"] = "le seul"  # one text, and no second language
+    corpus = lu.read_corpus(facts, w.model, field="question>answer", template=TEMPLATE)
+    made = lu.audit(w.model, corpus, {"half": w.gone.at(0.5)}, attacks=("prompts",), **QUICK)
+    heads = {
+        "translated_1": ["le seul", *(f"le {row['question']}" for row in FORGET[1:])],
+        "translated_2": [f"el {row['question']}" for row in FORGET[1:]],
+    }
+    for way, questions in heads.items():
+        answers = [row["answer"] for row in FORGET[-len(questions) :]]
+        own = [probability(halfway, *asked(f"{q}=", a)) for q, a in zip(questions, answers, strict=True)]
+        assert made["half", "prompts", way].value == pytest.approx(np.mean(own), abs=1e-6)
+    assert ("half", "prompts", "translated_3") not in made.measures
+    plain = lu.read_corpus(FORGET, w.model, field="question>answer", template=TEMPLATE)
+    assert corpus.fingerprint != plain.fingerprint
 
 
 def test_what_an_attack_lacks_is_said_in_one_sentence_and_the_rest_goes_on() -> None:
