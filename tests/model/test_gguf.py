@@ -192,3 +192,15 @@ def test_damaged_and_missing_files_are_refused_in_a_sentence(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'lens-unlearn\[gguf\]'"):
         load(path)
+
+
+def test_a_device_map_places_its_weights_and_a_disk_is_refused_in_a_sentence(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    with tiny.quiet():
+        placed, plain = load_model(str(path), device_map="auto"), load_model(str(path))
+    assert fingerprint(placed) == fingerprint(plain)
+    tokens = tiny.some_tokens(2, 7) % len(TOKENS)
+    assert torch.equal(tiny.logits(placed, tokens), tiny.logits(plain, tokens))
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    with pytest.raises(ModelError, match="Disk offload is not supported for models loaded from GGUF"):
+        load_model(str(path), device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path)
