@@ -122,7 +122,8 @@ def _entries(record: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
 
 def _ascends(record: Mapping[str, Any]) -> bool:
     """Say whether the objective raises the forget loss, up to the floor."""
-    return record.get("settings", {}).get("loss", "graddiff") in ("graddiff", "gradient_ascent")
+    named = record.get("settings", {}).get("loss", "graddiff") in ("graddiff", "gradient_ascent")
+    return bool(record.get("ascends", named))  # an older file has no such word
 
 
 def _losses(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str, limit: int) -> None:
@@ -131,7 +132,7 @@ def _losses(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str, l
         # Without a retain corpus its loss is noted as 0.
         if corpus == "retain" and "retain" in record and record["retain"] is None:
             continue
-        refused = corpus == "forget" and record.get("settings", {}).get("loss") == "po"
+        refused = corpus == "forget" and record.get("refuses", record.get("settings", {}).get("loss") == "po")
         label = f"{prefix}{corpus}{' (of the refusals)' if refused else ''}"
         _line(fig, 1, entries, corpus, dash, label, "%{y:.3f} nats per answer token", name=corpus, limit=limit)
 

@@ -1,33 +1,82 @@
-"""The objectives of unlearning: what is minimized on the forget rows, the curvature of a loss, and gradient clipping.
+"""The objectives of unlearning: what is minimized on the forget rows, and on the retain rows beside them.
 
-Knows the logits and losses of answer tokens, and the tensors that are trained. Knows nothing of optimizers, of the order of
-batches, or of where in a model the tensors act.
+Knows what a model, and the unedited one, give the answer tokens of a step's rows. Knows nothing of optimizers, of the order of
+batches, or of where in a model the trained tensors act. A new objective is one function and one line of `OBJECTIVES`.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Corpus
-from lens_unlearn.evaluation.answer_losses import Answers, gradients_of
+from lens_unlearn.evaluation.answer_losses import Answers
 from lens_unlearn.model.host import Model
 
-__all__ = [
-    "LOSSES",
-    "clip_norm",
-    "curvature_of",
-    "forget_term",
-    "refusals",
-]
+__all__ = ["OBJECTIVES", "Objective", "Step", "jensen_shannon", "refusals"]
 
-LOSSES = ("graddiff", "npo", "po", "gradient_ascent")
-_POSITIONS = 16  # for which labels are drawn at a time: it takes two tables of float64 over the vocabulary
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of the training reads, as far as its objective wants it.
+
+    Attributes:
+        answers: By part: "forget" (the answers to forget), "refusals" (the same prompts, answered by a refusal), "retain".
+        before: By part, each row's mean loss under the unedited model, in nats per answer token.
+        unedited: By part, what the unedited model gives the same tokens.
+        floor: The loss of a row, in nats per answer token, up to which ascent pushes.
+        beta: See `Objective`.
+    """
+
+    answers: Mapping[str, Answers]
+    before: Mapping[str, Float[Tensor, "rows"]] = field(default_factory=dict)
+    unedited: Mapping[str, Answers] = field(default_factory=dict)
+    floor: float = math.inf
+    beta: float = 1.0
+
+    def logits_before(self, part: str) -> Float[Tensor, "n vocabulary"]:
+        """Return the unedited model's logits of a part, without gradients."""
+        with torch.no_grad():
+            return self.unedited[part].logits
+
+
+Term = Callable[[Step], Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective, as training, checks and the command line see it.
+
+    Attributes:
+        forget: What is minimized on the forget rows.
+        retain: What is minimized on the retain rows; None if there are none.
+        reads: Which parts the forget term reads; the loss that is recorded as "forget" is that of the first.
+        before: Of which parts it wants each row's loss under the unedited model.
+        unedited: Of which parts it wants the unedited model's logits, which cost one more pass a step.
+        beta: Default of its one number; what it means is said at its function.
+    """
+
+    forget: Term
+    retain: Term | None
+    reads: tuple[str, ...] = ("forget",)
+    before: tuple[str, ...] = ()
+    unedited: tuple[str, ...] = ()
+    beta: float = 1.0
+
+    @property
+    def ascends(self) -> bool:
+        """Whether it pushes the loss of the answers up to the floor."""
+        return self.forget is ascent
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All that a step reads, in order."""
+        return (*self.reads, "retain") if self.retain is not None else self.reads
 
 
 def refusals(corpus: Corpus, model: Model, text: str) -> Corpus:
@@ -59,75 +108,112 @@ def refusals(corpus: Corpus, model: Model, text: str) -> Corpus:
     )
 
 
-def forget_term(
-    loss: str, answers: Answers, *, floor: float, beta: float = 1.0, before: Float[Tensor, "rows"] | None = None
-) -> Float[Tensor, ""]:
-    r"""Return what is minimized on the forget rows, with L_i the mean loss of row i, in nats per answer token.
+# --- on the forget rows, with L_i the mean loss of row i in nats per answer token --------------------------------------
 
-    - "graddiff", "gradient_ascent": -mean min(L_i, floor), weighted by tokens: a row above the floor has no gradient.
-    - "npo": (2 / beta) mean(-log sigmoid(beta (L_i - L_i of the reference))), the reference being the unedited model, whose
-      L_i are `before`; per-token means, not sums, so that beta means the same for short and long answers.
-    - "po": the loss of the refusal.
-    """
-    if loss == "po":
-        return answers.loss
-    row_losses, n_tokens = answers.per_row()
-    if loss == "npo":
-        assert before is not None
-        # The log ratio of NPO's paper is summed over an answer's tokens, and grows with their number: the sigmoid of a long
-        # answer saturates, and its gradient vanishes, after a small change per token, while short answers are still pushed.
-        # With means, the push on every row fades as its loss per token rises, on the same scale of 1 / beta nats.
-        return -(2 / beta) * F.logsigmoid(beta * (row_losses - before))[n_tokens > 0].mean()
+
+def ascent(step: Step) -> Float[Tensor, ""]:
+    """Return -mean min(L_i, floor), weighted by tokens: a row above the floor has no gradient."""
     # -L has no minimum: without the floor, rows that are forgotten already would be pushed on, and their growing losses would
     # outweigh the retain term, at the cost of everything else. At the loss of facts never seen, more forgetting gains nothing.
-    return -(row_losses.clamp(max=floor) * n_tokens).sum() / n_tokens.sum()
+    row_losses, n_tokens = step.answers["forget"].per_row()
+    return -(row_losses.clamp(max=step.floor) * n_tokens).sum() / n_tokens.sum()
 
 
-def curvature_of(
-    estimate: str, answers: Sequence[Answers], tensors: Sequence[Tensor], generator: torch.Generator
-) -> list[Tensor]:
-    """Estimate the diagonal of the Hessian of the mean loss over some answer tokens.
+def npo(step: Step) -> Float[Tensor, ""]:
+    """Return (2 / beta) mean -log sigmoid(beta (L_i - L_i of the unedited model)) (Zhang et al., arXiv 2404.05868)."""
+    # The log ratio of NPO's paper is summed over an answer's tokens, and grows with their number: the sigmoid of a long
+    # answer saturates, and its gradient vanishes, after a small change per token, while short answers are still pushed.
+    # With means, the push on every row fades as its loss per token rises, on the same scale of 1 / beta nats.
+    return _preference(step, step.answers["forget"], lambda losses: losses - step.before["forget"])
 
-    - "gnb" (Gauss-Newton-Bartlett): labels y drawn from the model's own distribution, B of them; B g * g, with g the
-      gradient of the mean loss of y. Never negative.
-    - "hutchinson": u * (H u), u of random signs; may be negative.
+
+def simnpo(step: Step) -> Float[Tensor, ""]:
+    """Return (2 / beta) mean -log sigmoid(beta L_i): NPO without the unedited model (Fan et al., arXiv 2410.07163, margin 0)."""
+    return _preference(step, step.answers["forget"], lambda losses: losses)
+
+
+def dpo(step: Step) -> Float[Tensor, ""]:
+    """Return (2 / beta) mean -log sigmoid(beta ((L_i - L_i unedited) - (R_i - R_i unedited))), with R_i the refusal's loss.
+
+    The refusal is preferred to the answer (Rafailov et al., arXiv 2305.18290, as TOFU's paper does); means per token, as in `npo`.
     """
-    logits = torch.cat([part.logits for part in answers])
-    if estimate == "gnb":
-        # With the true labels, g * g would be the empirical Fisher, which is no estimate of the curvature: near a minimum it
-        # vanishes. Bartlett's identity, by which E[B g * g] is the Gauss-Newton diagonal, needs labels of the model's own.
-        with torch.no_grad():
-            labels = torch.cat([_draw_labels(part, generator) for part in logits.split(_POSITIONS)])
-        gradients = gradients_of(F.cross_entropy(logits, labels), tensors)
-        return [len(labels) * gradient.square() for gradient in gradients]
-    target = torch.cat([part.target for part in answers])
-    first = torch.autograd.grad(F.cross_entropy(logits, target), tensors, create_graph=True, materialize_grads=True)
-    signs = [(torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x) for x in tensors]
-    along = torch.stack([(gradient * sign).sum() for gradient, sign in zip(first, signs, strict=True)]).sum()
-    return [sign * product for sign, product in zip(signs, gradients_of(along, tensors), strict=True)]
+    refused, _ = step.answers["refusals"].per_row()
+    gained = refused - step.before["refusals"]
+    return _preference(step, step.answers["forget"], lambda losses: losses - step.before["forget"] - gained)
 
 
-def _draw_labels(logits: Float[Tensor, "n vocabulary"], generator: torch.Generator) -> Int[Tensor, "n"]:
-    """Draw labels from the model's own distribution, by the Gumbel trick: argmax(log p - log(-log u)) is a draw from p."""
-    # Unlike with `torch.multinomial`, the randomness is uniform noise from a generator on the CPU: a seed means the same labels
-    # on every device, and a resumed training draws those of an uninterrupted one. In float64, since rare labels are drawn by
-    # the tails of the noise, and in float32 no uniform number lies between 0 and 6e-8.
-    noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
-    return (logits.double() - noise.clamp_min_(1e-300).log_().neg_().log_()).argmax(1)
+def _preference(step: Step, answers: Answers, margin: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
+    row_losses, n_tokens = answers.per_row()
+    return -(2 / step.beta) * F.logsigmoid(step.beta * margin(row_losses))[n_tokens > 0].mean()
 
 
-def clip_norm(gradients: Sequence[Tensor], max_norm: float | None) -> list[Tensor]:
-    """Return gradients scaled down so that their norm, over all tensors together, is at most `max_norm`; None for never.
+def refusing(step: Step) -> Float[Tensor, ""]:
+    """Return the loss of the refusal, in nats per token."""
+    return step.answers["refusals"].loss
 
-    Raises:
-        LensUnlearnError: If the bound is not positive.
+
+def undial(step: Step) -> Float[Tensor, ""]:
+    """Return the cross-entropy to softmax(z - beta e_y), z the unedited logits and y the answer's token, in nats per token.
+
+    Self-distillation with adjusted logits (Dong et al., arXiv 2402.10052).
     """
-    if max_norm is None:
-        return list(gradients)
-    if max_norm <= 0:
-        raise LensUnlearnError(f"max_norm={max_norm:g} leaves nothing of a gradient: give a positive one, or None")
-    # One tensor at a time: the fused kernels of a GPU may round differently, and a checkpoint of an earlier version of this
-    # package has to go on to the same bits.
-    norm = get_total_norm(gradients, foreach=False)
-    scale = (max_norm / norm.clamp_min(1e-30)).clamp(max=1.0)
-    return [gradient * scale.to(gradient.device) for gradient in gradients]
+    answers = step.answers["forget"]
+    adjusted = step.logits_before("forget").clone()
+    adjusted[torch.arange(len(adjusted), device=adjusted.device), answers.target] -= step.beta
+    return F.cross_entropy(answers.logits, adjusted.softmax(-1))
+
+
+def surely_refusing(step: Step) -> Float[Tensor, ""]:
+    """Return the mean Jensen-Shannon divergence between p and the refusal's token for certain, in nats, at most log 2.
+
+    JensUn (Singh et al., arXiv 2509.02820). It depends on p(y) alone:
+    2 JS = (1 - p) log 2 + p log(2 p / (1 + p)) - log((1 + p) / 2).
+    """
+    loss = step.answers["refusals"].nll
+    p = torch.exp(-loss)
+    both = torch.log1p(p) - math.log(2)  # of the mixture at y
+    return ((1 - p) * math.log(2) - p * (loss + both) - both).mean() / 2
+
+
+# --- on the retain rows ---------------------------------------------------------------------------------------------------
+
+
+def likelihood(step: Step) -> Float[Tensor, ""]:
+    """Return the mean loss of the retain rows, in nats per token."""
+    return step.answers["retain"].loss
+
+
+def divergence(step: Step) -> Float[Tensor, ""]:
+    """Return the mean KL(unedited || edited), in nats per token (TOFU's KL minimization, Maini et al., arXiv 2401.06121)."""
+    edited, unedited = (
+        logits.log_softmax(-1) for logits in (step.answers["retain"].logits, step.logits_before("retain"))
+    )
+    return F.kl_div(edited, unedited, log_target=True, reduction="batchmean")
+
+
+def similarity(step: Step) -> Float[Tensor, ""]:
+    """Return the mean Jensen-Shannon divergence between the edited and the unedited model, in nats per token (JensUn)."""
+    return jensen_shannon(step.answers["retain"].logits, step.logits_before("retain")).mean()
+
+
+def jensen_shannon(first: Float[Tensor, "n vocabulary"], second: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n"]:
+    """Return (KL(p || m) + KL(q || m)) / 2 of two distributions given by logits, with m = (p + q) / 2, in nats."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return (F.kl_div(m, p, log_target=True, reduction="none") + F.kl_div(m, q, log_target=True, reduction="none")).sum(
+        -1
+    ) / 2
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "graddiff": Objective(ascent, likelihood),
+    "npo": Objective(npo, likelihood, before=("forget",)),
+    "po": Objective(refusing, likelihood, reads=("refusals",)),
+    "gradient_ascent": Objective(ascent, None),
+    "kl": Objective(ascent, divergence, unedited=("retain",)),
+    "simnpo": Objective(simnpo, likelihood, beta=2.5),
+    "dpo": Objective(dpo, likelihood, reads=("forget", "refusals"), before=("forget", "refusals")),
+    "undial": Objective(undial, likelihood, unedited=("forget",), beta=10.0),
+    "jensun": Objective(surely_refusing, similarity, reads=("refusals",), unedited=("retain",)),
+}
+"""By the name that `simu(loss=)` takes."""

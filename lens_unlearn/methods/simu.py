@@ -8,7 +8,7 @@ corpus are found by attribution (`lens_unlearn.attribute`); then the rows of W_o
 projections, are trained against the answers of the forget corpus and for those of the retain corpus, in the paper with a
 second-order optimizer:
 
-    L = -L_forget + gamma L_retain        ("graddiff"; others in `lens_unlearn.methods.objectives.forget_term`)
+    L = -L_forget + gamma L_retain        ("graddiff"; others in `lens_unlearn.methods.objectives`)
 
 The paper edits the weights and masks each step's moments and weights three times. Here only the critical rows exist, as a
 `Delta` outside the model, which gives the same numbers (all operations are elementwise). The code was never released: what the
@@ -33,7 +33,7 @@ from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.controls import RANDOM_UPDATES
 from lens_unlearn.methods.method import Fitted, Method
-from lens_unlearn.methods.objectives import refusals
+from lens_unlearn.methods.objectives import OBJECTIVES, refusals
 from lens_unlearn.methods.training import LEARNING_RATES, Training, TrainingSettings, check_choices, check_counts
 from lens_unlearn.model.host import Model, require_eval, require_float, require_model
 from lens_unlearn.model.matrices import Matrix, matrix_names, matrix_value
@@ -109,10 +109,10 @@ def simu(
     attention: Literal["full", "lora", "none"] = "lora",
     rank: int = 8,
     inner: bool = False,
-    loss: Literal["graddiff", "npo", "po", "gradient_ascent"] = "graddiff",
+    loss: Literal["graddiff", "npo", "po", "gradient_ascent", "kl", "simnpo", "dpo", "undial", "jensun"] = "graddiff",
     forget_weight: float = 0.4,
     retain_weight: float = 2.0,
-    beta: float = 1.0,
+    beta: float | None = None,
     refusal: str = "I do not know that.",
     unseen: Corpus | None = None,
     floor: float | None = None,
@@ -154,11 +154,12 @@ def simu(
         attention: Whether W_Q, W_K, W_V and W_O are trained: "full", as products of `rank` ("lora"), or not ("none").
         rank: Of "lora".
         inner: Whether the critical columns of W_in (and W_gate) are trained too; in the paper they are not.
-        loss: See `lens_unlearn.methods.objectives.forget_term`.
+        loss: See `lens_unlearn.methods.objectives`: "graddiff"; "gradient_ascent", without retain rows; "kl", which holds the
+            retain rows to the unedited model; "npo" and "simnpo"; "po" and "dpo", towards `refusal`; "undial" and "jensun".
         forget_weight: Of the forget term; 0 for a control that only goes on learning the retain corpus.
         retain_weight: gamma, of the retain loss.
-        beta: Of "npo".
-        refusal: The answer that "po" teaches.
+        beta: Of "npo", "simnpo", "dpo" and "undial"; default 1, 2.5, 1 and 10.
+        refusal: The answer that "po", "dpo" and "jensun" teach.
         unseen: Prompts with answers of the same kind that the model never saw. Its accuracy decides which step is returned.
         floor: The loss of a row, in nats per answer token, up to which forgetting pushes. Default: that of `unseen`, else
             log(vocabulary) / 2.
@@ -193,7 +194,6 @@ def simu(
     if isinstance(forget, Delta):
         return forget.at(strength)
     require_model(model)
-    require_model(model)
     require_corpus(forget, "forget")
     attribution = AttributionSettings(
         threshold=threshold, attribution_steps=attribution_steps, objective=objective, mode=mode
@@ -203,7 +203,7 @@ def simu(
         loss=loss,
         forget_weight=forget_weight,
         retain_weight=retain_weight,
-        beta=beta,
+        beta=_beta(loss) if beta is None else beta,
         refusal=refusal,
         floor=floor,
         optimizer=optimizer,
@@ -230,7 +230,8 @@ def simu(
     unseen_accuracy, default_floor = _unseen(model, unseen, batch_size)
     training = Training(
         model,
-        refusals(forget, model, refusal) if loss == "po" else forget,
+        forget,
+        refusals(forget, model, refusal) if "refusals" in OBJECTIVES[loss].reads else None,
         trained_on,
         {"forget": forget} | ({} if held_out is None else {"retain": held_out}),
         Delta(updates),
@@ -248,7 +249,7 @@ def simu(
 
 def _split(retain: Corpus | None, settings: TrainingSettings) -> tuple[Corpus | None, Corpus | None]:
     """Return the retain documents that are trained on, and those held out of the loss."""
-    if retain is None or settings.loss == "gradient_ascent":
+    if retain is None or OBJECTIVES[settings.loss].retain is None:
         return None, None
     trained_on, held_out = retain.split(1 - HELD_OUT, HELD_OUT, seed=settings.seed)
     return trained_on, held_out
@@ -257,6 +258,11 @@ def _split(retain: Corpus | None, settings: TrainingSettings) -> tuple[Corpus | 
 def _learning_rate(optimizer: str, attention: str) -> float:
     """Return the default of an optimizer; products of low rank start at zero, and have to be learned faster."""
     return LOW_RANK_RATE if (optimizer, attention) == ("adamw", "lora") else LEARNING_RATES.get(optimizer, math.nan)
+
+
+def _beta(loss: str) -> float:
+    """Return the default of an objective; of an unknown one, which is refused later, any."""
+    return OBJECTIVES[loss].beta if loss in OBJECTIVES else 1.0
 
 
 def _unseen(model: Model, unseen: Corpus | None, batch_size: int) -> tuple[float | None, float]:
@@ -348,7 +354,7 @@ def _check_inputs(model: Model, forget: Corpus, retain: Corpus | None, loss: str
         raise CorpusError(f"{forget.name} has no answers to forget: read it as 'question>answer'")
     if retain is not None:
         require_corpus(retain, "retain").check(model)
-    elif loss != "gradient_ascent":
+    elif OBJECTIVES[loss].retain is not None:
         raise CorpusError(f"loss={loss!r} needs a retain corpus: only 'gradient_ascent' goes without")
 
 
@@ -357,6 +363,7 @@ def _check(model: Model | None, forget: Any, retain: Any, **options: Any) -> Non
     given = METHOD.defaults() | options
     given |= {"lr": _learning_rate(given["optimizer"], given["attention"])} if given["lr"] is None else {}
     given |= {"steps": 1} if given["steps"] is None else {}
+    given |= {"beta": _beta(given["loss"])} if given["beta"] is None else {}
 
     def checked(kind: Any) -> Any:
         return kind(**{one.name: given[one.name] for one in fields(kind)})
@@ -368,7 +375,7 @@ def _check(model: Model | None, forget: Any, retain: Any, **options: Any) -> Non
     if model is not None and isinstance(forget, Corpus):
         _check_inputs(model, forget, retain, given["loss"])
         _split(retain, settings)
-        if given["loss"] == "po":
+        if "refusals" in OBJECTIVES[given["loss"]].reads:
             refusals(forget, model, given["refusal"])
 
 

@@ -27,7 +27,8 @@ from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, read_an
 from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
-from lens_unlearn.methods.objectives import LOSSES, clip_norm, curvature_of, forget_term
+from lens_unlearn.methods.curvature import clip_norm, curvature_of
+from lens_unlearn.methods.objectives import OBJECTIVES, Objective, Step
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import as_in_file, fingerprint
@@ -87,7 +88,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
-        choices = {"loss": LOSSES, "optimizer": tuple(LEARNING_RATES), "curvature": ("gnb", "hutchinson")}
+        choices = {"loss": tuple(OBJECTIVES), "optimizer": tuple(LEARNING_RATES), "curvature": ("gnb", "hutchinson")}
         check_choices(self, choices)
         check_counts(self, "steps", "batch_size", "accumulation", "check_every", "curvature_every")
         for name in ("lr", "rho", "beta", *(() if self.max_norm is None else ("max_norm",))):
@@ -105,7 +106,9 @@ class Training:
 
     model: Model
     forget: Corpus
-    """What the forget term is computed on: the answers, or for "po" the refusals."""
+    """The answers to forget."""
+    refusals: Corpus | None
+    """The same prompts with refusals, if the objective reads them."""
     retain: Corpus | None
     measured: dict[str, Corpus]
     """What accuracy is measured on: "forget", and "retain" if some documents were held out of the loss."""
@@ -135,17 +138,26 @@ class Training:
             self.adamw = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay)
         self.best: list[Tensor] | None = None
         self.best_check: dict[str, Any] = {}
-        self.reference_losses: Tensor | None = None
-        """Of NPO: each forget row's loss under the reference model, which is the unedited one."""
+        self.before: dict[str, Tensor] = {}
+        """Each row's loss under the unedited model, of the parts that the objective compares with it."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimized."""
+        return OBJECTIVES[self.settings.loss]
+
+    def _corpus(self, part: str) -> Corpus:
+        corpus = {"forget": self.forget, "refusals": self.refusals, "retain": self.retain}[part]
+        assert corpus is not None, f"loss={self.settings.loss!r} reads {part}"
+        return corpus
 
     def go(self, checkpoint: str | os.PathLike[str] | None, progress: bool) -> None:
         """Train to the end, from the checkpoint if there is one; the trained tensors end as those of the step chosen."""
         steps, check_every = self.settings.steps, self.settings.check_every
         if checkpoint is not None:
             self._resume(checkpoint)
-        if self.settings.loss == "npo":
-            # Here, where the delta is off: in its block, a resumed training would take the half-trained model for the reference.
-            self.reference_losses = self._row_losses()
+        # Here, where the delta is off: in its block, a resumed training would take the half-trained model for the unedited one.
+        self.before = {part: self._row_losses(self._corpus(part)) for part in self.objective.before}
         if not self.checks:
             self._check()
         with tqdm(total=steps, initial=self.step, disable=not progress, desc="simu", unit=" steps") as bar:
@@ -165,16 +177,16 @@ class Training:
     def _step(self) -> None:
         """Make one update, or stop where something is NaN or infinite."""
         losses = {"forget": 0.0, "retain": 0.0}
-        with self.delta.on(self.model):
-            gradients = self._gradients(losses)
-            broken = [f"the {name} loss" for name, loss in losses.items() if not math.isfinite(loss)]
-            if broken:
-                self._stop(" and ".join(broken), back=True)
-                return
-            if not _all_finite(gradients):  # the losses are sound, and so is the last update
-                self._stop("a gradient", back=False)
-                return
-            if self.sophia is not None and self.step % self.settings.curvature_every == 0:
+        gradients = self._gradients(losses)
+        broken = [f"the {name} loss" for name, loss in losses.items() if not math.isfinite(loss)]
+        if broken:
+            self._stop(" and ".join(broken), back=True)
+            return
+        if not _all_finite(gradients):  # the losses are sound, and so is the last update
+            self._stop("a gradient", back=False)
+            return
+        if self.sophia is not None and self.step % self.settings.curvature_every == 0:
+            with self.delta.on(self.model):
                 self._estimate_curvature(self.sophia)
         self.previous = [tensor.detach().clone() for tensor in self.trained]
         self._update(clip_norm(gradients, self.settings.max_norm))
@@ -198,34 +210,40 @@ class Training:
         total: list[Tensor] = []
         for part in range(accumulation):
             batches = self._batches(self.step * accumulation + part)
-            answers = [read_answers(self.model, batch) for batch in batches]
-            objective = self._objective(answers, batches[0].rows)
-            for name, corpus_answers in zip(("forget", "retain"), answers):
-                losses[name] += corpus_answers.loss.item() / accumulation
-            gradients = gradients_of(objective / accumulation, self.trained)
+            with torch.no_grad():
+                unedited = {name: read_answers(self.model, batches[name]) for name in self.objective.unedited}
+            with self.delta.on(self.model):
+                answers = {name: read_answers(self.model, batch) for name, batch in batches.items()}
+                objective = self._objective(answers, unedited, next(iter(batches.values())).rows)
+                for name, corpus_answers in {"forget": next(iter(answers.values())), **answers}.items():
+                    if name in losses:
+                        losses[name] += corpus_answers.loss.item() / accumulation
+                gradients = gradients_of(objective / accumulation, self.trained)
             total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
         return total
 
-    def _batches(self, place: int) -> list[Batch]:
-        """Return the forget rows and, unless there are none, the retain rows at a place in their order."""
-        corpora = [self.forget] if self.retain is None else [self.forget, self.retain]
-        return [rows_at(corpus, place, self.settings.batch_size, self.settings.seed) for corpus in corpora]
+    def _batches(self, place: int) -> dict[str, Batch]:
+        """Return the rows of each part that is read, at a place in their order; refusals are those of the forget rows."""
+        size, seed = self.settings.batch_size, self.settings.seed
+        return {part: rows_at(self._corpus(part), place, size, seed) for part in self.objective.parts}
 
-    def _objective(self, answers: list[Answers], forget_rows: Tensor) -> Float[Tensor, ""]:
-        """Return what is minimized: the weighted forget term and, unless there are no retain rows, their loss."""
+    def _objective(
+        self, answers: Mapping[str, Answers], unedited: Mapping[str, Answers], forget_rows: Tensor
+    ) -> Float[Tensor, ""]:
+        """Return what is minimized: the weighted forget term and, unless there are no retain rows, the weighted retain term."""
         settings = self.settings
-        before = None if self.reference_losses is None else self.reference_losses[forget_rows]
-        term = forget_term(settings.loss, answers[0], floor=self.floor, beta=settings.beta, before=before)
-        objective = settings.forget_weight * term
-        for retain_answers in answers[1:]:
-            objective = objective + settings.retain_weight * retain_answers.loss
+        before = {part: losses[forget_rows] for part, losses in self.before.items()}
+        step = Step(answers, before, unedited, self.floor, settings.beta)
+        objective = settings.forget_weight * self.objective.forget(step)
+        if self.objective.retain is not None:
+            objective = objective + settings.retain_weight * self.objective.retain(step)
         return objective
 
-    def _row_losses(self) -> Float[Tensor, "rows"]:
-        """Return each forget row's loss under the model as it is; outside of the delta's block, under the unedited one."""
-        losses = torch.zeros(self.forget.n_rows)
+    def _row_losses(self, corpus: Corpus) -> Float[Tensor, "rows"]:
+        """Return each row's loss under the model as it is; outside of the delta's block, under the unedited one."""
+        losses = torch.zeros(corpus.n_rows)
         with torch.no_grad():
-            for batch in self.forget.batches(self.settings.batch_size):
+            for batch in corpus.batches(self.settings.batch_size):
                 losses[batch.rows] = read_answers(self.model, batch).per_row()[0].float().cpu()
         return losses.to(self.trained[0].device)
 
@@ -234,7 +252,7 @@ class Training:
         generator = torch.Generator().manual_seed(key_of("labels", self.settings.seed, self.step) % 2**63)
         batches = self._batches(self.step * self.settings.accumulation)
         twice = self.settings.curvature == "hutchinson"
-        answers = [read_answers(self.model, batch, twice=twice) for batch in batches]
+        answers = [read_answers(self.model, batch, twice=twice) for batch in batches.values()]
         sophia.curve(curvature_of(self.settings.curvature, answers, self.trained, generator))
 
     def _update(self, gradients: list[Tensor]) -> None:
@@ -298,6 +316,8 @@ class Training:
             "trained": n_trained,
             "optimizer_state": {"numbers": n_state, "share_of_full": n_trained / n_model},
             "floor": self.floor,
+            "ascends": self.objective.ascends,
+            "refuses": self.objective.reads[0] == "refusals",
             "unseen": self.unseen,
             "aim": self.aim,
             "steps": self.step,

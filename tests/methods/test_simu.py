@@ -26,7 +26,8 @@ from lens_unlearn.evaluation.answer_losses import Answers, rows_at
 from lens_unlearn.evaluation.teacher_forcing import Predicted, accuracy
 from lens_unlearn.methods import record_of, training
 from lens_unlearn.methods.controls import controls_for
-from lens_unlearn.methods.objectives import clip_norm, curvature_of, forget_term, refusals
+from lens_unlearn.methods.curvature import clip_norm, curvature_of
+from lens_unlearn.methods.objectives import OBJECTIVES, Step, refusals
 from lens_unlearn.methods.simu import AttributionSettings, MaskSettings, simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.matrices import matrix_shape
@@ -146,10 +147,10 @@ def answers(nll: list[float], row: list[int]) -> Answers:
 
 def test_forgetting_pushes_no_row_beyond_the_floor() -> None:
     batch = answers([1.0, 3.0, 8.0], [0, 0, 1])
-    assert float(forget_term("graddiff", batch, floor=5.0)) == pytest.approx(-(2 * 2 + 5) / 3)
-    assert float(forget_term("graddiff", batch, floor=50.0)) == pytest.approx(-4.0)
+    assert term("graddiff", floor=5.0, forget=batch) == pytest.approx(-(2 * 2 + 5) / 3)
+    assert term("graddiff", floor=50.0, forget=batch) == pytest.approx(-4.0)
     nll = torch.tensor([1.0, 3.0, 8.0], requires_grad=True)
-    forget_term("graddiff", replace(batch, nll=nll), floor=5.0).backward()
+    OBJECTIVES["graddiff"].forget(Step({"forget": replace(batch, nll=nll)}, floor=5.0)).backward()
     assert nll.grad is not None
     assert nll.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0.0])
 
@@ -158,7 +159,93 @@ def test_npo_is_its_formula() -> None:
     batch, before = answers([1.0, 3.0, 8.0], [0, 0, 1]), torch.tensor([0.5, 9.0])
     rows = np.array([2.0, 8.0])
     expected = 2 / 0.7 * np.mean(np.log1p(np.exp(-0.7 * (rows - before.numpy()))))
-    assert float(forget_term("npo", batch, floor=0, beta=0.7, before=before)) == pytest.approx(expected, rel=1e-6)
+    assert term("npo", beta=0.7, before={"forget": before}, forget=batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_simnpo_and_dpo_are_their_formulas() -> None:
+    batch, refused = answers([1.0, 3.0, 8.0], [0, 0, 1]), answers([4.0, 2.0, 2.0], [0, 1, 1])
+    lost, refusing = np.array([2.0, 8.0]), np.array([4.0, 2.0])
+    expected = 2 / 0.7 * np.mean(np.log1p(np.exp(-0.7 * lost)))
+    assert term("simnpo", beta=0.7, forget=batch) == pytest.approx(expected, rel=1e-6)
+    before = {"forget": torch.tensor([0.5, 9.0]), "refusals": torch.tensor([3.0, 5.0])}
+    margin = (lost - [0.5, 9.0]) - (refusing - [3.0, 5.0])
+    expected = 2 / 0.7 * np.mean(np.log1p(np.exp(-0.7 * margin)))
+    found = term("dpo", beta=0.7, before=before, forget=batch, refusals=refused)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def distributions(seed: int, target: list[int]) -> tuple[Answers, np.ndarray, np.ndarray]:
+    """Draw logits of answer tokens over a vocabulary of 5: as answers, their softmax, and themselves."""
+    logits = np.random.default_rng(seed).normal(size=(len(target), 5)) * 2
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    nll = -np.log(p[np.arange(len(target)), target])
+    floats = torch.tensor(logits, dtype=torch.float32)
+    made = answers_of(floats, torch.tensor(target), torch.tensor(nll), torch.zeros(len(target), dtype=torch.long), 1)
+    return made, p, logits
+
+
+def test_kl_undial_and_jensun_are_their_formulas_over_the_whole_vocabulary() -> None:
+    target = [3, 0, 4]
+    (edited, p, _), (unedited, q, z) = distributions(0, target), distributions(1, target)
+    assert retained("kl", edited, unedited) == pytest.approx((q * np.log(q / p)).sum(1).mean(), rel=1e-5)
+    adjusted = z.copy()
+    adjusted[np.arange(3), target] -= 4.0
+    adjusted = np.exp(adjusted) / np.exp(adjusted).sum(1, keepdims=True)
+    step = Step({"forget": edited}, unedited={"forget": unedited}, beta=4.0)
+    expected = -(adjusted * np.log(p)).sum(1).mean()
+    assert float(OBJECTIVES["undial"].forget(step)) == pytest.approx(expected, rel=1e-5)
+
+    def js(a: np.ndarray, b: np.ndarray) -> float:
+        m = (a + b) / 2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean([np.nansum(x * np.log(x / m), axis=1) for x in (a, b)]))
+
+    assert retained("jensun", edited, unedited) == pytest.approx(js(p, q), rel=1e-5)
+    assert term("jensun", refusals=edited) == pytest.approx(js(p, np.eye(5)[target]), rel=1e-5)
+    sure = replace(edited, nll=torch.tensor([0.0, 80.0]))  # a refusal said for certain, and one that is impossible
+    assert term("jensun", refusals=sure) == pytest.approx(np.log(2) / 2, rel=1e-5)
+
+
+def term(loss: str, *, floor: float = 0.0, beta: float = 1.0, before: Any = None, **parts: Answers) -> float:
+    return float(OBJECTIVES[loss].forget(Step(parts, before or {}, floor=floor, beta=beta)))
+
+
+def retained(loss: str, edited: Answers, unedited: Answers) -> float:
+    objective = OBJECTIVES[loss]
+    assert objective.retain is not None
+    return float(objective.retain(Step({"retain": edited}, unedited={"retain": unedited})))
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_every_objective_trains_what_it_reads(loss: str, model: Any) -> None:
+    facts = [{"q": "one two three", "a": "four five"}, {"q": "two", "a": "three four five six"}]
+    others = [{"q": f"one {word}", "a": f"{word} two"} for word in ("three", "four", "five", "six", "one", "two")]
+    forget, retain = (lu.read_corpus(rows, model, field="q>a") for rows in (facts, others))
+    options: dict[str, Any] = {
+        "optimizer": "adamw",
+        "lr": 3e-3,
+        "weight_decay": 0.0,
+        "steps": 8,
+        "batch_size": 8,
+        "floor": 50.0,
+    }
+    options |= {
+        "loss": loss,
+        "forget_weight": 1.0,
+        "retain_weight": 0.0 if loss == "undial" else 0.02,
+        "progress": False,
+    }
+    if loss == "simnpo":
+        options["beta"] = 0.1  # of answers that the model does not know, a larger one leaves nothing to forget
+    record = simu(model, forget, retain, mask="all", attention="none", **options).record
+    first, last = record["losses"][0], record["losses"][-1]
+    objective = OBJECTIVES[loss]
+    assert record["refuses"] == (objective.reads[0] == "refusals")
+    if record["refuses"]:
+        assert last["forget"] < first["forget"]  # refusals become likelier
+    else:
+        assert last["forget"] > first["forget"]  # answers become less likely
+    assert (first["retain"] > 0) == (objective.retain is not None)
 
 
 def test_preference_optimization_learns_the_refusal(model: Any) -> None:
@@ -271,7 +358,7 @@ def test_the_compact_update_follows_three_masks_on_whole_weights(
 
 
 @pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
-@pytest.mark.parametrize("loss", ["graddiff", "npo", "gradient_ascent"])
+@pytest.mark.parametrize("loss", ["graddiff", "npo", "gradient_ascent", "kl"])
 def test_the_forget_corpus_gets_worse_and_the_model_stays(optimizer: Any, loss: Any) -> None:
     model = tiny.model("llama")
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -342,7 +429,9 @@ def test_the_step_returned_retains_most_of_those_that_forgot(monkeypatch: pytest
     assert chosen == 6, "nothing is forgotten: the lowest accuracy on the forget corpus"
 
 
-@pytest.mark.parametrize(("optimizer", "loss"), [("sophia", "graddiff"), ("adamw", "graddiff"), ("sophia", "npo")])
+@pytest.mark.parametrize(
+    ("optimizer", "loss"), [("sophia", "graddiff"), ("adamw", "graddiff"), ("sophia", "npo"), ("adamw", "kl")]
+)
 def test_an_interrupted_training_goes_on_to_the_same(
     optimizer: Any, loss: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,7 +524,8 @@ def test_a_gradient_that_is_broken_from_the_beginning_gives_an_update_of_nothing
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny.model("gpt2")
-    monkeypatch.setattr(training, "forget_term", lambda loss, answers, **_: answers.loss * float("nan"))
+    broken = replace(OBJECTIVES["graddiff"], forget=lambda step: step.answers["forget"].loss * float("nan"))
+    monkeypatch.setitem(OBJECTIVES, "graddiff", broken)
     with pytest.warns(RuntimeWarning, match="a gradient became NaN or infinite at step 1:"):
         delta = simu(model, FORGET, RETAIN, mask=some_rows(), **QUICK)
     assert not any(bool(update.value.any()) for update in delta.updates.values())
