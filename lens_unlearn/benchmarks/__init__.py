@@ -12,6 +12,7 @@ from lens_unlearn.benchmarks.muse import muse
 from lens_unlearn.benchmarks.result import BenchmarkResult
 from lens_unlearn.benchmarks.running import BenchmarkFunction
 from lens_unlearn.benchmarks.rwku import rwku
+from lens_unlearn.benchmarks.selective_pruning import selective_pruning
 from lens_unlearn.benchmarks.tofu import tofu
 from lens_unlearn.benchmarks.wmdp import wmdp
 from lens_unlearn.core.errors import LensUnlearnError
@@ -26,6 +27,7 @@ __all__ = [
     "lume",
     "muse",
     "rwku",
+    "selective_pruning",
     "tofu",
     "wmdp",
 ]

@@ -131,7 +131,7 @@ class Asker:
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
         reading: dict[str, Any] = {"window": int(self.model.cfg.n_ctx), "prepend_bos": self.prepend_bos}
         corpus = read_corpus(rows, self.model, field="prompt>answer", template=template, answer_eos=end, **reading)
-        forced = self._forced(corpus)
+        forced = self.forced(corpus)
         found: list[Forced | None] = [None] * len(pairs)
         at = 0
         for number, (prompt, answer) in enumerate(pairs):  # those that do not fit are missing, the others are in order
@@ -147,11 +147,11 @@ class Asker:
         long = [len(encode(tokenizer, text, bos)) > 1 + (bos is not None) for text in texts]
         given = [{"text": text} for text, yes in zip(texts, long, strict=True) if yes]
         reading: dict[str, Any] = {"window": int(self.model.cfg.n_ctx), "prepend_bos": self.prepend_bos}
-        forced = iter(self._forced(read_corpus(given, self.model, **reading), quantities))
+        forced = iter(self.forced(read_corpus(given, self.model, **reading), quantities))
         return [next(forced) if yes else None for yes in long]
 
-    def _forced(self, corpus: Any, quantities: Sequence[str] = ("loss", "right")) -> list[Forced]:
-        """Run a corpus, and join the rows of each document."""
+    def forced(self, corpus: Any, quantities: Sequence[str] = ("loss", "right")) -> list[Forced]:
+        """Return quantities of each predicted token of a corpus, by document."""
         with tqdm(total=corpus.n_rows, unit=" rows", disable=not self.progress, desc=self.name) as bar:
             rows = force(self.model, corpus, self.intervention, self.batch_size, bar, quantities)
         parts: list[list[Forced]] = [[] for _ in corpus.keys]

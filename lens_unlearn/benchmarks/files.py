@@ -16,7 +16,7 @@ from lens_unlearn.corpora.rows import as_text
 __all__ = ["Files", "first_of_each"]
 
 Row = dict[str, Any]
-_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
+_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz", ".txt")
 _SHARD = "-00000-of-00001.parquet"
 
 

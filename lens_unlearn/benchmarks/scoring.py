@@ -28,8 +28,8 @@ class Column:
         name: Of the metric.
         words: What pages call it.
         units: Of each row, what is resampled whole.
-        values: By condition, for each of its interventions: the score of each row.
-        counts: Which rows count, under every condition alike; default all.
+        values: By condition, for each of its interventions: the score of each row, or the sum over what the row counts for.
+        counts: Which rows count, under every condition alike, or for how much; default all, once.
         range: Between which numbers it lies.
     """
 
@@ -39,12 +39,12 @@ class Column:
         words: str,
         units: Sequence[str],
         values: Mapping[str, Sequence[Values]],
-        counts: Sequence[bool] | None = None,
+        counts: Sequence[float] | np.ndarray | None = None,
         range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.metric = Metric(name, words, range=range, unit="fraction" if range == (0.0, 1.0) else "number")
         self.units, self.values = units, values
-        self.counts = np.ones(len(units), dtype=bool) if counts is None else np.array(counts, dtype=bool)
+        self.counts = np.ones(len(units)) if counts is None else np.array(counts, dtype=np.float64)
 
 
 def means(columns: Sequence[Column], resamples: int, seed: int) -> dict[tuple[str, str], Measure]:
@@ -59,9 +59,9 @@ def means(columns: Sequence[Column], resamples: int, seed: int) -> dict[tuple[st
             raise CorpusError(
                 f"nothing is left for {column.metric.name}: there is no such row, or none that fits the model's context"
             )
-        counts = column.counts.astype(np.float64)[:, None]
+        counts = column.counts[:, None]
         values = {
-            name: [np.where(column.counts, np.asarray(one, dtype=np.float64), 0.0)[:, None] for one in several]
+            name: [np.where(column.counts > 0, np.asarray(one, dtype=np.float64), 0.0)[:, None] for one in several]
             for name, several in column.values.items()
         }
         scores = Scores([column.metric], values, counts, column.units)

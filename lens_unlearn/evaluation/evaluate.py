@@ -36,7 +36,7 @@ from lens_unlearn.model.host import Model, require_eval, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_name
 from lens_unlearn.model.replay import Prefix
 
-__all__ = ["Condition", "evaluate", "replicates"]
+__all__ = ["Condition", "common_targets", "evaluate", "replicates"]
 
 Condition = Intervention | None | Sequence[Intervention]
 Runs = dict[str, list[Intervention | None]]
@@ -329,7 +329,7 @@ def _score(model: Model, corpus: Corpus, runs: Runs, rows_at_a_time: int, bar: A
         CorpusError: If nothing in it is predicted.
     """
     scored = _Scored.empty(runs, corpus.n_documents)
-    common = _common_targets(corpus, int(model.cfg.d_vocab))
+    common = common_targets(corpus, int(model.cfg.d_vocab))
     for batch in distributed.share(corpus.batches(rows_at_a_time)):
         pieces = batch.run(partial(_run, model, common, runs, scored.metrics))
         scored.halved += len(pieces) > 1
@@ -451,7 +451,7 @@ def _add(scored: _Scored, piece: _Piece, corpus: Corpus, kept_rows: set[int]) ->
                 scored.rows[name][number][row] = dict(zip(KEPT, own.T, strict=True))
 
 
-def _common_targets(corpus: Corpus, vocabulary: int) -> Bool[Tensor, "vocabulary"]:
+def common_targets(corpus: Corpus, vocabulary: int) -> Bool[Tensor, "vocabulary"]:
     """Mark the corpus' most frequent targets; ties go to the lower token id."""
     first = torch.zeros(len(corpus.tokens), dtype=torch.bool)
     first[corpus.starts[:-1].long()] = True
