@@ -1,4 +1,4 @@
-"""The command line: `lens-unlearn demo | run | compare | bench | collect | evaluate | audit | generate | check | show | push`.
+"""The command line, `lens-unlearn COMMAND`.
 
 Knows options and how they map to the functions of the package; knows nothing of what these do. Heavy imports happen inside the
 commands, so that `--help` answers at once. A command is a function under `@app.command()` in a file of its family.

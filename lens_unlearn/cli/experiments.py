@@ -6,11 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from lens_unlearn.cli.application import BenchCommand, MethodsCommand, command, end, interruptible
+from lens_unlearn.cli.config import Config
 from lens_unlearn.cli.options import (
     SRC,
     Answers,
     BatchSize,
     Confidence,
+    Controls,
     Interventions,
     Loading,
     Memorization,
@@ -26,6 +28,7 @@ from lens_unlearn.cli.options import (
     Template,
     Tokens,
     newlines,
+    numbers,
     pairs,
     settings_from,
 )
@@ -62,6 +65,7 @@ def run(
         list[str], typer.Option(metavar="SRC", help="Texts of a skill to retain; may be given several times.")
     ],
     out: Out,
+    config: Config = None,
     method: Annotated[list[str], typer.Option(help="A method; may be given several times.")] = ["selective-pruning"],
     also: Annotated[
         list[str], typer.Option(metavar="NAME=SRC", help="A further corpus to evaluate on; may be given several times.")
@@ -99,7 +103,20 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = None,
     loading: Loading,
+    controls: Controls = 5,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of strengths for the trade-off figure.")] = True,
+    fractions: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Comma-separated shares of neurons to sweep over.")
+    ] = "",
+    false_alarms: Annotated[
+        str,
+        typer.Option(
+            metavar="NUMBERS", help="Comma-separated false positive rates, of methods that judge prompts to sweep over."
+        ),
+    ] = "",
+    strengths: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Comma-separated strengths of a trained update to sweep over.")
+    ] = "",
     answers: Answers = 0,
     memorization: Memorization = 0,
     resume: Resume = False,
@@ -115,6 +132,7 @@ def run(
     from lens_unlearn.experiments.experiment import carry_out
     from lens_unlearn.experiments.plan import Plan
 
+    grids = {"fractions": fractions, "false_alarms": false_alarms, "strengths": strengths}
     plan = Plan(
         model=model,
         forget=forget,
@@ -130,7 +148,9 @@ def run(
         confidence=confidence,
         seed=seed,
         batch_size=batch_size,
+        controls=controls,
         sweep=sweep,
+        **{name: given for name, text in grids.items() if (given := numbers(text, name))},
         answers=answers,
         memorization=memorization,
         facts=facts,
@@ -161,6 +181,7 @@ def compare(
         typer.Option(metavar="NAME=SRC", help=f"Texts of a skill; give two or more, each is unlearned in turn: {SRC}."),
     ],
     out: Out,
+    config: Config = None,
     method: Annotated[
         list[str], typer.Option(help="A method; may be given several times. [default: all without training]")
     ] = [],
@@ -184,7 +205,7 @@ def compare(
         ),
     ] = 0.05,
     confidence: Confidence = 0.9,
-    seeds: Annotated[int, typer.Option(help="Random controls per method, each with its own seed.")] = 3,
+    controls: Controls = 3,
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = None,
     loading: Loading,
@@ -201,7 +222,7 @@ def compare(
     from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.experiments.compare import carry_out_comparison, compared, plans_for
 
-    check_numbers(seeds=seeds)
+    check_numbers(controls=controls)
     skills = pairs(skill, "--skill")
     plans = plans_for(
         list(skills),
@@ -211,7 +232,7 @@ def compare(
         tokens=tokens,
         retain_drop=retain_drop,
         confidence=confidence,
-        controls=seeds,
+        controls=controls,
         seed=seed,
         batch_size=batch_size,
         facts=facts,
@@ -237,6 +258,7 @@ def bench(
         str, typer.Option(help="The folder of the benchmark's files in their public layout, or hf:OWNER/NAME.")
     ],
     out: Out,
+    config: Config = None,
     reference: Annotated[
         str | None, typer.Option(help="A model that never saw what is to be forgotten: some scores are beside it.")
     ] = None,
@@ -248,7 +270,7 @@ def bench(
     intervention: Interventions = [],
     option: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="An option of the benchmark.")] = [],
     rows: Annotated[int | None, typer.Option(help="Only the first so many rows of each group. [default: all]")] = None,
-    controls: Annotated[int, typer.Option(help="Random controls of each condition; 0 for none.")] = 1,
+    controls: Controls = 1,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of each side that methods are fitted to. [default: all]")
     ] = None,

@@ -12,6 +12,7 @@ from lens_unlearn.cli.options import (
     SRC,
     Answers,
     BatchSize,
+    Controls,
     Interventions,
     Loading,
     Memorization,
@@ -179,7 +180,7 @@ def audit(
     unseen: Annotated[
         str | None, typer.Option(metavar="SRC", help="Facts that no model has seen, for membership inference.")
     ] = None,
-    controls: Annotated[int, typer.Option(help="Random controls of each intervention; 0 for none.")] = 1,
+    controls: Controls = 1,
     reading: Reading,
     tokens: Annotated[
         int | None, typer.Option(help="Number of tokens to read from each source. [default: all]")

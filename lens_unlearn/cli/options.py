@@ -19,6 +19,7 @@ __all__ = [
     "BatchSize",
     "Chat",
     "Confidence",
+    "Controls",
     "Interventions",
     "Loading",
     "Memorization",
@@ -38,6 +39,7 @@ __all__ = [
     "edits_of",
     "grouped",
     "newlines",
+    "numbers",
     "pairs",
     "settings_from",
 ]
@@ -53,6 +55,15 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run of the same command, if there is one.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+Controls = Annotated[
+    int,
+    typer.Option(
+        "--control-seeds",
+        "--controls",
+        "--seeds",
+        help="Random controls of each method or condition, each with its own seed.",
+    ),
+]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")]
 Interventions = Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")]
 Tokens = Annotated[int, typer.Option(help="Number of tokens to read from each corpus.")]
@@ -145,6 +156,9 @@ class Loading:
             "at most 16 bits and this machine is fast with it, else float32."
         ),
     ] = "float32"
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cpu or cuda:1. [default: a GPU if there is one]")
+    ] = None
     device_map: Annotated[
         str | None,
         typer.Option(help="Spread the model over devices with accelerate: auto, balanced, ... [default: one device]"),
@@ -239,6 +253,21 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def numbers(text: str, name: str) -> tuple[float, ...]:
+    """Read comma-separated numbers.
+
+    Raises:
+        LensUnlearnError: If a part is none.
+    """
+    from lens_unlearn.core.errors import LensUnlearnError
+
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        option = f"--{name.replace('_', '-')}"
+        raise LensUnlearnError(f"{option} {text}: give numbers with commas, such as 0.1,0.2") from error
 
 
 def newlines(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The commands that use, check, show and share what others wrote: `generate`, `check`, `show` and `push`."""
+"""The commands that use, check, show and share what others wrote: `generate`, `check`, `methods`, `show` and `push`."""
 
 import json
 from pathlib import Path
@@ -60,6 +60,29 @@ def check(
     typer.echo(str(found))
     if found.failed:
         raise typer.Exit(1)
+
+
+@command()
+def methods(
+    *,
+    name: Annotated[str | None, typer.Argument(help="A method. [default: all, a line each]")] = None,
+) -> None:
+    """List the methods, or show a method's options: each with its type, default and meaning."""
+    import textwrap
+
+    from lens_unlearn.methods import METHODS, by_name
+    from lens_unlearn.methods.options import options_of
+
+    if name is None:
+        width = max(len(method.name) for method in METHODS)
+        for method in METHODS:
+            typer.echo(f"{method.name:{width}}  {method.summary}")
+        return
+    method = by_name(name)
+    typer.echo(f"{method.name}: {method.summary}\n\nOptions, as in --set {method.strength}=VALUE:\n")
+    for option in options_of(method):
+        typer.echo(f"  {option.name}  ({option.type}; default {option.shown})")
+        typer.echo(textwrap.fill(option.meaning, 100, initial_indent="      ", subsequent_indent="      "))
 
 
 @command()

@@ -66,6 +66,7 @@ class BenchPlan:
     seed: int = 0
     batch_size: int | None = None
     dtype: str = "float32"
+    device: str | None = None
     device_map: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False

@@ -278,8 +278,7 @@ class Experiment:
             "documents": self.documents.counts(),
             "retained": list(self.documents.retained),
         }
-        command = command_of(self.plan)
-        provenance |= {"command": command} if command else {}
+        provenance["command"] = command_of(self.plan)
         content = Content(
             self.model, self.plan, self.documents, self.edits, self.fitted, self.progress, self.going_on
         )  # fmt: skip

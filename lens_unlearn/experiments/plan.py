@@ -14,6 +14,7 @@ from lens_unlearn.core.names import check_name
 from lens_unlearn.core.numbers import NUMBERS, STRENGTH
 from lens_unlearn.methods.budget import CONFIDENCE
 from lens_unlearn.methods.method import Method
+from lens_unlearn.methods.options import DECIDED_BY_THE_RUN
 from lens_unlearn.model.dtypes import AUTO, dtype_of
 
 __all__ = ["Plan", "command_of", "option_names", "settings_of"]
@@ -28,9 +29,6 @@ FACTS = (
     "Forgetting is tested on the very facts that every method was fitted and tuned to: that is the protocol of memorized facts, "
     "and says nothing about other facts. What is retained is tested on documents that no method was fitted or tuned on."
 )
-_NOT_SET = ("progress", "batch_size", "reference", "held_out", "unseen", "checkpoint")
-"""Options of methods that a run decides itself, so that `--set` cannot give them."""
-
 _FIRST = (
     "model", "forget", "retain", "also", "methods", "settings", "test_forget", "test_retain", "template", "tokens", "window",
     "retain_drop", "seed", "batch_size", "controls", "sweep", "fractions", "false_alarms", "strengths", "answers", "memorization",
@@ -87,6 +85,8 @@ class Plan:
     """Of the model's weights, or "auto"."""
     device_map: str | None = None
     """How a model that does not fit one device is spread: "auto", "balanced", ..."""
+    device: str | None = None
+    """Where the model runs; None takes a GPU if there is one."""
     revision: str | None = None
     """A branch, tag or commit of a model on the hub."""
     trust_remote_code: bool = False
@@ -99,7 +99,7 @@ class Plan:
     @property
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `load_model`."""
-        names = ("dtype", "device_map", "revision", "trust_remote_code")
+        names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
@@ -202,15 +202,13 @@ class Plan:
 
 
 def command_of(plan: Plan) -> str:
-    """Return the command that carries out a plan; empty for a plan with settings that no option can give.
+    """Return the command that carries out a plan.
 
     Examples:
         >>> command_of(Plan("demo", "demo:python", ("demo:english",), settings={"fraction": 0.1}, tokens=500))
         'lens-unlearn run --model demo --forget demo:python --retain demo:english --set fraction=0.1 --tokens 500 --out again'
     """
     usual = {one.name: one.default for one in fields(Plan)}
-    if any(getattr(plan, name) != usual[name] for name in ("controls", "fractions", "false_alarms", "strengths")):
-        return ""
     words = ["lens-unlearn", "run", "--model", plan.model, "--forget", plan.forget]
     several = {"--retain": plan.retain, "--method": plan.methods if plan.methods != usual["methods"] else ()}
     several |= {"--also": [f"{name}={source}" for name, source in plan.also.items()]}
@@ -228,16 +226,23 @@ def command_of(plan: Plan) -> str:
         "retain_drop",
         "confidence",
         "seed",
+        "controls",
         "batch_size",
+        "fractions",
+        "false_alarms",
+        "strengths",
         "answers",
         "memorization",
         "dtype",
+        "device",
         "device_map",
         "revision",
     ):
         value = getattr(plan, name)
         if value != usual[name]:
-            words += [f"--{name.replace('_', '-')}", str(value).replace("\n", "\\n")]
+            text = _as_text(value) if isinstance(value, tuple) else str(value)
+            option = "control-seeds" if name == "controls" else name.replace("_", "-")
+            words += [f"--{option}", text.replace("\n", "\\n")]
     switches = {"--facts": plan.facts, "--answer-eos": plan.answer_eos, "--chat": plan.chat}
     flags = [option for option, given in switches.items() if given]
     flags += {None: [], True: ["--prepend-bos"], False: ["--no-prepend-bos"]}[plan.prepend_bos]
@@ -255,7 +260,7 @@ def _as_text(value: Any) -> str:
 
 def option_names(method: str) -> list[str]:
     """Return the options of a method that `--set` can give."""
-    return [name for name in methods.by_name(method).options if name not in _NOT_SET]
+    return [name for name in methods.by_name(method).options if name not in DECIDED_BY_THE_RUN]
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

@@ -100,15 +100,16 @@ class Method:
     @property
     def options(self) -> tuple[str, ...]:
         """The names of the function's options."""
-        return tuple(self._parameters)[3:]
+        return tuple(self.parameters)[3:]
 
     @property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the function, by name."""
         return inspect.signature(self.function).parameters
 
     def defaults(self) -> dict[str, Any]:
         """Return the options with a default, with what this name fixes."""
-        given = {name: self._parameters[name].default for name in self.options}
+        given = {name: self.parameters[name].default for name in self.options}
         return {name: value for name, value in given.items() if value is not inspect.Parameter.empty} | dict(
             self.settings
         )
@@ -121,7 +122,7 @@ class Method:
 
     def takes(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of some options that the function has."""
-        return {name: value for name, value in options.items() if name in self._parameters}
+        return {name: value for name, value in options.items() if name in self.parameters}
 
     def require(self, options: Mapping[str, Any], model: Any = None, forget: Any = None, retain: Any = None) -> None:
         """Refuse options and corpora that the function would refuse, as far as `check` knows: without a model, options alone.
