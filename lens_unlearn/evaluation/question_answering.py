@@ -146,7 +146,11 @@ class QuestionAnswering:
         stop = line_breaks(model) if ending.line else []
         bos, allow = int(corpus.prepend_bos), self.allow_code_execution
         samples: list[dict[str, Any]] = [
-            {"corpus": name, "prompt": model.tokenizer.decode(prompt[bos:]), "true answer": " / ".join(truth.right)}
+            {
+                "corpus": name,
+                "prompt": model.tokenizer.decode(prompt[bos:], skip_special_tokens=True),
+                "true answer": " / ".join(truth.right),
+            }
             for prompt, truth in zip(prompts[:SAMPLES], truths)
         ]
         values: dict[str, list[np.ndarray]] = {}

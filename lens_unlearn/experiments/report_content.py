@@ -13,10 +13,12 @@ import torch
 
 from lens_unlearn import figures
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.experiments.documents import Documents
 from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.figures.theme import method_colours
 from lens_unlearn.inspection.token_values import token_losses
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
@@ -38,6 +40,8 @@ __all__ = ["Content", "strongest"]
 
 PROMPT, WRITTEN = 24, 24
 """Tokens of a plain text that are continued, and the longest continuation, where the report shows what is written."""
+NEAR = 12
+"""Tokens on either side among which a word's beginning is looked for."""
 BEGINNINGS, OTHERS = 2, 3
 """Texts continued of forget and of retain, and further corpora of which one is."""
 COLOURED, NATS = 120, 4.0
@@ -84,7 +88,7 @@ class Content:
                     controls |= {} if places is None else {f"{name}:control": places}
         if len(selected) > 1:
             drawn["Where the methods found the skill"] = figures.layer_importance(
-                selected, title="Neurons selected, by layer"
+                selected, colours=method_colours(self.plan.methods), title="Neurons selected, by layer"
             )
         layers = {title: figure for title, figure in details.items() if title.startswith(LAYERS)}
         drawn |= layers | details  # by layer first
@@ -155,7 +159,7 @@ class Content:
             score = forget.mean_abs / (retain.mean_abs + EPS)
         else:
             score = record.score(forget, retain, **{**self.plan.options(name), "site": selection.kinds[0]})
-        title = f"{name}: share selected and mean score per layer"
+        title = f"{name}: share selected, and mean score of the selected, per layer"
         drawn: dict[str, Any] = {
             f"Where {name} found the skill": figures.layer_importance(score, selection, title=title),
             f"Specialization of neurons ({name})": figures.specialization_map(forget, retain, selection=selection),
@@ -206,7 +210,7 @@ class Content:
         return sorted([*samples, *answered], key=lambda sample: order.index(sample["corpus"]))
 
     def _continue(self, samples: list[dict[str, Any]]) -> None:
-        prompts = [sample["prompt"] for sample in samples]
+        prompts = [sample.pop("asked") for sample in samples]
         for condition, edit in {BASE: None, **self.edits}.items():
             # They begin as the rows do that they are taken from; those of chats are written in the template already.
             bos = self.documents.test["forget"].prepend_bos
@@ -220,16 +224,20 @@ class Content:
                 sample[condition] = text
 
     def _begun(self, name: str, count: int) -> Iterator[dict[str, Any]]:
-        """Give the first prompts of a corpus, or the beginnings of its texts, with how they go on there."""
-        corpus, decode = self.documents.test[name], self.model.tokenizer.decode
-        for row in range(min(count, corpus.n_rows)):
-            bos, tokens = int(corpus.prepend_bos), corpus.row(row).tolist()
-            end = len(corpus.prompt(row)) if corpus.has_prompts else bos + PROMPT
-            prompt, answer = decode(tokens[bos:end]), corpus.answer(row)
-            follows = written_after(self.model.tokenizer, tokens[:end], tokens[end : end + WRITTEN])
-            true = follows if answer is None else answer.text
-            if prompt.strip():
-                yield {"corpus": name, "prompt": prompt, "true text" if answer is None else "true answer": true}
+        """Give the first prompts of a corpus, or the beginnings of its texts, with how they go on there: both begin with a word."""
+        corpus, tokenizer = self.documents.test[name], self.model.tokenizer
+        bos, given = int(corpus.prepend_bos), corpus.has_prompts
+        for row in _beginnings(corpus, count):
+            tokens, answer = corpus.row(row).tolist(), corpus.answer(row)
+            end = len(corpus.prompt(row)) if given else bos + PROMPT
+            if answer is None and corpus.asked is None:  # cut anywhere, by us
+                end = word_after(tokenizer, tokens, end)
+            follows = written_after(tokenizer, tokens[:end], tokens[end : end + WRITTEN])
+            true = {"reference": follows} if answer is None else {"true answer": answer.text}
+            # Asked in the chat template, where there is one, and shown without its special tokens.
+            asked, shown = (tokenizer.decode(tokens[bos:end], skip_special_tokens=skip) for skip in (False, True))
+            if shown.strip():
+                yield {"corpus": name, "asked": asked, "prompt": shown, **true}
 
 
 DETAILS: dict[type[Intervention], Callable[[Content, str, Any], dict[str, Any]]] = {
@@ -245,6 +253,23 @@ def _at_keys(selection: NeuronMap) -> NeuronMap:
     """Name MLP neurons and those of experts by their keys, so that selections at pre-activations and at keys can be compared."""
     keys = {"mlp.pre": "mlp.post", "mlp.pre_linear": "mlp.post", **dict.fromkeys(EXPERT_KINDS, "experts.post")}
     return NeuronMap({Site(s.layer, keys.get(s.kind, s.kind)): value for s, value in selection.shaped()})
+
+
+def _beginnings(corpus: Corpus, count: int) -> list[int]:
+    """Return the rows with which the first documents begin: others may begin within a word."""
+    known = corpus.document.tolist()
+    return [row for row in range(corpus.n_rows) if row == 0 or known[row] != known[row - 1]][:count]
+
+
+def word_after(tokenizer: Any, tokens: Sequence[int], place: int) -> int:
+    """Return the first place from one on, or else the last before it, at which a token begins a word; itself if none is near."""
+    near = [*range(place, place + NEAR), *range(place - 1, place - NEAR, -1)]
+    return next((at for at in near if 0 < at < len(tokens) and _begins_word(tokenizer, tokens, at)), place)
+
+
+def _begins_word(tokenizer: Any, tokens: Sequence[int], place: int) -> bool:
+    before = tokenizer.decode(list(tokens[:place]), skip_special_tokens=True)
+    return before[-1:].isspace() or written_after(tokenizer, tokens[:place], tokens[place : place + 1])[:1].isspace()
 
 
 def strongest(score: NeuronMap, count: int) -> list[tuple[Site, int]]:

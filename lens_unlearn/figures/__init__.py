@@ -2,7 +2,8 @@
 
 Every function returns a `plotly.graph_objects.Figure` (those that draw texts: HTML) and shows nothing: make it the last line
 of a cell. Knows maps, statistics and reports; knows nothing of models, so that no figure runs one. Colours have one meaning
-throughout: forget is orange, retain is blue, a random control is grey.
+throughout: forget is orange, retain is blue, a random control is grey, and any other colour is that of a method or of a corpus,
+never of both.
 """
 
 from lens_unlearn.figures.activation_distribution import activation_distribution

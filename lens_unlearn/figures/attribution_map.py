@@ -217,7 +217,7 @@ def _sums(fig: go.Figure, row: int, complete: Mapping[Site, Any]) -> None:
         x=[attributed for attributed, _ in pairs],
         y=layers,
         orientation="h",
-        marker_color=theme.METHODS[0],
+        marker_color=theme.MEASURES[0],
         name="attributed to its neurons",
         row=row,
         col=2,

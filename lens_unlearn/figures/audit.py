@@ -16,6 +16,8 @@ from lens_unlearn.figures import theme
 __all__ = ["audit", "require_audit"]
 
 CELL = 38
+COLUMN, NAMES = 64, 220
+"""Pixels at which a column's number and name can be read, and of what stands beside the columns."""
 
 
 def require_audit(found: object, figure: str) -> Audit:
@@ -96,6 +98,7 @@ def audit(found: Audit, *, metric: str | None = None, title: str | None = None) 
         note,
         about=theme.about_audit(found.provenance),
         height=CELL * len(rows) + 120,
+        width=COLUMN * len(columns) + NAMES,
         provenance={key: found.provenance[key] for key in ("model", "facts", "reference") if key in found.provenance},
         name="audit",
     )

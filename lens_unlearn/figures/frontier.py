@@ -42,7 +42,7 @@ def frontier(report: Report, *, metric: str = "top1", title: str | None = None) 
     for part in (report, *by_skill.values()):
         require_falling(part, ("forget", "retain"), metric, "frontier")
     panels = {ALL: report, **by_skill}
-    columns = min(COLUMNS, len(panels))
+    columns = _columns(len(panels))
     rows = -(-len(panels) // columns)
     height = PANEL + 75
     fig = make_subplots(
@@ -89,6 +89,12 @@ def frontier(report: Report, *, metric: str = "top1", title: str | None = None) 
     )
 
 
+def _columns(panels: int) -> int:
+    """Return how many panels stand side by side: about three, in three rows at most, and so that few places stay empty."""
+    known = (columns for columns in (2, 3, 4) if columns <= panels)
+    return min(known, key=lambda c: (panels > 3 * c, -panels % c, abs(c - COLUMNS)), default=1)
+
+
 class _Point:
     """One condition, with the shares lost on all other skills (x) and on the forgotten one (y)."""
 
@@ -102,7 +108,7 @@ def _panel(fig: go.Figure, points: list[_Point], methods: list[str], skill: str,
         control, index = point.condition.control, methods.index(point.condition.method)
         colour = theme.CONTROL if control else theme.METHODS[index % len(theme.METHODS)]
         symbol = theme.SYMBOLS[index % len(theme.SYMBOLS)]
-        name = "random control" if control else theme.plain(point.condition.method)
+        name = theme.plain(point.condition.method) + (": control" if control else "")
         bars = {"color": theme.with_alpha(colour, 0.7), "thickness": 1.4, "width": 3}
         fig.add_scatter(
             x=[point.cost.value],
@@ -112,7 +118,7 @@ def _panel(fig: go.Figure, points: list[_Point], methods: list[str], skill: str,
             | {"line": {"width": 2, "color": colour}},
             name=name,
             legendgroup=name,
-            legendrank=1100 if control else 1000 + index,
+            legendrank=1000 + 2 * index + control,
             showlegend=theme.is_first(fig, name),
             hovertext=[_hover(point, skill)],
             hovertemplate="%{hovertext}<extra></extra>",

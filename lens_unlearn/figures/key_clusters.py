@@ -39,7 +39,7 @@ def key_clusters(space: KeySpace, *, title: str | None = None) -> go.Figure:
     for row, kind in enumerate(site_kinds(space), start=1):
         for index, (column, measure, name) in enumerate(lines):
             values = values_at(space, kind, measure)
-            add_line(fig, row, column, name, theme.METHODS[index], index, values, name)
+            add_line(fig, row, column, name, theme.MEASURES[index], index, values, name)
     rows = len(site_kinds(space))
     for column, title_text, low, high in ((1, "adjusted Rand index", -0.05, 1.02), (2, "silhouette", -0.1, 0.5)):
         # The same range for every model: small differences must not look large.

@@ -70,9 +70,8 @@ def key_coverage(
             fig.add_vline(x=at, line={"dash": dash, "width": 1.3, "color": theme.TEXT})
             where = {"x": np.log10(at), "y": 1.0, "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
             fig.add_annotation(**where, text=f"{label}: {at:.3g}", showarrow=False)
-    ticks = [digit * 10**power for power in range(-6, 7) for digit in (1, 2, 5)]
     extent = [float(scales[0].log10()), float(scales[-1].log10())]
-    fig.update_xaxes(type="log", range=extent, tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    fig.update_xaxes(type="log", range=extent, **theme.log_ticks(*extent))
     fig.update_xaxes(title_text="scale c of the box μ ± cσ")
     fig.update_yaxes(title_text="share of queries inside", tickformat=".0%", range=[-0.02, 1.02])
     fig.update_layout(legend_traceorder="normal")

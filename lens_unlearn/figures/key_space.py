@@ -32,7 +32,7 @@ def key_space(space: KeySpace, *, title: str | None = None) -> go.Figure:
             for index, (distance, name) in enumerate(key_space_parts.DISTANCES.items()):
                 values = values_at(space, kind, f"auc_{distance}", skill, space.others)
                 low = min([low, *(v.low if np.isfinite(v.low) else v.value for v in values.values())])
-                add_line(fig, row, column, name, theme.METHODS[index], index, values, f"{theme.plain(skill)}: AUC")
+                add_line(fig, row, column, name, theme.MEASURES[index], index, values, f"{theme.plain(skill)}: AUC")
             chance = {"dash": "dot", "width": 1, "color": theme.TEXT}
             fig.add_vline(x=0.5, line=chance, row=row, col=column)  # pyright: ignore[reportArgumentType]
     fig.update_xaxes(range=[low - 0.03, 1.02], nticks=6)

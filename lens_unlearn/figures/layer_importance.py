@@ -27,10 +27,14 @@ def layer_importance(
     *,
     kind: str | None = None,
     by: Literal["layer", "expert"] = "layer",
+    colours: Mapping[str, str] | None = None,
     title: str | None = None,
     subtitle: str = "",
 ) -> go.Figure:
     """Draw, per layer, the share of neurons that is selected and the mean score, MLP and attention side by side.
+
+    Of a score with a selection, the mean is over the selected neurons: over all of a layer, most of which are of neither skill, it
+    says nothing of them, and with a signed score it may be negative everywhere.
 
     With `by="expert"`, each routed expert of each layer is a cell of heat maps of them.
 
@@ -39,6 +43,7 @@ def layer_importance(
         selection: A selection to show above the score.
         kind: The one kind to draw; default: all.
         by: "layer", or "expert" for sites inside routed experts.
+        colours: Of selections by name, so that a method has one colour in several figures; default: in order.
         title: Instead of the default title.
         subtitle: Such as model and corpora, which a map does not know.
 
@@ -50,7 +55,7 @@ def layer_importance(
         >>> from lens_unlearn.model.sites import Site
         >>> score = NeuronMap({Site(layer, "mlp.post"): torch.arange(8.0) * layer for layer in range(4)})
         >>> [trace.name for trace in layer_importance(score, score.top(0.25)).data]
-        ['selected', 'mean score']
+        ['selected', 'mean score of the selected']
     """
     selections, scored = _parts(score, selection)
     if by not in ("layer", "expert"):
@@ -61,26 +66,28 @@ def layer_importance(
     kinds = list(dict.fromkeys(name for part in maps for name in theme.kinds_of(part, kind)))
     layers = sorted({site.layer for part in maps for site in part})
     rows = bool(selections) + (scored is not None)
+    mean = "mean score of the selected" if "selected" in selections else "mean score"
     fig = make_subplots(
         rows, len(kinds), shared_yaxes=True, column_titles=kinds, vertical_spacing=0.3 / rows, horizontal_spacing=0.04
     )
     for column, name in enumerate(kinds, start=1):
         for index, (label, part) in reversed(list(enumerate(selections.items()))):
-            _shares(fig, column, name, label, part, _colour(label, index, len(selections)), len(layers))
+            colour = (colours or {}).get(label) or _colour(label, index)
+            _shares(fig, column, name, label, part, colour, len(layers), alone=len(selections) == 1)
         if scored is not None and name in scored.kinds:
-            _means(fig, rows, column, name, scored)
+            _means(fig, rows, column, name, scored, mean, selections.get("selected"))
         if selections:
             fig.update_xaxes(title_text="neurons selected", tickformat="~%", row=1, col=column, rangemode="tozero")
             fig.update_xaxes(matches="x", row=1, col=column)
         if scored is not None:
-            fig.update_xaxes(title_text="mean score", row=rows, col=column)
+            fig.update_xaxes(title_text=mean, row=rows, col=column)
     fig.update_yaxes(matches="y", **theme.layer_ticks(layers))
     fig.update_yaxes(title_text="layer", col=1)
     fig.update_layout(barmode="group", bargap=0.25, showlegend=len(selections) > 1)
     # Bars of a group stack upwards: drawn in reverse, the first selection is the uppermost.
     fig.update_layout(legend_traceorder="reversed")
     quantity = "Share of neurons selected" if selections else "Mean score"
-    quantity += " and mean score" if selections and scored is not None else ""
+    quantity += f" and {mean}" if selections and scored is not None else ""
     height = rows * (theme.layer_height(layers) + 80)
     note = "dotted: the share over all layers" if len(selections) == 1 else ""
     notes = " · ".join(part for part in (subtitle, _extent(selections), note) if part)
@@ -141,13 +148,13 @@ def _parts(
     return selections, scored
 
 
-def _colour(label: str, index: int, count: int) -> str:
-    if "control" in label.lower():
-        return theme.CONTROL
-    return theme.FORGET if count == 1 else theme.METHODS[index % len(theme.METHODS)]
+def _colour(label: str, index: int) -> str:
+    return theme.CONTROL if "control" in label.lower() else theme.METHODS[index % len(theme.METHODS)]
 
 
-def _shares(fig: go.Figure, column: int, kind: str, label: str, part: NeuronMap, colour: str, layers: int) -> None:
+def _shares(
+    fig: go.Figure, column: int, kind: str, label: str, part: NeuronMap, colour: str, layers: int, *, alone: bool
+) -> None:
     if kind not in part.kinds:
         return
     of_kind = part[kind]
@@ -167,15 +174,20 @@ def _shares(fig: go.Figure, column: int, kind: str, label: str, part: NeuronMap,
         row=1,
         col=column,
     )
-    if colour == theme.FORGET and layers > 1:
+    if alone and layers > 1:
         panel: Any = {"row": 1, "col": column}
         line = {"dash": "dot", "width": 1, "color": theme.TEXT}
         fig.add_vline(x=of_kind.count() / of_kind.numel(), line=line, **panel)
 
 
-def _means(fig: go.Figure, row: int, column: int, kind: str, score: NeuronMap) -> None:
+def _means(
+    fig: go.Figure, row: int, column: int, kind: str, score: NeuronMap, name: str, selection: NeuronMap | None
+) -> None:
     layers, means, details = [], [], []
+    chosen = {} if selection is None else theme.values_of(selection)
     for site, value in theme.values_of(score[kind]).items():
+        if selection is not None:
+            value = value[chosen[site] > 0] if site in chosen else value[:0]
         finite = value[np.isfinite(value)]
         layers.append(site.layer)
         means.append(float(finite.mean()) if finite.size else None)
@@ -186,11 +198,11 @@ def _means(fig: go.Figure, row: int, column: int, kind: str, score: NeuronMap) -
         x=means,
         y=layers,
         orientation="h",
-        name="mean score",
+        name=name,
         showlegend=False,
-        marker_color=theme.METHODS[0],
+        marker_color=theme.MEASURES[0],
         customdata=details,
-        hovertemplate="<b>%{customdata[0]}</b><br>mean score %{x:.4g}, median %{customdata[2]}<br>%{customdata[1]}"
+        hovertemplate="<b>%{customdata[0]}</b><br>mean %{x:.4g}, median %{customdata[2]}<br>%{customdata[1]}"
         "<extra></extra>",
         row=row,
         col=column,

@@ -92,7 +92,7 @@ def recoverability(
 def _style(name: str, methods: list[str]) -> tuple[str, str, str]:
     """Return colour, symbol and dash of a condition."""
     if name == BASE:
-        return theme.FORGET, "circle", "solid"
+        return theme.MEASURES[0], "circle", "solid"
     if name == REFERENCE:
         return theme.CONTROL, "circle-open", "dash"
     parsed = Condition.parse(name)

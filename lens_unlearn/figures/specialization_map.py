@@ -106,14 +106,7 @@ def _axes(fig: go.Figure, column: int, words: str, low: float, high: float) -> N
     line = {"color": theme.TEXT, "dash": "dot", "width": 1.5}
     panel = {"showlegend": column == 1, "row": 1, "col": column}
     fig.add_scatter(x=ends, y=ends, mode="lines", line=line, name="equal for both", hoverinfo="skip", **panel)
-    decades = high - low
-    axis = {
-        "type": "log",
-        "range": [low, high],
-        "exponentformat": "power",
-        "dtick": 2 if decades > 3.5 else 1 if decades > 2 else "D2",
-        "tickangle": 0,
-    }
+    axis = {"type": "log", "range": [low, high], "tickangle": 0, **theme.log_ticks(low, high)}
     fig.update_xaxes(title_text=f"{words}, retain", **axis, row=1, col=column)
     fig.update_yaxes(title_text=f"{words}, forget" if column == 1 else "", **axis, row=1, col=column)
 

@@ -3,6 +3,7 @@
 Knows the names of conditions that `lu.sweep` gives; sweeps nothing.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,6 @@ __all__ = ["sweep_curves"]
 
 LOG_SPAN = 15
 """Strengths that span more than this factor are drawn on a logarithmic axis."""
-TICKS = [digit * 10**power for power in range(-6, 3) for digit in (1, 2, 5)]
 
 
 def sweep_curves(
@@ -84,7 +84,7 @@ def sweep_curves(
 def _strength_axis(fig: go.Figure, strengths: list[float]) -> None:
     if min(strengths) > 0 and max(strengths) > LOG_SPAN * min(strengths):
         # Otherwise the weak end, where methods are used, is a few pixels wide.
-        fig.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
+        fig.update_xaxes(type="log", **theme.log_ticks(math.log10(min(strengths)), math.log10(max(strengths))))
     fig.update_xaxes(title_text="strength")  # short: panels are narrow on a phone and on paper
 
 

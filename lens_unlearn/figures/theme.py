@@ -5,6 +5,7 @@ notebook, without knowing which: backgrounds are transparent, and text and lines
 """
 
 import html
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -38,10 +39,12 @@ __all__ = [
 FORGET = "#E0641B"
 RETAIN = "#2E86D1"
 CONTROL = "#8C8C8C"
-METHODS = ("#8F63D2", "#12A08A", "#C9559B", "#B08A00", "#5A8F29", "#A0614A")
-"""Methods and selections; none is near the hues of forget and retain, and markers differ in shape as well."""
-OTHERS = ("#12A08A", "#8F63D2", "#B08A00", "#C9559B", "#5A8F29", "#A0614A")
-"""Corpora besides forget and retain."""
+METHODS = ("#8F63D2", "#12A08A", "#C9559B", "#6C78DA", "#B5506A", "#3F9E63")
+"""Methods and selections: purple, green and pink; none is the colour of a corpus, and markers differ in shape as well."""
+OTHERS = ("#B08A00", "#A0614A", "#74891F", "#8C7A58", "#C99A2E", "#7F6B2A")
+"""Corpora besides forget and retain: yellow, brown and olive; none is the colour of a method."""
+MEASURES = ("#5B8E9C", "#A77F9B", "#8E9A5B", "#9C7B5B")
+"""Scores and distances, which are neither of a method nor of a corpus."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "x")
 TEXT = "#777777"
 GRID = "rgba(128,128,128,0.25)"
@@ -86,6 +89,29 @@ def template() -> go.layout.Template:
     )
 
 
+def method_colours(methods: Iterable[str]) -> dict[str, str]:
+    """Give every method its colour, in order."""
+    return {name: METHODS[index % len(METHODS)] for index, name in enumerate(methods)}
+
+
+def log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Return the ticks of a logarithmic axis from 10^low to 10^high, each with its whole number: plotly writes 2 for 0.02."""
+    decades = high - low
+    step, digits = (2, (1,)) if decades > 3.5 else (1, (1,)) if decades > 2 else (1, (1, 2, 5))
+    first = math.floor(low / step) * step
+    ticks = [(digit, power) for power in range(first, math.ceil(high) + 1, step) for digit in digits]
+    return {
+        "tickvals": [digit * 10.0**power for digit, power in ticks],
+        "ticktext": [_tick(digit, power) for digit, power in ticks],
+    }
+
+
+def _tick(digit: int, power: int) -> str:
+    if -4 <= power <= 4:
+        return f"{digit * 10.0**power:,.10g}"
+    return f"{'' if digit == 1 else f'{digit}·'}10<sup>{str(power).replace('-', '−')}</sup>"
+
+
 def finish(
     fig: go.Figure,
     title: str,
@@ -94,6 +120,7 @@ def finish(
     about: str = "",
     height: int = 420,
     columns: int = 1,
+    width: int = 0,
     facets: bool = False,
     provenance: dict[str, Any] | None = None,
     name: str = "",
@@ -107,6 +134,7 @@ def finish(
         about: Model, corpora and tokens; a report page, which gives them once for all figures, leaves it out.
         height: In pixels, of the plot with its axes, without title and legend.
         columns: Panels side by side; a report page gives each of them a readable width.
+        width: In pixels, at least, on a page: of what cannot be read narrower, such as a heat map with many columns.
         facets: Whether panels have headings, which need room above them.
         provenance: What is known of the origin of the numbers.
         name: Of the function that drew it, where a report page asks for it.
@@ -133,6 +161,7 @@ def finish(
                 "about": about,
                 "subtitle": subtitle,
                 "columns": columns,
+                "width": width,
                 "headings": facets,
                 "provenance": provenance or {},
             }

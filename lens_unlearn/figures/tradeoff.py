@@ -73,7 +73,7 @@ def tradeoff(
             steps = sorted((p for p in family if p.condition.strength is not None), key=lambda p: p.strength)
             for part in (steps, [p for p in family if p.condition.strength is None]):
                 if part:
-                    group = "control" if control else f"method {theme.plain(method)}"
+                    group = f"{'control' if control else 'method'} {theme.plain(method)}"
                     in_legend = None if group in shown else group
                     _points(fig, part, index, (forget, retain), joined=part is steps, group=in_legend)
                     shown.add(group)
@@ -133,9 +133,9 @@ def _points(
             "line": {"width": 2, "color": colour},
             "opacity": 1,
         },
-        name="random control" if control else theme.plain(points[0].condition.method),
+        name=theme.plain(points[0].condition.method) + (": control" if control else ""),
         legendgroup=group,
-        legendrank=1100 if control else 1000,
+        legendrank=1000 + 2 * index + control,
         showlegend=group is not None,
         hovertext=[""] * len(start) + [_hover(p, corpora) for p in points],
         hovertemplate="%{hovertext}<extra></extra>",

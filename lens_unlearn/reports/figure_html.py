@@ -12,7 +12,10 @@ from lens_unlearn.inspection.html import Html
 
 __all__ = ["Drawing", "drawing", "origin"]
 
-PANEL_WIDTH = 300
+PANEL_WIDTH, LEAST = 300, 170
+"""Pixels of a panel, and the least, where there are so many that the page would cut them."""
+PAGE_WIDTH = 1040
+"""Pixels between the margins of a page on a desk."""
 ABOUT_THE_PAGE = ("tradeoff", "sweep_curves", "condition_bars")
 """Figures whose model and texts are those of the page, which has named them."""
 
@@ -52,7 +55,9 @@ def drawing(number: int, title: str, figure: Any) -> Drawing:
         removed = layout.get("margin", {}).get("t", top) - top
         layout["margin"] = {**layout.get("margin", {}), "t": top}
         layout["height"] = layout.get("height", 450) - removed
-    width = PANEL_WIDTH * own.get("columns", 1) if own.get("columns", 1) > 1 else 0
+    columns = own.get("columns", 1)
+    panels = max(min(PANEL_WIDTH * columns, PAGE_WIDTH), LEAST * columns) if columns > 1 else 0
+    width = max(panels, int(own.get("width", 0)))
     height = int(layout.get("height") or 450)
     return Drawing(number, heading, subtitle[:1].upper() + subtitle[1:], width, height, content)
 

@@ -12,7 +12,6 @@ from lens_unlearn.reports.templating import render
 __all__ = ["csv_data", "numbers"]
 
 CSV_LIMIT = 2_000_000
-OPEN_ROWS = 40
 
 
 def numbers(report: Report, number: int = 1) -> str:
@@ -32,7 +31,6 @@ def numbers(report: Report, number: int = 1) -> str:
         metrics=report.metrics,
         groups=groups,
         estimates={key: Estimate.of(measure) for key, measure in report.measures.items()},
-        folded=len(measured) if len(measured) > OPEN_ROWS else 0,
         file="metrics.csv" if number == 1 else f"metrics-{number}.csv",
         data=csv_data(table) if len(table) <= CSV_LIMIT else "",
     )

@@ -30,8 +30,8 @@ from lens_unlearn.reports.templating import name, render
 
 __all__ = ["page"]
 
-OPEN_FIGURES = 2
-"""Figures besides the trade-off, the bars and the sweep that are not folded away."""
+OPEN_FIGURES = 1
+"""Figures besides the trade-off that are not folded away."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,19 @@ def _part(report: Report, counter: Iterator[int], number: int) -> Part:
 
 def _sorted(report: Report) -> tuple[list[Any], list[Any], list[Any], list[tuple[str, Markup]]]:
     """Part the figures into the trade-off, those that follow, those that are folded away, and coloured texts."""
-    first, more, others, texts = [], [], [], []
+    first, bars, others, texts = [], [], [], []
     for title, figure in _figures(report):
         if isinstance(figure, Html):
             texts.append((title, Markup(figure)))  # HTML by construction: `inspection` has escaped the texts in it
         elif origin(figure).get("name") == "tradeoff" and not first:
             first.append((title, figure))
         elif origin(figure).get("name") in ("condition_bars", "sweep_curves"):
-            more.append((title, figure))
+            bars.append((title, figure))
         else:
             others.append((title, figure))
-    shown = OPEN_FIGURES if len(others) > OPEN_FIGURES + 1 else len(others)  # one alone is not worth folding away
-    return first, [*others[:shown], *more], others[shown:], texts
+    if not others:  # nothing says where it was found
+        return first, bars, [], texts
+    return first, others[:OPEN_FIGURES], [*bars, *others[OPEN_FIGURES:]], texts
 
 
 def _lead(report: Report) -> str:

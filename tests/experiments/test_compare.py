@@ -331,7 +331,7 @@ def test_the_frontier_has_a_panel_for_the_mean_and_one_for_each_skill() -> None:
     assert array(own["error_y"]["arrayminus"])[0] == pytest.approx(0.9 - low, abs=1e-9)
     mean = next(t for t in good if t["xaxis"] == "x")
     assert array(mean["error_y"]["array"])[0] < array(own["error_y"]["array"])[0]  # three skills say more than one
-    assert {t["marker"]["color"] for t in figure["data"] if t["name"] == "random control"} == {"#8C8C8C"}
+    assert {t["marker"]["color"] for t in figure["data"] if t["name"].endswith(": control")} == {"#8C8C8C"}
     budgets = [s for s in figure["layout"]["shapes"] if s["line"]["dash"] == "dash"]
     assert {s["x0"] for s in budgets} == {s["x1"] for s in budgets} == {0.05}
     assert len(budgets) == 4

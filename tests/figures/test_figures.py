@@ -37,6 +37,7 @@ from lens_unlearn.evaluation.report import Report
 from lens_unlearn.evaluation.tofu import Utility
 from lens_unlearn.figures import theme
 from lens_unlearn.figures.activation_distribution import density, merged
+from lens_unlearn.figures.frontier import _columns
 from lens_unlearn.figures.rank_axis import Ranks
 from lens_unlearn.figures.training_curves import MAX_COMPARED, MAX_POINTS
 from lens_unlearn.keyspace import separation
@@ -217,7 +218,9 @@ def test_colours_have_one_meaning(swept):
     assert bars["forget"].color[0] == theme.FORGET
     assert bars["forget"].color[3] == theme.CONTROL
     trade = {t.name: t.line.color for t in lu.plot.tradeoff(swept).data}
-    assert trade["random control"] == theme.CONTROL
+    assert trade["m: control"] == theme.CONTROL
+    assert not {*theme.METHODS} & {*theme.OTHERS, *theme.MEASURES, theme.FORGET, theme.RETAIN, theme.CONTROL}
+    assert not {*theme.OTHERS} & {*theme.MEASURES, theme.FORGET, theme.RETAIN, theme.CONTROL}
     assert trade["m"] not in (theme.FORGET, theme.RETAIN, theme.CONTROL)
     bars = {
         t.name: t.marker.color
@@ -244,7 +247,41 @@ def test_tradeoff_draws_the_drops_of_the_report(swept):
     assert curve.y[-1] - curve.error_y.arrayminus[-1] == pytest.approx(low)
     point = next(t for t in fig.data if t.name == "m" and t.mode == "markers")
     assert (point.x[0], point.y[0]) == pytest.approx((0.05, 0.6))
-    assert [t.name for t in fig.data if t.showlegend is not False].count("random control") == 1
+    assert [t.name for t in fig.data if t.showlegend is not False].count("m: control") == 1
+
+
+def test_every_control_has_its_own_entry_in_the_legend():
+    both = report({"base": {"forget": 0.5, "retain": 0.4}} | {
+        name: {"forget": 0.4, "retain": 0.4} for name in ("a", "a:control", "b", "b:control")
+    })  # fmt: skip
+    shown = {t.name: t.marker.symbol for t in lu.plot.tradeoff(both).data if t.showlegend is not False}
+    assert {"a", "a: control", "b", "b: control"} <= set(shown)
+    assert shown["a: control"] != shown["b: control"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-2.1, -0.9, ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5"]),
+        (0, 1, ["1", "2", "5", "10", "20", "50"]),
+        (-2, 1, ["0.01", "0.1", "1", "10"]),
+        (3, 6, ["1,000", "10,000", "10<sup>5</sup>", "10<sup>6</sup>"]),
+        (-6, 2, ["10<sup>−6</sup>", "0.0001", "0.01", "1", "100"]),
+    ],
+)
+def test_logarithmic_ticks_are_whole_numbers(low, high, words):
+    """Plotly's own read 5, 1, 2: one has to guess of which decade."""
+    ticks = theme.log_ticks(low, high)
+    assert ticks["ticktext"] == words
+    assert np.all(np.diff(ticks["tickvals"]) > 0)
+    drawn = lu.plot.specialization_map(moments(0), moments(1), kind="mlp.post").layout
+    assert drawn.xaxis.tickvals is not None
+    assert drawn.yaxis.ticktext == drawn.xaxis.ticktext
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 3), (7, 4), (9, 3)])
+def test_panels_of_a_comparison_leave_few_places_empty(panels, columns):
+    assert _columns(panels) == columns
 
 
 def test_sweep_curves_show_the_share_that_remains(swept):
@@ -278,8 +315,24 @@ def test_layer_importance_is_the_share_selected_and_the_mean():
     chosen = score.top(0.25)
     share, mean = lu.plot.layer_importance(score, chosen).data
     assert list(share.x) == pytest.approx(list(chosen.per_layer().values()))
-    assert list(mean.x) == pytest.approx(list(score.per_layer().values()))
+    of_selected = [float(value[chosen[site]].mean()) for site, value in score.items()]
+    assert list(mean.x) == pytest.approx(of_selected)
     assert list(share.y) == [0, 1, 2, 3]
+    [mean] = lu.plot.layer_importance(score).data
+    assert list(mean.x) == pytest.approx(list(score.per_layer().values()))
+
+
+def test_a_signed_score_shows_what_the_selected_have_and_not_that_most_neurons_are_below_zero():
+    """Neuron Adjust ranks by mu_f - mu_r, whose mean is below zero in every layer of the demo."""
+    score = scores(heads=None) - 2.9
+    assert max(score.per_layer().values()) < 0
+    _, mean = lu.plot.layer_importance(score, score.top(0.01)).data
+    assert max(value for value in mean.x if value is not None) > 0
+    assert None in list(mean.x), "a layer without any selected has no mean"
+    colours = {t.name: t.marker.color for t in lu.plot.layer_importance(
+        {"b": score.top(0.1), "c": score.top(0.2)}, colours=theme.method_colours(["a", "b"])
+    ).data}  # fmt: skip
+    assert colours["b"] == theme.METHODS[1]
 
 
 def test_kinds_share_the_layer_axis():

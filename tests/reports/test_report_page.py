@@ -249,6 +249,24 @@ def test_what_was_written_is_marked_where_it_leaves_the_unedited_models_text():
     assert "(nothing)" in text
 
 
+def test_samples_are_tidy_and_aligned():
+    made = report({"base": BASE, "m": BASE})
+    long = " ".join(f"word{number}" for number in range(200))
+    for corpus, base in (("forget", "\n\n  x = 1\n\n \n\n  y = 2\n"), ("forget", "a"), ("retain", "b"), ("news", "c")):
+        made.samples.append(
+            {"corpus": corpus, "prompt": long, "reference": "r", "base": base, "m": base, "n": base, "o": "z"}
+        )
+    document = page(made)
+    assert "<pre>  x = 1\n  y = 2</pre>" in document, "blank lines are left out, and what is indented stays so"
+    assert re.search(r"<pre class='prompt'>… \([\d,]+ characters before\)\nword\d+ word", document)
+    shown, folded = document.split("2 more texts")
+    assert shown.count("<pre class='prompt'>") == 2
+    assert "On <i>forget</i>" in shown
+    assert "On <i>retain</i>" in shown
+    assert folded.count("<pre class='prompt'>") == 2
+    assert document.count("--columns:3'") == 4, "five panels in two rows"
+
+
 def test_coloured_tokens_stand_by_the_texts_and_nothing_but_ours_is_taken_for_html():
     shown = colored_tokens(["<b>", " two"], [0.5, -1.0])
     document = page(Report({}, {}, {"Tokens": shown}))
@@ -321,13 +339,15 @@ def test_of_few_documents_nothing_is_claimed():
 def test_sections_come_in_reading_order(document):
     text = words(document)
     order = [
+        "its control lost",
         "Of 6 methods",
         "Forgetting against its cost",
-        "Method by method",
-        "How sure this is",
-        "Before and after",
-        "Where it was found, and",
+        "Where it was found",
         "Where it was in layers",
+        "Before and after",
+        "What it does not say",
+        "Method by method",
+        "2 more figures",
         "by condition",
         "Remaining next-token accuracy",
         "All numbers",
@@ -418,7 +438,7 @@ def test_long_texts_are_cut():
     long.samples.append({"prompt": "p" * 10_000_000, "base": "b"})
     outside = own(page(long))
     assert len(outside) < 400_000
-    assert "more characters" in outside
+    assert "9,999,500 characters before" in outside
 
 
 def test_the_csv_is_the_table_of_the_report(made_report, document):
