@@ -97,7 +97,7 @@ def calibration_of(setting: Setting, repetitions: int, seed: int = 0) -> Outcome
     Args:
         setting: What to simulate.
         repetitions: How often.
-        seed: Of the draws.
+        seed: Seeds the simulated queries.
     """
     model: Any = SimpleNamespace(cfg=SimpleNamespace(n_layers=setting.layers))
     rows = []

@@ -46,7 +46,7 @@ def inside(spaces: Sequence[KeySpace], site: Site, skill: str, other: str) -> li
 
 
 def shadows(spaces: Sequence[KeySpace], site: Site, skill: str) -> list[float]:
-    """Return how many times as wide as the skill's held-out keys the projection of its box is, on the first main axis."""
+    """Return how many times as wide as the skill's held-out keys the projection of its box is, on the first principal component."""
     planes = [space.planes[site] for space in spaces]
     widths = [
         [float(part[skill][:, 0].max() - part[skill][:, 0].min()) for part in (p.shadows, p.points)] for p in planes

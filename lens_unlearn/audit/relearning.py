@@ -29,7 +29,7 @@ LR, BATCH, DOZEN = 1e-4, 8, 12
 def relearning(case: Case, *, lr: float = LR, steps: Sequence[int] = STEPS, batch_size: int = BATCH) -> Found:
     """Fine-tune everybody, and measure the share of the tested facts' tokens that are known after each number of steps.
 
-    Results hang on the rate: for another one, give ``replace(ATTACK, run=partial(relearning, lr=1e-3))`` as an attack.
+    Results depend on the rate: for another one, give ``replace(ATTACK, run=partial(relearning, lr=1e-3))`` as an attack.
 
     Args:
         case: The case.

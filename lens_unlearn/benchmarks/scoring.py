@@ -113,7 +113,7 @@ def areas(
         outside: The same of the others.
         units: Of both sides, what is resampled whole.
         resamples: Bootstrap draws.
-        seed: Of the draws.
+        seed: Seeds the bootstrap.
 
     Raises:
         CorpusError: If a side is empty.

@@ -66,7 +66,7 @@ def estimates(
     Args:
         scores: What documents or questions add.
         resamples: How many draws.
-        seed: Of the draws.
+        seed: Seeds the weights of the units in every draw.
         derived: Metrics that transform the means of others among these.
 
     Yields:

@@ -72,6 +72,11 @@ class Estimate:
         known = f"{tenths(self.low)}, {tenths(self.high)}" if math.isfinite(self.low) else self.ends("")
         return f"{tenths(self.value)}% [{known}]"
 
+    @property
+    def gain(self) -> "Estimate | None":
+        """What was gained, where less than nothing was lost, by the digits that are written; None elsewhere."""
+        return Estimate(-self.value, -self.high, -self.low, self.units) if round(100 * self.value, 1) < 0 else None
+
     def ends(self, form: str) -> str:
         """Write both ends in a number format, or why there are none."""
         return ends(self.low, self.high, self.units, form)

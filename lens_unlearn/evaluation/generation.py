@@ -91,7 +91,7 @@ def generate(
         system: The system's turn of every conversation that does not begin with one of its own.
         use_cache: Whether to keep keys and values between tokens; the greedy text is the same either way.
         batch_size: Prompts of one length that are run together, at temperature 0.
-        seed: Of the draws; the global random state is left as it was.
+        seed: Seeds the tokens that are drawn above temperature 0; the global random state is left as it was.
 
     Returns:
         The text added to one prompt, or what the assistant answers in one conversation; of several, a list in their order.

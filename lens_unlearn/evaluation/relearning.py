@@ -186,7 +186,7 @@ def relearn(
         intervention: What took knowledge out; None for the model as it is, such as one that never saw the texts.
         measured: Corpora by name, such as "forget", "neighbouring" and "unrelated".
         steps: After how many steps to measure, rising.
-        lr: Of AdamW. Results hang on it: compare at the same one, and at more than one.
+        lr: Of AdamW. Results depend on it: compare at the same one, and at more than one.
         batch_size: Rows in a step (all of them, if there are fewer); full-length rows per forward when measuring.
         seed: Of the order of rows.
         attached: T1 or T2.

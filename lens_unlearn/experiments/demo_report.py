@@ -109,8 +109,8 @@ def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> t
     retained on persons that the training did not look at, and on every other skill.
     """
     train = {name: read_corpus(f"demo:{source}", model) for name, source in PERSONS.items()}
-    hang_on = attribute(model, train["forget"], progress=progress)
-    training: dict[str, Any] = {"mask": critical(hang_on), "steps": STEPS, "check_every": 4, "seed": seed}
+    attribution = attribute(model, train["forget"], progress=progress)
+    training: dict[str, Any] = {"mask": critical(attribution), "steps": STEPS, "check_every": 4, "seed": seed}
     training["progress"] = progress
     delta = simu(model, train["forget"], train["retain"], unseen=train["unseen"], **training)
     tests = {"forget": train["forget"], "retain": read_corpus("demo:facts_retain:test", model).sample(tokens, seed)}
@@ -124,7 +124,7 @@ def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> t
     quality = {name: forget_quality(report, without, condition=name) for name in ("base", "simu")}
     drawn = {
         "How the update was trained": figures.training_curves(delta),
-        "Neurons that the persons hang on": figures.attribution_map(hang_on, critical(hang_on)),
+        "Neurons that the answers depend on": figures.attribution_map(attribution, critical(attribution)),
     }
     found = {"forget_quality": {name: one.p for name, one in quality.items()}, "training": dict(delta.record)}
     title = "Forget eight persons, keep the others and every skill"

@@ -71,7 +71,8 @@ def key_roc(
                 name=label,
                 legendgroup=label,
                 showlegend=column == 1,
-                hovertemplate=f"<b>{label}</b><br>%{{y:.1%}} detected at %{{x:.1%}} false positives<extra></extra>",
+                hovertemplate=f"<b>{label}</b><br>true positive rate %{{y:.1%}}"
+                "<br>false positive rate %{x:.1%}<extra></extra>",
                 row=1,
                 col=column,
             )
@@ -79,7 +80,7 @@ def key_roc(
         title_text="false positive rate", range=[-0.02, 1.02], tickvals=[0, 0.5, 1], ticktext=["0", "50%", "100%"]
     )
     fig.update_yaxes(tickformat=".0%", range=[-0.02, 1.02])
-    fig.update_yaxes(title_text=f"detection rate of {theme.plain(skill, 24)}", col=1)
+    fig.update_yaxes(title_text=f"true positive rate, {theme.plain(skill, 24)}", col=1)
     return theme.finish(
         fig,
         title or f"Detecting queries of {skill} by four distances: {site}",

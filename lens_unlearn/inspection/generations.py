@@ -80,7 +80,7 @@ def generations(
         chat: Whether a text is a turn of the user.
         system: The system's turn of conversations that have none.
         batch_size: Prompts of equal length that are run together, at temperature 0.
-        seed: Of the draws: the same for every condition.
+        seed: Seeds the tokens that are drawn above temperature 0, the same for every condition.
 
     Raises:
         LensUnlearnError: If a condition is no intervention, or "base" is one.

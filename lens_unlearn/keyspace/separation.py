@@ -185,7 +185,7 @@ def cluster_agreement(
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """The two main axes of the keys of all skills: held-out queries, and each skill's box.
+    """The first two principal components of the keys of all skills: held-out queries, and each skill's box.
 
     A box of hundreds of coordinates casts a shadow many times as wide as the keys it was fitted on, so there is also the
     box of the two coordinates in the plane alone.

@@ -83,6 +83,6 @@ def require_finite(site: Site, counted: Float[Tensor, "tokens n"], shape: tuple[
         index = ",".join(str(int(i)) for i in torch.unravel_index(torch.tensor(neuron), shape))
         value = float(counted[token, neuron])
         raise ActivationError(
-            f"{site}[{index}] is {value} at the {token + 1}. counted token of a batch: the model overflows or is "
+            f"{site}[{index}] is {value} at token {token + 1} of those of a batch that count: the model overflows or is "
             "broken there; try a wider dtype, or look at that text"
         )

@@ -1,4 +1,4 @@
-"""Coins: SplitMix64 as NumPy computes it, uniform and uncorrelated, and keys that know a text's beginning and nothing else."""
+"""Random draws: SplitMix64 as NumPy computes it, uniform and uncorrelated, and keys that know a text's beginning alone."""
 
 import math
 import os

@@ -178,7 +178,9 @@ def test_a_counted_value_that_is_not_finite_raises_naming_the_neuron(value: floa
     x[7, 2] = value
     weight = torch.ones(20)
     weight[3] = 0
-    with pytest.raises(ActivationError, match=rf"L3\.mlp\.post\[2\] is {value} at the 7\. counted token") as caught:
+    with pytest.raises(
+        ActivationError, match=rf"L3\.mlp\.post\[2\] is {value} at token 7 of those of a batch that count:"
+    ) as caught:
         statistic().update(B, x, weight)
     assert "wider dtype" in str(caught.value)
     z = torch.zeros(4, 2, 3)

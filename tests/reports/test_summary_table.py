@@ -9,7 +9,7 @@ import pytest
 from figures_helpers import report
 
 from lens_unlearn.evaluation.report import Report
-from lens_unlearn.reports.findings import findings, retained
+from lens_unlearn.reports.findings import findings, retained, summary
 from lens_unlearn.reports.headline import headline
 from lens_unlearn.reports.report_page import page
 from lens_unlearn.reports.summary_table import of_run
@@ -110,3 +110,20 @@ def test_what_is_not_defined_is_never_the_worst() -> None:
     [one] = findings(replace(found, measures={**found.measures, **nothing}), "top1")
     assert one.worst is not None
     assert one.worst[0] == "english"
+
+
+def test_what_was_gained_is_not_called_a_negative_loss() -> None:
+    """Once "took away -3.3 %"."""
+    values = {"m": {"forget": 0.2, "retain": 0.42}, "m:control": {"forget": 0.51, "retain": 0.39}}
+    found = report({"base": {"forget": 0.5, "retain": 0.4}, **values})
+    first = html.unescape(re.sub("<[^>]+>", "", headline(found)[0]))
+    assert re.search(r"m removed 60\.0% \[.*\] .* on forget \(forget\.jsonl\) and gained 5\.0% \[.*\] on retain", first)
+    assert re.search(r"its control gained 2\.0% \[.*\] and lost 2\.5% \[", first)
+    text = re.sub(r"\s+", " ", html.unescape(re.sub("<[^>]+>", "", summary(found))))
+    assert "m lost 60.0%" in text
+    assert "and gained 5.0%" in text
+    worse = report({"base": {"forget": 0.5, "retain": 0.4}, "m": {"forget": 0.52, "retain": 0.4}})
+    first = html.unescape(re.sub("<[^>]+>", "", headline(worse)[0]))
+    assert re.search(
+        r"m left the model's .* on forget \(forget\.jsonl\) better by 4\.0% \[.*\], at a cost of 0\.0%", first
+    )
