@@ -32,6 +32,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "corpora.reading": ("read_corpus",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.generation": ("generate",),
+    "evaluation.in_context": ("with_examples",),
     "evaluation.membership": ("membership",),
     "evaluation.relearning": (
         "Relearning",
@@ -162,6 +163,7 @@ if TYPE_CHECKING:
     from lens_unlearn.corpora.reading import read_corpus
     from lens_unlearn.evaluation.evaluate import evaluate
     from lens_unlearn.evaluation.generation import generate
+    from lens_unlearn.evaluation.in_context import with_examples
     from lens_unlearn.evaluation.membership import membership
     from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, anamnesis_interval, relearn
     from lens_unlearn.evaluation.report import Report, separability

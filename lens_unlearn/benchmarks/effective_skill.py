@@ -199,9 +199,8 @@ def _gsm8k(files: Files, rows: int | None, shots: int) -> _Skill:
         prompt = f"{head}Q: {row['question']}\nA:"
         found.items.append(Item(f"gsm8k-{number}", "gsm8k", "", prompt, row["answer"], f"gsm8k {number}"))
     names = ("gsm8k/train", "gsm8k/main/train", "gsm8k_train")
-    if files.has(*names):
-        for row in files.rows(columns, *names)[:PROBES]:
-            found.fit.append({"question": f"{head}Q: {row['question']}\nA:", "answer": f" {row['answer']}"})
+    for row in files.maybe(columns, *names, hub=("main", "train"))[:PROBES]:
+        found.fit.append({"question": f"{head}Q: {row['question']}\nA:", "answer": f" {row['answer']}"})
     return found
 
 
@@ -228,11 +227,12 @@ def _mbpp(files: Files, rows: int | None) -> _Skill:
         found.items.append(Item(item, "mbpp", "", _task(row, tests), row["code"], item.replace("-", " ")))
     own = {_number(row) for row in asked}
     names = ("mbpp/full/train", "mbpp/train", *_MBPP)
-    if files.has(*names):
-        trained = [row for row in files.rows(columns, *names) if _number(row) in MBPP_TRAIN and row["code"]]
-        for row in [row for row in trained if _number(row) not in own][:PROBES]:
-            code = row["code"].replace("\r\n", "\n")
-            found.fit.append({"question": _task(row, [str(one) for one in row["test_list"]]), "answer": code})
+    trained = [
+        row for row in files.maybe(columns, *names, hub=("full", "train")) if _number(row) in MBPP_TRAIN and row["code"]
+    ]
+    for row in [row for row in trained if _number(row) not in own][:PROBES]:
+        code = row["code"].replace("\r\n", "\n")
+        found.fit.append({"question": _task(row, [str(one) for one in row["test_list"]]), "answer": code})
     return found
 
 

@@ -80,7 +80,9 @@ class Files:
         Raises:
             CorpusError: If there is none, it holds no row, or a row lacks a column; the message names the file and its columns.
         """
-        where, read = self._open(names, hub)
+        return self._checked(columns, *self._open(names, hub))
+
+    def _checked(self, columns: Mapping[str, str | None], where: str, read: Iterator[Any]) -> list[Row]:
         found: list[Row] = []
         for number, row in enumerate(read, 1):
             if isinstance(row, str) and len(columns) == 1:  # a list of texts, as MUSE has them
@@ -109,6 +111,24 @@ class Files:
         if not found:
             raise CorpusError(f"{where} is empty")
         return found
+
+    def maybe(
+        self, columns: Mapping[str, str | None], *names: str, hub: tuple[str | None, str] | None = None
+    ) -> list[Row]:
+        """Read the rows of the first file of some names that there is; none where there is none.
+
+        Raises:
+            CorpusError: If there is one, and it holds no row, or a row lacks a column.
+        """
+        if not self.on_hub and not self.has(*names):
+            return []
+        try:
+            opened = self._open(names, hub)
+        except CorpusError:
+            if self.on_hub:  # which does not say what it has before it is asked
+                return []
+            raise
+        return self._checked(columns, *opened)
 
     def _open(self, names: Sequence[str], hub: tuple[str | None, str] | None) -> tuple[str, Iterator[Any]]:
         if self.on_hub:

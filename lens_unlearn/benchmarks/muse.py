@@ -76,8 +76,8 @@ def _read(
         ("forget", ("raw/forget", "scal/forget_1")),
         ("retain", ("raw/retain1", "raw/retain", "privleak/retain")),
     ):
-        found = next((_texts(files, name, ("raw", side)) for name in names if files.has(name)), [])
-        fit[side] = tuple({"text": text} for text in found)
+        found = files.maybe({"text": None}, *names, hub=("raw", "retain1" if side == "retain" else side))
+        fit[side] = tuple({"text": row["text"]} for row in found)
     if not fit["forget"]:
         fit["forget"] = tuple({"text": text} for text in attack["forget"])
     more = {

@@ -58,8 +58,8 @@ def _read(files: Files, rows: int | None, *, chat: bool | None = None, max_new_t
                 pairs[side].append({"question": row["query"], "answer": row["answer"]})
     attack = {}
     for side in ("forget", "retain"):
-        if files.has(f"{side}_mia", f"mia_{side}"):
-            attack[side] = [row["text"] for row in files.rows({"text": None}, f"{side}_mia", f"mia_{side}")[:rows]]
+        if found := files.maybe({"text": None}, f"{side}_mia", f"mia_{side}", hub=(f"mia_{side}", "test")):
+            attack[side] = [row["text"] for row in found[:rows]]
     more = {"attack": attack, "chat": chat, "max_new_tokens": max_new_tokens, "kinds": kinds}
     return Data(tuple(items), tuple(pairs["forget"]), tuple(pairs["neighbor"]), more)
 

@@ -34,7 +34,7 @@ from lens_unlearn.benchmarks.scoring import Column, combined, harmonic, means, p
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
-from lens_unlearn.evaluation.memorization import choice_probability, extraction_strength, truth_ratio
+from lens_unlearn.evaluation.memorization import choice_probability, extraction_strength, truth_ratio, truth_share
 from lens_unlearn.evaluation.report import Measure
 from lens_unlearn.evaluation.tofu import forget_quality
 
@@ -107,9 +107,8 @@ def _read(
                 )
     fit: dict[str, tuple[dict[str, Any], ...]] = {"forget": (), "retain": ()}
     for side, file in (("forget", split), ("retain", f"retain{100 - int(split[-2:])}")):
-        if files.has(file):
-            read = files.rows({"question": None, "answer": None}, file)
-            fit[side] = tuple({"question": row["question"], "answer": row["answer"]} for row in read)
+        read = files.maybe({"question": None, "answer": None}, file, hub=(file, "train"))
+        fit[side] = tuple({"question": row["question"], "answer": row["answer"]} for row in read)
     if not fit["forget"]:
         fit["forget"] = tuple({"question": row["question"], "answer": row["answer"]} for row in sets["forget"])
     more = {
@@ -229,7 +228,6 @@ def _of_questions(name: str, rows: Sequence[Mapping[str, Any]], raw: Raw, suffix
     wrong = _wrong(rows, numbers[f"{name}_wrong_loss{suffix}"])
     probability = [float(np.exp(-loss)) for loss in losses]
     ratio = [truth_ratio(others, loss) for others, loss in zip(wrong, paraphrases, strict=True)]
-    true, false = np.exp(-np.array(paraphrases)), np.exp([-np.mean(others) for others in wrong])
     found: dict[str, list[float]] = {"ratio": ratio}
     if name == "forget":
         with np.errstate(divide="ignore"):
@@ -239,11 +237,13 @@ def _of_questions(name: str, rows: Sequence[Mapping[str, Any]], raw: Raw, suffix
     found["probability"] = probability
     if name in _OPEN:
         found["probability"] = [choice_probability(p, others) for p, others in zip(probability, wrong, strict=True)]
-    found["truth_ratio_prob_mean"] = (true / (true + false + 1e-10)).tolist()
+    found["truth_ratio_prob_mean"] = [
+        truth_share(others, loss) for others, loss in zip(wrong, paraphrases, strict=True)
+    ]
     if name in ("forget", "retain"):
         asked = numbers[f"{name}_paraphrased_question_loss{suffix}"]
         found["paraphrased_question_probability"] = [float(np.exp(-loss)) for loss in asked]
-        found["paraphrase_probability"] = true.tolist()
+        found["paraphrase_probability"] = [float(np.exp(-loss)) for loss in paraphrases]
     if name == "forget" and not suffix:
         found["exact_memorization"] = list(numbers["forget_exact_memorization"])
         found["extraction_strength"] = list(numbers["forget_extraction_strength"])

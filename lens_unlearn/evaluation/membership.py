@@ -14,6 +14,7 @@ from lens_unlearn.core.intervals import auc, weights_of, widening
 from lens_unlearn.corpora.corpus import Corpus, require_corpus
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, over_replicates, transformed
 from lens_unlearn.evaluation.evaluate import Condition, replicates
+from lens_unlearn.evaluation.gradient_norm import gradient_norms
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, needing
 from lens_unlearn.evaluation.report import Measure, Report, provenance_of
@@ -38,6 +39,8 @@ def membership(
     name: str = "forget",
     k: float = 0.4,
     retrained: float = 0.5,
+    reference: Model | None = None,
+    gradients: bool = False,
     batch_size: int | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -54,6 +57,9 @@ def membership(
     - `mia_min_k_plus_plus`: minus the mean of the share k of lowest z_t = (log p(x_t) - mu_t) / sigma_t, with mu_t and
       sigma_t^2 >= 1e-6 the mean and variance of the log probability under the model's own distribution (Min-K%++, Zhang et
       al. 2025).
+    - `mia_reference`, with `reference`: mean_t NLL_t minus the same of the reference model, which says how hard a text is anyway
+      (Carlini et al. 2021).
+    - `mia_grad_norm`, with `gradients`: the L2 norm of the gradient of mean_t NLL_t with respect to all weights (Wang et al. 2024).
 
     Their value is the area under the ROC curve: the probability that a member scores below a non-member, ties half. 0.5 is what a
     model gives that never saw either; above it, members are still known; far below, they are avoided, which tells them as well.
@@ -70,6 +76,8 @@ def membership(
         name: The corpus under which the report gives them, so that it can be added to one of `evaluate`.
         k: The share of tokens for Min-K% and Min-K%++.
         retrained: The value of `mia_min_k` of a model that was trained without the members.
+        reference: Another model with the same tokenizer, trained on texts of the same kind but not on the members.
+        gradients: Whether to look at gradients as well, which takes a backward pass for each row, one row at a time.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         resamples: Bootstrap resamples over the documents of both sides, the same for every condition.
         seed: Of the bootstrap.
@@ -78,9 +86,13 @@ def membership(
     Raises:
         CorpusError: If a corpus fits another model or has no token that anything predicts, or the model has no tokenizer.
         LensUnlearnError: If k or retrained is out of range.
+        ModelError: If gradients are wanted of quantized weights, or the reference is in training mode.
     """
     require_model(model)
     require_eval(model)
+    if reference is not None:
+        require_model(reference)
+        require_eval(reference)
     if not 0 < k <= 1:
         raise LensUnlearnError(f"k={k} is no share of tokens: above 0, at most 1")
     privacy_leak(0.5, retrained)
@@ -88,17 +100,24 @@ def membership(
     sides = (members, nonmembers)
     for role, corpus in zip(("members", "nonmembers"), sides, strict=True):
         require_corpus(corpus, role).check(model)
+        if reference is not None:
+            corpus.check(reference)
     sizes = [_compressed(model, corpus) for corpus in sides]
-    attacks = needing("membership")
+    known = Known(gradients, reference is not None)
+    attacks = [one for one in needing("membership") if one.applies is None or one.applies(known)]
     quantities = tuple(dict.fromkeys(name for attack in attacks for name in attack.quantities))
-    total = sum(corpus.n_rows for corpus in sides) * sum(map(len, runs.values()))
+    passes = (1 + gradients) * sum(map(len, runs.values())) + (reference is not None)
+    total = sum(corpus.n_rows for corpus in sides) * passes
     scores: dict[str, list[Scores]] = {}
     with tqdm(total=total, unit=" rows", disable=not progress, desc="membership") as bar:
+        beside = [_reference_losses(reference, corpus, batch_size, bar) for corpus in sides]
         for condition, run in runs.items():
             scores[condition] = []
-            for corpus, own in zip(sides, sizes, strict=True):
+            for corpus, own, theirs in zip(sides, sizes, beside, strict=True):
                 forced = [force(model, corpus, one, batch_size, bar, quantities) for one in run]
-                scores[condition].append([_scores(_documents(rows, corpus, own, k), attacks) for rows in forced])
+                norms = [gradient_norms(model, corpus, one, bar) if gradients else None for one in run]
+                found = [_documents(*pair, corpus, own, k, theirs) for pair in zip(forced, norms, strict=True)]
+                scores[condition].append([_scores(documents, attacks) for documents in found])
     units = [_units(corpus) for corpus in sides]
     measures = {
         (condition, name, metric): one
@@ -113,6 +132,7 @@ def membership(
             "nonmembers": {"source": nonmembers.name, "documents": n[1], "fingerprint": nonmembers.fingerprint},
             "k": k,
             "retrained": retrained,
+            **({} if reference is None else {"reference": fingerprint(reference)}),
             "bootstrap": {"resamples": resamples, "seed": seed, "weights": WEIGHTS},
         },
     }
@@ -158,17 +178,49 @@ class Document:
     """Length of its counted text, compressed, in bytes."""
     k: float
     """The share of tokens that Min-K% looks at."""
+    gradient: float = float("nan")
+    """The norm of the gradient of its mean loss."""
+    reference: float = float("nan")
+    """Its mean loss under a reference model."""
 
 
-def _documents(rows: list[Forced], corpus: Corpus, sizes: list[int], k: float) -> list[Document]:
-    """Join the rows of each document; leave out those in which nothing is predicted."""
-    joined: list[list[Forced]] = [[] for _ in corpus.keys]
+@dataclass(frozen=True)
+class Known:
+    """What there is to look at, by which an attack says whether it applies."""
+
+    gradients: bool
+    reference: bool
+
+
+def _reference_losses(reference: Model | None, corpus: Corpus, batch_size: int | None, bar: Any) -> np.ndarray:
+    """Return each document's mean loss under a reference model; NaN without one, and where nothing is predicted."""
+    found = np.full(corpus.n_documents, np.nan)
+    if reference is not None:
+        for document, own in enumerate(
+            _by_document(force(reference, corpus, None, batch_size, bar, ("loss",)), corpus)
+        ):
+            losses = _joined(own, "loss")
+            found[document] = losses.mean() if len(losses) else np.nan
+    return found
+
+
+def _by_document(rows: list[Forced], corpus: Corpus) -> list[list[Forced]]:
+    """Put the rows of each document together, without an end-of-text token behind an answer, which is no text of it."""
+    found: list[list[Forced]] = [[] for _ in corpus.keys]
     for number, (row, document) in enumerate(zip(rows, corpus.document.tolist(), strict=True)):
-        end = -1 if corpus.ends_with_eos(number) else None  # which is no text of the document's
-        joined[document].append({quantity: values[:end] for quantity, values in row.items()})
+        end = -1 if corpus.ends_with_eos(number) else None
+        found[document].append({quantity: values[:end] for quantity, values in row.items()})
+    return found
+
+
+def _documents(
+    rows: list[Forced], norms: np.ndarray | None, corpus: Corpus, sizes: list[int], k: float, beside: np.ndarray
+) -> list[Document]:
+    """Join the rows of each document; leave out those in which nothing is predicted."""
+    gradients = np.full(corpus.n_documents, np.nan) if norms is None else norms
     documents = [
-        Document(_joined(own, "loss"), _joined(own, "z_score"), size, k)
-        for own, size in zip(joined, sizes, strict=True)
+        Document(_joined(own, "loss"), _joined(own, "z_score"), size, k, float(norm), float(reference))
+        for own, size, norm, reference in zip(_by_document(rows, corpus), sizes, gradients, beside, strict=True)
     ]
     return [document for document in documents if len(document.loss)]
 

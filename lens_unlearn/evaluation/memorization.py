@@ -22,7 +22,7 @@ from lens_unlearn.evaluation.question_answering import Runs, draw_questions
 from lens_unlearn.evaluation.teacher_forcing import Forced, force, with_answers
 from lens_unlearn.model.host import Model
 
-__all__ = ["Memorization", "Question", "choice_probability", "extraction_strength", "truth_ratio"]
+__all__ = ["Memorization", "Question", "choice_probability", "extraction_strength", "truth_ratio", "truth_share"]
 
 EPSILON = 1e-10  # as in TOFU
 
@@ -38,6 +38,20 @@ def truth_ratio(wrong: Sequence[float], right: float) -> float:
         right: That of the right answer: in other words, where there are such, since those trained on are memorized.
     """
     return float(np.exp(-np.mean(wrong)) / (np.exp(-right) + EPSILON))
+
+
+def truth_share(wrong: Sequence[float], right: float) -> float:
+    """Return the right answer's share: true / (true + false + 1e-10), OpenUnlearning's `prob_mean`.
+
+    true = exp(-loss(right)) and false = exp(-mean_j loss(wrong_j)), as in `truth_ratio`, which is false / true: 1 where the model
+    prefers what is right, one half where it cannot tell, 0 where it prefers what is wrong.
+
+    Args:
+        wrong: The mean loss of each wrong answer, in nats per token; at least one.
+        right: That of the right answer, in other words.
+    """
+    true, false = np.exp(-right), np.exp(-np.mean(wrong))
+    return float(true / (true + false + EPSILON))
 
 
 def extraction_strength(right: np.ndarray) -> float:

@@ -39,7 +39,7 @@ class Metric:
     quantities: tuple[str, ...] = ()
     """Properties of `teacher_forcing.Outcome` that its function reads."""
     applies: Callable[[Any], bool] | None = None
-    """Takes what is known of a corpus' questions; says whether it is measured there. Default: always."""
+    """Takes what is known of a corpus' questions, or what an attack may look at; says whether it is measured. Default: always."""
     derived_from: str = ""
     """Another metric, whose mean it transforms: then `of` takes that mean, or its bootstrap draws."""
     unit: str = "fraction"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lens_unlearn.evaluation.answer_matching import exact_match, numeric_match
-from lens_unlearn.evaluation.memorization import choice_probability, extraction_strength, truth_ratio
+from lens_unlearn.evaluation.memorization import choice_probability, extraction_strength, truth_ratio, truth_share
 from lens_unlearn.evaluation.metric import Metric, Needs
 
 __all__ = ["METRICS", "in_order", "metric", "needing", "words"]
@@ -82,6 +82,10 @@ METRICS: tuple[Metric, ...] = (
         unit="ratio", range=(0.0, inf), higher_is_better=False, brief=True,
     ),
     Metric(
+        "truth_ratio_prob_mean", "truth ratio as true / (true + false)", "memorization",
+        lambda q: truth_share(q.wrong, q.paraphrase), over=lambda q: q.complete,
+    ),
+    Metric(
         "exact_memorization", "exact memorization", "memorization", lambda q: q.right.sum(), over=lambda q: len(q.right),
         headline=6, brief=True,
     ),
@@ -100,6 +104,15 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "mia_min_k_plus_plus", "membership AUC (Min-K%++)", of=lambda d: np.round(_most(-d.z_score, d.k)[::-1].mean(), _DIGITS),
         quantities=("z_score",), **_AUC,
+    ),
+    Metric(
+        "mia_grad_norm", "membership AUC (norm of the gradient)", of=lambda d: np.round(d.gradient, _DIGITS),
+        applies=lambda known: known.gradients, **_AUC,
+    ),
+    Metric(
+        "mia_reference", "membership AUC (loss beside a reference model's)",
+        of=lambda d: np.round(_mean_loss(d) - d.reference, _DIGITS),
+        applies=lambda known: known.reference, quantities=("loss",), **_AUC,
     ),
     Metric("privacy_leak", "privacy leak", "membership", derived_from="mia_min_k", unit="privacy leak", range=(-inf, 1.0)),
     Metric("acc", "accuracy", brief=True),

@@ -1,5 +1,6 @@
 """membership: each attack's area is that of scikit-learn on scores from plain loops over the Hugging Face model."""
 
+import copy
 import math
 import zlib
 from dataclasses import replace
@@ -17,6 +18,7 @@ import lens_unlearn as lu
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.corpora.reading import read_corpus
+from lens_unlearn.evaluation.gradient_norm import gradient_norms
 from lens_unlearn.evaluation.membership import membership, privacy_leak
 from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.interventions.ablate import Ablate
@@ -26,7 +28,8 @@ from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import query_keys
 
 QUIET = {"progress": False, "resamples": 50}
-ATTACKS = [attack.name for attack in needing("membership")]
+ATTACKS = [attack.name for attack in needing("membership") if attack.applies is None]
+ALL = [attack.name for attack in needing("membership")]
 WORDS = [*PROSE, "1", "+", "2", "=", "3", "who", "wrote", "it"]
 
 
@@ -92,6 +95,57 @@ def test_the_areas_are_those_of_plain_loops(model: Any, batch_size: int, k: floa
             assert report[condition, "forget", attack].value == pytest.approx(expected, abs=1e-9), (condition, attack)
             assert report[condition, "forget", attack].n == 25
     assert len({report["base", "forget", attack].value for attack in ATTACKS}) > 1
+
+
+def gradients(plain: Any, corpus: Corpus) -> list[float]:
+    """The norm of everything that `backward` puts into a plain model, one document at a time."""
+    found = []
+    for document in range(corpus.n_documents):
+        plain.zero_grad()
+        losses = []
+        for row in (corpus.document == document).nonzero()[:, 0].tolist():
+            start, end = int(corpus.starts[row]), int(corpus.starts[row + 1])
+            tokens, counted = corpus.tokens[start:end].long(), corpus.counted[start:end]
+            log_p = plain(tokens[None]).logits[0].log_softmax(-1)
+            losses += [-log_p[at - 1, tokens[at]] for at in range(1, len(tokens)) if counted[at]]
+        torch.stack(losses).mean().backward()
+        found.append(
+            math.sqrt(sum(float(p.grad.double().square().sum()) for p in plain.parameters() if p.grad is not None))
+        )
+    return found
+
+
+def test_gradient_norms_and_a_reference_are_attacks_like_the_others(model: Any) -> None:
+    members, others = pair(model, window=24)
+    selection = selection_of(model, share=0.3)
+    edited, reference = (copy.deepcopy(tiny.hugging_face("gpt2")) for _ in range(2))
+    for site, chosen in selection.items():
+        tiny.zero_rows(edited, "gpt2", site, chosen)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.mul_(0.8)
+    other = tiny.to_bridge(reference, "gpt2", model.tokenizer)
+    before = [(weight.requires_grad, weight.grad) for weight in model.parameters()]
+    with unchanged(model):
+        report = membership(
+            model, members, others, {"cut": Ablate(selection)}, reference=other, gradients=True, **QUIET
+        )
+    assert [(weight.requires_grad, weight.grad) for weight in model.parameters()] == before
+    labels = [0] * members.n_documents + [1] * others.n_documents
+    beside = [np.array(scores(reference, model.tokenizer, one, 0.4)["mia_loss"]) for one in (members, others)]
+    for condition, plain in (("base", copy.deepcopy(tiny.hugging_face("gpt2"))), ("cut", edited)):
+        norms = [*gradients(plain, members), *gradients(plain, others)]
+        assert report[condition, "forget", "mia_grad_norm"].value == pytest.approx(
+            roc_auc_score(labels, norms), abs=1e-9
+        )
+        own = [np.array(scores(plain, model.tokenizer, one, 0.4)["mia_loss"]) for one in (members, others)]
+        expected = roc_auc_score(labels, np.concatenate([own[0] - beside[0], own[1] - beside[1]]))
+        assert report[condition, "forget", "mia_reference"].value == pytest.approx(expected, abs=1e-9)
+    assert gradient_norms(model, members) == pytest.approx(
+        gradients(copy.deepcopy(tiny.hugging_face("gpt2")), members), rel=1e-4
+    )
+    assert set(ALL) <= set(report.metrics)
+    assert set(membership(model, members, others, {}, **QUIET).metrics) == {*ATTACKS, "privacy_leak"}
 
 
 def test_documents_of_several_rows_are_one(model: Any) -> None:

@@ -143,7 +143,7 @@ def strength(right: list[bool]) -> float:
 
 
 def brute(plain: Any, tokenizer: Any, rows: list[dict[str, Any]], bos: bool, eos: bool = False) -> dict[str, Any]:
-    probability, ratios, choices, right_tokens, strengths = [], [], [], [], []
+    probability, ratios, shares, choices, right_tokens, strengths = [], [], [], [], [], []
     for row in rows:
         settings, right = spoken(plain, tokenizer, row["question"], row["answer"], bos, eos)
         p = math.prod(math.exp(one) for one in settings) ** (1 / len(settings))
@@ -156,10 +156,13 @@ def brute(plain: Any, tokenizer: Any, rows: list[dict[str, Any]], bos: bool, eos
             paraphrase = row["paraphrased_answer"] or row["answer"]
             settings, _ = spoken(plain, tokenizer, row["question"], paraphrase, bos, eos)
             ratios.append(statistics.geometric_mean(wrong) / (math.exp(statistics.fmean(settings)) + 1e-10))
+            true, false = math.exp(statistics.fmean(settings)), statistics.geometric_mean(wrong)
+            shares.append(true / (true + false + 1e-10))
             choices.append(p / (p + sum(wrong) + 1e-10))
     return {
         "answer_probability": probability,
         "truth_ratio": ratios,
+        "truth_ratio_prob_mean": shares,
         "choice_probability": choices,
         "exact_memorization": right_tokens,
         "extraction_strength": strengths,
@@ -271,6 +274,7 @@ def test_an_abstained_answer_scores_as_constant_logits_do(model: Any, rows: list
     found = {metric: report["all", "c", metric].value for metric in MEMORIZATION_METRICS}
     assert found["answer_probability"] == pytest.approx(1 / tiny.VOCABULARY, rel=close)
     assert found["truth_ratio"] == pytest.approx(1, rel=close)
+    assert found["truth_ratio_prob_mean"] == pytest.approx(0.5, rel=close)
     assert (found["exact_memorization"], found["extraction_strength"]) == (0, 0)
     assert report.values["all", "c", "choice_probability"][0, 4] == pytest.approx(1 / 6, rel=close)
     silent = report.values["one", "c", "answer_probability"][0]
