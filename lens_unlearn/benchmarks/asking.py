@@ -15,7 +15,7 @@ from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.evaluate import ROWS
 from lens_unlearn.evaluation.generation import chat_prompt, continue_rows, require_unbroken
-from lens_unlearn.evaluation.question_answering import line_breaks
+from lens_unlearn.evaluation.question_answering import MOST, line_breaks
 from lens_unlearn.evaluation.teacher_forcing import Forced, force
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.host import Model
@@ -102,13 +102,16 @@ class Asker:
         left_out = tuple(number for number, row in enumerate(rows) if len(row) >= context)
         kept = [number for number in range(len(rows)) if number not in set(left_out)]
         texts: list[str | None] = [None] * len(rows)
-        size = (self.batch_size or ROWS) * 4
+        # As many texts at a time as hold no more tokens than that many of full length.
+        room = min(context, max((len(rows[number]) for number in kept), default=1) + max_new_tokens)
+        together = min(MOST, max(1, (self.batch_size or ROWS) * context // room))
+        size = 4 * together
         kept.sort(key=lambda number: len(rows[number]))
         with tqdm(total=len(kept), unit=" answers", disable=not self.progress, desc=self.name) as bar:
             for start in range(0, len(kept), size):
                 part = kept[start : start + size]
                 ids = [rows[number] for number in part]
-                options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size or ROWS}
+                options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": together}
                 options |= {"temperature": temperature, "top_p": top_p, "seed": self.seed}
                 done = continue_rows(self.model, ids, self.intervention, stop=stop, **options)
                 if self.intervention is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, overload
@@ -24,6 +24,7 @@ from lens_unlearn.model.special_tokens import bos_token, encode, end_token, toke
 __all__ = ["Conversation", "generate"]
 
 
+_FORESEEN = 64  # tokens of a text, where it may be longer: many end before
 Conversation = Sequence[Mapping[str, Any]]
 """Turns, each with its "role" ("system", "user" or "assistant") and its "content"."""
 
@@ -81,8 +82,8 @@ def generate(
     Args:
         model: A `TransformerBridge` or `HookedTransformer` with a tokenizer.
         prompts: One or several texts; or one or several conversations, lists of turns with "role" and "content", which the
-            assistant answers: they are written in the tokenizer's chat template. Each is run for itself, or beside prompts of
-            the same length: there is no padding, so the answers do not depend on one another.
+            assistant answers: they are written in the tokenizer's chat template. There is no padding, so the answers do not
+            depend on one another: of prompts that are run together, the longer ones are read on while others are answered.
         intervention: Acts while the text is written; leave it out inside a `with` block.
         max_new_tokens: The longest continuation.
         temperature: 0 takes the most probable token at each step; above it, tokens are drawn.
@@ -90,7 +91,7 @@ def generate(
         chat: Whether a text is a turn of the user, which the assistant answers.
         system: The system's turn of every conversation that does not begin with one of its own.
         use_cache: Whether to keep keys and values between tokens; the greedy text is the same either way.
-        batch_size: Prompts of one length that are run together, at temperature 0.
+        batch_size: Prompts of about one length that are run together, at temperature 0.
         seed: Seeds the tokens that are drawn above temperature 0; the global random state is left as it was.
 
     Returns:
@@ -213,25 +214,21 @@ def continue_rows(
             raise CorpusError(
                 f"a prompt holds {unknown!r}, which the tokenizer knows and the model does not: leave it out"
             )
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if temperature == 0 else range(len(rows))
-    groups: list[list[int]] = []
-    for i in order:
-        together = bool(groups) and temperature == 0 and len(rows[groups[-1][0]]) == len(rows[i])
-        if together and len(groups[-1]) < batch_size:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
     written: dict[int, Written] = {}
     refusals: dict[int, dict[int, str | None]] = defaultdict(dict)  # by intervention that acts, then by row
     device, drawn = device_of(model), Counter[tuple[int, ...]]()
     forked = [device] if device.type == "cuda" else []
     # Without an intervention of its own, it writes under that of the thread that started this one, if there is one.
     entered = one_thread(model, joining=True) if intervention is None else intervention.on(model)
-    with entered, _noticing_broken(model) as breaks, shortcuts(model), torch.random.fork_rng(devices=forked):
-        for group in groups:
+    with entered, _noticing_broken(model) as (breaks, given), shortcuts(model), torch.random.fork_rng(devices=forked):
+        # What an intervention decides at the end of a prompt, it decides for all rows of a pass at one place.
+        apart = any(live.intervention.looks_at_rows for live in acting(model))
+        for group in _groups(rows, 1 if temperature > 0 else batch_size, 0 if apart else max_new_tokens, ends):
             breaks.clear()
-            tokens = torch.tensor([list(rows[i]) for i in group], device=device)
-            width = tokens.shape[1]
+            width = min(len(rows[i]) for i in group)
+            longest = max(len(rows[i]) for i in group)
+            tokens = torch.tensor([list(rows[i][:width]) for i in group], device=device)
+            given[:] = [list(rows[i][width:]) for i in group]
             if temperature > 0:  # draws of its own for each prompt, and for each time it is asked
                 ids = tuple(rows[group[0]])
                 torch.manual_seed(key_of("generate", seed, ids, drawn[ids]))
@@ -241,7 +238,7 @@ def continue_rows(
             with torch.no_grad():
                 out = model.generate(
                     tokens,
-                    max_new_tokens=min(max_new_tokens, context - width),
+                    max_new_tokens=min(longest + max_new_tokens, context) - width,
                     do_sample=temperature > 0,
                     temperature=temperature or 1.0,
                     top_p=top_p if temperature > 0 and top_p < 1 else None,
@@ -258,12 +255,15 @@ def continue_rows(
                 if refusal is not None:
                     written[i] = Written(refusal, abstained=True)
                     continue
-                new = out[place, width:].tolist()
+                before = len(rows[i]) - width  # steps at which this row was still given its own tokens
+                new = out[place, width + before :][: min(max_new_tokens, context - len(rows[i]))].tolist()
                 over = next((at for at, token in enumerate(new) if token in ends), None)
                 # What ended the text is no part of it, but for a token of `stop`, whose text may go on before the line break.
                 kept = new if over is None else new[: over + (new[over] not in of_text)]
                 until = len(new) if over is None else over + 1
-                broken = next((step for step, rows_at in enumerate(breaks[:until]) if bool(rows_at[place])), None)
+                broken = next(
+                    (step for step, rows_at in enumerate(breaks[before:][:until]) if bool(rows_at[place])), None
+                )
                 kept = kept[:broken]
                 text = written_after(tokenizer, rows[i], kept)
                 written[i] = Written(text, False, over is None, broken is not None, tuple(kept))
@@ -272,19 +272,55 @@ def continue_rows(
     return [written[i] for i in range(len(rows))]
 
 
+def _groups(rows: Sequence[Sequence[int]], most: int, new: int, ends: Collection[int]) -> list[list[int]]:
+    """Return which rows are run together: those of one length, and of others up to half of the steps that are to come.
+
+    There is no padding: a group begins with as many tokens as its shortest row has, and the others are given theirs on the way.
+    So a token that would end a text must not stand among these.
+
+    Args:
+        rows: The tokens.
+        most: Rows of a group.
+        new: Tokens that are to be written; 0 keeps lengths apart.
+        ends: Tokens that end a text.
+    """
+    groups: list[list[int]] = []
+    spread = min(new, _FORESEEN) // 2
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if most > 1 else range(len(rows)):
+        shortest = len(rows[groups[-1][0]]) if groups else 0
+        more = rows[i][shortest:]
+        if groups and len(groups[-1]) < most and len(more) <= spread and not set(ends).intersection(more):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 @contextmanager
-def _noticing_broken(model: Model) -> Iterator[list[Bool[Tensor, "batch"]]]:
-    """Note in which rows the logits of each step are no numbers, and put zeros there, so that the other rows go on."""
+def _noticing_broken(model: Model) -> Iterator[tuple[list[Bool[Tensor, "batch"]], list[list[int]]]]:
+    """Note in which rows the logits of each step are no numbers, and put zeros there, so that the other rows go on.
+
+    Yields:
+        The rows at each step, and a list to be filled with the tokens that each row is given at its first steps.
+    """
     steps: list[Tensor] = []
+    given: list[list[int]] = []
 
     def look(logits: Tensor) -> Tensor:
         broken = broken_logits(logits[:, -1])
         steps.append(broken)
-        return torch.where(broken[:, None, None], 0, logits) if bool(broken.any()) else logits
+        logits = torch.where(broken[:, None, None], 0, logits) if bool(broken.any()) else logits
+        forced = [(place, row[len(steps) - 1]) for place, row in enumerate(given) if len(row) >= len(steps)]
+        if forced:
+            logits = logits.clone()
+            for place, token in forced:
+                logits[place, -1] = 0
+                logits[place, -1, token] = 1
+        return logits
 
     removers: list[Remover] = []
     try:
         on_logits(model, look, removers)
-        yield steps
+        yield steps, given
     finally:
         detach_all(removers)

@@ -35,6 +35,8 @@ from lens_unlearn.model.host import Model
 __all__ = ["Answered", "Asked", "QuestionAnswering", "Runs", "draw_questions", "line_breaks"]
 
 SAMPLES = 3
+MOST = 32
+"""Texts that are written at a time, at most: a cache of keys and values stands for each."""
 _CHUNK = 4  # batches between two steps of the progress bar
 
 Runs = Mapping[str, Sequence[Intervention | None]]
@@ -201,7 +203,7 @@ class QuestionAnswering:
     ) -> list[Written]:
         """Continue prompts greedily; where an answer is one line, up to a token of `stop`, which are those of line breaks."""
         room = max(map(len, prompts)) + self.max_new_tokens
-        together = max(1, self.batch_size * window // room)
+        together = min(MOST, max(1, self.batch_size * window // room))
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": together}
         written: dict[int, Written] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

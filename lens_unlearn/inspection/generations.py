@@ -79,7 +79,7 @@ def generations(
         prepend_bos: Whether a prompt begins with BOS, once; default as `read_corpus` has it.
         chat: Whether a text is a turn of the user.
         system: The system's turn of conversations that have none.
-        batch_size: Prompts of equal length that are run together, at temperature 0.
+        batch_size: Prompts of about equal length that are run together, at temperature 0.
         seed: Seeds the tokens that are drawn above temperature 0, the same for every condition.
 
     Raises:

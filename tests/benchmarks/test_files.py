@@ -91,7 +91,7 @@ def test_a_skill_of_the_hub_is_measured_alone(tmp_path: Path) -> None:
     ]
     write_lines(tmp_path / "flat.jsonl", flat)
     spanish = record.data(
-        write_hub(tmp_path / "xquad", {("xquad.es", "validation"): tmp_path / "flat.jsonl"}), None, options
+        write_hub(tmp_path / "xquad", {("xquad.es", "validation"): tmp_path / "flat.jsonl"}), None, {"languages": "es"}
     )
     assert [(one.prompt, one.reference) for one in spanish.items] == [
         (one.prompt, one.reference) for one in expected.items if one.task == "language_es"

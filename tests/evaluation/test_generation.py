@@ -1,6 +1,5 @@
 """generate: the same greedy text with and without a cache, under interventions as of the edited weights."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -135,7 +134,7 @@ def test_drawn_texts_do_not_depend_on_one_another_either(model: Any) -> None:
     assert generate(model, PROMPTS, intervention=silent, **drawn) == [silent.refusal, *together[1:]]
 
 
-def test_prompts_of_one_length_run_together_and_no_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_about_one_length_run_together_and_no_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["the slow", "1 + 2", "def", "4 + 5", "the quick brown fox", "the lazy", "1 + 4", "the quick"]
     sizes = [len(ids(model, prompt)) for prompt in prompts]
     settings: list[tuple[int, int]] = []
@@ -147,7 +146,8 @@ def test_prompts_of_one_length_run_together_and_no_others(model: Any, monkeypatc
 
     monkeypatch.setattr(model, "generate", spy, raising=False)
     together = generate(model, prompts, max_new_tokens=3)
-    assert sorted(settings) == sorted(Counter(sizes).items())
+    assert sorted(sizes) == [3, 5, 5, 5, 5, 5, 6, 11]
+    assert settings == [(3, 1), (5, 6), (11, 1)], "one token is read on while three are written"
     settings.clear()
     assert generate(model, prompts, max_new_tokens=3, batch_size=2) == together
     assert max(rows for _, rows in settings) == 2
@@ -214,3 +214,45 @@ def test_a_text_that_the_limit_cuts_says_so(model: Any) -> None:
         ):
             ends_within = len(other.ids) + (not other.ids or other.ids[-1] not in stop) <= most and not other.cut
             assert one.cut == (not ends_within)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_prompts_of_several_lengths_are_run_together_and_answered_as_alone(
+    name: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a prompt holds an end of text, where the context is full, and where an answer ends: nobody gets more or less."""
+    made = model if name == "gpt2" else tiny.model(name)
+    monkeypatch.setattr(made, "tokenizer", model.tokenizer)
+    context, calls, inner = int(made.cfg.n_ctx), [], made.generate
+    monkeypatch.setattr(made, "generate", lambda tokens, **o: (calls.append(len(tokens)), inner(tokens, **o))[1])
+    lengths = [3, 9, 4, 12, 12, 5, context - 4, context - 2]
+    rows = [tiny.some_tokens(1, length, seed=number)[0].tolist() for number, length in enumerate(lengths)]
+    rows = [[max(token, 3) for token in row] for row in rows]
+    rows.append([*rows[1][:5], model.tokenizer.eos_token_id, *rows[1][:4]])
+    alone = [continue_rows(made, [row], max_new_tokens=14)[0] for row in rows]
+    assert calls == [1] * len(rows)
+    calls.clear()
+    assert continue_rows(made, rows, max_new_tokens=14, batch_size=16) == alone
+    assert sum(calls) == len(rows) > 2 * len(calls)
+    for row, one in zip(rows, alone, strict=True):
+        steps = min(14, context - len(row))
+        expected = greedy(made, torch.tensor([row]), steps)[0, len(row) :].tolist()
+        end = expected.index(model.tokenizer.eos_token_id) if model.tokenizer.eos_token_id in expected else steps
+        assert list(one.ids) == expected[:end]
+        assert one.cut == (end == steps)
+    stop = alone[3].ids[2]
+    ended = [continue_rows(made, [row], max_new_tokens=14, stop=[stop])[0] for row in rows]
+    assert continue_rows(made, rows, max_new_tokens=14, stop=[stop], batch_size=16) == ended
+    assert continue_rows(made, rows, max_new_tokens=14, batch_size=16, use_cache=False) == alone
+
+
+def test_what_looks_at_prompts_is_run_on_prompts_of_one_length(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, inner = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda tokens, **o: (calls.append(tuple(tokens.shape)), inner(tokens, **o))[1]
+    )
+    rows = [tiny.some_tokens(1, length, seed=length)[0].tolist() for length in (4, 6, 6)]
+    edit = Ablate(selection_of(model)).placed("last")
+    together = continue_rows(model, rows, edit, max_new_tokens=5)
+    assert calls == [(1, 4), (2, 6)]
+    assert together == [continue_rows(model, [row], edit, max_new_tokens=5)[0] for row in rows]
