@@ -82,6 +82,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "whole_experts",
     ),
     "interventions.update": ("Update",),
+    "interventions.when": ("When",),
     "keyspace.key_space": (
         "KeySpace",
         "key_space",
@@ -182,6 +183,7 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.patch import Patch
     from lens_unlearn.interventions.reroute import Reroute, whole_experts
     from lens_unlearn.interventions.update import Update
+    from lens_unlearn.interventions.when import When
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region
     from lens_unlearn.methods.controls import random_delta, random_pruning

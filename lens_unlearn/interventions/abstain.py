@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
@@ -120,16 +120,25 @@ class Abstain(Intervention):
         return note
 
     def settle(self, live: Live) -> None:
-        """Count the votes of a pass that is over: at which positions it abstains, and which rows abstain from then on."""
-        # The votes of one pass come from hooks in several layers, so they can be counted only behind the last of them. That is at
-        # the logits; but a pass may end before (a statistic stops it at its last site), and then at the beginning of the next
-        # one. Votes are popped, so a pass is counted once, whichever comes first.
+        """Decide which rows abstain from the end of this pass on."""
+        silent = self.fired(live)
+        if silent is not None:
+            live.withhold(silent[:, -1], self.refusal)
+
+    def fired(self, live: Live) -> Bool[Tensor, "batch pos"] | None:
+        """Count the votes of a pass that is behind the last of the sites: at which of its positions a query was found.
+
+        From the first on, all are. None if no pass has come so far.
+        """
+        # The votes of one pass come from hooks in several layers, so they can be counted only behind the last of them: where
+        # something acts that depends on them, at the logits, or, since a pass may end before (a statistic stops it at its last
+        # site), at the beginning of the next one. Votes are popped, so a pass is counted once, whichever comes first.
         state = live.notes.get(id(self), {})
         votes = state.pop("votes", None)
         if not votes:
-            return
+            return state.get("silent")
         fired = torch.stack([vote.to(live.abstained.device) for vote in votes.values()]).sum(0) >= self.vote
-        # Once abstained, always: of this pass' positions all those behind the first, and of later passes all.
+        # Once found, always: of this pass' positions all those behind the first, and of later passes all.
         silent, before = fired.long().cummax(1).values.bool(), state.get("silent")
         if before is not None:
             # With a cache, a pass holds new positions alone, and the last decision of each row goes on. Without one, it holds
@@ -137,7 +146,7 @@ class Abstain(Intervention):
             repeats = live.rows is not None and live.rows.repeats
             silent = silent | (torch.cat([before, before[:, -1:]], dim=1) if repeats else before[:, -1:])
         state["silent"] = silent
-        live.withhold(silent[:, -1], self.refusal)
+        return silent
 
     def constant_at(self, live: Live) -> Int[Tensor, "batch pos"] | None:
         """Return where rows abstained, from where they were decided on, with the token that ends a text there, or a turn."""

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_unlearn.core import artefacts
@@ -48,6 +48,7 @@ __all__ = [
     "Chain",
     "HookFunction",
     "Intervention",
+    "Limited",
     "Live",
     "MatrixFunction",
     "Parts",
@@ -277,7 +278,7 @@ def with_constants(
 
 def only_constants(intervention: Intervention) -> bool:
     """Whether all that an intervention does to logits is to make them constant where `constant_at` says."""
-    if isinstance(intervention, Placed):  # of what it limits, it limits the change of logits as well
+    if isinstance(intervention, Limited):  # of what it limits, it limits the change of logits as well
         return only_constants(intervention.inner) and type(intervention.inner).constant_at is Intervention.constant_at
     if isinstance(intervention, Chain):
         return all(map(only_constants, intervention.members))
@@ -384,8 +385,81 @@ class Chain(Intervention):
         return " + ".join(map(repr, self.members)) if self.members else "Chain(nothing)"
 
 
+class Limited(Intervention):
+    """An intervention that acts at some positions only: what is left of another one, at `where`."""
+
+    inner: Intervention
+    """What acts; a field of every subclass."""
+
+    looks_at_rows = True
+
+    @abstractmethod
+    def where(self, live: Live, x: Tensor, layer: int | None) -> Bool[Tensor, "batch pos"]:
+        """Return the positions of the current forward pass at which to act, on the device of an activation.
+
+        Args:
+            live: The run.
+            x: The activation, ``[batch, pos, ...]`` or ``[batch * pos, ...]``.
+            layer: Where it is; None behind all of them.
+        """
+
+    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
+        """Return the hooks, each limited to the positions."""
+
+        def limited(site: Site, function: HookFunction) -> HookFunction:
+            def act(x: Any, live: Live) -> Any:
+                return self._limit(live, site.layer, x, function(x, live))
+
+            return takes_routed(act) if getattr(function, "takes_routed", False) else act
+
+        return [(site, limited(site, function)) for site, function in self.inner.hooks()]
+
+    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
+        """Return the changes, each limited to the positions."""
+
+        def limited(matrix: Matrix, function: MatrixFunction) -> MatrixFunction:
+            return lambda x, y, live: self._limit(live, matrix.layer, y, function(x, y, live))
+
+        return [(matrix, limited(matrix, function)) for matrix, function in self.inner.matrices()]
+
+    def _limit(self, live: Live, layer: int | None, before: Any, after: Any) -> Any:
+        if after is before:
+            return before
+        where = self.where(live, before, layer)
+        if isinstance(after, Routed):
+            return after.limited(where, before)
+        if before.shape[:2] != where.shape:  # OPT runs its MLP on tokens without a batch dimension
+            where = where.reshape(-1)
+        return torch.where(where.reshape(*where.shape, *[1] * (before.ndim - where.ndim)), after, before)
+
+    @property
+    def norm_layers(self) -> frozenset[int]:
+        """Those of what acts."""
+        return self.inner.norm_layers
+
+    def check(self, points: Mapping[Site, Point]) -> None:
+        """Let what acts check."""
+        self.inner.check(points)
+
+    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:
+        """Let what acts check."""
+        self.inner.check_matrices(shapes)
+
+    def settle(self, live: Live) -> None:
+        """Let what acts decide."""
+        self.inner.settle(live)
+
+    def finish(self, logits: Tensor, live: Live) -> Tensor:
+        """Change the logits at the positions."""
+        after = self.inner.finish(logits, live)
+        if after is logits:
+            return logits
+        where = self.where(live, logits, None)[:, -logits.shape[1] :]  # the model may have kept the last ones only
+        return torch.where(where[..., None], after, logits)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Placed(Intervention):
+class Placed(Limited):
     """An intervention that acts at some positions of a text only; made by `Intervention.placed`.
 
     Args:
@@ -401,8 +475,6 @@ class Placed(Intervention):
     inner: Intervention
     place: Place
 
-    looks_at_rows = True
-
     def __post_init__(self) -> None:
         """Refuse what judges whole prompts."""
         if self.inner.abstains:
@@ -411,34 +483,9 @@ class Placed(Intervention):
                 "add the abstention to it"
             )
 
-    def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
-        """Return the hooks, each limited to the place."""
-
-        def limited(site: Site, function: HookFunction) -> HookFunction:
-            def act(x: Any, live: Live) -> Any:
-                return self._limit(live, site.layer, x, function(x, live))
-
-            return takes_routed(act) if getattr(function, "takes_routed", False) else act
-
-        return [(site, limited(site, function)) for site, function in self.inner.hooks()]
-
-    def matrices(self) -> Sequence[tuple[Matrix, MatrixFunction]]:
-        """Return the changes, each limited to the place."""
-
-        def limited(matrix: Matrix, function: MatrixFunction) -> MatrixFunction:
-            return lambda x, y, live: self._limit(live, matrix.layer, y, function(x, y, live))
-
-        return [(matrix, limited(matrix, function)) for matrix, function in self.inner.matrices()]
-
-    def _limit(self, live: Live, layer: int | None, before: Any, after: Any) -> Any:
-        if after is before:
-            return before
-        where = self.place.within(live, before, layer)
-        if isinstance(after, Routed):
-            return after.limited(where, before)
-        if before.shape[:2] != where.shape:  # OPT runs its MLP on tokens without a batch dimension
-            where = where.reshape(-1)
-        return torch.where(where.reshape(*where.shape, *[1] * (before.ndim - where.ndim)), after, before)
+    def where(self, live: Live, x: Tensor, layer: int | None) -> Bool[Tensor, "batch pos"]:
+        """Return the positions of the place."""
+        return self.place.within(live, x, layer)
 
     @property
     def norm_layers(self) -> frozenset[int]:
@@ -447,28 +494,6 @@ class Placed(Intervention):
             return self.inner.norm_layers
         layers = {where.layer for where, _ in (*self.inner.hooks(), *self.inner.matrices())}
         return self.inner.norm_layers | layers
-
-    def check(self, points: Mapping[Site, Point]) -> None:
-        """Let what acts check."""
-        self.inner.check(points)
-
-    def check_matrices(self, shapes: Mapping[Matrix, tuple[int, int]]) -> None:
-        """Let what acts check."""
-        self.inner.check_matrices(shapes)
-
-    def settle(self, live: Live) -> None:
-        """Let what acts decide."""
-        self.inner.settle(live)
-
-    def finish(self, logits: Tensor, live: Live) -> Tensor:
-        """Change the logits at the place."""
-        after = self.inner.finish(logits, live)
-        if after is logits:
-            return logits
-        where = self.place.within(live, logits, None)[
-            :, -logits.shape[1] :
-        ]  # the model may have kept the last ones only
-        return torch.where(where[..., None], after, logits)
 
     def describe(self) -> dict[str, str]:
         """Return what is done where."""

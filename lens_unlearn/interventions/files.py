@@ -19,12 +19,13 @@ from lens_unlearn.interventions.base import Chain, Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.patch import Patch
 from lens_unlearn.interventions.reroute import Reroute
+from lens_unlearn.interventions.when import When
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import require_model_of
 
 __all__ = ["CLASSES", "load_intervention"]
 
-CLASSES = (Ablate, Adjust, Abstain, Delta, Patch, Reroute, Chain, Placed)
+CLASSES = (Ablate, Adjust, Abstain, Delta, Patch, Reroute, Chain, Placed, When)
 """Every intervention that can be read from a file: a new one is a file of this room and a name here."""
 _BY_KIND: dict[str, Any] = {cls.kind: cls for cls in CLASSES}
 
@@ -64,4 +65,4 @@ def _from_parts(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Int
     if header["kind"] not in _BY_KIND:
         raise ArtefactError(f"{header['kind']!r} is not a kind of intervention this version knows: upgrade to read it")
     cls = _BY_KIND[header["kind"]]
-    return cls.from_parts(header, tensors, *([_from_parts] if cls in (Chain, Placed) else []))
+    return cls.from_parts(header, tensors, *([_from_parts] if cls in (Chain, Placed, When) else []))

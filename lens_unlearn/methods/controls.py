@@ -25,6 +25,7 @@ from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
+from lens_unlearn.interventions.when import When
 from lens_unlearn.methods.ov_basis import rotate
 from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model, require_model
@@ -297,6 +298,9 @@ def controls_for(
     if isinstance(intervention, Placed):
         inner = controls_for(model, intervention.inner, seeds, forget, retain)
         return [Placed(control, intervention.place) for control in inner]
+    if isinstance(intervention, When):
+        inner = controls_for(model, intervention.inner, seeds, forget, retain)
+        return [When(intervention.detector, control) for control in inner]
     draw = AT_RANDOM.get(type(intervention))
     if draw is None:
         return []

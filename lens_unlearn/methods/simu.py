@@ -231,7 +231,6 @@ def simu(
     training = Training(
         model,
         forget,
-        refusals(forget, model, refusal) if "refusals" in OBJECTIVES[loss].reads else None,
         trained_on,
         {"forget": forget} | ({} if held_out is None else {"retain": held_out}),
         Delta(updates),
@@ -240,6 +239,7 @@ def simu(
         default_floor if floor is None else floor,
         unseen_accuracy,
         vars(attribution) | vars(masking) | {"strength": strength},
+        refusals(forget, model, refusal) if "refusals" in OBJECTIVES[loss].reads else None,
     )
     training.go(checkpoint, progress)
     counts = {} if critical is None else {str(site): int(selected.sum()) for site, selected in critical.items()}

@@ -107,8 +107,6 @@ class Training:
     model: Model
     forget: Corpus
     """The answers to forget."""
-    refusals: Corpus | None
-    """The same prompts with refusals, if the objective reads them."""
     retain: Corpus | None
     measured: dict[str, Corpus]
     """What accuracy is measured on: "forget", and "retain" if some documents were held out of the loss."""
@@ -121,6 +119,8 @@ class Training:
     """The model's accuracy on what it never saw, as a share of answer tokens."""
     other_settings: Mapping[str, Any] = field(default_factory=dict)
     """How the trained tensors were selected: recorded, and compared with a checkpoint's."""
+    refusals: Corpus | None = None
+    """The prompts to forget with refusals, if the objective reads them."""
     step: int = 0
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)

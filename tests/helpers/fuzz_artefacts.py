@@ -47,6 +47,7 @@ from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.interventions.patch import Patch
 from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.interventions.update import Update
+from lens_unlearn.interventions.when import When
 from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid
 from lens_unlearn.methods.training import Training
 from lens_unlearn.model.matrices import Matrix
@@ -104,6 +105,7 @@ def interventions() -> dict[str, Intervention]:
         "delta": Delta(updates, -0.5, record),
         "patch": Patch({POST: ramp(2, 4, 3), HEADS: ramp(2, 4, 2, 2)}, "last", site=("mlp.post", "attn.z")),
         "reroute": Reroute({0: [2, 0], 3: [17]}),
+        "when": When(Abstain(regions, 2, "every_token", "No.", rates), Chain((Reroute({6: [1]}),))),
         "placed": means.placed("generated", skip_special=True, sink_ratio=7.5),
     }
     return {**made, "chain": Chain((number, Chain(()), Chain((made["adjust"], Ablate(Z)))))}

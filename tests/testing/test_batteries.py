@@ -72,6 +72,12 @@ def patch(model: Any, site: Any, **options: Any) -> Patch:
     return Patch(run, site=site, **options)
 
 
+def behind(model: Any) -> Ablate:
+    """Ablate in the last layer alone, behind a detector."""
+    chosen = selection_of(model)
+    return Ablate(NeuronMap({site: chosen[site] for site in chosen if site.layer == 1}))
+
+
 SHIPPED: dict[str, Callable[[Any], Intervention]] = {
     "Ablate zero": lambda m: Ablate(selection_of(m, ["mlp.post", "attn.z"])),
     "Ablate mean": lambda m: Ablate(selection_of(m), selection_of(m).map(lambda x: torch.linspace(-1, 1, x.numel()))),
@@ -86,6 +92,7 @@ SHIPPED: dict[str, Callable[[Any], Intervention]] = {
     "Placed prompt": lambda m: Ablate(selection_of(m, ["mlp.post", "attn.z"])).placed("prompt", skip_special=True),
     "Placed generated": lambda m: Ablate(selection_of(m)).placed("generated", skip_special=True),
     "Placed last": lambda m: (adjust(m, "random") + delta(m, "rows")).placed("last"),
+    "When": lambda m: lu.When(about(m, TOKENS[0].tolist(), site=Site(0, "mlp.post")), behind(m)),
     "Chain": lambda m: (
         Ablate(selection_of(m, "attn.z")) + adjust(m, "random") + about(m, TOKENS[0].tolist()) + delta(m, "rows")
     ),
