@@ -92,24 +92,9 @@ def run_arguments(model_dir: Path, tmp_path: Path, out: Path) -> list[object]:
     return ["run", "--model", model_dir, *sources, *methods, *options, "--out", out]
 
 
-def test_run_on_two_processes_writes_once_what_one_would(model_dir: Path, tmp_path: Path) -> None:
-    assert call(*run_arguments(model_dir, tmp_path, tmp_path / "1")) == 0
-    done = launch(2, ["-m", "lens_unlearn", *run_arguments(model_dir, tmp_path, tmp_path / "2")])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("report:") == 1
-    assert not (tmp_path / "2.partial").exists()
-    alone, together = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("1", "2"))
-    assert alone[["condition", "corpus", "metric"]].equals(together[["condition", "corpus", "metric"]])
-    for column in ("value", "low", "high"):
-        np.testing.assert_allclose(together[column], alone[column], rtol=1e-12, atol=1e-13)
-    one, other = (load_file(tmp_path / name / "selective-pruning.safetensors") for name in ("1", "2"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert json.loads((tmp_path / "2" / "run.json").read_text())["plan"]["tokens"] == 400
-
-
-def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(model_dir: Path, tmp_path: Path) -> None:
-    """It kills itself at the third gathering: when some of the work is done and stored."""
-    out = tmp_path / "out"
+def test_two_processes_write_once_what_one_would_also_after_one_of_them_died(model_dir: Path, tmp_path: Path) -> None:
+    """One kills itself at the third gathering: when some of the work is done and stored; then both go on."""
+    out = tmp_path / "2"
     arguments = run_arguments(model_dir, tmp_path, out)
     program = tmp_path / "program.py"
     program.write_text(
@@ -130,8 +115,17 @@ def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(model_dir: Path,
     assert not out.exists()
     done = launch(2, ["-m", "lens_unlearn", *arguments, "--resume"])
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("report:") == 1
     assert (out / "report.html").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "2.partial").exists()
+    assert call(*run_arguments(model_dir, tmp_path, tmp_path / "1")) == 0
+    alone, together = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("1", "2"))
+    assert alone[["condition", "corpus", "metric"]].equals(together[["condition", "corpus", "metric"]])
+    for column in ("value", "low", "high"):
+        np.testing.assert_allclose(together[column], alone[column], rtol=1e-12, atol=1e-13)
+    one, other = (load_file(tmp_path / name / "selective-pruning.safetensors") for name in ("1", "2"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert json.loads((tmp_path / "2" / "run.json").read_text())["plan"]["tokens"] == 400
 
 
 def test_an_error_says_which_process_it_is_of(
