@@ -16,6 +16,7 @@ from interventions_helpers import (
     FORMS,
     POST,
     Z,
+    box_around_half,
     one,
     random_selection,
     selection_of,
@@ -38,6 +39,7 @@ from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.interventions.patch import Patch
 from lens_unlearn.interventions.reroute import Reroute
 from lens_unlearn.interventions.update import Update
+from lens_unlearn.interventions.when import When
 from lens_unlearn.keyspace.regions import Box
 from lens_unlearn.methods.ov_basis import ov_basis, value_offset
 from lens_unlearn.model.hooks import attach
@@ -714,7 +716,8 @@ def test_describe_says_what_is_done_at_each_place() -> None:
 def test_every_kind_in_the_table_of_files_is_written_and_read_by_its_own_class(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     written = {}
-    others = (Patch({POST[1]: torch.ones(1, 2, 64)}, site="mlp.post"), Reroute({1: [0]}))
+    patch, reroute = Patch({POST[1]: torch.ones(1, 2, 64)}, site="mlp.post"), Reroute({1: [0]})
+    others = (patch, reroute, When.region({POST[0]: box_around_half(model, POST[0])}, reroute))
     for intervention in (*zoo(model).values(), Chain(tuple(zoo(model).values())), *others):
         header, _ = intervention.parts()
         assert header["kind"] == type(intervention).kind
