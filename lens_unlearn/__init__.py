@@ -103,6 +103,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "key_space_detection",
         "query_keys",
     ),
+    "methods.lape": ("lape",),
     "methods.neuron_adjust": ("neuron_adjust",),
     "methods.ov_basis": ("ov_basis",),
     "methods.selective_pruning": ("selective_pruning",),
@@ -188,6 +189,7 @@ if TYPE_CHECKING:
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region
     from lens_unlearn.methods.controls import random_delta, random_pruning
     from lens_unlearn.methods.key_space_detection import key_space_detection
+    from lens_unlearn.methods.lape import lape
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.ov_basis import ov_basis
     from lens_unlearn.methods.selective_pruning import selective_pruning

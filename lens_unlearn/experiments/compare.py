@@ -163,8 +163,8 @@ class SkillRun(Experiment):
 
 
 def compared() -> tuple[str, ...]:
-    """Return the methods that are compared unless others are named: those that train nothing."""
-    return tuple(method.name for method in methods.METHODS if not method.trains)
+    """Return the methods that are compared unless others are named: those that train nothing, without the baselines."""
+    return tuple(method.name for method in methods.METHODS if method.by_default)
 
 
 class _SkillFolder(RunFolder):

@@ -73,7 +73,7 @@ def _written(folder: Path, *, tokens: int, seed: int, progress: bool) -> Report:
             test_retain=tuple(f"demo:{skill}:test" for skill in others),
             also={skill: f"demo:{skill}:test" for skill in others},
             methods=tuple(
-                method.name for method in methods.METHODS if not method.trains
+                method.name for method in methods.METHODS if method.by_default
             ),  # of those that do, see below
             tokens=tokens,
             retain_drop=BUDGET,

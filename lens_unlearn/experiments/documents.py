@@ -41,6 +41,8 @@ class Documents:
     """Prompts to fit on, for methods that judge prompts: from the same documents as `fit`."""
     retain_queries: list[Corpus]
     """Those of `queries` to retain, by source."""
+    retain_fit: list[Corpus] = field(default_factory=list)
+    """Those of `fit` to retain, by source."""
     retained: tuple[str, ...] = ()
     """Of `test`: the sources of which "retain" is made, each by itself, since the budget has to hold on each; none if it is one."""
     removed: dict[str, int] = field(default_factory=dict)
@@ -134,6 +136,7 @@ class Reader:
         known = [*also.values(), *tests["forget"], *tests["retain"]]
         fit, tuning, test, tested, queries, removed = {}, {}, {}, {}, {}, {}
         asked: list[Corpus] = []
+        parted: list[Corpus] = []
         if plan.facts:
             known.append(forget)
             tests["retain"] = [source.without(forget)[0] for source in tests["retain"]]
@@ -150,7 +153,8 @@ class Reader:
             removed[name] = sum(count for _, count in cleaned)
             split = zip(*(source.split(*shares.values(), seed=plan.seed) for source, _ in cleaned), strict=True)
             parts = dict(zip(shares, split, strict=True))
-            fit[name] = self._pool(name, parts["fit"], plan.tokens)
+            parted = self._shared(parts["fit"], plan.tokens)  # in the end those to retain
+            fit[name] = self._pool(name, parted)
             if "tune" in parts:
                 tuning |= self._tuning(name, self._prompted(parts["tune"]))
             tested[name] = self._prompted(tests[name] or parts["test"])
@@ -163,7 +167,7 @@ class Reader:
         test |= {name: self._pool(name, self._prompted([corpus]), plan.tokens) for name, corpus in also.items()}
         retained = self._retained(tested["retain"])
         test |= {name: corpus for name, corpus in retained.items() if name not in test}
-        return Documents(fit, tuning, test, queries, asked, tuple(retained), removed)
+        return Documents(fit, tuning, test, queries, asked, parted, tuple(retained), removed)
 
     def _retained(self, tested: Sequence[Corpus]) -> dict[str, Corpus]:
         """Draw what each of several sources to retain is tested on, by the name of a further corpus where it is one as well."""

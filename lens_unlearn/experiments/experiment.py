@@ -253,7 +253,8 @@ class Experiment:
     def _fit_pair(self, record: Method) -> tuple[Corpus, Any]:
         part = self.documents.queries if record.judges_prompts else self.documents.fit
         part = cut_prompts(part, [record], self.plan.seed)
-        asked = self.documents.retain_queries if record.judges_prompts else []
+        of_source = self.documents.retain_fit if record.by_source else []
+        asked = self.documents.retain_queries if record.judges_prompts else of_source
         sources = [cut_prompts({"": source}, [record], self.plan.seed)[""] for source in asked]
         return part["forget"], record.together(sources) if len(sources) > 1 else part["retain"]
 

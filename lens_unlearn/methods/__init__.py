@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.methods import key_space_detection, neuron_adjust, selective_pruning, simu
+from lens_unlearn.methods import key_space_detection, lape, neuron_adjust, selective_pruning, simu
 from lens_unlearn.methods.method import Method
 
 __all__ = ["METHODS", "by_name", "names", "record_of"]
@@ -19,6 +19,7 @@ METHODS: tuple[Method, ...] = (
     neuron_adjust.METHOD,
     key_space_detection.METHOD,
     simu.METHOD,
+    lape.METHOD,
 )
 """Every method, in the order of help texts and reports. A new one is a file of its own, and a line here."""
 

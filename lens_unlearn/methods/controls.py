@@ -192,7 +192,7 @@ def _moments_of(
     kinds = tuple(dict.fromkeys(site.kind for site in pattern))
     turn = None if basis is None else {site: partial(rotate, basis=basis[site]) for site in basis}
     known = []
-    for part in parts:
+    for part in [one for side in parts for one in (side if isinstance(side, list) else [side])]:  # several to retain
         if isinstance(part, Corpus) or not (
             part is None or hasattr(part, "fresh")
         ):  # no statistic: `collect` refuses it

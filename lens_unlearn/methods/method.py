@@ -84,6 +84,8 @@ class Method:
     """Whether it is fitted to answers, and so texts are cut into prompts and what follows."""
     trains: bool = False
     """Whether it trains: then `compare` takes it only when it is named."""
+    baseline: bool = False
+    """Whether it is here to be compared with: then `compare` takes it only when it is named."""
     summary: str = ""
     """What it does and where it was published, in a sentence or two: for help texts and cards."""
 
@@ -96,6 +98,11 @@ class Method:
     def cuts_prompts(self) -> bool:
         """Whether plain texts are cut into prompts and what follows, so that every condition is measured behind the prompts."""
         return self.judges_prompts or self.unlearns_answers
+
+    @property
+    def by_default(self) -> bool:
+        """Whether `compare` takes it unless others are named."""
+        return not (self.trains or self.baseline)
 
     @property
     def options(self) -> tuple[str, ...]:
