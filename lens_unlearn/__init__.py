@@ -52,6 +52,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "experiments.compare": ("compare",),
     "experiments.hub": ("push_to_hub",),
+    "figures.saving": ("save_figure",),
     "inspection.generations": (
         "Generations",
         "generations",
@@ -172,6 +173,7 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, read_tofu, tofu_utility
     from lens_unlearn.experiments.compare import compare
     from lens_unlearn.experiments.hub import push_to_hub
+    from lens_unlearn.figures.saving import save_figure
     from lens_unlearn.inspection.generations import Generations, generations
     from lens_unlearn.inspection.token_values import TokenValues, token_activations, token_firing, token_losses
     from lens_unlearn.inspection.top_examples import TopExamples, top_examples

@@ -9,10 +9,10 @@ import sys
 
 import typer
 
-from lens_unlearn.cli import experiments, measures, tools
+from lens_unlearn.cli import experiments, figure, measures, tools
 from lens_unlearn.cli.application import app
 
-__all__ = ["app", "experiments", "main", "measures", "tools"]
+__all__ = ["app", "experiments", "figure", "main", "measures", "tools"]
 
 
 def _process() -> str:

@@ -282,7 +282,18 @@ def source(provenance: dict[str, Any], name: str = "") -> str:
 
 def origin(report: Report) -> dict[str, Any]:
     """Return what a figure keeps of a report's provenance."""
-    return {key: report.provenance[key] for key in ("model", "corpora") if key in report.provenance}
+    kept = {key: report.provenance[key] for key in ("model", "corpora") if key in report.provenance}
+    plan, bootstrap = (report.provenance.get(key) for key in ("plan", "bootstrap"))
+    seeds = {key: plan[key] for key in ("seed", "controls") if key in plan} if isinstance(plan, Mapping) else {}
+    if not seeds and isinstance(bootstrap, Mapping) and "seed" in bootstrap:
+        seeds = {"seed": bootstrap["seed"]}
+    return kept | seeds
+
+
+def meta_of(fig: go.Figure) -> dict[str, Any]:
+    """Return what `finish` noted in a figure; nothing in figures from elsewhere."""
+    meta: Any = fig.to_plotly_json().get("layout", {}).get("meta")
+    return meta.get("lens_unlearn", {}) if isinstance(meta, dict) else {}
 
 
 def subtitle_of(report: Report, corpora: tuple[str, ...]) -> str:

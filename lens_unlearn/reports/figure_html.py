@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from lens_unlearn.figures.theme import LONGEST, meta_of, plain
 from lens_unlearn.inspection.html import Html
 
 __all__ = ["Drawing", "drawing", "origin"]
@@ -42,8 +43,11 @@ def drawing(number: int, title: str, figure: Any) -> Drawing:
     """Prepare a figure for the page, under a title, or under its own."""
     content = json.loads(figure.to_json())
     layout = content.setdefault("layout", {})
-    layout.pop("meta", None)  # of the figure's origin, of which the page has said its own
     own = origin(figure)
+    layout.pop("meta", None)
+    if own:  # of the figure's origin what the page says as well, escaped as all its texts are; `figures_of` reads it
+        kept = {key: plain(value, LONGEST) if isinstance(value, str) else value for key, value in own.items()}
+        layout["meta"] = {"lens_unlearn": {**kept, "provenance": {}}}
     heading = title or own.get("title", "")
     about = "" if own.get("name") in ABOUT_THE_PAGE else own.get("about", "")
     parts = [own.get("title", "") if heading != own.get("title") else "", about, own.get("subtitle", "")]
@@ -66,5 +70,4 @@ def origin(figure: Any) -> dict[str, Any]:
     """Return what `theme.finish` noted in a figure; nothing in figures from elsewhere, and in coloured texts."""
     if isinstance(figure, Html):
         return {}
-    meta = figure.to_plotly_json().get("layout", {}).get("meta")
-    return meta.get("lens_unlearn", {}) if isinstance(meta, dict) else {}
+    return meta_of(figure) if hasattr(figure, "to_plotly_json") else {}

@@ -91,7 +91,14 @@ def test_every_figure_is_defined_in_the_file_of_its_name():
         assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], name
         assert getattr(figures, name).__module__ == f"lens_unlearn.figures.{name}"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert files - set(figures.__all__) == {"theme", "key_space_parts", "key_space_layers", "rank_axis", "expert_grid"}
+    assert files - set(figures.__all__) == {
+        "theme",
+        "saving",
+        "key_space_parts",
+        "key_space_layers",
+        "rank_axis",
+        "expert_grid",
+    }
 
 
 def test_layer_zero_is_at_the_bottom(figures):

@@ -313,8 +313,10 @@ def test_the_command_in_a_report_repeats_the_run(monkeypatch, capsys, more):
     assert "again" in capsys.readouterr().out
 
 
-def test_no_command_is_given_that_would_do_something_else():
-    assert command_of(Plan("demo", "a.txt", ("b.txt",), controls=2)) == ""
+def test_what_only_python_could_set_once_is_in_the_command_too():
+    command = command_of(Plan("demo", "a.txt", ("b.txt",), controls=2, fractions=(0.1,)))
+    assert "--control-seeds 2" in command
+    assert "--fractions 0.1" in command
 
 
 def test_without_intervals_nothing_is_claimed():
