@@ -10,20 +10,18 @@ condition ablates as many random neurons in each layer, once for each seed; that
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from record import begin, percent
-from skills import Edits, Skills
+from skills import Skills
 
 import lens_unlearn as lu
-from lens_unlearn.evaluation.report import Report
 
 FILES = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma3": "gemma-3-270m-Q4_K_M.gguf"}
 MODELS = Path(".models")
 IMPORTANCES = ("abs", "freq", "rms", "std", "sqrt")
-Fit = Callable[[str, int], tuple[lu.Corpus, lu.Corpus, lu.Moments, lu.Moments]]
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -59,65 +57,49 @@ def main(given: Sequence[str] | None = None) -> None:
         table.row([skill, corpus.n_documents, corpus.n_tokens, top1, loss])
     parts = {"fractions": fractions, "choices": choices, "adjust": adjust}
     for part in args.parts:
-        parts[part](model, args, record, skills.fit, skills.evaluate)
+        parts[part](args, record, skills)
     record.end()
 
 
-def lost(report: Report, condition: str, skills: Sequence[str]) -> list[str]:
-    """Return the share of the accuracy that is lost on each skill."""
-    return [percent(report.drop(condition, skill)) for skill in skills]
-
-
-def fractions(model: Any, args: argparse.Namespace, record: Any, fit: Fit, evaluate: Callable[[Edits], Report]) -> None:
+def fractions(args: argparse.Namespace, record: Any, found: Skills) -> None:
     """Selective Pruning over fractions, one shot, importance "abs", zero ablation at `mlp.post`."""
     table = record.table("fractions", ["forgotten", "fraction", "of", *(f"{skill} lost" for skill in args.skills)])
     for skill in args.skills:
         for fraction in args.fractions:
-            edits = [
-                lu.selective_pruning(model, *fit(skill, seed)[2:], fraction=fraction, progress=False)
-                for seed in args.seeds
-            ]
-            random = [
-                lu.random_pruning(model, like=edit, seed=seed) for edit, seed in zip(edits, args.seeds, strict=True)
-            ]
-            report = evaluate({"pruned": edits, "control": random})
+            report = found.pruned(skill, args.seeds, fraction=fraction)
             for condition in ("pruned", "control"):
-                table.row([skill, f"{fraction:.2%}", condition, *lost(report, condition, args.skills)])
+                table.row([skill, f"{fraction:.2%}", condition, *found.lost(report, condition)])
 
 
-def choices(model: Any, args: argparse.Namespace, record: Any, fit: Fit, evaluate: Callable[[Edits], Report]) -> None:
+def choices(args: argparse.Namespace, record: Any, found: Skills) -> None:
     """What else Selective Pruning may be told, each at 2 % of what it ablates, code forgotten."""
-    skill, shared = args.skills[0], {"fraction": 0.02, "progress": False}
+    skill = args.skills[0]
     ways: dict[str, dict[str, Any]] = {f"importance {name}": {"importance": name} for name in IMPORTANCES}
     ways |= {"5 steps": {"steps": 5}, "attention": {"site": "attn.z"}}
     table = record.table("choices", ["forgotten", "way", "of", *(f"{skill} lost" for skill in args.skills)])
     for name, way in ways.items():
-        edits = []
-        for seed in args.seeds:
-            forget, retain, of_forget, of_retain = fit(skill, seed)
-            data = (forget, retain) if "steps" in way else (of_forget, of_retain)
-            edits.append(lu.selective_pruning(model, *data, **shared, **way))
-        random = [lu.random_pruning(model, like=edit, seed=seed) for edit, seed in zip(edits, args.seeds, strict=True)]
-        report = evaluate({"pruned": edits, "control": random})
+        report = found.pruned(skill, args.seeds, fraction=0.02, **way)
         for condition in ("pruned", "control"):
-            table.row([skill, name, condition, *lost(report, condition, args.skills)])
+            table.row([skill, name, condition, *found.lost(report, condition)])
 
 
-def adjust(model: Any, args: argparse.Namespace, record: Any, fit: Fit, evaluate: Callable[[Edits], Report]) -> None:
+def adjust(args: argparse.Namespace, record: Any, found: Skills) -> None:
     """Neuron Adjust at `mlp.pre` over fractions, both rules."""
     table = record.table("adjust", ["forgotten", "fraction", "of", *(f"{skill} lost" for skill in args.skills)])
     for skill in args.skills[:2]:
         for fraction in args.adjusted:
             edits: dict[str, list[lu.Intervention]] = {"random": [], "deterministic": [], "control": []}
             for seed in args.seeds:
-                statistics = fit(skill, seed)[2:]
+                statistics = found.fit(skill, seed)[2:]
                 for rule in ("random", "deterministic"):
-                    edit = lu.neuron_adjust(model, *statistics, fraction=fraction, rule=rule, seed=seed, progress=False)
+                    edit = lu.neuron_adjust(
+                        found.model, *statistics, fraction=fraction, rule=rule, seed=seed, progress=False
+                    )
                     edits[rule].append(edit)
-                edits["control"].append(lu.random_pruning(model, fraction=fraction, site="mlp.pre", seed=seed))
-            report = evaluate(edits)
+                edits["control"].append(lu.random_pruning(found.model, fraction=fraction, site="mlp.pre", seed=seed))
+            report = found.evaluate(edits)
             for condition in edits:
-                table.row([skill, f"{fraction:.2%}", condition, *lost(report, condition, args.skills)])
+                table.row([skill, f"{fraction:.2%}", condition, *found.lost(report, condition)])
 
 
 if __name__ == "__main__":

@@ -69,6 +69,16 @@ class Skills:
         """Measure interventions on the test documents; those of all seeds are one condition."""
         return lu.evaluate(self.model, self.test, edits, progress=False, base=self.base)
 
+    def pruned(self, skill: str, seeds: Sequence[int], **options: Any) -> Report:
+        """Measure Selective Pruning of a skill, a selection a seed: "pruned", and as many random units per layer: "control"."""
+        edits = []
+        for seed in seeds:
+            texts, moments = self.fit(skill, seed)[:2], self.fit(skill, seed)[2:]
+            collects = options.get("steps", 1) > 1 or options.get("unit") == "direction"
+            edits.append(lu.selective_pruning(self.model, *(texts if collects else moments), progress=False, **options))
+        random = [lu.random_pruning(self.model, like=edit, seed=seed) for edit, seed in zip(edits, seeds, strict=True)]
+        return self.evaluate({"pruned": edits, "control": random})
+
     def lost(self, report: Report, condition: str, metric: str = "top1") -> list[str]:
         """Return the share of the accuracy that is lost on each skill."""
         return [percent(report.drop(condition, skill, metric)) for skill in self.names]

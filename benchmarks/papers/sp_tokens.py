@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import lens_unlearn as lu
 from benchmarks.papers.models import SMOLLM2, skills
 from benchmarks.papers.plan import Cell, Plan
 
@@ -15,18 +14,10 @@ def cells() -> Iterator[Cell]:
     for skill in ("code", "math", "prose"):
 
         def rows(skill: str = skill) -> Iterator[list[str]]:
-            found = skills()
-            edits = [
-                lu.selective_pruning(found.model, *found.fit(skill, seed)[2:], fraction=0.02, progress=False)
-                for seed in SEEDS
-            ]
-            random = [
-                lu.random_pruning(found.model, like=edit, seed=seed) for edit, seed in zip(edits, SEEDS, strict=True)
-            ]
-            report = found.evaluate({"pruned": edits, "control": random})
+            report = skills().pruned(skill, SEEDS, fraction=0.02)
             for metric, name in METRICS.items():
                 for condition in ("pruned", "control"):
-                    yield [name, condition, *found.lost(report, condition, metric)]
+                    yield [name, condition, *skills().lost(report, condition, metric)]
 
         yield Cell((skill,), rows)
 

@@ -8,7 +8,6 @@ are two, fixed beforehand.
 from collections.abc import Iterator
 from typing import Any
 
-import lens_unlearn as lu
 from benchmarks.papers.models import SMOLLM2, skills
 from benchmarks.papers.plan import Cell, Plan
 
@@ -28,16 +27,9 @@ def cells() -> Iterator[Cell]:
         for fraction in (0.02, 0.05):
 
             def rows(options: dict[str, Any] = options, fraction: float = fraction) -> Iterator[list[str]]:
-                found = skills()
-                edits, random = [], []
-                for seed in SEEDS:
-                    forget, retain, of_forget, of_retain = found.fit("code", seed)
-                    data = (forget, retain) if options.get("unit") == "direction" else (of_forget, of_retain)
-                    edits.append(lu.selective_pruning(found.model, *data, fraction=fraction, progress=False, **options))
-                    random.append(lu.random_pruning(found.model, like=edits[-1], seed=seed))
-                report = found.evaluate({"pruned": edits, "control": random})
+                report = skills().pruned("code", SEEDS, fraction=fraction, **options)
                 for condition in ("pruned", "control"):
-                    yield [condition, *found.lost(report, condition)]
+                    yield [condition, *skills().lost(report, condition)]
 
             yield Cell((way, f"{fraction:.0%}"), rows)
 
