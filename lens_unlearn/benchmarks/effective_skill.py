@@ -46,7 +46,7 @@ from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.choices import multiple_choice, read_choices
 from lens_unlearn.benchmarks.files import Files
 from lens_unlearn.benchmarks.running import function_of
-from lens_unlearn.benchmarks.scoring import Column, combined, means
+from lens_unlearn.benchmarks.scoring import Column, combined, left_out, means
 from lens_unlearn.benchmarks.worked_examples import WORKED_EXAMPLES
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.numbers import COUNT
@@ -347,11 +347,11 @@ def _right(task: str, text: str | None, reference: str) -> dict[str, float]:
 
 
 def _score(data: Data, raw: Mapping[str, Sequence[Raw]], resamples: int, seed: int) -> Score:
-    left_out = {number for several in raw.values() for one in several for number in one.left_out}
+    missing = left_out(raw)
     columns, skills, notes = [], [], []
     for skill in data.more["skills"]:
         mine = [number for number, item in enumerate(data.items) if item.task == skill]
-        if left_out.issuperset(mine) and skill != data.more["forget"]:
+        if missing.issuperset(mine) and skill != data.more["forget"]:
             notes.append(f"{skill} is left out: none of its prompts fits the model's context")
             continue
         skills.append(skill)
@@ -364,7 +364,7 @@ def _score(data: Data, raw: Mapping[str, Sequence[Raw]], resamples: int, seed: i
                     table = [_right(skill, one.texts[n], data.items[n].reference) for n in mine]
                 for metric in table[0]:
                     scored.setdefault(metric, {}).setdefault(name, []).append([row[metric] for row in table])
-        known, units = [n not in left_out for n in mine], [data.items[n].unit for n in mine]
+        known, units = [n not in missing for n in mine], [data.items[n].unit for n in mine]
         columns += [Column(metric, metric.replace("_", " "), units, own, known) for metric, own in scored.items()]
     if "mmlu" in raw["base"][0].numbers:
         skills.append("mmlu")

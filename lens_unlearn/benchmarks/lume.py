@@ -33,7 +33,7 @@ from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.choices import multiple_choice, read_choices
 from lens_unlearn.benchmarks.files import Files, first_of_each
 from lens_unlearn.benchmarks.running import function_of
-from lens_unlearn.benchmarks.scoring import Column, areas, combined, harmonic, means, plain
+from lens_unlearn.benchmarks.scoring import Column, areas, combined, harmonic, left_out, means, of_texts, plain
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
@@ -129,26 +129,21 @@ def _ask(data: Data, asker: Asker) -> Raw:
     return Raw(written.texts, written.left_out, numbers)
 
 
-def score_of(item: Item, text: str | None) -> float:
+def score_of(item: Item, text: str) -> float:
     """Return what one continuation scores: ROUGE-L recall of a sentence completion, exact match of an answer."""
-    if text is None:
-        return float("nan")
     if _KIND.search(item.id)[1] == "sc":  # type: ignore[index]
         return rouge_l(text, item.reference)[0]
     return float(text.strip().lower() == item.reference.strip().lower())
 
 
 def _score(data: Data, raw: Mapping[str, Sequence[Raw]], resamples: int, seed: int) -> Score:
-    left_out = {number for several in raw.values() for one in several for number in one.left_out}
-    values = {
-        name: [[score_of(item, text) for item, text in zip(data.items, one.texts, strict=True)] for one in several]
-        for name, several in raw.items()
-    }
+    missing = left_out(raw)
+    values = of_texts(data, raw, score_of)
     units = [item.unit for item in data.items]
     part = [f"{item.task}_{item.split}_{_KINDS[_KIND.search(item.id)[1]]}" for item in data.items]  # type: ignore[index]
     columns = [
         Column(
-            name, name.replace("_", " "), units, values, [p == name and i not in left_out for i, p in enumerate(part)]
+            name, name.replace("_", " "), units, values, [p == name and i not in missing for i, p in enumerate(part)]
         )
         for name in PARTS
     ]

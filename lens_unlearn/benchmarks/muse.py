@@ -28,7 +28,7 @@ from lens_unlearn.benchmarks.asking import Asker
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.files import Files
 from lens_unlearn.benchmarks.running import function_of
-from lens_unlearn.benchmarks.scoring import Column, areas, combined, means
+from lens_unlearn.benchmarks.scoring import Column, areas, combined, left_out, means, of_texts
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
@@ -121,24 +121,13 @@ def _cut(text: str) -> str:
 
 
 def _score(data: Data, raw: Mapping[str, Sequence[Raw]], resamples: int, seed: int) -> Score:
-    left_out = {number for several in raw.values() for one in several for number in one.left_out}
+    missing = left_out(raw)
     columns = []
     for task in ("verbmem_f", "knowmem_f", "knowmem_r"):
         mine = [number for number, item in enumerate(data.items) if item.task == task]
-        values = {
-            name: [
-                [
-                    float("nan")
-                    if (text := one.texts[n]) is None
-                    else 100 * rouge_l(text, data.items[n].reference, stem=False)[1]
-                    for n in mine
-                ]
-                for one in several
-            ]
-            for name, several in raw.items()
-        }
+        values = of_texts(data, raw, lambda item, text: 100 * rouge_l(text, item.reference, stem=False)[1], mine)
         units = [data.items[n].unit for n in mine]
-        known = [n not in left_out for n in mine]
+        known = [n not in missing for n in mine]
         columns.append(Column(task, task, units, values, known, (0.0, 100.0)))
     found = means(columns, resamples, seed)
     area = _areas(raw, resamples, seed)

@@ -23,7 +23,7 @@ from lens_unlearn.benchmarks.asking import Asker, mean_loss
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.files import Files
 from lens_unlearn.benchmarks.running import function_of
-from lens_unlearn.benchmarks.scoring import Column, means
+from lens_unlearn.benchmarks.scoring import Column, left_out, means, of_texts
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
 
@@ -80,22 +80,13 @@ def _ask(data: Data, asker: Asker) -> Raw:
 
 
 def _score(data: Data, raw: Mapping[str, Sequence[Raw]], resamples: int, seed: int) -> Score:
-    left_out = {number for several in raw.values() for one in several for number in one.left_out}
-    values = {
-        name: [
-            [
-                float("nan") if text is None else rouge_l(text, item.reference, stem=False)[0]
-                for item, text in zip(data.items, one.texts, strict=True)
-            ]
-            for one in several
-        ]
-        for name, several in raw.items()
-    }
+    missing = left_out(raw)
+    values = of_texts(data, raw, lambda item, text: rouge_l(text, item.reference, stem=False)[0])
     units = [item.unit for item in data.items]
     columns = []
     for name in BENCHMARK.official:
         level = name if name in LEVELS else name.replace("all", "level")
-        known = [item.task.startswith(level) and i not in left_out for i, item in enumerate(data.items)]
+        known = [item.task.startswith(level) and i not in missing for i, item in enumerate(data.items)]
         columns.append(Column(name, name.replace("_", " "), units, values, known))
     for side, given in data.more["attack"].items():
         own = {name: [one.numbers[f"mia_{side}_loss"] for one in several] for name, several in raw.items()}

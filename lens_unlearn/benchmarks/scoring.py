@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from lens_unlearn.benchmarks.benchmark import Data, Item, Raw
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.core.intervals import auc, weights_of, widening
 from lens_unlearn.evaluation.bootstrap import Scores, estimates, over_replicates
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.report import Measure
 
-__all__ = ["Column", "areas", "combined", "harmonic", "means", "plain"]
+__all__ = ["Column", "areas", "combined", "harmonic", "left_out", "means", "of_texts", "plain"]
 
 Values = Sequence[float] | np.ndarray
 
@@ -45,6 +46,35 @@ class Column:
         self.metric = Metric(name, words, range=range, unit="fraction" if range == (0.0, 1.0) else "number")
         self.units, self.values = units, values
         self.counts = np.ones(len(units)) if counts is None else np.array(counts, dtype=np.float64)
+
+
+def left_out(raw: Mapping[str, Sequence[Raw]]) -> set[int]:
+    """Return the items that are longer than anybody's context."""
+    return {number for several in raw.values() for one in several for number in one.left_out}
+
+
+def of_texts(
+    data: Data,
+    raw: Mapping[str, Sequence[Raw]],
+    score: Callable[[Item, str], float],
+    numbers: Sequence[int] | None = None,
+) -> dict[str, list[list[float]]]:
+    """Return by condition, for each of its interventions, what its texts score; NaN where logits were no numbers.
+
+    Args:
+        data: Whose items were asked.
+        raw: What everybody wrote.
+        score: Takes an item and a text.
+        numbers: Of the items that are meant; default all.
+    """
+    mine = range(len(data.items)) if numbers is None else numbers
+    return {
+        name: [
+            [float("nan") if (text := one.texts[n]) is None else score(data.items[n], text) for n in mine]
+            for one in several
+        ]
+        for name, several in raw.items()
+    }
 
 
 def means(columns: Sequence[Column], resamples: int, seed: int) -> dict[tuple[str, str], Measure]:

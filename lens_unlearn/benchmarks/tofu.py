@@ -30,7 +30,7 @@ from lens_unlearn.benchmarks.asking import Asker, mean_loss
 from lens_unlearn.benchmarks.benchmark import Benchmark, Data, Item, Raw, Score
 from lens_unlearn.benchmarks.files import Files
 from lens_unlearn.benchmarks.running import function_of
-from lens_unlearn.benchmarks.scoring import Column, combined, harmonic, means, plain
+from lens_unlearn.benchmarks.scoring import Column, combined, harmonic, left_out, means, of_texts, plain
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.evaluation.answer_matching import rouge_l
@@ -257,23 +257,14 @@ def _known(made: Mapping[str, Mapping[str, list[list[float]]]], count: int) -> l
 
 
 def _written(data: Data, raw: Mapping[str, Sequence[Raw]]) -> list[Column]:
-    left_out = {number for several in raw.values() for one in several for number in one.left_out}
+    missing = left_out(raw)
     columns = []
     for task in dict.fromkeys(item.task for item in data.items):
         mine = [number for number, item in enumerate(data.items) if item.task == task]
-        values = {
-            name: [
-                [
-                    float("nan") if (text := one.texts[n]) is None else rouge_l(text, data.items[n].reference)[0]
-                    for n in mine
-                ]
-                for one in several
-            ]
-            for name, several in raw.items()
-        }
+        values = of_texts(data, raw, lambda item, text: rouge_l(text, item.reference)[0], mine)
         metric = "forget_paraphrased_question_rouge_l" if task == "forget_paraphrased" else f"{task}_rouge_l"
         units = [data.items[n].unit for n in mine]
-        columns.append(Column(metric, metric.replace("_", " "), units, values, [n not in left_out for n in mine]))
+        columns.append(Column(metric, metric.replace("_", " "), units, values, [n not in missing for n in mine]))
     return columns
 
 
