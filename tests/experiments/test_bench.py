@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from benchmark_helpers import lume_scores, write_lines, write_lume, write_tofu
+from benchmark_helpers import lume_scores, write_effective, write_lines, write_lume, write_tofu
 from command_line_helpers import call
 
 import lens_unlearn as lu
@@ -157,3 +157,43 @@ def test_questions_are_asked_as_methods_are_fitted_to_them(
     assert call(*arguments, *both, "--out", tmp_path / "both") == 2
     assert "are the same: give one of them" in capsys.readouterr().err
     assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("name", ["selective-pruning", "effective-skill"])
+def test_benchmarks_of_the_methods_papers_are_fitted_to_what_they_do_not_measure(
+    name: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, int] = {}
+    inner = bench.read_corpus
+    monkeypatch.setattr(
+        bench, "read_corpus", lambda rows, *a, **o: (read.update({o["name"]: len(rows)}), inner(rows, *a, **o))[1]
+    )
+    folder = tmp_path / "data"
+    given = [
+        "bench",
+        name,
+        "--model",
+        model_dir,
+        "--data",
+        folder,
+        "--rows",
+        2,
+        "--quiet",
+        "--method",
+        "selective-pruning",
+    ]
+    given += ["--set", "fraction=0.2", "--out", tmp_path / "out"]
+    if name == "selective-pruning":
+        for side, text in (("forget", "def add(a, b):"), ("retain", "the quick brown fox")):
+            write_lines(folder / f"{side}.jsonl", [{"text": f"{text} {n}"} for n in range(6)])
+        expected, official = {f"{name} forget": 3, f"{name} retain": 3}, "forget_top1"
+    else:
+        write_effective(folder, 4)
+        given += ["--option", "shots=0", "--option", "max_new_tokens=3", "--option", "allow_code_execution=true"]
+        expected, official = {f"{name} forget": 4, f"{name} retain": 4 + 2 + 2}, "forget_left"
+    assert call(*given) == 0
+    assert read == expected
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv")
+    assert list(dict.fromkeys(scores["condition"])) == ["base", "selective-pruning", "selective-pruning:control"]
+    assert scores["metric"].iloc[0] == official
+    assert official in (tmp_path / "out" / "bench.html").read_text()
