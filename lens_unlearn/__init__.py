@@ -57,6 +57,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Generations",
         "generations",
     ),
+    "inspection.neuron_page": (
+        "NeuronPage",
+        "neuron_page",
+    ),
     "inspection.token_values": (
         "TokenValues",
         "token_activations",
@@ -175,6 +179,7 @@ if TYPE_CHECKING:
     from lens_unlearn.experiments.hub import push_to_hub
     from lens_unlearn.figures.saving import save_figure
     from lens_unlearn.inspection.generations import Generations, generations
+    from lens_unlearn.inspection.neuron_page import NeuronPage, neuron_page
     from lens_unlearn.inspection.token_values import TokenValues, token_activations, token_firing, token_losses
     from lens_unlearn.inspection.top_examples import TopExamples, top_examples
     from lens_unlearn.interventions.ablate import Ablate

@@ -111,8 +111,10 @@ PANEL = 520
 def _thinner(trace: Any, factor: float) -> None:
     """Draw marks and lines in the size of the paper."""
     for part, name in (("marker", "size"), ("line", "width")):
-        drawn: Any = getattr(trace, part) if part in trace else {}
-        size = drawn[name] if name in drawn else None
+        if part not in trace or name not in getattr(trace, part):
+            continue
+        drawn: Any = getattr(trace, part)
+        size = drawn[name]
         if isinstance(size, int | float):
             drawn[name] = size * factor
         elif isinstance(size, list | tuple):
