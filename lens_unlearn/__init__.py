@@ -51,7 +51,13 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "tofu_utility",
     ),
     "experiments.compare": ("compare",),
+    "experiments.diff": (
+        "Diff",
+        "diff",
+    ),
     "experiments.hub": ("push_to_hub",),
+    "experiments.loading": ("load_report",),
+    "experiments.running": ("run",),
     "figures.saving": ("save_figure",),
     "inspection.generations": (
         "Generations",
@@ -176,7 +182,10 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.report import Report, separability
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, read_tofu, tofu_utility
     from lens_unlearn.experiments.compare import compare
+    from lens_unlearn.experiments.diff import Diff, diff
     from lens_unlearn.experiments.hub import push_to_hub
+    from lens_unlearn.experiments.loading import load_report
+    from lens_unlearn.experiments.running import run
     from lens_unlearn.figures.saving import save_figure
     from lens_unlearn.inspection.generations import Generations, generations
     from lens_unlearn.inspection.neuron_page import NeuronPage, neuron_page

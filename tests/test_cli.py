@@ -46,6 +46,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             "generate",
             "check",
             "methods",
+            "diff",
             "show",
             "figure",
             "push",
@@ -68,7 +69,8 @@ def test_run_writes_report_table_artefact_and_settings(
     arguments += ["--method", "selective-pruning", "--method", "selective-pruning-attention"]
     assert call(*arguments, "--set", "importance=rms") == 0
     assert sorted(os.listdir(out)) == [
-        "metrics.csv", "report.html", "run.json", "selective-pruning-attention.safetensors", "selective-pruning.safetensors",
+        "metrics.csv", "report.html", "report.safetensors", "run.json",
+        "selective-pruning-attention.safetensors", "selective-pruning.safetensors",
     ]  # fmt: skip
     table = pd.read_csv(out / "metrics.csv")
     assert list(table.columns[:7]) == ["condition", "corpus", "metric", "value", "low", "high", "n"]

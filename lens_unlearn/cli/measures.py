@@ -130,6 +130,7 @@ def evaluate(
     from lens_unlearn.core.numbers import check_numbers
     from lens_unlearn.evaluation.metrics import metric
     from lens_unlearn.experiments.output import new_folder, write_settings
+    from lens_unlearn.experiments.report_file import REPORT_FILE, save_report
 
     check_numbers(tokens=tokens, shuffle=reading.shuffle, window=reading.window, batch_size=batch_size, seed=seed)
     check_numbers(answers=answers, max_new_tokens=max_new_tokens, memorization=memorization, task_limit=task_limit)
@@ -151,7 +152,8 @@ def evaluate(
         if distributed.is_first():
             report.to_html(folder / "report.html")
             report.to_csv(folder / "metrics.csv")
-            write_settings(folder, report.provenance, ("report.html", "metrics.csv"))
+            save_report(folder / REPORT_FILE, report)
+            write_settings(folder, report.provenance, ("report.html", "metrics.csv", REPORT_FILE))
     if not distributed.is_first():
         return
     typer.echo(report.table([name for name in report.metrics if metric(name).brief]).to_string())

@@ -1,4 +1,4 @@
-"""The commands that use, check, show and share what others wrote: `generate`, `check`, `methods`, `show` and `push`."""
+"""The commands that use, check, show and share what others wrote: `generate`, `check`, `methods`, `show`, `diff` and `push`."""
 
 import json
 from pathlib import Path
@@ -105,6 +105,32 @@ def show(*, file: Annotated[Path, typer.Argument(help="A file that lens-unlearn 
             lines.append(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
     # A file may come from anywhere: nothing in it moves the cursor of a terminal, or writes a line that is not ours.
     typer.echo("\n".join(visible(line, keep="") for line in lines))
+
+
+@command()
+def diff(
+    *,
+    a: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    b: Annotated[Path, typer.Argument(help="The folder of another run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A page to write as well, ending in .html; or all metrics, ending in .csv.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Put two runs side by side: what changed in the plan, where they selected the same neurons, and what they measured."""
+    import lens_unlearn as lu
+    from lens_unlearn.core.text import visible
+
+    if out is not None and out.suffix not in (".html", ".csv"):
+        raise lu.ArtefactError(f"{out} ends neither in .html nor in .csv: give another --out")
+    if out is not None and out.exists() and not overwrite:
+        raise lu.ArtefactError(f"{out} exists: give another --out, or --overwrite to replace it")
+    found = lu.diff(a, b)
+    if out is not None:
+        (found.to_html if out.suffix == ".html" else found.to_csv)(out)
+    typer.echo(visible(str(found), keep="\n"))
+    if out is not None:
+        typer.echo(f"written: {out}")
 
 
 @command()

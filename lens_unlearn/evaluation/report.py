@@ -14,6 +14,7 @@ import pandas as pd
 from lens_unlearn.core.allocator import allocator
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.intervals import FEWEST, after_choice, interval
+from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.model.host import versions
 
 __all__ = ["Measure", "Report", "Separability", "chosen_among", "ends", "mean_of", "separability"]
@@ -40,6 +41,8 @@ class Measure:
     """Interventions that it is the mean over, such as random controls with different seeds."""
     spread: np.ndarray | None = None
     """What the choice of these interventions adds to each draw; None for nothing."""
+    stated: tuple[float, float] | None = None
+    """Its interval, where that is known without the draws, as from the table of an earlier version."""
 
     @property
     def few(self) -> bool:
@@ -48,6 +51,8 @@ class Measure:
 
     def interval(self) -> tuple[float, float]:
         """Return the bootstrap 95 % interval; NaN where there are too few units."""
+        if self.stated is not None:
+            return self.stated
         return interval(self.draws[:0] if self.few else self.draws)
 
     def ends(self, form: str) -> str:
@@ -131,6 +136,8 @@ class Report:
     """Further reports that `to_html` shows below this one."""
     values: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
     """[interventions, questions] of what single questions score, where `evaluate` was asked for memorization."""
+    interventions: dict[str, Intervention] = field(default_factory=dict)
+    """What each method of a run found, by condition."""
 
     @property
     def conditions(self) -> list[str]:
@@ -167,11 +174,11 @@ class Report:
         """
         edited, base = self[condition, corpus, metric], self[BASE, corpus, metric]
         if base.value == 0:
-            return replace(edited, value=float("nan"), draws=np.full(1, np.nan), spread=None)
+            return replace(edited, value=float("nan"), draws=np.full(1, np.nan), spread=None, stated=None)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = 1 - edited.draws / base.draws
             spread = None if edited.spread is None else -edited.spread / base.draws
-        return replace(edited, value=1 - edited.value / base.value, draws=draws, spread=spread)
+        return replace(edited, value=1 - edited.value / base.value, draws=draws, spread=spread, stated=None)
 
     def selectivity(
         self, condition: str, forget: str = "forget", retain: str = "retain", metric: str = "top1"
@@ -253,6 +260,7 @@ class Report:
             self.title or other.title,
             (*self.parts, *other.parts),
             {**self.values, **other.values},
+            {**self.interventions, **other.interventions},
         )
 
     def __repr__(self) -> str:

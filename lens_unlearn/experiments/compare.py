@@ -21,6 +21,7 @@ from lens_unlearn.experiments.documents import Reader, reading_of
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, settings_of
+from lens_unlearn.experiments.report_file import REPORT_FILE
 from lens_unlearn.experiments.run_folder import REPORT, Form, RunFolder
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.methods.budget import CONFIDENCE
@@ -35,7 +36,7 @@ __all__ = ["Comparison", "carry_out_comparison", "compare", "compared", "plans_f
 
 SHARES = (0.65, 0.35)
 """Of each skill's documents: to fit and tune on, and to test on; where no separate test texts are given."""
-_TAKEN = ("kept", "all others", "compare.html", "matrix.csv", "run.json")
+_TAKEN = ("kept", "all others", "compare.html", "matrix.csv", "run.json", REPORT_FILE)
 """What no skill can be called, since something else is: a file of the folder, or what the report means by it."""
 
 
@@ -159,7 +160,12 @@ class SkillRun(Experiment):
             "retained": list(self.documents.retained),
             **self.failures(),
         }
-        return replace(report, provenance=provenance, title=f"Forget {self.plan.forget}, keep the rest")
+        return replace(
+            report,
+            provenance=provenance,
+            title=f"Forget {self.plan.forget}, keep the rest",
+            interventions=dict(self.edits),
+        )
 
 
 def compared() -> tuple[str, ...]:
@@ -439,9 +445,12 @@ def _carried_out(
             with folder.result(whole="failed" not in report.provenance) as result:
                 report.to_html(result / "compare.html")
                 report.to_csv(result / "matrix.csv")
+                REPORT.save(result / REPORT_FILE, report)
                 edits = [f"{skill}/{name}.safetensors" for skill, run in runs.items() for name in run.edits]
                 for edit in edits if result != folder.folder else ():
                     (result / edit).parent.mkdir(exist_ok=True)
                     shutil.copyfile(folder.folder / edit, result / edit)
-                write_settings(result, {**report.provenance, "inputs": known}, ("compare.html", "matrix.csv", *edits))
+                write_settings(
+                    result, {**report.provenance, "inputs": known}, ("compare.html", "matrix.csv", REPORT_FILE, *edits)
+                )
     return report

@@ -15,6 +15,7 @@ from lens_unlearn.experiments.documents import to_read
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.output import new_folder, write_settings
 from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.report_file import REPORT_FILE, save_report
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.methods.simu import simu
@@ -95,8 +96,9 @@ def _written(folder: Path, *, tokens: int, seed: int, progress: bool) -> Report:
         (folder / part).mkdir()
     experiments[1].write(folder / "the-other-way-round", reports[1])
     persons.to_csv(folder / "persons" / "metrics.csv")
+    save_report(folder / "persons" / REPORT_FILE, persons)
     delta.save(folder / "persons" / "simu.safetensors", model, note="forgets eight of the demo's persons")
-    write_settings(folder / "persons", persons.provenance, ("metrics.csv", "simu.safetensors"))
+    write_settings(folder / "persons", persons.provenance, ("metrics.csv", "simu.safetensors", REPORT_FILE))
     below = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     experiments[0].write(folder, whole, below)
     return whole
@@ -128,4 +130,5 @@ def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> t
     }
     found = {"forget_quality": {name: one.p for name, one in quality.items()}, "training": dict(delta.record)}
     title = "Forget eight persons, keep the others and every skill"
-    return replace(report, title=title, figures=drawn, provenance={**report.provenance, **found}), delta
+    about = {**report.provenance, **found}
+    return replace(report, title=title, figures=drawn, provenance=about, interventions={"simu": delta}), delta

@@ -30,6 +30,7 @@ from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
+from lens_unlearn.experiments.report_file import REPORT_FILE
 from lens_unlearn.experiments.run_folder import REPORT, TEST_TOKENS, TOKENS, Form, RunFolder, fitted_form
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.files import load_intervention
@@ -291,7 +292,7 @@ class Experiment:
                 curves = self._kept("kept/curves.safetensors", REPORT, self.curves)
         with self.going_on("the figures"):
             report = replace(report, figures=content.figures(curves))
-        return replace(report, provenance={**provenance, **self.failures()})
+        return replace(report, provenance={**provenance, **self.failures()}, interventions=dict(self.edits))
 
     def failures(self) -> dict[str, Any]:
         """Return what `run.json` says of what failed: nothing if nothing did."""
@@ -358,9 +359,10 @@ class Experiment:
         """Write the report, the table, the interventions, and the settings, which list all these files and `more`."""
         report.to_html(folder / "report.html")
         report.to_csv(folder / "metrics.csv")
+        REPORT.save(folder / REPORT_FILE, report)
         for name, edit in self.edits.items():
             self._save_edit(folder / f"{name}.safetensors", (edit, self.chosen[name]))
-        files = ("report.html", "metrics.csv", *(f"{name}.safetensors" for name in self.edits))
+        files = ("report.html", "metrics.csv", REPORT_FILE, *(f"{name}.safetensors" for name in self.edits))
         write_settings(folder, {**report.provenance, "inputs": self.texts()}, (*files, *more))
 
 

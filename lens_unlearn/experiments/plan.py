@@ -107,7 +107,7 @@ class Plan:
         if not self.methods:
             raise LensUnlearnError(f"no method was named: choose from {', '.join(methods.names())}")
         for method in self.methods:
-            check_name(methods.by_name(method).name, "a method", taken=("kept",))
+            check_name(methods.by_name(method).name, "a method", taken=("kept", "report"))
         if not self.retain:
             raise LensUnlearnError("there is nothing to retain: give a source of texts that are to be retained")
         for one in fields(self):

@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lens_unlearn import figures
 from lens_unlearn.core.errors import CorpusError
 from lens_unlearn.corpora.corpus import Corpus
@@ -18,6 +16,7 @@ from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.experiments.documents import Documents
 from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.experiments.selections import selection_of
 from lens_unlearn.figures.theme import method_colours
 from lens_unlearn.inspection.token_values import token_losses
 from lens_unlearn.interventions.ablate import Ablate
@@ -27,9 +26,8 @@ from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.keyspace.key_space import key_space
 from lens_unlearn.methods.controls import controls_for
-from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model
-from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.model.sites import Site
 from lens_unlearn.model.special_tokens import written_after
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.histogram import Histogram
@@ -80,11 +78,13 @@ class Content:
                 details |= next(
                     (draw(self, name, edit) for kind, draw in DETAILS.items() if isinstance(edit, kind)), {}
                 )
-                places = self._selected(edit)
+                places = selection_of(edit, self.model)
                 if places is not None:
                     selected[name] = places
                     control = next(iter(controls_for(self.model, edit, [self.plan.seed], *self.fitted[name])), None)
-                    places = None if isinstance(control, Delta) or control is None else self._selected(control)
+                    places = (
+                        None if isinstance(control, Delta) or control is None else selection_of(control, self.model)
+                    )
                     controls |= {} if places is None else {f"{name}:control": places}
         if len(selected) > 1:
             drawn["Where the methods found the skill"] = figures.layer_importance(
@@ -113,20 +113,6 @@ class Content:
                 losses = token_losses(self.model, text, self.edits, batch_size=self.plan.batch_size, progress=False)
                 drawn[f"Token by token: what a text of {name} lost"] = figures.texts(losses, limit=NATS, most=COLOURED)
         return drawn
-
-    def _selected(self, edit: Intervention) -> NeuronMap | None:
-        """Mark the neurons that an intervention acts on, MLP neurons at their keys; None for what selects none."""
-        if isinstance(edit, Ablate | Adjust):
-            return _at_keys(edit.selection)
-        if not isinstance(edit, Delta):
-            return None
-        marked: dict[Site, Any] = {}
-        for matrix, update in edit.updates.items():
-            if matrix.name == "W_out" and update.rows is not None:
-                site = Site(matrix.layer, "mlp.post")
-                marked[site] = torch.zeros(resolve(self.model, site)[site].shape, dtype=torch.bool)
-                marked[site][update.rows.cpu()] = True
-        return NeuronMap(marked) if marked else None
 
     def _training(self, name: str, edit: Delta) -> dict[str, Any]:
         return {f"How {name} was trained": figures.training_curves(edit)} if edit.record else {}
@@ -247,12 +233,6 @@ DETAILS: dict[type[Intervention], Callable[[Content, str, Any], dict[str, Any]]]
     Adjust: Content._neurons,
 }
 """The figures of each kind of intervention."""
-
-
-def _at_keys(selection: NeuronMap) -> NeuronMap:
-    """Name MLP neurons and those of experts by their keys, so that selections at pre-activations and at keys can be compared."""
-    keys = {"mlp.pre": "mlp.post", "mlp.pre_linear": "mlp.post", **dict.fromkeys(EXPERT_KINDS, "experts.post")}
-    return NeuronMap({Site(s.layer, keys.get(s.kind, s.kind)): value for s, value in selection.shaped()})
 
 
 def _beginnings(corpus: Corpus, count: int) -> list[int]:

@@ -7,17 +7,15 @@ fitted to, SIMU's checkpoint, evaluations. Each file is absent or whole at any m
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ProcessError
-from lens_unlearn.evaluation.report import Measure, Report
 from lens_unlearn.experiments.output import (
     check_folder,
     put_in_place,
@@ -26,6 +24,7 @@ from lens_unlearn.experiments.output import (
     taking_the_place_of,
     writing,
 )
+from lens_unlearn.experiments.report_file import read_report, save_report
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.model.host import Model
@@ -280,66 +279,6 @@ def _statistic(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], start: s
     return statistic
 
 
-def _save_report(path: Path, report: Report) -> None:
-    """Write the measures, samples and provenance of a report without figures or parts."""
-    tensors = {f"draws/{i}": torch.from_numpy(one.draws) for i, one in enumerate(report.measures.values())}
-    tensors |= {
-        f"spread/{i}": torch.from_numpy(one.spread)
-        for i, one in enumerate(report.measures.values())
-        if one.spread is not None
-    }
-    tensors |= {f"values/{i}": torch.from_numpy(one) for i, one in enumerate(report.values.values())}
-    content = {
-        "measures": [[*key, one.value, one.n, one.units, one.replicates] for key, one in report.measures.items()],
-        "values": [list(key) for key in report.values],
-        "provenance": report.provenance,
-        "samples": report.samples,
-    }
-    artefacts.write(path, "report", tensors, {"report": json.dumps(content, default=str)})  # as text, the order stays
-
-
-def _load_report(path: Path) -> Report:
-    header, tensors = artefacts.read(path, "report")
-    with artefacts.usable(path, "report that can be read"):
-        content = artefacts.parse(header["report"])
-        measures = {
-            _key(entry[:3]): _measure(entry[3:], tensors[f"draws/{i}"], tensors.get(f"spread/{i}"))
-            for i, entry in enumerate(content["measures"])
-        }
-        values = {_key(key): tensors[f"values/{i}"].numpy() for i, key in enumerate(content["values"])}
-        flat = all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in tensors.values())
-        named = {f"draws/{i}" for i in range(len(measures))} | {f"values/{i}" for i in range(len(values))}
-        named |= {f"spread/{i}" for i, one in enumerate(measures.values()) if one.spread is not None}
-        if not flat or len(content["measures"]) > len(measures) or set(tensors) != named:
-            raise ValueError("its numbers are not those of its measures")
-        samples = [{str(key): str(text) for key, text in sample.items()} for sample in content["samples"]]
-        found = Report(measures, dict(content["provenance"]), samples=samples, values=values)
-        found.to_frame()
-    return found
-
-
-def _measure(numbers: Sequence[Any], draws: Tensor, spread: Tensor | None) -> Measure:
-    """Read a measure; files of earlier versions say nothing of units and replicates."""
-    value, n, units, replicates = map(_number, [*numbers, *(0, 1)[len(numbers) - 2 :]])
-    if spread is not None and spread.shape != draws.shape:
-        raise ValueError("its spread is not that of its draws")
-    over = None if spread is None else spread.numpy()
-    return Measure(value, draws.numpy(), int(n), int(units), int(replicates), over)
-
-
-def _key(parts: Sequence[Any]) -> tuple[str, str, str]:
-    condition, corpus, metric = parts
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{parts!r} is no name of a measure")
-    return condition, corpus, metric
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
 def _load_tokens(path: Path) -> int:
     tokens = artefacts.read(path, "batch size")[0].get("tokens")
     with artefacts.usable(path, "batch size that can be used"):
@@ -360,7 +299,7 @@ def _tokens(number: Any) -> int:
     return number
 
 
-REPORT = Form(_save_report, _load_report)
+REPORT = Form(save_report, read_report)
 TOKENS = Form(lambda path, tokens: artefacts.write(path, "batch size", {}, {"tokens": tokens}), _load_tokens)
 TEST_TOKENS = Form(
     lambda path, tokens: artefacts.write(path, "sizes of tests", {}, {"tokens": tokens}), _load_test_tokens

@@ -55,7 +55,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_the_page_the_matrix_and_every_intervention(written: Path) -> None:
-    names = {"compare.html", "matrix.csv", "run.json", *(f"{s}/{m}.safetensors" for s in SKILLS for m in METHODS)}
+    names = {
+        "compare.html",
+        "matrix.csv",
+        "report.safetensors",
+        "run.json",
+        *(f"{s}/{m}.safetensors" for s in SKILLS for m in METHODS),
+    }
     assert {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()} == names
     assert os.listdir(written.parent) == ["out"]  # nothing is left beside it
     table = pd.read_csv(written / "matrix.csv")

@@ -162,7 +162,13 @@ def test_a_late_failure_keeps_the_rest_is_reported_and_can_be_resumed(
     out = tmp_path / "out"
     saved = json.loads((out / "run.json").read_text())
     assert saved["failed"] == {"breaks-late": why}
-    assert saved["files"] == ["metrics.csv", "report.html", "run.json", "selective-pruning.safetensors"]
+    assert saved["files"] == [
+        "metrics.csv",
+        "report.html",
+        "report.safetensors",
+        "run.json",
+        "selective-pruning.safetensors",
+    ]
     assert {path.name for path in out.iterdir()} == set(saved["files"])
     page = html.unescape((out / "report.html").read_text())
     assert "This run is incomplete:" in page

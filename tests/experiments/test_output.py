@@ -273,7 +273,7 @@ def test_a_run_is_finished_only_with_its_files_its_plan_and_its_texts(
     options: dict[str, Any] = {"model": model, "progress": False}
     assert carry_out(plan, out, **options) is not None
     listed = json.loads((out / "run.json").read_text())["files"]
-    assert listed == ["metrics.csv", "report.html", "run.json", "selective-pruning.safetensors"]
+    assert listed == ["metrics.csv", "report.html", "report.safetensors", "run.json", "selective-pruning.safetensors"]
     assert carry_out(plan, out, resume=True, **options) is None
     for name in listed[:2]:
         (out / name).rename(tmp_path / name)
@@ -318,7 +318,7 @@ def test_every_command_lists_what_it_wrote(model_dir: Path, texts: dict[str, Pat
     out = tmp_path / "evaluated"
     arguments = ["evaluate", "--model", model_dir, "--corpus", f"a={texts['retain']}:text", "--window", 32, "--quiet"]
     assert call(*arguments, "--tokens", 100, "--out", out) == 0
-    assert files_of_run(out) == ["metrics.csv", "report.html", "run.json"]
+    assert files_of_run(out) == ["metrics.csv", "report.html", "report.safetensors", "run.json"]
     assert not strangers(out, files_of_run(out) or ())
     (out / "mine.txt").write_text("mine")
     assert call(*arguments, "--tokens", 100, "--out", out, "--overwrite") == 2
