@@ -8,6 +8,10 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from lens_unlearn.core import (
+    progress as _progress,  # before anything else imports tqdm, which would warn in some notebooks
+)
+
 __version__ = "0.1.0"
 
 _PUBLIC: dict[str, tuple[str, ...]] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.bootstrap import Scores, estimates
 from lens_unlearn.evaluation.metric import Metric
@@ -148,7 +148,7 @@ class Attack:
 def each_suspect(case: Case, what: str) -> Iterator[tuple[str, int, Suspect]]:
     """Go through everybody, with a bar."""
     everybody = [(name, i, suspect) for name, several in case.suspects.items() for i, suspect in enumerate(several)]
-    yield from tqdm(everybody, desc=what, disable=not case.progress, unit=" suspects")
+    yield from Bar(everybody, desc=what, disable=not case.progress, unit=" suspects")
 
 
 def curve(name: str, places: Sequence[int], words: str, **options: Any) -> list[Metric]:
@@ -161,7 +161,7 @@ def answered(case: Case, suspect: Suspect, corpus: Corpus) -> Float[np.ndarray, 
 
     NaN where none is predicted, and where an intervention breaks the model.
     """
-    with tqdm(disable=True) as silent:
+    with Bar(disable=True) as silent:
         rows = force(suspect.model, corpus, suspect.intervention, case.batch_size, silent, ("loss",))
     sums, counts = np.zeros(corpus.n_documents), np.zeros(corpus.n_documents)
     for row, document in zip(rows, corpus.document.tolist(), strict=True):

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.audit.attack import REFERENCE, SCORE, Case, Found, Suspect, curve
 from lens_unlearn.core.errors import ModelError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch
 from lens_unlearn.evaluation.metric import Metric
@@ -170,7 +170,7 @@ def _tokens(
     """Go through the predicted tokens batch by batch: their documents once, and then everybody's [tokens, columns]."""
     everybody = [(name, number, one) for name, several in case.suspects.items() for number, one in enumerate(several)]
     rows, replays = rows_at_once(case.model, case.facts, case.batch_size), None
-    bar = tqdm(total=case.facts.n_rows * len(everybody), desc=what, disable=not case.progress, unit=" rows")
+    bar = Bar(total=case.facts.n_rows * len(everybody), desc=what, disable=not case.progress, unit=" rows")
     with bar, torch.no_grad():
         for batch in case.facts.batches(rows):
             if not bool(batch.counted[:, 1:].any()):

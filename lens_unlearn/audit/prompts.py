@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from lens_unlearn.audit.attack import ANSWERS, SCORE, Attack, Case, Found, Suspect, each_suspect
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Answer, Corpus
 from lens_unlearn.evaluation.answer_matching import Ending, rouge_l
 from lens_unlearn.evaluation.generation import continue_rows
@@ -216,7 +216,7 @@ def _others(facts: Corpus, number: int) -> list[int]:
 
 def _said(case: Case, suspect: Suspect, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Return the probability of each row's answer, and whether each of its tokens is the most probable one."""
-    with tqdm(disable=True) as silent:
+    with Bar(disable=True) as silent:
         rows = force(suspect.model, corpus, suspect.intervention, case.batch_size, silent)
     return np.array([np.exp(-row["loss"].mean()) for row in rows]), np.array(
         [float(row["right"].all()) for row in rows]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.evaluation.evaluate import ROWS
 from lens_unlearn.evaluation.generation import chat_prompt, continue_rows, require_unbroken
@@ -107,7 +107,7 @@ class Asker:
         together = min(MOST, max(1, (self.batch_size or ROWS) * context // room))
         size = 4 * together
         kept.sort(key=lambda number: len(rows[number]))
-        with tqdm(total=len(kept), unit=" answers", disable=not self.progress, desc=self.name) as bar:
+        with Bar(total=len(kept), unit=" answers", disable=not self.progress, desc=self.name) as bar:
             for start in range(0, len(kept), size):
                 part = kept[start : start + size]
                 ids = [rows[number] for number in part]
@@ -155,7 +155,7 @@ class Asker:
 
     def forced(self, corpus: Any, quantities: Sequence[str] = ("loss", "right")) -> list[Forced]:
         """Return quantities of each predicted token of a corpus, by document."""
-        with tqdm(total=corpus.n_rows, unit=" rows", disable=not self.progress, desc=self.name) as bar:
+        with Bar(total=corpus.n_rows, unit=" rows", disable=not self.progress, desc=self.name) as bar:
             rows = force(self.model, corpus, self.intervention, self.batch_size, bar, quantities)
         parts: list[list[Forced]] = [[] for _ in corpus.keys]
         for row, document in zip(rows, corpus.document.tolist(), strict=True):

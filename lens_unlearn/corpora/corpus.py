@@ -489,6 +489,20 @@ class Corpus:
         keep[drawn] = True
         return self._rows(keep)
 
+    def shortened(self, tokens: int) -> "Corpus":
+        """Return each row cut to its first tokens, BOS not counted among them; rows with prompts or answers as they are.
+
+        Raises:
+            CorpusError: If the number cannot be meant.
+        """
+        longest = int(_SOME.check(tokens, "tokens", CorpusError)) + int(self.prepend_bos)
+        lengths = self.starts.diff()
+        if self.has_prompts or self.answers or not bool((lengths > longest).any()):
+            return self
+        keep = torch.arange(len(self.tokens)) - self.starts[:-1].repeat_interleave(lengths) < longest
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.clamp(max=longest).cumsum(0)])
+        return replace(self, tokens=self.tokens[keep], counted=self.counted[keep], starts=starts)
+
     def _counted_per_row(self) -> Int[Tensor, "rows"]:
         row_of = torch.repeat_interleave(torch.arange(self.n_rows), self.starts.diff())
         return torch.zeros(self.n_rows, dtype=torch.long).index_add_(0, row_of, self.counted.long())

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core import distributed
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpora
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
@@ -175,14 +175,15 @@ def evaluate(
             measures[condition, name, metric] = measure
 
     total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
-    bar = tqdm(
+    bar = Bar(
         total=total, unit=" tokens", unit_scale=True, disable=not (progress and distributed.is_first()), desc="evaluate"
     )
     halved: dict[str, int] = {}
     at_once: dict[str, int] = {}
     forced: dict[str, dict[str, list[dict[int, Forced]]]] = {}
     with one_thread(model), bar:  # all of a corpus: nobody else's hooks shall act beside the unedited model
-        for name, corpus in corpora.items():
+        for number, (name, corpus) in enumerate(corpora.items(), 1):
+            bar.called(f"evaluate {number} of {len(corpora)}: {name}")
             at_once[name] = rows_at_once(model, corpus, batch_size, passes=sum(map(len, runs.values())))
             scored = _score(model, corpus, runs, at_once[name], bar, kept_rows.get(name, set()))
             halved |= {name: scored.halved} if scored.halved else {}
@@ -331,11 +332,10 @@ def _score(model: Model, corpus: Corpus, runs: Runs, rows_at_a_time: int, bar: A
     scored = _Scored.empty(runs, corpus.n_documents)
     common = common_targets(corpus, int(model.cfg.d_vocab))
     for batch in distributed.share(corpus.batches(rows_at_a_time)):
-        pieces = batch.run(partial(_run, model, common, runs, scored.metrics))
+        pieces = batch.run(partial(_run, model, common, runs, scored.metrics, bar))
         scored.halved += len(pieces) > 1
         for piece in pieces:
             _add(scored, piece, corpus, kept_rows)
-        bar.update(int(batch.counted.sum()) * sum(map(len, runs.values())))
     if distributed.count() > 1:
         scored.gather()
     if not scored.counts[:, 0].sum():
@@ -357,7 +357,7 @@ class _Piece:
 
 
 def _run(
-    model: Model, common: Bool[Tensor, "vocabulary"], runs: Runs, metrics: Sequence[Metric], batch: Batch
+    model: Model, common: Bool[Tensor, "vocabulary"], runs: Runs, metrics: Sequence[Metric], bar: Any, batch: Batch
 ) -> _Piece:
     """Run a batch under every condition, the unedited model first, and read all quantities out of each one's logits."""
     quantities = list(dict.fromkeys([*KEPT, *(name for metric in metrics for name in metric.quantities)]))
@@ -378,6 +378,7 @@ def _run(
                     start = 0 if intervention is None or prefix is None else _first_layer(model, intervention)
                     with nullcontext() if intervention is None else intervention.on(model):
                         found[name].append(predict(model, batch, prefix=prefix if start else None, start=start))
+                bar.update(int(batch.counted.sum()))
         everything = [one for run in found.values() for one in run]
         read = iter(outcomes(everything, quantities, reference))
     tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}

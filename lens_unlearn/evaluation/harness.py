@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lens_unlearn.core import distributed
 from lens_unlearn.core.errors import LensUnlearnError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.evaluation.bootstrap import Scores
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import metric as metric_of
@@ -109,7 +109,7 @@ def run_tasks(
     with _one_sentence(tasks):
         manager = TaskManager(include_path=_folders(tasks), include_defaults=not all(map(_is_own, tasks)))
     passes = [(condition, one) for condition, run in runs.items() for one in run]
-    for condition, intervention in tqdm(passes, disable=not (progress and distributed.is_first()), desc="tasks"):
+    for condition, intervention in Bar(passes, disable=not (progress and distributed.is_first()), desc="tasks"):
         with contextlib.nullcontext() if intervention is None else intervention.on(model):
             found = _run(reader, manager, tasks, options, left_out)
         if reader.lost:

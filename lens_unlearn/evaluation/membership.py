@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.intervals import auc, weights_of, widening
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Corpus, require_corpus
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, over_replicates, transformed
 from lens_unlearn.evaluation.evaluate import Condition, replicates
@@ -109,7 +109,7 @@ def membership(
     passes = (1 + gradients) * sum(map(len, runs.values())) + (reference is not None)
     total = sum(corpus.n_rows for corpus in sides) * passes
     scores: dict[str, list[Scores]] = {}
-    with tqdm(total=total, unit=" rows", disable=not progress, desc="membership") as bar:
+    with Bar(total=total, unit=" rows", disable=not progress, desc="membership") as bar:
         beside = [_reference_losses(reference, corpus, batch_size, bar) for corpus in sides]
         for condition, run in runs.items():
             scores[condition] = []

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Answer, Corpus
 from lens_unlearn.evaluation.bootstrap import Scores
 from lens_unlearn.evaluation.metric import Metric
@@ -186,7 +186,7 @@ class Memorization:
         """
         total = sum(known.others.n_rows if known.others else 0 for known in self._known.values())
         total *= sum(map(len, runs.values()))
-        with tqdm(total=total, unit=" answers", disable=not (self.progress and total), desc="memorization") as bar:
+        with Bar(total=total, unit=" answers", disable=not (self.progress and total), desc="memorization") as bar:
             for name, known in self._known.items():
                 questions = {
                     condition: [

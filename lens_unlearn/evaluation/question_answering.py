@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Answer, Corpus
 from lens_unlearn.evaluation.answer_matching import (
     FEW,
@@ -137,7 +137,7 @@ class QuestionAnswering:
     ) -> Iterator[tuple[str, Asked]]:
         """Answer and score the chosen questions, corpus by corpus."""
         total = sum(map(len, chosen.values())) * sum(map(len, runs.values()))
-        with tqdm(total=total, unit=" answers", disable=not (self.progress and total), desc="answers") as bar:
+        with Bar(total=total, unit=" answers", disable=not (self.progress and total), desc="answers") as bar:
             for name, rows in chosen.items():
                 yield name, self._ask(model, name, corpora[name], rows, runs, bar)
 

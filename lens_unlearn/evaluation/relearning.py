@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.core.intervals import LEVEL
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Corpus, require_corpora, require_corpus
 from lens_unlearn.evaluation.answer_losses import gradients_of, read_answers, rows_at
 from lens_unlearn.evaluation.bootstrap import WEIGHTS, Scores, estimates
@@ -218,7 +218,7 @@ def relearn(
     tokens: dict[str, np.ndarray] = {}
     losses: list[float] = []
     whole = intervention + delta if intervention is not None and attached else delta
-    bar = tqdm(total=points[-1], disable=not progress, desc="relearn", unit=" steps")
+    bar = Bar(total=points[-1], disable=not progress, desc="relearn", unit=" steps")
     with bar, whole.on(model), torch.enable_grad():
         for step in range(points[-1] + 1):
             if step in points:

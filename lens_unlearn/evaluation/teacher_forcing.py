@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import CorpusError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Answer, Batch, Corpus
 from lens_unlearn.corpora.reading import tokenize
@@ -312,7 +312,7 @@ def accuracy(model: Model, corpus: Corpus, batch_size: int | None) -> tuple[floa
     Raises:
         CorpusError: If nothing in it is predicted.
     """
-    with tqdm(disable=True) as silent:
+    with Bar(disable=True) as silent:
         rows = force(model, corpus, None, batch_size, silent)
     right, loss = (np.concatenate([row[name] for row in rows]) for name in ("right", "loss"))
     _require_tokens(len(right), corpus)
@@ -327,7 +327,7 @@ def recalled(
     Raises:
         CorpusError: If nothing in it is predicted.
     """
-    with tqdm(disable=True) as silent:
+    with Bar(disable=True) as silent:
         rows = force(model, corpus, None, batch_size, silent, ("right",))
     document = corpus.document.numpy()
     right, tokens = (

@@ -53,12 +53,19 @@ class Documents:
         """What is tuned on of the texts to retain, by source."""
         return {name: corpus for name, corpus in self.tune.items() if name != "forget"}
 
-    def tested_on(self, tokens: Mapping[str, int], units: int, seed: int) -> "Documents":
-        """Return the same with fewer documents to test on: of some corpora so many tokens, and so many documents at least."""
-        test = {
-            name: c.sample(tokens[name], seed, units=units) if name in tokens else c for name, c in self.test.items()
-        }
-        return replace(self, test=test)
+    def tested_on(self, tokens: Mapping[str, int], units: int, seed: int, longest: int | None = None) -> "Documents":
+        """Return the same with less to test on: of some corpora so many tokens, and so many documents at least.
+
+        Args:
+            tokens: By corpus; others stay as they are.
+            units: Documents or groups, at least.
+            seed: Of the draw.
+            longest: Tokens of a row, at most: what intervals need is many documents, and not all of each.
+        """
+        cut = {name: self.test[name] if longest is None else self.test[name].shortened(longest) for name in tokens}
+        return replace(
+            self, test=self.test | {name: c.sample(tokens[name], seed, units=units) for name, c in cut.items()}
+        )
 
     def counts(self) -> dict[str, Any]:
         """Return how many documents and tokens each part has, for a report's provenance."""

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, BudgetError, LensUnlearnError, ProcessError
-from lens_unlearn.core.intervals import FEWEST
+from lens_unlearn.core.progress import stage
 from lens_unlearn.corpora.batching import batch_tokens, use_batch_tokens
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.evaluate import Condition, evaluate
@@ -26,6 +26,7 @@ from lens_unlearn.evaluation.memorization import Memorization
 from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Report
+from lens_unlearn.experiments.cost import announce, reading, swept
 from lens_unlearn.experiments.documents import Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
@@ -47,8 +48,9 @@ AIM = 0.025
 """Half the width of the interval of accuracy that a test aims at, so that it ends up within 3 points."""
 PROMPTS = 200
 """Documents or groups to test on, at least, where a method judges prompts: a share of few prompts says little."""
-SWEPT = 4
-"""The trade-off over strengths is measured on one in so many of the test's tokens."""
+LONGEST = 256
+"""Tokens of a row that are tested on, where a test is made as small as its intervals allow: these depend on the number of
+documents, and the rest of a long one costs more than it tells."""
 
 
 class Experiment:
@@ -105,7 +107,7 @@ class Experiment:
         """
         for name, record in self.records.items():
             try:
-                record.require(self.plan.as_given(name), self.model, *self._fit_pair(record))
+                record.require(self.plan.as_given(name), self.model, *self.fit_pair(record))
                 if self.plan.retain_drop is not None:
                     tuned = cut_prompts(self.documents.tuned_retain, [record])
                     check_units(tuned, self.plan.retain_drop, self.plan.confidence, at_once=record.judges_prompts)
@@ -141,6 +143,25 @@ class Experiment:
                 logging.getLogger("lens_unlearn").error("%s failed; the rest goes on", what, exc_info=error)
             self._errors.append(error)
 
+    def reading(self, test: Mapping[str, Corpus]) -> dict[str, int]:
+        """Return how many tokens each step sends through the model, where this is tested on."""
+        pairs = {name: self.fit_pair(record) for name, record in self.records.items()}
+        return reading(self.plan, pairs, self.documents.tune, test)
+
+    def expected_test(self) -> dict[str, Corpus]:
+        """Return what will be tested on, as far as that is known before the first pass: no less than the pilot."""
+        if self.plan.test_tokens is None:
+            return self.documents.test | self._pilot()
+        given = dict.fromkeys(self._long(), self.plan.test_tokens)
+        return self.documents.tested_on(given, self._test_units, self.plan.seed).test
+
+    def announce(self) -> None:
+        """Say what will be done, and how long that takes, before the first pass."""
+        if self.progress:
+            test = self.expected_test()
+            text = max(test.values(), key=lambda text: text.n_tokens)
+            announce(self.model, self.reading(test), list(self.records.values()), text)
+
     def fit(self) -> None:
         """Find every method's intervention: tuned to the retain budget if there is one, else as the options say.
 
@@ -150,10 +171,14 @@ class Experiment:
         if self.plan.batch_size is None:
             use_batch_tokens(self.model, self._kept("kept/batch.safetensors", TOKENS, self._batch_tokens))
         self.documents = self.documents.tested_on(
-            self._kept("kept/tests.safetensors", TEST_TOKENS, self._test_tokens), self._test_units, self.plan.seed
+            self._kept("kept/tests.safetensors", TEST_TOKENS, self._test_tokens),
+            self._test_units,
+            self.plan.seed,
+            LONGEST if self.plan.test_tokens is None else None,
         )
-        for name in self.records:
-            with self.going_on(name):
+        for number, name in enumerate(self.records, 1):
+            of = f"{number} of {len(self.records)}: {name}" if len(self.records) > 1 else name
+            with self.going_on(name), stage(f"{'fit' if self.plan.retain_drop is None else 'tune'} {of}"):
                 self.fitted[name] = self._kept(
                     f"kept/{name}.fitted.safetensors", fitted_form(self.model), lambda name=name: self._prepare(name)
                 )
@@ -170,23 +195,31 @@ class Experiment:
 
     def _test_tokens(self) -> dict[str, int]:
         """Return on how many tokens of which corpora to test: fewer than there are, where that is precise enough."""
-        long = {name: text for name, text in self.documents.test.items() if not (self.plan.facts and name == "forget")}
         if self.plan.test_tokens is not None:
-            return dict.fromkeys(long, self.plan.test_tokens)
-        pilot = {
-            name: text.sample(PILOT, self.plan.seed, units=PILOT_UNITS)
-            for name, text in long.items()
-            if text.n_tokens > 2 * PILOT
-        }
+            return dict.fromkeys(self._long(), self.plan.test_tokens)
+        pilot = self._pilot()
         if not pilot:
             return {}
-        report = evaluate(self.model, pilot, {}, **self._measuring())
+        with stage("how much to test on"):
+            report = evaluate(self.model, pilot, {}, **self._measuring())
         widths = {name: np.diff(report[BASE, name, "top1"].interval())[0] / 2 for name in pilot}
         # Its variance falls as tokens are added; what is too few for an interval at all says nothing, and all is used.
         return {
             name: math.ceil(pilot[name].n_tokens * max(1.0, (float(width) / AIM) ** 2))
             for name, width in widths.items()
             if not math.isnan(width)
+        }
+
+    def _long(self) -> dict[str, Corpus]:
+        """Return the corpora that may be tested on in part: all but memorized facts, which are tested on whole."""
+        return {name: text for name, text in self.documents.test.items() if not (self.plan.facts and name == "forget")}
+
+    def _pilot(self) -> dict[str, Corpus]:
+        """Return what shows how much has to be tested on, of those corpora that are much longer."""
+        return {
+            name: text.shortened(LONGEST).sample(PILOT, self.plan.seed, units=PILOT_UNITS)
+            for name, text in self._long().items()
+            if text.n_tokens > 2 * PILOT
         }
 
     @property
@@ -209,7 +242,7 @@ class Experiment:
         options = record.with_progress(self.plan.options(name), self.progress)
         if self.folder is not None:
             options |= record.takes({"checkpoint": str(self.folder.kept / f"{name}.checkpoint.safetensors")})
-        return record.fit(self.model, *self._fit_pair(record), options)
+        return record.fit(self.model, *self.fit_pair(record), options)
 
     @property
     def goes_on(self) -> bool:
@@ -251,7 +284,8 @@ class Experiment:
                     raise ArtefactError(f"{name}={value!r} there, {options.get(name)!r} in this run")
         return load_intervention(path, self.model), chosen
 
-    def _fit_pair(self, record: Method) -> tuple[Corpus, Any]:
+    def fit_pair(self, record: Method) -> tuple[Corpus, Any]:
+        """Return what a method is fitted to: forget, and what is to be retained as the method takes it."""
         part = self.documents.queries if record.judges_prompts else self.documents.fit
         part = cut_prompts(part, [record], self.plan.seed)
         of_source = self.documents.retain_fit if record.by_source else []
@@ -326,13 +360,11 @@ class Experiment:
             with self.going_on(f"the strengths of {name}"):
                 conditions |= self._strengths(name)
         # A part of the tests shows how the curves run; it has to be the same for all of them, the chosen strengths included.
-        texts = {
-            name: self.documents.test[name].sample(
-                max(PILOT, self.documents.test[name].n_tokens // SWEPT), self.plan.seed, units=FEWEST
-            )
-            for name in ("forget", "retain")
-        }
-        return evaluate(self.model, texts, conditions, **self._measuring())
+        test = self.documents.test
+        rest = sum(tokens for step, tokens in self.reading(test).items() if step != "sweep")
+        texts = swept(test, rest, 1 + len(conditions), self.plan.seed)
+        with stage("sweep"):
+            return evaluate(self.model, texts, conditions, **self._measuring())
 
     def _strengths(self, name: str) -> dict[str, Condition]:
         """Return a method as it was found and over strengths, each beside one control."""
@@ -346,7 +378,7 @@ class Experiment:
         options = {key: value for key, value in self.plan.options(name).items() if key not in left_out}
         fitted = self.fitted[name]
         if isinstance(fitted[0], Corpus):  # what is fitted in several steps shares nothing, but one step of it does
-            fitted = record.fit(self.model, *self._fit_pair(record), options)
+            fitted = record.fit(self.model, *self.fit_pair(record), options)
         for strength in self.plan.strengths_of(name, chosen):
             edit = record.at(self.model, fitted, strength, record.with_progress(options, False))
             conditions[f"{name}@{strength:g}"] = edit
@@ -414,6 +446,7 @@ def carry_out(
             return None
         with folder.open(settings, experiment.inputs(), experiment.model) if distributed.is_first() else nullcontext():
             experiment.require()
+            experiment.announce()
             experiment.folder = folder
             experiment.fit()
             report = experiment.report()

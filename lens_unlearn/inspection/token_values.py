@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.evaluation.report import BASE
 from lens_unlearn.evaluation.teacher_forcing import force
@@ -241,7 +241,7 @@ def token_losses(
     require_eval(model)
     corpus = corpus_of(model, text, prepend_bos)
     losses: dict[str, list[Tensor]] = {}
-    with tqdm(total=corpus.n_rows * len(conditions), unit=" rows", disable=not progress, desc="token_losses") as bar:
+    with Bar(total=corpus.n_rows * len(conditions), unit=" rows", disable=not progress, desc="token_losses") as bar:
         for name, intervention in conditions.items():
             if intervention is None and losses:
                 losses[name] = losses[BASE]

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.inspection.shown import Neurons, Shown, activations, neurons_of, pieces
 from lens_unlearn.model.host import Model, require_model
@@ -154,7 +154,7 @@ def top_examples(
     for number, (_, _, document, place) in enumerate(wanted):
         by_row.setdefault(where[document, place][0], []).append(number)
     made: dict[int, Example] = {}
-    for row, numbers in tqdm(by_row.items(), disable=not progress, desc="context", unit=" rows"):
+    for row, numbers in Bar(by_row.items(), disable=not progress, desc="context", unit=" rows"):
         seen = activations(model, corpus.row(row), points)
         tokens = pieces(model, corpus.row(row).tolist(), bos=corpus.prepend_bos)
         for number in numbers:

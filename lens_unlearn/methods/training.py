@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
 from lens_unlearn.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Batch, Corpus
 from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, read_answers, rows_at
 from lens_unlearn.evaluation.teacher_forcing import accuracy
@@ -160,7 +160,7 @@ class Training:
         self.before = {part: self._row_losses(self._corpus(part)) for part in self.objective.before}
         if not self.checks:
             self._check()
-        with tqdm(total=steps, initial=self.step, disable=not progress, desc="simu", unit=" steps") as bar:
+        with Bar(total=steps, initial=self.step, disable=not progress, desc="simu", unit=" steps") as bar:
             while self.step < steps and self.stopped is None:
                 self._step()
                 bar.update(1)

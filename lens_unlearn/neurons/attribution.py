@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from lens_unlearn.core.errors import ActivationError, CorpusError, LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.core.numbers import STEPS, THRESHOLD, check_numbers
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.hooks import Remover, attach, detach_all, logit_functions, one_thread
 from lens_unlearn.model.host import Model, require_float, require_model
@@ -168,7 +168,7 @@ def attribute(
     if not (logit_functions(model) or knows_its_end(model)):  # it is looked at while the model is whole
         with one_thread(model), unembedding(model):
             pass
-    bar = tqdm(total=predicted * len(points), unit=" tokens", unit_scale=True, disable=not progress)
+    bar = Bar(total=predicted * len(points), unit=" tokens", unit_scale=True, disable=not progress)
     bar.set_description(f"attribute {corpus.name}")
     with (
         bar,

@@ -15,11 +15,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ModelError
 from lens_unlearn.core.numbers import check_numbers
+from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.experts import extra_points
@@ -203,7 +203,7 @@ def gather(
         settings = _settings(model, corpus, points, total, batch_size, transform or {}, skip_sinks)
     total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings, model)
     hidden = not (progress and distributed.is_first())
-    bar = tqdm(total=corpus.n_tokens, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
+    bar = Bar(total=corpus.n_tokens, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
     saved, halved = time.monotonic(), 0
     watch = _Watch(model, points, transform or {}, skip_sinks)
     # Closed twice, for an interrupt in the first instruction of the one that comes first.
