@@ -119,6 +119,13 @@ def run(
     ] = "",
     answers: Answers = 0,
     memorization: Memorization = 0,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER",
+            help="Log the table and the page of the finished run: tensorboard, wandb or mlflow; works offline.",
+        ),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -130,8 +137,13 @@ def run(
     """
     from lens_unlearn.core import distributed
     from lens_unlearn.experiments.experiment import carry_out
+    from lens_unlearn.experiments.loading import load_report
     from lens_unlearn.experiments.plan import Plan
+    from lens_unlearn.experiments.tracking import check_tracker
+    from lens_unlearn.experiments.tracking import track as log
 
+    if track is not None:
+        check_tracker(track)
     grids = {"fractions": fractions, "false_alarms": false_alarms, "strengths": strengths}
     plan = Plan(
         model=model,
@@ -169,6 +181,9 @@ def run(
             typer.echo(f"{name}: {edit!r}")
         typer.echo(report.table(["top1"]).to_string())
     typer.echo(f"report: {out / 'report.html'}")
+    if track is not None:
+        log(done[1] if done else load_report(out), out, track)
+        typer.echo(f"logged: {track}")
     end(done and done[1])
 
 

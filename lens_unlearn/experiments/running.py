@@ -8,10 +8,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lens_unlearn.core import distributed
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments.experiment import carry_out
 from lens_unlearn.experiments.loading import load_report
 from lens_unlearn.experiments.plan import FALSE_ALARMS, STRENGTHS, Plan
+from lens_unlearn.experiments.tracking import check_tracker
+from lens_unlearn.experiments.tracking import track as log
 from lens_unlearn.methods.budget import CONFIDENCE
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import model_name
@@ -56,6 +59,7 @@ def run(
     device_map: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    track: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -103,6 +107,8 @@ def run(
         device_map: How a model that does not fit one device is spread.
         revision: A branch, tag or commit of a model on the hub.
         trust_remote_code: Whether to run the code that comes with a model.
+        track: "tensorboard", "wandb" or "mlflow", which the finished run's table and page are logged to; needs the extra of that
+            name.
         resume: Whether to go on with an interrupted run of the same plan, or to return a finished one.
         overwrite: Whether an earlier run in `out` is replaced.
         progress: Whether to say what is being done.
@@ -114,6 +120,8 @@ def run(
     Raises:
         LensUnlearnError: If something cannot be meant, before the first pass over texts, or `out` holds what would be lost.
     """
+    if track is not None:
+        check_tracker(track)
     held = None if isinstance(model, str | os.PathLike) else model
     plan = Plan(
         model=os.fspath(model) if isinstance(model, str | os.PathLike) else model_name(model),
@@ -152,11 +160,12 @@ def run(
         facts=facts,
     )
     done = carry_out(plan, out, resume=resume, overwrite=overwrite, progress=progress, model=held)
-    if done is None:
-        return load_report(out)
-    for what, why in done[1].provenance.get("failed", {}).items():
+    report = load_report(out) if done is None else done[1]
+    for what, why in report.provenance.get("failed", {}).items():
         warnings.warn(f"{what} failed: {why}; the rest is in the report", RuntimeWarning, stacklevel=2)
-    return done[1]
+    if track is not None and distributed.is_first():
+        log(report, out, track)
+    return report
 
 
 def _several(given: str | Sequence[str]) -> tuple[str, ...]:
