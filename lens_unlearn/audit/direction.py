@@ -6,6 +6,7 @@ with Activation Steering", arXiv 2411.02631). The logits count as one more place
 at the very end is undone there. Which place is best is decided on that half, and measured on the other, both ways round.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,13 @@ def direction(case: Case) -> Found:
         same = suspect.model is case.model and suspect.intervention is None
         own = base if same else _means(case, suspect, halves)
         table = np.zeros((case.facts.n_documents, len(places) + 1))
+        # Nothing is added to the base, nor below the first layer that differs: that is asked once.
+        unpushed = functools.cache(functools.partial(answered, case, suspect, case.facts))
         for fit, (half, other) in enumerate((halves, halves[::-1])):
+            # what was made impossible is not made possible by adding
+            vectors = [torch.nan_to_num(base[fit][i] - own[fit][i], 0.0, 0.0, 0.0) for i in places]
             pushed = np.stack(
-                [_pushed(case, suspect, base[fit][i] - own[fit][i], i) for i in places], axis=1
+                [_pushed(case, suspect, v, i) if bool(v.any()) else unpushed() for i, v in enumerate(vectors)], axis=1
             )  # of all facts: by one half the place is chosen
             best = int(np.nan_to_num(pushed[half], nan=-1.0).mean(0).argmax())
             if not number and any(bool((base[fit][i] - own[fit][i]).any()) for i in places):
@@ -123,9 +128,6 @@ def _first_logits(predicted: Predicted, rows: int) -> Float[Tensor, "rows vocabu
 
 def _pushed(case: Case, suspect: Suspect, vector: Tensor, place: int) -> Float[np.ndarray, "facts"]:
     """Return the probability of every fact's answer when a vector is added at a place."""
-    vector = torch.where(torch.isfinite(vector), vector, 0.0)  # what was made impossible is not made possible by adding
-    if not bool(vector.any()):
-        return answered(case, suspect, case.facts)
     push = _Push(vector, place if place < case.n_layers else None)
     both = push if suspect.intervention is None else Chain((suspect.intervention, push))
     return answered(case, Suspect(suspect.model, both), case.facts)
