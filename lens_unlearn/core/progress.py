@@ -21,7 +21,7 @@ __all__ = ["Bar", "say", "stage"]
 EVERY = 20.0
 """Seconds between two lines of a bar where the output is no terminal."""
 
-LINE = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {elapsed} gone, {remaining} left, {rate_fmt}"
+LINE = "{desc}{percentage:.0f}% of {total_fmt}{unit}, {elapsed} gone, {remaining} left, {rate_fmt}"
 BRIEF = 2.0
 """Seconds within which what ends needs no line."""
 
