@@ -37,6 +37,7 @@ class Bar(tqdm):
         if self._lines:  # a line costs no more than a look at the clock, until it is due
             more |= {"mininterval": EVERY, "miniters": 0, "file": sys.stderr, "gui": False}
             more |= {"bar_format": LINE} if more.get("total") else {}
+        described += ": " if described else ""  # as tqdm does where it is set later
         super().__init__(*args, desc=described or None, disable=disable, **more)
 
     def called(self, desc: str) -> None:

@@ -23,7 +23,7 @@ def test_in_a_log_a_bar_is_a_line_every_so_often(capsys: Captured, monkeypatch: 
     assert "\r" not in text
     lines = text.splitlines()
     assert len(lines) == 4
-    assert all(line.startswith("tune 1 of 2: simu: evaluate 1 of 2: forget:") for line in lines)
+    assert all(line.startswith("tune 1 of 2: simu: evaluate 1 of 2: forget: ") and ": :" not in line for line in lines)
     assert [line.partition("%")[0].split()[-1] for line in lines] == ["25", "50", "75", "100"]
 
 
