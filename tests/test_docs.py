@@ -343,7 +343,11 @@ def test_every_kind_is_public_and_can_be_read() -> None:
 
 def test_every_benchmark_is_on_a_page() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"record", "skills", "timing"}  # which the others share
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {
+        "record",
+        "skills",
+        "timing",
+    }  # which the others share
     assert set(re.findall(r"(?<!lens_unlearn/)(?<!tests/)benchmarks/(\w+)\.py", text)) - {"NAME"} == files
 
 
