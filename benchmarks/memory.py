@@ -25,7 +25,7 @@ from timing import SHAPES, TINY, begin, gpt2, options, random_corpus, verdict
 from torch.nn import functional as F
 
 from lens_unlearn.evaluation.answer_losses import gradients_of
-from lens_unlearn.methods.objectives import clip_norm
+from lens_unlearn.methods.curvature import clip_norm
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.neurons.collect import collect

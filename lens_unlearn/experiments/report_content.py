@@ -137,9 +137,9 @@ class Content:
     def _neurons(self, name: str, edit: Ablate | Adjust) -> dict[str, Any]:
         """Draw which neurons were selected, layer by layer and one by one, where both sides' moments are known."""
         forget, retain = self.fitted[name]
-        if not (isinstance(forget, Moments) and isinstance(retain, Moments)):
-            return {}
         selection = edit.selection
+        if not (isinstance(forget, Moments) and isinstance(retain, Moments)) or not set(selection) <= set(forget.mean):
+            return {}
         record = self.plan.records[name]
         if record.score is None:
             score = forget.mean_abs / (retain.mean_abs + EPS)

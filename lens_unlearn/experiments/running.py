@@ -16,7 +16,7 @@ from lens_unlearn.experiments.plan import FALSE_ALARMS, STRENGTHS, Plan
 from lens_unlearn.experiments.tracking import check_tracker
 from lens_unlearn.experiments.tracking import track as log
 from lens_unlearn.methods.budget import CONFIDENCE
-from lens_unlearn.model.host import Model
+from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
 
 __all__ = ["run"]
@@ -122,7 +122,10 @@ def run(
     """
     if track is not None:
         check_tracker(track)
-    held = None if isinstance(model, str | os.PathLike) else model
+    named = isinstance(model, str | os.PathLike)
+    if not named:
+        require_model(model)
+    held = None if named else model
     plan = Plan(
         model=os.fspath(model) if isinstance(model, str | os.PathLike) else model_name(model),
         forget=forget,

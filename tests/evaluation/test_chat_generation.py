@@ -219,7 +219,7 @@ def test_answers_and_memorization_are_asked_behind_the_whole_conversation() -> N
         model, {"chat": corpus}, {"abstain": around(key)}, answers=2, memorization=2, max_new_tokens=4, progress=False
     )
     samples = {s["prompt"]: s for s in report.samples}
-    asked = [model.tokenizer.decode(corpus.prompt(row)) for row in range(2)]
+    asked = [model.tokenizer.decode(corpus.prompt(row), skip_special_tokens=True) for row in range(2)]
     assert set(samples) == set(asked)
     assert samples[asked[0]]["abstain"] == REFUSAL
     assert samples[asked[0]]["true answer"] == TWO[-1]["content"]

@@ -155,7 +155,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_files(
     files = [
         path.relative_to(written) for path in written.rglob("*") if path.suffix in (".csv", ".json", ".safetensors")
     ]
-    assert len(files) == 2 + len(SKILLS) * len(METHODS)
+    assert len(files) == 3 + len(SKILLS) * len(METHODS)
     for file in files:
         assert (written / file).read_bytes() == (out / file).read_bytes(), file
     capsys.readouterr()

@@ -187,7 +187,7 @@ WRONG = [
     ("run", "--set", "fraction=Infinity", "fraction=inf"),
     ("run", "--set", "fraction=true", "fraction=True"),
     ("run", "--dtype", "int8", "dtype='int8'"),
-    ("compare", "--seeds", "0", "seeds=0"),
+    ("compare", "--seeds", "0", "controls=0"),
     ("compare", "--retain-drop", "nan", "retain_drop=nan"),
     ("compare", "--skill", "run.json=c.txt", "'run.json' cannot name a skill"),
     ("compare", "--tokens", "1", "tokens=1"),
@@ -276,7 +276,7 @@ def test_a_dtype_is_known_by_its_name() -> None:
 
 def test_the_commands_are_those_of_the_command_line() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert set(COMMANDS) | {"figure", "methods", "show", "push"} == names
+    assert set(COMMANDS) | {"diff", "figure", "methods", "show", "push"} == names
 
 
 def test_fields_that_came_later_do_not_tell_a_plan_from_an_earlier_one() -> None:

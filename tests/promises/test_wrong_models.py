@@ -87,7 +87,8 @@ def test_every_public_function_that_takes_a_model_is_looked_at() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_no_model_is_refused_saying_what_to_pass(name: str) -> None:
-    for wrong in WRONG.values():
+    named = ("a name", "a path") if name == "run" else ()  # as on the command line, it takes these for a model
+    for wrong in (wrong for what, wrong in WRONG.items() if what not in named):
         with pytest.raises(ModelError, match=r"^[^\n]*pass [^\n]*lens_unlearn\.load_model[^\n]*$"):
             CALLS[name](wrong())
 
