@@ -24,6 +24,7 @@ from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.keyspace.regions import Clusters
+from lens_unlearn.model.host import host_version
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import query_keys
 
@@ -141,8 +142,10 @@ def test_gradient_norms_and_a_reference_are_attacks_like_the_others(model: Any) 
         own = [np.array(scores(plain, model.tokenizer, one, 0.4)["mia_loss"]) for one in (members, others)]
         expected = roc_auc_score(labels, np.concatenate([own[0] - beside[0], own[1] - beside[1]]))
         assert report[condition, "forget", "mia_reference"].value == pytest.approx(expected, abs=1e-9)
+    # A bridge of TransformerLens 3 has other parameters: projections of its own beside those of the plain model.
+    off = 5e-3 if host_version().startswith("3.") else 1e-4
     assert gradient_norms(model, members) == pytest.approx(
-        gradients(copy.deepcopy(tiny.hugging_face("gpt2")), members), rel=1e-4
+        gradients(copy.deepcopy(tiny.hugging_face("gpt2")), members), rel=off
     )
     assert set(ALL) <= set(report.metrics)
     assert set(membership(model, members, others, {}, **QUIET).metrics) == {*ATTACKS, "privacy_leak"}
