@@ -1,5 +1,7 @@
 """LAPE: the published formula in NumPy, a planted neuron, what is refused; and a run with several languages to retain."""
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from command_line_helpers import call, write_texts
 
 import lens_unlearn as lu
+from lens_unlearn import methods
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.methods import by_name
 from lens_unlearn.methods.controls import controls_for
@@ -86,10 +89,22 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
         lape(model, *corpora, fraction=0.0001, **QUIET)
 
 
-def test_a_run_takes_each_source_to_retain_for_a_language(model_dir: Path, tmp_path: Path) -> None:
+def test_a_run_takes_each_source_to_retain_for_a_language(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    @functools.wraps(lape)
+    def watched(model: Any, forget: Any, retain: Any, **options: Any) -> lu.Ablate:
+        given.append(retain)
+        return lape(model, forget, retain, **options)
+
+    monkeypatch.setattr(methods, "METHODS", (replace(by_name("lape"), function=watched),))
     files = [write_texts(tmp_path / f"{i}.jsonl", i, words=[f"w{i}{j}" for j in range(6)]) for i in range(3)]
     sources = ["--forget", f"{files[0]}:text", "--retain", f"{files[1]}:text", "--retain", f"{files[2]}:text"]
     options = ["--method", "lape", "--set", "fraction=0.5", "--set", "often=0.5", "--tokens", 400, "--window", 32]
     out = tmp_path / "run"
     assert call("run", "--model", model_dir, *sources, *options, "--no-sweep", "--quiet", "--out", out) == 0
+    assert given
+    assert all(len(retain) == 2 and not lu.NeuronMap.equals(*(one.positive for one in retain)) for retain in given)
     assert (out / "lape.safetensors").exists()
