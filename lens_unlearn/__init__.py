@@ -114,6 +114,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "random_delta",
         "random_pruning",
     ),
+    "methods.gated_pruning": ("gated_pruning",),
     "methods.key_space_detection": (
         "key_space_detection",
         "query_keys",
@@ -208,6 +209,7 @@ if TYPE_CHECKING:
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region
     from lens_unlearn.methods.controls import random_delta, random_pruning
+    from lens_unlearn.methods.gated_pruning import gated_pruning
     from lens_unlearn.methods.key_space_detection import key_space_detection
     from lens_unlearn.methods.lape import lape
     from lens_unlearn.methods.neuron_adjust import neuron_adjust

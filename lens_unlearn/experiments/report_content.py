@@ -24,6 +24,7 @@ from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.base import Intervention
 from lens_unlearn.interventions.delta import Delta
+from lens_unlearn.interventions.when import When
 from lens_unlearn.keyspace.key_space import key_space
 from lens_unlearn.methods.controls import controls_for
 from lens_unlearn.model.host import Model
@@ -229,6 +230,7 @@ class Content:
 DETAILS: dict[type[Intervention], Callable[[Content, str, Any], dict[str, Any]]] = {
     Delta: Content._training,
     Abstain: Content._keys,
+    When: lambda content, name, edit: content._keys(name, edit.detector),
     Ablate: Content._neurons,
     Adjust: Content._neurons,
 }

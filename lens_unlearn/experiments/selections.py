@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.adjust import Adjust
-from lens_unlearn.interventions.base import Intervention
+from lens_unlearn.interventions.base import Intervention, Limited
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model
@@ -25,6 +25,8 @@ def selection_of(edit: Intervention, model: Model | None = None) -> NeuronMap | 
         edit: The intervention.
         model: Its model; needed for a `Delta`, which does not say how many neurons there are.
     """
+    if isinstance(edit, Limited):
+        return selection_of(edit.inner, model)
     if isinstance(edit, Ablate | Adjust):
         return _at_keys(edit.selection)
     if model is None:
@@ -38,6 +40,8 @@ def selection_of(edit: Intervention, model: Model | None = None) -> NeuronMap | 
 
 def neurons_of(edit: Intervention) -> dict[Site, Tensor]:
     """Return the flat indices of the neurons that an intervention acts on, by site; nothing for what selects none."""
+    if isinstance(edit, Limited):
+        return neurons_of(edit.inner)
     if isinstance(edit, Ablate | Adjust):
         return {site: value.flatten().nonzero().flatten() for site, value in _at_keys(edit.selection).items()}
     if not isinstance(edit, Delta):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.methods import key_space_detection, lape, neuron_adjust, selective_pruning, simu
+from lens_unlearn.methods import gated_pruning, key_space_detection, lape, neuron_adjust, selective_pruning, simu
 from lens_unlearn.methods.method import Method
 
 __all__ = ["METHODS", "by_name", "names", "record_of"]
@@ -18,6 +18,7 @@ METHODS: tuple[Method, ...] = (
     selective_pruning.ATTENTION,
     neuron_adjust.METHOD,
     key_space_detection.METHOD,
+    gated_pruning.METHOD,
     simu.METHOD,
     lape.METHOD,
 )

@@ -193,6 +193,7 @@ def _moments_of(
     turn = None if basis is None else {site: partial(rotate, basis=basis[site]) for site in basis}
     known = []
     for part in [one for side in parts for one in (side if isinstance(side, list) else [side])]:  # several to retain
+        part = getattr(part, "moments", part)  # of what was collected beside them
         if isinstance(part, Corpus) or not (
             part is None or hasattr(part, "fresh")
         ):  # no statistic: `collect` refuses it

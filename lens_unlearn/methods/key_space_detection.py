@@ -109,7 +109,7 @@ def key_space_detection(
         false_alarms=false_alarms, site=site, held_out=held_out, refusal=refusal, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     site = check_kind(site)
-    sites = [Site(number, site) for number in _layers(layer, vote, _having(model, forget, site), site)]
+    sites = [Site(number, site) for number in layers_of(layer, vote, _having(model, forget, site), site)]
     fixed = layer is not None and alpha is not None and region != "auto"
     budget, contrasts = check_fraction(false_alarms, "false_alarms"), region in _CONTRASTS
 
@@ -212,7 +212,7 @@ def _check(
         raise LensUnlearnError(f"refusal={refusal!r} is no text")
     if model is None:
         return
-    layers = _layers(layer, vote, _having(model, forget, site), site)
+    layers = layers_of(layer, vote, _having(model, forget, site), site)
     fixed = layer is not None and alpha is not None and region != "auto"
     if retain is None and not fixed and held_out is None:
         raise CorpusError("choosing a layer or alpha needs retain queries: give retain, or both layer and alpha")
@@ -391,8 +391,12 @@ def _having(model: Model, forget: Any, site: str) -> list[int]:
     return sorted(found)
 
 
-def _layers(layer: int | Sequence[int] | None, vote: int | None, having: Sequence[int], site: str) -> list[int]:
-    """Choose among the layers that have a kind of site; negative numbers count these from the last."""
+def layers_of(layer: int | Sequence[int] | None, vote: int | None, having: Sequence[int], site: str) -> list[int]:
+    """Choose among the layers that have a kind of site; negative numbers count these from the last.
+
+    Raises:
+        LensUnlearnError: If there is no such layer, or there are too few for a vote.
+    """
     count = len(having)
     if layer is None:
         if vote is not None and not 1 <= vote <= (count + 1) // 2:

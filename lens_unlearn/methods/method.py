@@ -20,7 +20,6 @@ from lens_unlearn.model.experts import EXPERT_KINDS
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import resolve
 from lens_unlearn.neurons.collect import collect, query_keys
-from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.moments import Moments
 
@@ -54,7 +53,8 @@ class Method:
     """On the command line, in reports and in file names: lower case with dashes."""
     function: Callable[..., Intervention]
     fitted_to: type = Corpus
-    """What the function takes as forget and retain: `Moments`, `KeySample` (the keys of prompts), or `Corpus`."""
+    """What the function takes as forget and retain: `Moments`, `KeySample` (the keys of prompts), or `Corpus`; or what `prepare`
+    makes of corpora, a type of its own. It says by `of_prompts` whether prompts are what it was collected over."""
     strength: str = "fraction"
     """The option that says how much is changed, above 0 and at most 1: a share of neurons, of false positives, or a factor."""
     grid: tuple[float, ...] = FRACTIONS
@@ -92,7 +92,7 @@ class Method:
     @property
     def judges_prompts(self) -> bool:
         """Whether it decides prompt by prompt: it is fitted to their keys, and its strength is a share of false positives."""
-        return self.fitted_to is KeySample
+        return getattr(self.fitted_to, "of_prompts", False)
 
     @property
     def cuts_prompts(self) -> bool:

@@ -34,6 +34,9 @@ class KeySample:
     # depend on batches and on how the corpus is cut over processes, and two reservoirs cannot be merged exactly. The k lowest
     # of independent random priorities are a uniform sample too, and the k lowest of a union are among those of its parts.
 
+    of_prompts = True
+    """That methods fitted to it decide prompt by prompt."""
+
     by_unit = True
     """That `collect` calls `locate` with groups in the place of documents, where the corpus names them."""
 
