@@ -84,6 +84,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "interventions.ablate": ("Ablate",),
     "interventions.abstain": ("Abstain",),
     "interventions.adjust": ("Adjust",),
+    "interventions.affine": ("Affine",),
     "interventions.base": (
         "Chain",
         "Intervention",
@@ -110,10 +111,13 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Linear",
         "fit_region",
     ),
+    "methods.concept_erasure": ("concept_erasure",),
     "methods.controls": (
+        "random_affine",
         "random_delta",
         "random_pruning",
     ),
+    "methods.direction_removal": ("direction_removal",),
     "methods.gated_pruning": ("gated_pruning",),
     "methods.key_space_detection": (
         "key_space_detection",
@@ -124,6 +128,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "methods.ov_basis": ("ov_basis",),
     "methods.selective_pruning": ("selective_pruning",),
     "methods.simu": ("simu",),
+    "methods.steering": ("steering",),
     "methods.tuning": (
         "sweep",
         "tune",
@@ -199,6 +204,7 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.ablate import Ablate
     from lens_unlearn.interventions.abstain import Abstain
     from lens_unlearn.interventions.adjust import Adjust
+    from lens_unlearn.interventions.affine import Affine
     from lens_unlearn.interventions.base import Chain, Intervention, Placed
     from lens_unlearn.interventions.delta import Delta
     from lens_unlearn.interventions.files import load_intervention
@@ -208,7 +214,9 @@ if TYPE_CHECKING:
     from lens_unlearn.interventions.when import When
     from lens_unlearn.keyspace.key_space import KeySpace, key_space
     from lens_unlearn.keyspace.regions import Box, Clusters, Contrast, Ellipsoid, Linear, fit_region
-    from lens_unlearn.methods.controls import random_delta, random_pruning
+    from lens_unlearn.methods.concept_erasure import concept_erasure
+    from lens_unlearn.methods.controls import random_affine, random_delta, random_pruning
+    from lens_unlearn.methods.direction_removal import direction_removal
     from lens_unlearn.methods.gated_pruning import gated_pruning
     from lens_unlearn.methods.key_space_detection import key_space_detection
     from lens_unlearn.methods.lape import lape
@@ -216,6 +224,7 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.ov_basis import ov_basis
     from lens_unlearn.methods.selective_pruning import selective_pruning
     from lens_unlearn.methods.simu import simu
+    from lens_unlearn.methods.steering import steering
     from lens_unlearn.methods.tuning import sweep, tune
     from lens_unlearn.model.loading import fingerprint, load_model
     from lens_unlearn.model.matrices import Matrix

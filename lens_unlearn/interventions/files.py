@@ -15,6 +15,7 @@ from lens_unlearn.core.errors import ArtefactError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.interventions.base import Chain, Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.patch import Patch
@@ -25,7 +26,7 @@ from lens_unlearn.model.loading import require_model_of
 
 __all__ = ["CLASSES", "load_intervention"]
 
-CLASSES = (Ablate, Adjust, Abstain, Delta, Patch, Reroute, Chain, Placed, When)
+CLASSES = (Ablate, Adjust, Abstain, Affine, Delta, Patch, Reroute, Chain, Placed, When)
 """Every intervention that can be read from a file: a new one is a file of this room and a name here."""
 _BY_KIND: dict[str, Any] = {cls.kind: cls for cls in CLASSES}
 

@@ -8,7 +8,17 @@ from collections.abc import Callable
 
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.methods import gated_pruning, key_space_detection, lape, neuron_adjust, selective_pruning, simu
+from lens_unlearn.methods import (
+    concept_erasure,
+    direction_removal,
+    gated_pruning,
+    key_space_detection,
+    lape,
+    neuron_adjust,
+    selective_pruning,
+    simu,
+    steering,
+)
 from lens_unlearn.methods.method import Method
 
 __all__ = ["METHODS", "by_name", "names", "record_of"]
@@ -21,6 +31,9 @@ METHODS: tuple[Method, ...] = (
     gated_pruning.METHOD,
     simu.METHOD,
     lape.METHOD,
+    direction_removal.METHOD,
+    concept_erasure.METHOD,
+    steering.METHOD,
 )
 """Every method, in the order of help texts and reports. A new one is a file of its own, and a line here."""
 

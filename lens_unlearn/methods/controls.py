@@ -22,6 +22,7 @@ from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.interventions.base import Intervention, Placed
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
@@ -36,7 +37,15 @@ from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.maps import NeuronMap, check_fraction
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["Controls", "controls_for", "random_controls", "random_delta", "random_pruning", "shuffled_controls"]
+__all__ = [
+    "Controls",
+    "controls_for",
+    "random_affine",
+    "random_controls",
+    "random_delta",
+    "random_pruning",
+    "shuffled_controls",
+]
 
 Controls = Callable[..., list[Intervention]]
 """Takes ``(model, intervention, seeds, *, fitted, refit)``: what the method was fitted to, and how to fit it to something else."""
@@ -44,6 +53,7 @@ Controls = Callable[..., list[Intervention]]
 RANDOM_NEURONS = "as many random neurons of every layer"
 RANDOM_LOADED = f"{RANDOM_NEURONS}, in experts with the same load"
 RANDOM_UPDATES = "random updates of the same singular values"
+RANDOM_DIRECTIONS = "random directions of the same norm"
 SHUFFLED_LABELS = "the same method fitted to shuffled labels"
 """What reports call the controls below."""
 
@@ -136,6 +146,52 @@ def random_delta(like: Delta, *, seed: int = 0) -> Delta:
         A `Delta` of the same strength.
     """
     return Delta({m: _drawn_like(m, update, seed) for m, update in like.updates.items()}, like.strength)
+
+
+def random_affine(like: Affine, *, seed: int = 0) -> Affine:
+    """Map the same activations in the same way along random directions: all of a map's vectors, turned together at random.
+
+    With Q a uniformly distributed (Haar) rotation, the same for all sites of one width, left becomes Q left, right becomes
+    right Q^T, and shift becomes Q shift: a projection stays one, and all norms, ranks and angles are the same, also from layer to
+    layer. The centre stays.
+
+    Args:
+        like: What it is the control of.
+        seed: The same seed gives the same map.
+
+    Returns:
+        An `Affine` of the same strength.
+    """
+    columns = {
+        site: torch.cat(
+            [
+                part
+                for part in (like.left.get(site), _column(like.right, site), _column(like.shift, site))
+                if part is not None
+            ],
+            1,
+        )
+        for site in like.sites
+    }
+    turned: dict[Site, Tensor] = {}
+    for width in {len(vectors) for vectors in columns.values()}:
+        own = {site: vectors.double() for site, vectors in columns.items() if len(vectors) == width}
+        span = torch.linalg.qr(torch.cat([*own.values()], 1)).Q
+        drawn = _orthonormal(span.shape[0], span.shape[1], _generator("random_affine", seed, width), span.device)
+        turned |= {site: drawn @ (span.T @ vectors) for site, vectors in own.items()}
+    left, right, shift = {}, {}, {}
+    for site, vectors in turned.items():
+        a, b, c = vectors.to(columns[site].dtype).split([like.rank(site), like.rank(site), int(site in like.shift)], 1)
+        if site in like.left:
+            left[site], right[site] = a, b.T
+        if site in like.shift:
+            shift[site] = c[:, 0]
+    return replace(like, left=left, right=right, shift=shift)
+
+
+def _column(part: Mapping[Site, Tensor], site: Site) -> Tensor | None:
+    """Return a site's vectors as columns: of vectors, or of the rows of a matrix."""
+    return None if site not in part else part[site].reshape(-1, part[site].shape[-1]).T
 
 
 def _drawn_like(matrix: Matrix, update: Update, seed: int) -> Update:
@@ -273,6 +329,7 @@ AT_RANDOM: dict[type[Intervention], Callable[[Model, Any, int, NeuronMap | None,
         model, like=intervention, among=among, load=load, seed=seed
     ),
     Adjust: _random_adjust,
+    Affine: lambda model, intervention, seed, among, load: random_affine(intervention, seed=seed),
     Delta: lambda model, intervention, seed, among, load: random_delta(intervention, seed=seed),
 }
 """For each kind of intervention that selects something, the same of as much at random."""
@@ -286,7 +343,8 @@ def controls_for(
     Inside routed experts the counts are equal also for experts of the same load, see `random_pruning`.
 
     Of an `Adjust`, random neurons are adjusted by their own means and standard deviations; of a `Delta`, the controls are
-    random updates of the same singular values. What acts at some positions only has controls that act there.
+    random updates of the same singular values, and of an `Affine` the same map along random directions. What acts at some
+    positions only has controls that act there.
 
     Args:
         model: The model.

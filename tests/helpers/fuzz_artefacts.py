@@ -41,6 +41,7 @@ from lens_unlearn.experiments import run_folder
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
@@ -70,7 +71,7 @@ def ramp(*shape: int, start: float = 1.0, step: float = 0.25) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) * step + start).reshape(shape).float()
 
 
-POST, HEADS = Site(0, "mlp.post"), Site(1, "attn.z")
+POST, HEADS, RESID = Site(0, "mlp.post"), Site(1, "attn.z"), Site(1, "resid")
 SELECTION = NeuronMap({POST: torch.tensor([True, False, True]), Site(1, "mlp.post"): torch.zeros(3, dtype=torch.bool)})
 Z = NeuronMap({HEADS: torch.tensor([[True, False], [False, True]])})
 
@@ -102,6 +103,9 @@ def interventions() -> dict[str, Intervention]:
         "ablate-basis": Ablate(Z, Z.map(lambda m: ramp(2, 2).double()), basis),
         "adjust": Adjust(SELECTION, maps["a"], maps["b"], maps["c"], maps["b"], "deterministic", 3, 1),
         "abstain": Abstain(regions, 2, "every_token", "No.", rates),
+        "affine": Affine(
+            {RESID: ramp(3, 2)}, {RESID: ramp(2, 3, start=-1.0)}, {RESID: ramp(3)}, {Site(2, "resid"): ramp(4)}, 0.75
+        ),
         "delta": Delta(updates, -0.5, record),
         "patch": Patch({POST: ramp(2, 4, 3), HEADS: ramp(2, 4, 2, 2)}, "last", site=("mlp.post", "attn.z")),
         "reroute": Reroute({0: [2, 0], 3: [17]}),

@@ -12,6 +12,7 @@ from torch import Tensor
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.adjust import Adjust
+from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.interventions.base import Chain, Intervention
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
@@ -26,6 +27,7 @@ POST = [Site(0, "mlp.post"), Site(1, "mlp.post")]
 
 
 Z = [Site(0, "attn.z"), Site(1, "attn.z")]
+RESID = Site(0, "resid")
 
 
 def random_selection(shapes: dict[Site, tuple[int, ...]], share: float = 0.3, seed: int = 0) -> NeuronMap:
@@ -88,6 +90,9 @@ def zoo(model: Any, seed: int = 0) -> dict[str, Intervention]:
             vote=2,
             when="every_token",
         ),
+        "affine": Affine(
+            {RESID: noise(32, 1, scale=0.3)}, {RESID: noise(1, 32, scale=0.3)}, {RESID: noise(32)}, {RESID: noise(32)}
+        ),
         "rows": Delta({(0, "W_out"): Update(noise(3, shape["W_out"][1], scale=0.3), torch.tensor([5, 0, 60]))}),
         "columns": Delta(
             {(0, "W_in"): Update(noise(shape["W_in"][0], 2, scale=0.3), columns=torch.tensor([63, 1]))}, strength=0.7
@@ -109,6 +114,7 @@ FORMS = [
     "prompt",
     "abstain",
     "every token",
+    "affine",
     "rows",
     "columns",
     "dense",

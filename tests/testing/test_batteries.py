@@ -24,6 +24,7 @@ import lens_unlearn as lu
 from lens_unlearn import (
     Ablate,
     Adjust,
+    Affine,
     Chain,
     Delta,
     Histogram,
@@ -72,6 +73,13 @@ def patch(model: Any, site: Any, **options: Any) -> Patch:
     return Patch(run, site=site, **options)
 
 
+def affine(model: Any) -> Affine:
+    """Of rank 2 about a centre behind the first block, and a shift behind the second."""
+    width, first, last = int(model.cfg.d_model), Site(0, "resid"), Site(1, "resid")
+    left, right, centre, shift = torch.randn(4, 2, width, generator=torch.Generator().manual_seed(5)) / 4
+    return Affine({first: left.T}, {first: right}, {first: centre[0]}, {last: shift[1]}, strength=0.5)
+
+
 def behind(model: Any) -> Ablate:
     """Ablate in the last layer alone, behind a detector."""
     chosen = selection_of(model)
@@ -86,6 +94,7 @@ SHIPPED: dict[str, Callable[[Any], Intervention]] = {
     "Adjust random": lambda m: adjust(m, "random"),
     "Abstain prompt": lambda m: about(m, TOKENS[0].tolist(), rates={"detection": [1.0, 0.9, 1.0, 9]}),
     "Abstain every token": lambda m: about(m, TOKENS[2].tolist(), when="every_token"),
+    "Affine": affine,
     **{f"Delta {kind}": lambda m, kind=kind: delta(m, kind) for kind in KINDS},
     "Patch": lambda m: patch(m, ["resid", "mlp.post", "attn.z"]),
     "Patch prompt": lambda m: patch(m, "resid", at="prompt"),
@@ -94,7 +103,11 @@ SHIPPED: dict[str, Callable[[Any], Intervention]] = {
     "Placed last": lambda m: (adjust(m, "random") + delta(m, "rows")).placed("last"),
     "When": lambda m: lu.When(about(m, TOKENS[0].tolist(), site=Site(0, "mlp.post")), behind(m)),
     "Chain": lambda m: (
-        Ablate(selection_of(m, "attn.z")) + adjust(m, "random") + about(m, TOKENS[0].tolist()) + delta(m, "rows")
+        Ablate(selection_of(m, "attn.z"))
+        + adjust(m, "random")
+        + about(m, TOKENS[0].tolist())
+        + delta(m, "rows")
+        + affine(m)
     ),
 }
 
@@ -110,13 +123,28 @@ def methods(name: str, model: Any) -> Intervention:
         return lu.neuron_adjust(model, *texts, fraction=0.5, **quiet)
     if name == "key_space_detection":
         return lu.key_space_detection(model, texts[0], layer=-1, alpha=50.0, **quiet)
+    if name in ("direction_removal", "concept_erasure", "steering"):
+        return getattr(lu, name)(model, *texts, **quiet)
+    if name == "random_affine":
+        return lu.random_affine(affine(model))
     if name == "random_pruning":
         return lu.random_pruning(model, fraction=0.2)
     trained = lu.simu(model, FORGET, RETAIN, mask=some_rows(), rank=2, **{**QUICK, "attention": "lora"})
     return trained if name == "simu" else lu.random_delta(trained)
 
 
-METHODS = ["selective_pruning", "neuron_adjust", "key_space_detection", "random_pruning", "simu", "random_delta"]
+METHODS = [
+    "selective_pruning",
+    "neuron_adjust",
+    "key_space_detection",
+    "random_pruning",
+    "simu",
+    "random_delta",
+    "direction_removal",
+    "concept_erasure",
+    "steering",
+    "random_affine",
+]
 
 
 def checked(intervention: Intervention, name: str) -> None:
