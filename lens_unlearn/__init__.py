@@ -124,6 +124,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "query_keys",
     ),
     "methods.lape": ("lape",),
+    "methods.linear_probe": ("probe_ranking",),
     "methods.neuron_adjust": ("neuron_adjust",),
     "methods.ov_basis": ("ov_basis",),
     "methods.selective_pruning": ("selective_pruning",),
@@ -220,6 +221,7 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.gated_pruning import gated_pruning
     from lens_unlearn.methods.key_space_detection import key_space_detection
     from lens_unlearn.methods.lape import lape
+    from lens_unlearn.methods.linear_probe import probe_ranking
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.ov_basis import ov_basis
     from lens_unlearn.methods.selective_pruning import selective_pruning

@@ -14,6 +14,7 @@ from lens_unlearn.methods import (
     gated_pruning,
     key_space_detection,
     lape,
+    linear_probe,
     neuron_adjust,
     selective_pruning,
     simu,
@@ -34,6 +35,7 @@ METHODS: tuple[Method, ...] = (
     direction_removal.METHOD,
     concept_erasure.METHOD,
     steering.METHOD,
+    linear_probe.METHOD,
 )
 """Every method, in the order of help texts and reports. A new one is a file of its own, and a line here."""
 

@@ -351,7 +351,8 @@ def controls_for(
         intervention: What is to be controlled.
         seeds: One for each control.
         forget: What the method was fitted to. Corpora and moments say which neurons it could have chosen: those that are alive on
-            either side, and, where there were too few of them, those that it has chosen. Anything else says nothing.
+            either side, and, where there were too few of them, those that it has chosen; so does a map of scores. Anything else
+            says nothing.
         retain: Likewise.
     """
     if isinstance(intervention, Placed):
@@ -367,6 +368,8 @@ def controls_for(
     if isinstance(intervention, Ablate | Adjust):
         selection = intervention.selection
         pattern = dict(selection.items())
+        if isinstance(forget, NeuronMap):  # the scores that neurons were selected by, which know what was alive
+            return [draw(model, intervention, seed, forget.live | selection, None) for seed in seeds]
         known = _moments_of(model, (forget, retain), pattern, getattr(intervention, "basis", None))
         among, load = _alive(known, pattern) | selection, _load(known)
     return [draw(model, intervention, seed, among, load) for seed in seeds]

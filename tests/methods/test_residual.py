@@ -176,12 +176,27 @@ def test_sides_that_nothing_tells_apart_are_refused(method: Any) -> None:
 
 def test_every_one_runs_from_the_command_line_beside_its_control(model_dir: Path, tmp_path: Path) -> None:
     files = [write_texts(tmp_path / f"{i}.jsonl", i, words=[f"w{i}{j}" for j in range(6)]) for i in range(2)]
-    names = ("direction-removal", "concept-erasure", "steering")
+    names = ("direction-removal", "concept-erasure", "steering", "linear-probe")
     chosen = [part for name in names for part in ("--method", name)]
     sources = ["--forget", f"{files[0]}:text", "--retain", f"{files[1]}:text", "--tokens", 400, "--window", 32]
     out = tmp_path / "run"
-    assert call("run", "--model", model_dir, *sources, *chosen, "--no-sweep", "--quiet", "--out", out) == 0
+    assert (
+        call(
+            "run",
+            "--model",
+            model_dir,
+            *sources,
+            *chosen,
+            "--set",
+            "fraction=0.2",
+            "--no-sweep",
+            "--quiet",
+            "--out",
+            out,
+        )
+        == 0
+    )
     report = lu.load_report(out)
     for name in names:
         assert {name, f"{name}:control"} <= set(report.conditions)
-        assert isinstance(lu.load_intervention(out / f"{name}.safetensors"), lu.Affine)
+        assert isinstance(lu.load_intervention(out / f"{name}.safetensors"), lu.Affine | lu.Ablate)

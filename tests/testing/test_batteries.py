@@ -125,6 +125,8 @@ def methods(name: str, model: Any) -> Intervention:
         return lu.key_space_detection(model, texts[0], layer=-1, alpha=50.0, **quiet)
     if name in ("direction_removal", "concept_erasure", "steering"):
         return getattr(lu, name)(model, *texts, **quiet)
+    if name == "probe_ranking":
+        return lu.probe_ranking(model, *texts, fraction=0.2, **quiet)
     if name == "random_affine":
         return lu.random_affine(affine(model))
     if name == "random_pruning":
@@ -143,6 +145,7 @@ METHODS = [
     "direction_removal",
     "concept_erasure",
     "steering",
+    "probe_ranking",
     "random_affine",
 ]
 
