@@ -47,7 +47,7 @@ class Prompted:
     keys: KeySample
     """At `mlp.post` of the layers where a detector may look."""
     moments: Moments
-    """At `mlp.post` of all layers, over the counted tokens."""
+    """At `mlp.post` behind them at least, over the counted tokens."""
 
 
 def gated_pruning(
@@ -117,9 +117,11 @@ def gated_pruning(
         model, ours.keys, [part.keys for part in others], layer=looks, region=region, vote=vote, when=when,
         false_alarms=false_alarms, site=SITE, control=False, seed=seed, progress=False,
     )  # fmt: skip
+    behind = [Site(number, SITE) for number in layers_with(model, SITE) if number > looks[-1]]
+    sides = ours.moments.only(behind), _joined(others).only(behind)
     inner = pruning.selective_pruning(
-        model, ours.moments, _joined(others), fraction=fraction, importance=importance, replacement=replacement, progress=False
-    )  # fmt: skip
+        model, *sides, fraction=fraction, importance=importance, replacement=replacement, progress=False
+    )
     return When(detector, inner)
 
 

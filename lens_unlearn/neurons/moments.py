@@ -6,7 +6,7 @@ Knows activations, site by site, and which tokens count; knows nothing of models
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -251,6 +251,24 @@ class Moments:
                         )
                     new._routing[Site.parse(site)] = routing
         return require_all_read(new, tensors)
+
+    def only(self, sites: Iterable[Site]) -> "Moments":
+        """Return the moments of some of the sites.
+
+        Raises:
+            EmptyStatisticError: If one of them was not seen.
+        """
+        wanted = dict.fromkeys(sites)
+        for site in wanted:
+            if site not in self._state:
+                raise EmptyStatisticError(
+                    f"{site} was not collected: there are {', '.join(map(str, self._state)) or 'none'}"
+                )
+        kept = self.with_state(
+            {name: part for name, part in self.state().items() if Site.parse(name.rpartition(".")[0]) in wanted}
+        )
+        kept.provenance = self.provenance
+        return kept
 
     @property
     def sites(self) -> list[Site]:

@@ -178,3 +178,16 @@ def test_a_run_takes_it_by_name_beside_its_control(model_dir: Path, tmp_path: Pa
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "shuffled labels" in settings["controls"]["gated-pruning"]
     assert (tmp_path / "run" / "gated-pruning.safetensors").exists()
+
+
+def test_moments_of_every_layer_are_taken_as_well_and_only_those_behind_count() -> None:
+    model = tiny.model("llama")
+    forget, other, _ = skills()
+    short = by_name("gated-pruning").fit(model, forget, other, QUIET)
+    whole = [lu.collect(model, part, ("mlp.post", "attn.z"), **QUIET) for part in (forget, other)]
+    fitted = [Prompted(part.keys, moments) for part, moments in zip((short[0], *short[1]), whole, strict=True)]
+    options: dict[str, Any] = {"fraction": 0.3, "false_alarms": 0.2, **QUIET}
+    ours, theirs = gated_pruning(model, *fitted, **options), gated_pruning(model, short[0], short[1], **options)
+    assert isinstance(ours.inner, lu.Ablate)
+    assert isinstance(theirs.inner, lu.Ablate)
+    assert ours.inner.selection.equals(theirs.inner.selection)

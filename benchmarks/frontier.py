@@ -1,0 +1,188 @@
+r"""What can be taken of one skill at how little of each other, by every method of the package, on a pretrained model.
+
+    python benchmarks/fetch_models.py smollm2
+    python benchmarks/frontier.py --choose --seeds 0 --save benchmarks/outputs/frontier_chosen.json
+    python benchmarks/frontier.py --save benchmarks/outputs/frontier.json
+
+Texts of code, mathematics and prose are cut into prompts of --prompt tokens and what follows, which is what counts. Each skill is
+forgotten in turn, and each of the two others is retained. Every method is fitted to the same documents at several strengths; a seed
+draws them. "cost" is the largest loss of another skill. Losses are relative top-1 accuracy drops on documents that nothing was
+fitted to, of all seeds, with an interval over seeds and documents. With --choose, they are a part of the documents to fit on, so
+that what is chosen there was not chosen on what is reported.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from record import begin, percent
+
+import lens_unlearn as lu
+from lens_unlearn.methods.gated_pruning import Prompted
+
+DATA = Path("../shared/data")
+SKILLS = ("code", "math", "prose")
+FALSE_ALARMS = (0.005, 0.01, 0.02)
+Fitted = dict[str, Any]
+"""By skill what a seed drew: "texts", their "moments" everywhere, and "prompted", keys and moments behind the detector."""
+
+
+def articles(path: Path) -> list[dict[str, str]]:
+    """Return WikiText's articles, each a document."""
+    bodies = re.split(r"(?m)^ = (?!=).*(?<!=) = $\n", path.read_text(encoding="utf-8"))[1:]
+    return [{"text": body.strip()} for body in bodies if len(body) > 500]
+
+
+def read(model: Any, part: str, skill: str, window: int) -> lu.Corpus:
+    """Read a skill's documents; to books, which are few, come articles."""
+    options: dict[str, Any] = {"tokens": 10**6, "window": window}
+    corpus = lu.read_corpus(f"{DATA}/skillmix_{part}/{skill}.jsonl:text", model, name=skill, **options)
+    if skill != "prose":
+        return corpus
+    wiki = articles(DATA / "wikitext2" / ("valid.txt" if part == "fit" else "test.txt"))
+    return corpus + lu.read_corpus(wiki, model, field="text", name=skill, **options)
+
+
+class Methods:
+    """Every method at every strength: a line each.
+
+    Args:
+        model: The model.
+        options: Of the command line.
+    """
+
+    def __init__(self, model: Any, options: argparse.Namespace) -> None:
+        self.model, self.options = model, options
+        self.lines: dict[str, tuple[Sequence[float], Callable[[Fitted, str, float, int], lu.Intervention]]] = {
+            "selective-pruning": ((0.01, 0.03, 0.08), self.pruned),
+            "selective-pruning, with attention": ((0.03,), self.both),
+            "selective-pruning, mean in place of zero": ((0.03,), self.mean),
+            "selective-pruning, as much of each layer": ((0.03,), self.layers),
+            "random neurons": ((0.03,), self.random),
+            "neuron-adjust": ((0.03,), self.adjusted),
+            "lape": ((0.03,), self.lape),
+            "key-space-detection": (FALSE_ALARMS, self.abstained),
+            "gated-pruning": (FALSE_ALARMS, self.gated),
+            "gated-pruning, random neurons": (FALSE_ALARMS[1:2], self.gated_random),
+        }
+
+    def retained(self, fitted: Fitted, forget: str, what: str) -> list[Any]:
+        """Return what was drawn of each other skill."""
+        return [fitted[skill][what] for skill in SKILLS if skill != forget]
+
+    def pruned(self, fitted: Fitted, forget: str, strength: float, seed: int, **options: Any) -> lu.Ablate:
+        """Ablate what Selective Pruning ranks first, everywhere."""
+        one, other = self.retained(fitted, forget, "moments")
+        options = {"site": "mlp.post", **options}
+        return lu.selective_pruning(
+            self.model, fitted[forget]["moments"], one.merge(other), fraction=strength, progress=False, **options
+        )
+
+    def both(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Ablate:
+        """The same of feed-forward and attention neurons."""
+        return self.pruned(fitted, forget, strength, seed, site=("mlp.post", "attn.z"))
+
+    def mean(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Ablate:
+        """Put the mean over what is retained in the place of a neuron."""
+        return self.pruned(fitted, forget, strength, seed, replacement="mean")
+
+    def layers(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Ablate:
+        """Take as many of every layer."""
+        return self.pruned(fitted, forget, strength, seed, within="layer")
+
+    def random(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Ablate:
+        """As many random neurons of every layer."""
+        return lu.random_pruning(self.model, like=self.pruned(fitted, forget, strength, seed), seed=seed)
+
+    def adjusted(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Adjust:
+        """Neuron Adjust."""
+        one, other = self.retained(fitted, forget, "moments")
+        return lu.neuron_adjust(
+            self.model, fitted[forget]["moments"], one.merge(other), fraction=strength, seed=seed, progress=False
+        )
+
+    def lape(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Ablate:
+        """LAPE, with each skill for a language."""
+        others = self.retained(fitted, forget, "moments")
+        return lu.lape(self.model, fitted[forget]["moments"], others, fraction=strength)
+
+    def gated(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.When:
+        """Gated pruning: the strength is the share of false positives."""
+        return lu.gated_pruning(
+            self.model, fitted[forget]["prompted"], self.retained(fitted, forget, "prompted"), false_alarms=strength,
+            fraction=self.options.fraction, layer=self.options.layers, seed=seed, progress=False,
+        )  # fmt: skip
+
+    def abstained(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Abstain:
+        """The same detector alone: where it fires, the logits are constant."""
+        return self.gated(fitted, forget, strength, seed).detector
+
+    def gated_random(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.When:
+        """As many random neurons behind the same detector."""
+        found = self.gated(fitted, forget, strength, seed)
+        assert isinstance(found.inner, lu.Ablate)
+        return lu.When(found.detector, lu.random_pruning(self.model, like=found.inner, seed=seed))
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--layers", type=int, nargs="+", default=[14], help="where the detector looks")
+    parser.add_argument("--fraction", type=float, default=0.3, help="of the neurons behind it")
+    parser.add_argument("--prompt", type=int, default=48, help="tokens")
+    parser.add_argument("--window", type=int, default=96)
+    parser.add_argument(
+        "--queries", type=int, default=500, help="of each skill, to fit the detector on and calibrate it"
+    )
+    parser.add_argument("--fit-tokens", type=int, default=5000)
+    parser.add_argument("--test-tokens", type=int, default=1600, help="counted ones, of each skill")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lines", nargs="+", help="methods; default all")
+    parser.add_argument("--choose", action="store_true", help="measure on a part of the documents to fit on")
+    parser.add_argument("--dtype", default="auto")
+    args, record = begin(parser, given)
+    lu.tune_allocator()
+    model = lu.load_model(args.model, dtype=args.dtype)
+    record.about(model, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
+    lines = {name: line for name, line in Methods(model, args).lines.items() if not args.lines or name in args.lines}
+    fit, test = ({skill: read(model, part, skill, args.window) for skill in SKILLS} for part in ("fit", "heldout"))
+    if args.choose:
+        halves = {skill: corpus.split(0.7, 0.3) for skill, corpus in fit.items()}
+        fit, test = ({skill: parts[k] for skill, parts in halves.items()} for k in (0, 1))
+    test = {
+        skill: corpus.with_prompts(args.prompt).sample(args.test_tokens, units=36) for skill, corpus in test.items()
+    }
+
+    def drawn(skill: str, seed: int) -> dict[str, Any]:
+        texts = fit[skill].sample(args.fit_tokens, seed=seed)
+        many = fit[skill].sample(args.queries * args.window, seed=seed, units=args.queries).with_prompts(args.prompt)
+        moments = lu.collect(model, texts, ("mlp.pre", "mlp.post", "attn.z"), progress=False)
+        keys = [lu.Site(layer, "mlp.post") for layer in args.layers]
+        queries = lu.query_keys(model, many, keys, capacity=args.queries, seed=seed, progress=False)
+        return {"moments": moments, "prompted": Prompted(queries, moments)}
+
+    known = {seed: {skill: drawn(skill, seed) for skill in SKILLS} for seed in args.seeds}
+    base = lu.evaluate(model, test, {}, progress=False)
+    texts = ([s, c.n_documents, c.n_tokens, percent(base["base", s, "top1"])] for s, c in test.items())
+    record.table("base", ["skill", "documents", "tokens", "top-1"], texts)
+    heads = ["forgotten", "method", "strength", *(f"{skill} lost" for skill in SKILLS), "forgotten of it", "cost"]
+    table = record.table("frontier", heads, left := record.left("frontier"))
+    for skill in SKILLS:
+        for name, (strengths, line) in lines.items():
+            for strength in strengths:
+                if [skill, name, f"{strength:g}"] in [row[:3] for row in left]:
+                    continue
+                edits = [line(known[seed], skill, strength, seed) for seed in args.seeds]
+                report = lu.evaluate(model, test, {"edit": edits}, base=base, progress=False)
+                lost = {other: report.drop("edit", other) for other in SKILLS}
+                cost = max((lost[other] for other in SKILLS if other != skill), key=lambda drop: drop.value)
+                table.row(
+                    [skill, name, f"{strength:g}", *map(percent, lost.values()), percent(lost[skill]), percent(cost)]
+                )
+    record.end()
+
+
+if __name__ == "__main__":
+    main()
