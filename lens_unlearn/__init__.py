@@ -134,6 +134,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "sweep",
         "tune",
     ),
+    "model.dictionary": ("Dictionary",),
+    "model.dictionary_files": ("load_dictionary",),
     "model.loading": (
         "fingerprint",
         "load_model",
@@ -228,6 +230,8 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.simu import simu
     from lens_unlearn.methods.steering import steering
     from lens_unlearn.methods.tuning import sweep, tune
+    from lens_unlearn.model.dictionary import Dictionary
+    from lens_unlearn.model.dictionary_files import load_dictionary
     from lens_unlearn.model.loading import fingerprint, load_model
     from lens_unlearn.model.matrices import Matrix
     from lens_unlearn.model.sites import Site

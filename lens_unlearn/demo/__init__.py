@@ -16,5 +16,8 @@ MODEL_DIR = Path(__file__).parent / "model"
 WITHOUT_FACTS_DIR = Path(__file__).parent / "model_without_facts"
 """The same model trained without ever seeing ``facts_forget``: what perfect unlearning would give."""
 
+DICTIONARY_DIR = Path(__file__).parent / "dictionary"
+"""A sparse autoencoder of the demo model's residual stream, in SAELens' layout."""
 
-__all__ = ["MODEL_DIR", "NAMES", "SPLITS", "WITHOUT_FACTS_DIR", "corpus"]
+
+__all__ = ["DICTIONARY_DIR", "MODEL_DIR", "NAMES", "SPLITS", "WITHOUT_FACTS_DIR", "corpus"]

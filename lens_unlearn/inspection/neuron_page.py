@@ -104,7 +104,8 @@ def neuron_page(
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer` in evaluation mode.
-        site: Such as "L3.mlp.post"; at an MLP or attention.
+        site: Such as "L3.mlp.post"; at an MLP or attention, or "L3.sae" of a dictionary that is attached, whose features' rows are
+            those of the decoder.
         index: The neuron: a number, or at attention also (head, place).
         corpora: By name.
         examples: Top texts of each corpus.

@@ -250,11 +250,17 @@ class Intervention(ABC):
 
         Args:
             path: The file.
-            model: The model it is for: the file will refuse every other one. Without it, any of the right shape is accepted.
+            model: The model it is for: the file will refuse every other one, and another dictionary where this acts on the
+                features of one. Without it, any of the right shape is accepted.
             note: Free text for the header.
+
+        Raises:
+            ArtefactError: If the file cannot be written.
+            SiteError: If it acts on features, and their dictionary is not attached to the model.
         """
         header, tensors = self.parts()
-        content = {"intervention": header, "text": repr(self), "note": note, **model_entry(path, model)}
+        entry = model_entry(path, model, (site for site, _ in self.hooks()))
+        content = {"intervention": header, "text": repr(self), "note": note, **entry}
         artefacts.write(path, "intervention", tensors, content)
 
 

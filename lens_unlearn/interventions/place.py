@@ -71,8 +71,8 @@ class Place:
         where = self._named(live, rows)
         if self.skip_special:
             where = where.masked_fill(live.special.to(x.device), False)
-            if layer is not None:
-                where = where & (live.norms[layer].to(x.device) <= self.sink_ratio)
+            if layer is not None and (size := live.norms.get(layer)) is not None:  # none yet at the embeddings
+                where = where & (size.to(x.device) <= self.sink_ratio)
         return where
 
     def _named(self, live: Live, rows: Rows) -> Bool[Tensor, "batch pos"]:

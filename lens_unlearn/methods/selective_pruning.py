@@ -24,6 +24,7 @@ from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.methods.method import Fitted, Method, require_some
 from lens_unlearn.methods.ov_basis import ov_basis, rotate, value_offset
+from lens_unlearn.model.feature_points import FEATURES
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import ALIASES, Site, check_kind
 from lens_unlearn.neurons.collect import collect, require_skipped
@@ -41,8 +42,9 @@ IMPORTANCES: dict[str, Callable[[Moments], NeuronMap]] = {
 }
 """How much a neuron matters to a corpus: mean abs(x) (the paper's best), frequency of x > 0, rms, std, mean sqrt(abs(x))."""
 
-EPS = {"mlp": 1e-3, "shared": 1e-3, "experts": 1e-3, "attn": 1e-4}
-"""The paper's code's eps: of MLP and of attention neurons."""
+EPS = {"mlp": 1e-3, "shared": 1e-3, "experts": 1e-3, "attn": 1e-4, FEATURES: 0.1}
+"""The paper's code's eps: of MLP and of attention neurons. Of dictionary features, which are mostly 0 and have a scale of their
+own, in units of their mean on the retain corpus."""
 
 Fraction = float | Mapping[str, float]
 Unit = Literal["neuron", "head", "direction"]
@@ -81,11 +83,12 @@ def selective_pruning(
             ``{"mlp.post": 0.02, "attn.z": 0.01}``. Each kind is ranked for itself.
         importance: "abs", "freq", "rms", "std" or "sqrt".
         site: "mlp.post" (feed-forward neurons), "experts.post" (those inside routed experts), "attn.z" (attention pre-out
-            neurons), or several in a tuple.
+            neurons), "sae" (the features of attached dictionaries), or several in a tuple.
         steps: Reach the fraction in this many equal steps; each ranks anew on activations collected under the
             ablation so far.
         within: Rank over the whole model, or the same fraction in each layer.
-        eps: Added to the retain importance; default 1e-3 for MLP and 1e-4 for attention sites, as in the paper's code.
+        eps: Added to the retain importance; default 1e-3 for MLP and 1e-4 for attention sites, as in the paper's code, and for
+            features a tenth of the mean of all features on the retain corpus.
         eps_relative: Adds this share of the layer's median retain importance to eps, so that it has the layer's scale.
         replacement: Put "zero", or the "mean" over the retain corpus, in place of a pruned neuron.
         unit: Prune single neurons, whole attention "head"s (by mean score), or "direction"s: attention neurons in the
@@ -163,7 +166,9 @@ def pruning_score(
 
 
 def _eps(site: Site, retain: Moments) -> float:
-    """Return eps by default; inside routed experts, whose values are multiplied by gates and mostly 0, times the mean gate."""
+    """Return eps by default: times the mean gate inside routed experts, whose values are multiplied by gates and mostly 0."""
+    if site.kind == FEATURES:
+        return EPS[FEATURES] * float(retain.mean_abs[site].mean())
     gates = retain.gate_sums.get(site)
     scale = 1.0 if gates is None else float(gates.mean()) / retain.n
     return EPS.get(site.kind.partition(".")[0], 0.0) * scale

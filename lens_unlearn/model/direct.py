@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import SiteError
+from lens_unlearn.model.feature_points import FEATURES, attached
 from lens_unlearn.model.host import Model, device_of
 from lens_unlearn.model.matrices import matrix_value
 from lens_unlearn.model.sites import Site
@@ -25,16 +26,20 @@ LARGE = 1e4
 def written_row(model: Model, site: Site, index: int) -> Float[Tensor, "width"]:
     """Return what a neuron adds to the residual stream for each unit of its activation: its row of the output matrix.
 
+    Of a dictionary's feature it is its row of the decoder, where the dictionary reads the residual stream or what is added to it.
+
     Args:
         model: The model.
-        site: At an MLP or attention; of an MLP's pre-activations, the row of the same neuron.
+        site: At an MLP or attention, or of a dictionary's features; of an MLP's pre-activations, the row of the same neuron.
         index: The neuron's flat index.
 
     Raises:
         SiteError: If a neuron there has no row of its own.
     """
+    if site.kind == FEATURES and (dictionary := attached(model).get(site.layer)) is not None:
+        return dictionary.written(index)
     if site.kind not in ROWS:
-        raise SiteError(f"a neuron at {site} has no row of an output matrix: choose from {', '.join(ROWS)}")
+        raise SiteError(f"a neuron at {site} has no row of an output matrix: choose from {', '.join(ROWS)}, {FEATURES}")
     return matrix_value(model, site.layer, ROWS[site.kind])[index].detach().clone()
 
 

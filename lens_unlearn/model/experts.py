@@ -16,8 +16,8 @@ __all__ = [
     "EXPERT_KINDS",
     "MOE_KINDS",
     "expert_point",
+    "expert_points",
     "experts_in",
-    "extra_points",
     "has_kind",
     "plain_block",
     "top_k",
@@ -118,7 +118,7 @@ _FINDERS: dict[str, Callable[[Model, int], nn.Module | None]] = {
 """The module at which a kind is, where that is not the one of the routed experts."""
 
 
-def extra_points(model: Model) -> list[Any]:
-    """Return the hook points of a model that are not TransformerLens' and were asked for so far."""
+def expert_points(model: Model) -> list[Any]:
+    """Return the hook points inside experts of a model that were asked for so far."""
     inside = set(model.modules())
     return [point for module, layer in known_layers().items() if module in inside for point in layer.points.values()]

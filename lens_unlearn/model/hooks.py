@@ -88,6 +88,7 @@ def attach(
     removers: list[Remover] | None = None,
     *,
     own_thread: bool = False,
+    always: bool = False,
 ) -> Remover:
     """Add one permanent forward hook at a hook point.
 
@@ -98,6 +99,7 @@ def attach(
         removers: A list to which the hook's remover is appended before the hook is added, so that at no moment an interrupt
             leaves a hook that nobody can remove.
         own_thread: Whether to act only on forward passes of the calling thread.
+        always: As in `register`.
 
     Returns:
         The hook's remover.
@@ -105,7 +107,7 @@ def attach(
     Raises:
         SiteError: If the installed TransformerLens does not record its hooks in `HookPoint.fwd_hooks`.
     """
-    thread, added, rests = threading.get_ident(), False, not _resting()
+    thread, added, rests = threading.get_ident(), False, not always and not _resting()
 
     def run(tensor: Tensor, hook: Any) -> Tensor | None:
         if (own_thread and threading.get_ident() != thread) or (rests and _resting()):
@@ -113,6 +115,7 @@ def attach(
         return through(function, tensor)
 
     takes_routed(run)
+    run.__wrapped__ = function  # type: ignore[attr-defined]  # by which whoever added it finds it
     # A hook point that is not TransformerLens' has to know when it is used, see `experts`.
     settle: Callable[[], bool] = getattr(hook, "settle", lambda: True)
 

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
 from lens_unlearn.model.dtypes import AUTO, dtype_of, has_fast_bfloat16, stored_dtype
+from lens_unlearn.model.feature_points import dictionaries_at, require_dictionaries
 from lens_unlearn.model.gguf import read_gguf
 from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model, stored
 from lens_unlearn.model.special_tokens import adds_bos_itself
@@ -281,10 +282,20 @@ def fingerprint(model: Model) -> dict[str, Any]:
     }
 
 
-def model_entry(path: str | os.PathLike[str], model: Model | None) -> dict[str, Any]:
-    """Return what a file's header holds of its model; without one, nothing, and a warning says what follows."""
+def model_entry(path: str | os.PathLike[str], model: Model | None, sites: Iterable[Any] = ()) -> dict[str, Any]:
+    """Return what a file's header holds of its model; without one, nothing, and a warning says what follows.
+
+    Args:
+        path: The file.
+        model: Its model.
+        sites: What the file is about: of the features of a dictionary, the header holds that dictionary's fingerprint too.
+
+    Raises:
+        SiteError: If a site is of features, and no dictionary is attached there.
+    """
     if model is not None:
-        return {"model": fingerprint(model)}
+        dictionaries = dictionaries_at(model, sites)
+        return {"model": fingerprint(model), **({"dictionaries": dictionaries} if dictionaries else {})}
     warnings.warn(f"{os.fspath(path)} will not know its model: {_ANY_MODEL}", stacklevel=3)
     return {}
 
@@ -300,6 +311,7 @@ def require_model_of(path: str | os.PathLike[str], header: Mapping[str, Any], mo
     elif model is not None:
         ours = as_in_file(path, header["model"], fingerprint(model), model)
         artefacts.require_same(path, header["model"], ours, "this model")
+        require_dictionaries(path, header.get("dictionaries", {}), model)
 
 
 _ANY_MODEL = "any model of the right shape is accepted; save it together with the model, as in save(path, model)"

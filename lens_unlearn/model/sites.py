@@ -5,8 +5,8 @@ Knows the names of TransformerLens' hook points and the shapes at them; knows no
 Facts relied on here, measured on TransformerLens 3.9 and 4.3: the names in `KINDS` resolve on `HookedTransformer` and on
 `TransformerBridge`, raw or in compatibility mode; on the bridge several names may stand for one `HookPoint`; hook
 points of mixture-of-experts layers exist but have the width of the residual stream, so those inside experts are our own
-(`model.experts`); `cfg.d_mlp` can be wrong (OPT); in hybrids (Jamba, LFM2, ...) only some layers have attention or an MLP; in
-multi-head latent attention, q, k, v have heads before positions.
+(`model.experts`), as are those of dictionary features (`model.feature_points`); `cfg.d_mlp` can be wrong (OPT); in hybrids (Jamba,
+LFM2, ...) only some layers have attention or an MLP; in multi-head latent attention, q, k, v have heads before positions.
 """
 
 import difflib
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import SiteError
-from lens_unlearn.model.experts import EXPERT_KINDS, MOE_KINDS, expert_point, experts_in, has_kind, top_k
+from lens_unlearn.model.experts import EXPERT_KINDS, MOE_KINDS, expert_point, expert_points, experts_in, has_kind, top_k
+from lens_unlearn.model.feature_points import FEATURES, attached, feature_point, feature_points
 from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, part_of, require_eval, require_model
 from lens_unlearn.model.wrapped import plain_map, wrapped_point
 
-__all__ = ["KINDS", "Point", "Site", "check_kind", "layers_with", "mlp_width", "parse_sites", "resolve"]
+__all__ = ["KINDS", "Point", "Site", "check_kind", "extra_points", "layers_with", "mlp_width", "parse_sites", "resolve"]
 
 KINDS: dict[str, str] = {
     "mlp.pre": "mlp.hook_pre",
@@ -38,8 +39,10 @@ KINDS: dict[str, str] = {
     "attn.z": "attn.hook_z",
     "resid": "hook_resid_post",
     **{kind: kind for kind in MOE_KINDS},
+    FEATURES: FEATURES,
 }
-"""The kinds of sites, and the TransformerLens name of each inside a block; those inside experts are not TransformerLens'."""
+"""The kinds of sites, and the TransformerLens name of each inside a block; those inside experts, and those of the features of an
+attached dictionary, are not TransformerLens'."""
 
 ALIASES = {tail: kind for kind, tail in KINDS.items()} | {"resid_post": "resid"}
 """TransformerLens' own names of the kinds, which are taken wherever a kind is."""
@@ -205,6 +208,8 @@ def _hook_point(model: Model, points: Mapping[str, Any], site: Site) -> Any:
         raise SiteError(_missing(model, points, site))
     if site.kind in MOE_KINDS:
         return expert_point(model, site.layer, site.kind)
+    if site.kind == FEATURES:
+        return feature_point(model, points, site.layer)
     name = _name(points, site)
     return points[name] if name in points else wrapped_point(model, site.layer, site.kind)
 
@@ -214,7 +219,14 @@ def _name(points: Mapping[str, Any], site: Site) -> str:
     return name if name in points else name.replace(".mlp.", ".shared_mlp.")  # as in `part_of`
 
 
+def extra_points(model: Model) -> list[Any]:
+    """Return the hook points of a model that are not TransformerLens' and were asked for so far."""
+    return [*expert_points(model), *feature_points(model)]
+
+
 def _has(model: Model, points: Mapping[str, Any], site: Site) -> bool:
+    if site.kind == FEATURES:
+        return site.layer in attached(model)
     if site.kind in MOE_KINDS:
         # In Granite's hybrids the bridge shows the shared experts as the MLP.
         shown = site.kind == "shared.post" and mlp_width(model, site.layer) is not None
@@ -225,6 +237,11 @@ def _has(model: Model, points: Mapping[str, Any], site: Site) -> bool:
 
 def _missing(model: Model, points: Mapping[str, Any], site: Site) -> str:
     """Say why a layer lacks a kind of site: what it is, and what it has."""
+    if site.kind == FEATURES:
+        return (
+            f"{site} does not exist in this model: attach a dictionary of a hook point of layer {site.layer} first, as in "
+            "lu.load_dictionary(FOLDER).attach(model)"
+        )
     block = model.blocks[site.layer]
     has = ", ".join(kind for kind in KINDS if _has(model, points, Site(site.layer, kind))) or "no site"
     mlp = part_of(model, site.layer, "mlp")

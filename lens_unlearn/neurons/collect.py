@@ -22,14 +22,14 @@ from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
 from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
-from lens_unlearn.model.experts import extra_points
+from lens_unlearn.model.feature_points import dictionaries_at
 from lens_unlearn.model.hooks import Remover, announce, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
 from lens_unlearn.model.residual import on_residual, sinks_of
 from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.shortcuts import shortcuts
-from lens_unlearn.model.sites import Point, Site, resolve
+from lens_unlearn.model.sites import Point, Site, extra_points, resolve
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
 from lens_unlearn.neurons.statistic import S, Statistic
@@ -391,6 +391,7 @@ def _settings(
         "model": fingerprint(model),
         "corpus": corpus.fingerprint,
         "sites": [str(site) for site in points],
+        **({"dictionaries": found} if (found := dictionaries_at(model, points)) else {}),
         "statistic": repr(total.fresh()) + str(getattr(total, "extra", "")),
         "batch_size": batch_size,
         **({} if skip_sinks is None else {"skip_sinks": float(skip_sinks)}),
@@ -430,7 +431,8 @@ def save_moments(path: str | os.PathLike[str], moments: Moments, model: Model | 
         moments: What `collect` returned.
         model: Their model: the file will refuse every other one. Without it, any of the right shape is accepted.
     """
-    header = {"extra": list(moments.extra), "provenance": moments.provenance, **model_entry(path, model)}
+    entry = model_entry(path, model, moments.sites)
+    header = {"extra": list(moments.extra), "provenance": moments.provenance, **entry}
     artefacts.write(path, "moments", moments.state(), header)
 
 
@@ -442,7 +444,7 @@ def load_moments(path: str | os.PathLike[str], model: Model | None = None) -> Mo
     """
     header, tensors = artefacts.read(path, "moments")
     with artefacts.usable(path, "moments that can be read"):
-        if not set(header) <= {"schema", "kind", "lens_unlearn", "extra", "provenance", "model"}:
+        if not set(header) <= {"schema", "kind", "lens_unlearn", "extra", "provenance", "model", "dictionaries"}:
             raise ValueError("something in it has no meaning to this version: upgrade to read it")
         moments = Moments(extra=header["extra"]).with_state(tensors)
         moments.provenance = dict(header.get("provenance", {}))

@@ -24,6 +24,7 @@ from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.model.chat import ends_of_text
 from lens_unlearn.model.experts import MOE_KINDS, experts_in
+from lens_unlearn.model.feature_points import FEATURES
 from lens_unlearn.model.hooks import attach, detach_all, one_thread
 from lens_unlearn.model.host import Model, device_of, is_quantized, part_of, require_eval, require_model
 from lens_unlearn.model.matrices import Matrix, matrix_shape
@@ -170,7 +171,7 @@ class _Battery:
         try:
             layers_with(self.model, kind)
         except SiteError:
-            if kind not in MOE_KINDS:  # that most models have none of these goes without saying
+            if kind not in (*MOE_KINDS, FEATURES):  # that most models have none of these goes without saying
                 first = self.model.blocks[0]
                 what = type(getattr(first, "original_component", None) or first).__name__
                 self.rows.append(Row("site", kind, "absent", f"no layer has it; layer 0 is a {what}"))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.model.experts import extra_points
 from lens_unlearn.model.host import Model, stored
+from lens_unlearn.model.sites import extra_points
 
 __all__ = [
     "BrokenPromise",

@@ -26,8 +26,7 @@ import transformers
 from torch import Tensor
 
 from lens_unlearn.corpora.corpus import Corpus
-from lens_unlearn.model.experts import extra_points
-from lens_unlearn.model.sites import Site
+from lens_unlearn.model.sites import Site, extra_points
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig

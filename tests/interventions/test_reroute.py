@@ -11,8 +11,7 @@ from lens_unlearn.core.errors import SelectionError, SiteError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.interventions.reroute import Reroute, whole_experts
-from lens_unlearn.model.experts import extra_points
-from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.model.sites import Site, extra_points, resolve
 from lens_unlearn.neurons.collect import collect
 
 GROUPED = ["deepseek-v2", "deepseek-v3"]

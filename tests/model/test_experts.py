@@ -15,9 +15,8 @@ from lens_unlearn.core.errors import ActivationError, ModelError, SelectionError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.adjust import Adjust
 from lens_unlearn.interventions.reroute import Reroute
-from lens_unlearn.model.experts import extra_points
 from lens_unlearn.model.hooks import attach, detach_all
-from lens_unlearn.model.sites import Site, resolve
+from lens_unlearn.model.sites import Site, extra_points, resolve
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.moments import Moments
