@@ -48,6 +48,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Report",
         "separability",
     ),
+    "evaluation.skill_graph": ("SkillGraph",),
     "evaluation.tofu": (
         "forget_quality",
         "model_utility",
@@ -62,6 +63,11 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "experiments.hub": ("push_to_hub",),
     "experiments.loading": ("load_report",),
     "experiments.running": ("run",),
+    "experiments.skill_graph": (
+        "load_skill_graph",
+        "save_skill_graph",
+        "skill_graph",
+    ),
     "figures.saving": ("save_figure",),
     "inspection.generations": (
         "Generations",
@@ -193,12 +199,14 @@ if TYPE_CHECKING:
     from lens_unlearn.evaluation.membership import membership
     from lens_unlearn.evaluation.relearning import Relearning, anamnesis_index, anamnesis_interval, relearn
     from lens_unlearn.evaluation.report import Report, separability
+    from lens_unlearn.evaluation.skill_graph import SkillGraph
     from lens_unlearn.evaluation.tofu import forget_quality, model_utility, read_tofu, tofu_utility
     from lens_unlearn.experiments.compare import compare
     from lens_unlearn.experiments.diff import Diff, diff
     from lens_unlearn.experiments.hub import push_to_hub
     from lens_unlearn.experiments.loading import load_report
     from lens_unlearn.experiments.running import run
+    from lens_unlearn.experiments.skill_graph import load_skill_graph, save_skill_graph, skill_graph
     from lens_unlearn.figures.saving import save_figure
     from lens_unlearn.inspection.generations import Generations, generations
     from lens_unlearn.inspection.neuron_page import NeuronPage, neuron_page

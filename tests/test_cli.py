@@ -39,6 +39,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             "demo",
             "run",
             "compare",
+            "graph",
             "collect",
             "evaluate",
             "audit",

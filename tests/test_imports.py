@@ -34,6 +34,7 @@ SHOWS_ITSELF = {
     ("audit.audit", "Audit.figures", "figures.recoverability"),
     ("benchmarks.result", "BenchmarkResult.to_html", "reports.benchmark_page"),
     ("evaluation.report", "Report.to_html", "reports.report_page"),
+    ("evaluation.skill_graph", "SkillGraph.to_html", "reports.skill_graph_page"),
     ("inspection.token_values", "TokenValues.html", "figures.texts"),
     ("inspection.generations", "Generations.html", "figures.generations"),
     ("inspection.top_examples", "TopExamples.html", "figures.examples"),

@@ -1,4 +1,4 @@
-"""The commands that carry out a whole plan: `demo`, `run`, `compare` and `bench`."""
+"""The commands that carry out a whole plan: `demo`, `run`, `compare`, `graph` and `bench`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -262,6 +262,65 @@ def compare(
     typer.echo(f"{out} already holds this comparison, finished before" if report is None else repr(report))
     typer.echo(f"report: {out / 'compare.html'}")
     end(report)
+
+
+@command(cls=MethodsCommand)
+def graph(
+    *,
+    model: Model,
+    skill: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=SRC", help=f"Texts of a skill; give two or more, each is removed in turn: {SRC}."),
+    ],
+    out: Out,
+    config: Config = None,
+    method: Annotated[str, typer.Option(help="A method.")] = "selective-pruning",
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Its strength, of most the share of neurons removed. [default: the method's own]"),
+    ] = None,
+    test: Annotated[
+        list[str], typer.Option(metavar="NAME=SRC", help="Separate test texts of a skill; for all skills, or for none.")
+    ] = [],
+    metric: Annotated[str, typer.Option(help="What is lost: top1, top10 or top1_rare.")] = "top1",
+    set_: Settings = [],
+    reading: Reading,
+    tokens: Tokens = 20_000,
+    skip_sinks: SkipSinks = None,
+    controls: Controls = 10,
+    seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
+    batch_size: BatchSize = None,
+    loading: Loading,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find which skill's removal costs which other beyond chance, and where their neurons are.
+
+    Each skill is removed in turn while all others are retained. OUT holds graph.html, costs.csv, overlaps.csv, correlations.csv,
+    ratios.csv, graph.safetensors, run.json, and an intervention per skill.
+    """
+    from lens_unlearn.experiments.skill_graph import carry_out_graph, graph_plans
+
+    skills = pairs(skill, "--skill")
+    plans = graph_plans(
+        list(skills),
+        model,
+        method=method,
+        fraction=fraction,
+        seeds=controls,
+        metric=metric,
+        settings=settings_from(set_, skip_sinks),
+        tokens=tokens,
+        seed=seed,
+        batch_size=batch_size,
+        **reading.options,
+        **loading.options,
+    )
+    settings: dict[str, Any] = {"metric": metric, "overwrite": overwrite, "progress": not quiet}
+    found = carry_out_graph(plans, skills, out, test=pairs(test, "--test") or None, **settings)
+    if found is not None:
+        typer.echo(repr(found))
+        typer.echo(f"report: {out / 'graph.html'}")
 
 
 @command(cls=BenchCommand)

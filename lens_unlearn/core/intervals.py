@@ -35,6 +35,7 @@ __all__ = [
     "below",
     "interval",
     "pair_sums",
+    "simultaneous",
     "upper",
     "weights_of",
     "widening",
@@ -46,6 +47,7 @@ LEVEL = 0.95
 FEWEST = 10
 """The fewest units of which an interval is given: of fewer, no method keeps its word."""
 _BEYOND = 0.005  # the share of the error rate that the simultaneous interval of `after_choice` takes
+_WITHIN = 0.8  # the share of its draws by which `simultaneous` scales each value
 _BLOCK = 1024  # rows of a table of pairs that are held at a time
 
 
@@ -60,6 +62,41 @@ def _quantile(draws: np.ndarray, share: float, outwards: Literal["lower", "highe
     """Return a quantile of draws, of which some may be infinite, as where a share of nothing is lost."""
     # Between two infinite draws there is nothing to interpolate.
     return float(np.quantile(draws, share, method="linear" if np.isfinite(draws).all() else outwards))
+
+
+def simultaneous(
+    values: Float[np.ndarray, "values"], draws: Float[np.ndarray, "values draws"]
+) -> tuple[Float[np.ndarray, "values"], Float[np.ndarray, "values"]]:
+    """Return intervals of several values that hold all of them at once with 95 %: the bootstrap's max-t band.
+
+    Each interval is its value, and on either side the distance within which 80 % of its draws lie, times one factor, common to
+    all: the least under which 95 % of the draws lie inside everywhere. That distance is known from few draws better than one far
+    out, and better than a standard deviation where few seeds give long tails. It is that of one half of the draws and the factor is
+    that of the other, since it would be too small for the very draws that it was fitted to.
+
+    Args:
+        values: The estimates.
+        draws: Of every value, paired: draw by draw the same resample. What the values share makes the intervals narrower than
+            Bonferroni's; where they share nothing they are about as wide.
+
+    Returns:
+        The lower and the upper ends; NaN for a value of which a draw is not finite, and the others do not depend on it.
+    """
+    low, high = np.full(len(draws), np.nan), np.full(len(draws), np.nan)
+    half = draws.shape[1] // 2
+    known = np.isfinite(draws).all(1) & np.isfinite(values) if half else np.zeros(len(draws), dtype=bool)
+    if not known.any():
+        return low, high
+    order = np.random.default_rng(0).permutation(draws.shape[1])  # draws may lie in an order of their own
+    away = np.abs(draws[known] - values[known, None])[:, order]
+    reach = np.quantile(away[:, :half], _WITHIN, axis=1, keepdims=True)
+    reach = np.where(
+        reach > 0, reach, away.max(1, keepdims=True)
+    )  # of draws that are mostly the same, the farthest says it
+    distance = np.divide(away, reach, out=np.zeros_like(away), where=away > 0).max(0)[half:]
+    factor = np.quantile(distance, min(1.0, LEVEL * (1 + 1 / len(distance))), method="higher")
+    low[known], high[known] = values[known] - factor * reach[:, 0], values[known] + factor * reach[:, 0]
+    return low, high
 
 
 def upper(draws: np.ndarray, confidence: float) -> float:

@@ -5,6 +5,7 @@ Knows units that are resampled and what each adds to a mean; knows nothing of wh
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -152,19 +153,24 @@ def over_replicates(own: Sequence[tuple[float, np.ndarray]], n: int, units: int,
         units: Resampled units behind it.
         seed: Of the contrasts.
     """
-    from scipy.stats import chi2, norm
-
     values, draws = np.array([value for value, _ in own]), np.stack([drawn for _, drawn in own])
     count, spread = len(own), None
     if count > 1:
-        uniforms = _uniforms("replicates", count + 1, draws.shape[1], seed)
-        normal = norm.ppf(uniforms[:, 1:])
-        freedom = count - 1
-        student = np.sqrt(freedom / chi2.ppf(uniforms[:, :1], freedom))
-        contrasts = student * (normal - normal.mean(1, keepdims=True)) / np.sqrt(count * freedom)
-        spread = contrasts @ (values - values.mean())
+        spread = _contrasts(count, draws.shape[1], seed) @ (values - values.mean())
     drawn = draws.mean(0) if spread is None else draws.mean(0) + spread
     return Measure(float(values.mean()), drawn, n, units, count, spread)
+
+
+@lru_cache(maxsize=8)
+def _contrasts(count: int, draws: int, seed: int) -> Float[np.ndarray, "draws count"]:
+    """Return the contrasts of so many interventions, which every corpus, metric and condition shares."""
+    from scipy.stats import chi2, norm
+
+    uniforms = _uniforms("replicates", count + 1, draws, seed)
+    normal = norm.ppf(uniforms[:, 1:])
+    freedom = count - 1
+    student = np.sqrt(freedom / chi2.ppf(uniforms[:, :1], freedom))
+    return student * (normal - normal.mean(1, keepdims=True)) / np.sqrt(count * freedom)
 
 
 def transformed(measure: Measure, metric: Metric) -> Measure:

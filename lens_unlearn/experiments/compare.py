@@ -32,7 +32,16 @@ from lens_unlearn.reports.comparison_page import comparison_page
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Comparison", "carry_out_comparison", "compare", "compared", "plans_for"]
+__all__ = [
+    "Comparison",
+    "GivenTexts",
+    "SkillRun",
+    "carry_out_comparison",
+    "compare",
+    "compared",
+    "plans_for",
+    "split_skills",
+]
 
 SHARES = (0.65, 0.35)
 """Of each skill's documents: to fit and tune on, and to test on; where no separate test texts are given."""
@@ -108,7 +117,7 @@ def _lost(part: Report, condition: str, metrics: Sequence[str]) -> dict[str, str
     return cells
 
 
-class _GivenTexts(Reader):
+class GivenTexts(Reader):
     """Takes corpora that are read and split already, by name."""
 
     def corpus(self, source: str, *, whole: bool = False) -> Corpus:
@@ -119,7 +128,7 @@ class _GivenTexts(Reader):
 class SkillRun(Experiment):
     """One skill forgotten and all others retained, on corpora that are read and split already."""
 
-    reader = _GivenTexts
+    reader = GivenTexts
 
     @property
     def goes_on(self) -> bool:
@@ -245,7 +254,7 @@ def compare(
         list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, confidence=confidence, tokens=tokens,
         settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size, facts=facts,
     )  # fmt: skip
-    runs = _skill_runs(plans, model, _texts(skills, test, seed, facts=facts), progress=progress)
+    runs = _skill_runs(plans, model, split_skills(skills, test, seed, facts=facts), progress=progress)
     return _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
 
 
@@ -259,7 +268,8 @@ def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, P
         check_name(name, "a skill", taken=(*_TAKEN, *skills[:number]))
     if len(skills) < 2:
         raise LensUnlearnError(f"there are {len(skills)} skills to compare on: give two or more, each by a name")
-    NUMBERS["retain_drop"].check(settings.get("retain_drop"), "retain_drop")
+    if "retain_drop" in settings:  # without it, methods are used at the strength that their options say
+        NUMBERS["retain_drop"].check(settings["retain_drop"], "retain_drop")
     plans, facts = {}, settings.get("facts", False)
     for skill in skills:
         others = [name for name in skills if name != skill]
@@ -282,7 +292,7 @@ def _rest(skill: str) -> str:
     return f"{skill}:rest"
 
 
-def _texts(
+def split_skills(
     skills: Mapping[str, Corpus], test: Mapping[str, Corpus] | None, seed: int, *, facts: bool = False
 ) -> dict[str, Corpus]:
     """Return what to fit and tune on, by skill, and what to test on; of facts also each skill as a whole."""
@@ -429,7 +439,7 @@ def _carried_out(
         {name: read_corpus(source, model, name=source, **reading) for name, source in (given or {}).items()}
         for given in (sources, test)
     )
-    texts = _texts(skills, tests or None, plan.seed, facts=plan.facts)
+    texts = split_skills(skills, tests or None, plan.seed, facts=plan.facts)
     runs = _skill_runs(plans, model, texts, progress=progress)
     known = {f"{skill}: {key}": value for skill, run in runs.items() for key, value in run.texts().items()}
     if finished:

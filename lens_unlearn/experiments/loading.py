@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TableReport", "load_report"]
 
-OTHERS = {"bench.html": "a benchmark, whose scores are in scores.csv", "audit.html": "an audit, which is in audit.csv"}
+OTHERS = {
+    "bench.html": "a benchmark, whose scores are in scores.csv",
+    "audit.html": "an audit, which is in audit.csv",
+    "graph.html": "a skill graph, which lu.load_skill_graph reads",
+}
 """What other commands write, by the page that only they write."""
 NOT_KEPT = "the draws behind its intervals, its figures and its samples"
 
@@ -54,7 +58,7 @@ def load_report(folder: str | os.PathLike[str]) -> Report:
 
     Raises:
         ArtefactError: If there is no such folder, it holds no run, or a file of the run is missing or damaged.
-        LensUnlearnError: If it holds a benchmark or an audit.
+        LensUnlearnError: If it holds a benchmark, an audit or a skill graph.
 
     Examples:
         ```python

@@ -16,7 +16,7 @@ from torch import Tensor
 from lens_unlearn.core import artefacts
 from lens_unlearn.evaluation.report import Measure, Report
 
-__all__ = ["REPORT_FILE", "read_report", "save_report"]
+__all__ = ["REPORT_FILE", "content_of", "read_report", "report_in", "save_report"]
 
 REPORT_FILE = "report.safetensors"
 """Where a run's folder holds its report."""
@@ -29,11 +29,11 @@ DEEPEST = 3
 def save_report(path: Path, report: Report) -> None:
     """Write all of a report exactly, but the interventions, and texts that are coloured token by token."""
     tensors: dict[str, Tensor] = {}
-    content = _content(report, "", tensors)
+    content = content_of(report, "", tensors)
     artefacts.write(path, "report", tensors, {"report": json.dumps(content, default=str)})  # as text, the order stays
 
 
-def _content(report: Report, start: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def content_of(report: Report, start: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return what a header says of a report, and add its tensors, whose names begin with `start`."""
     for i, one in enumerate(report.measures.values()):
         tensors[f"{start}draws/{i}"] = torch.from_numpy(one.draws)
@@ -51,7 +51,7 @@ def _content(report: Report, start: str, tensors: dict[str, Tensor]) -> dict[str
         "provenance": report.provenance,
         "samples": report.samples,
     }
-    parts = [_content(part, f"{start}parts/{i}/", tensors) for i, part in enumerate(report.parts)]
+    parts = [content_of(part, f"{start}parts/{i}/", tensors) for i, part in enumerate(report.parts)]
     more = {"title": report.title, "figures": list(figures), "parts": parts}
     return content | {name: value for name, value in more.items() if value}
 
@@ -65,13 +65,13 @@ def read_report(path: Path) -> Report:
     header, tensors = artefacts.read(path, "report")
     with artefacts.usable(path, "report that can be read"):
         unread = dict(tensors)
-        found = _report(artefacts.parse(header["report"]), "", unread)
+        found = report_in(artefacts.parse(header["report"]), "", unread)
         if unread:
             raise ValueError("its numbers are not those of its measures")
         return found
 
 
-def _report(content: Mapping[str, Any], start: str, tensors: dict[str, Tensor]) -> Report:
+def report_in(content: Mapping[str, Any], start: str, tensors: dict[str, Tensor]) -> Report:
     """Read a report, and take its tensors from those that there are."""
     if start.count("parts/") > DEEPEST:
         raise ValueError("its parts have parts that have parts")
@@ -91,7 +91,7 @@ def _report(content: Mapping[str, Any], start: str, tensors: dict[str, Tensor]) 
         raise ValueError("it has two measures of one name")
     titles = [str(title) for title in content.get("figures", [])]
     figures = {title: _figure(tensors.pop(f"{start}figures/{i}")) for i, title in enumerate(titles)}
-    parts = [_report(part, f"{start}parts/{i}/", tensors) for i, part in enumerate(content.get("parts", []))]
+    parts = [report_in(part, f"{start}parts/{i}/", tensors) for i, part in enumerate(content.get("parts", []))]
     samples = [{str(key): _sample(text) for key, text in sample.items()} for sample in content["samples"]]
     found = Report(
         measures, dict(content["provenance"]), figures, samples, str(content.get("title", "")), tuple(parts), values

@@ -15,7 +15,7 @@ from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site, resolve
 from lens_unlearn.neurons.maps import NeuronMap
 
-__all__ = ["neurons_of", "selection_of"]
+__all__ = ["at_keys", "neurons_of", "selection_of"]
 
 
 def selection_of(edit: Intervention, model: Model | None = None) -> NeuronMap | None:
@@ -28,7 +28,7 @@ def selection_of(edit: Intervention, model: Model | None = None) -> NeuronMap | 
     if isinstance(edit, Limited):
         return selection_of(edit.inner, model)
     if isinstance(edit, Ablate | Adjust):
-        return _at_keys(edit.selection)
+        return at_keys(edit.selection)
     if model is None:
         return None
     marked: dict[Site, Tensor] = {}
@@ -43,7 +43,7 @@ def neurons_of(edit: Intervention) -> dict[Site, Tensor]:
     if isinstance(edit, Limited):
         return neurons_of(edit.inner)
     if isinstance(edit, Ablate | Adjust):
-        return {site: value.flatten().nonzero().flatten() for site, value in _at_keys(edit.selection).items()}
+        return {site: value.flatten().nonzero().flatten() for site, value in at_keys(edit.selection).items()}
     if not isinstance(edit, Delta):
         return {}
     return {
@@ -53,7 +53,7 @@ def neurons_of(edit: Intervention) -> dict[Site, Tensor]:
     }
 
 
-def _at_keys(selection: NeuronMap) -> NeuronMap:
+def at_keys(selection: NeuronMap) -> NeuronMap:
     """Name MLP neurons and those of experts by their keys, so that selections at pre-activations and at keys can be compared."""
     keys = {"mlp.pre": "mlp.post", "mlp.pre_linear": "mlp.post", **dict.fromkeys(EXPERT_KINDS, "experts.post")}
     return NeuronMap({Site(s.layer, keys.get(s.kind, s.kind)): value for s, value in selection.shaped()})

@@ -28,6 +28,7 @@ from lens_unlearn.figures.neuron_heatmap import neuron_heatmap
 from lens_unlearn.figures.recoverability import recoverability
 from lens_unlearn.figures.relearning import relearning
 from lens_unlearn.figures.selection_overlap import selection_overlap
+from lens_unlearn.figures.skill_graph import skill_graph
 from lens_unlearn.figures.specialization_map import specialization_map
 from lens_unlearn.figures.sweep_curves import sweep_curves
 from lens_unlearn.figures.texts import texts
@@ -57,6 +58,7 @@ __all__ = [
     "recoverability",
     "relearning",
     "selection_overlap",
+    "skill_graph",
     "specialization_map",
     "sweep_curves",
     "texts",

@@ -42,7 +42,9 @@ def test_every_command_has_help_by_a_letter_and_the_version_is_told(capsys: pyte
         assert f"lens-unlearn {command}" in shown(command, "-h")
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "bench", "collect", "evaluate", "audit", "generate", "check"])
+@pytest.mark.parametrize(
+    "command", ["run", "compare", "graph", "bench", "collect", "evaluate", "audit", "generate", "check"]
+)
 def test_whatever_loads_a_model_says_where_it_runs(command: str) -> None:
     text = shown(command, "--help")
     assert all(
@@ -50,7 +52,7 @@ def test_whatever_loads_a_model_says_where_it_runs(command: str) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "bench", "audit"])
+@pytest.mark.parametrize("command", ["run", "compare", "graph", "bench", "audit"])
 def test_whatever_has_controls_takes_their_number_under_one_name(command: str) -> None:
     assert "--control-seeds" in shown(command, "--help")
 

@@ -166,6 +166,7 @@ def test_a_comparison_takes_budgets_as_plans_do(budget: Any) -> None:
 COMMANDS: dict[str, list[object]] = {
     "run": ["run", "--model", "x", "--forget", "a.txt", "--retain", "b.txt"],
     "compare": ["compare", "--model", "x", "--skill", "a=a.txt", "--skill", "b=b.txt"],
+    "graph": ["graph", "--model", "x", "--skill", "a=a.txt", "--skill", "b=b.txt"],
     "collect": ["collect", "--model", "x", "--corpus", "a.txt"],
     "evaluate": ["evaluate", "--model", "x", "--corpus", "a=a.txt"],
     "generate": ["generate", "--model", "x", "--prompt", "a"],
@@ -191,6 +192,10 @@ WRONG = [
     ("compare", "--retain-drop", "nan", "retain_drop=nan"),
     ("compare", "--skill", "run.json=c.txt", "'run.json' cannot name a skill"),
     ("compare", "--tokens", "1", "tokens=1"),
+    ("graph", "--seeds", "1", "seeds=1"),
+    ("graph", "--fraction", "-1", "fraction=-1"),
+    ("graph", "--skill", "base=c.txt", "'base' cannot name a skill"),
+    ("graph", "--metric", "kl", "metric='kl'"),
     ("collect", "--tokens", "-5", "tokens=-5"),
     ("collect", "--window", "0", "window=0"),
     ("collect", "--batch-size", "0", "batch_size=0"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import plotly.graph_objects as go
 import torch
+from skill_graph_helpers import graph
 
 import lens_unlearn as lu
 from lens_unlearn.audit.attack import Attack
@@ -201,6 +202,7 @@ def every_figure(swept: Report) -> dict[str, go.Figure]:
         "quality": lu.plot.forget_quality(QUALITIES),
         "audit": lu.plot.audit(audited()),
         "audit without a reference": lu.plot.audit(audited(reference=False)),
+        "skill graph": lu.plot.skill_graph(graph()),
         "recoverability": lu.plot.recoverability(audited()),
         "recoverability in steps": lu.plot.recoverability(audited(), "steps"),
         **of_keys(keys()),

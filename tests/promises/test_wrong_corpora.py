@@ -45,6 +45,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "evaluate": lambda model, wrong: lu.evaluate(model, {"a": wrong}, {}, progress=False),
     "key_space": lambda model, wrong: lu.key_space(model, {"a": fine(), "b": wrong}, progress=False),
     "compare": lambda model, wrong: lu.compare(model, {"a": fine(), "b": wrong}, progress=False),
+    "skill_graph": lambda model, wrong: lu.skill_graph(model, {"a": fine(), "b": wrong}, progress=False),
     "sweep": lambda model, wrong: lu.sweep(lu.selective_pruning, model, fine(), fine(), {"a": wrong}, progress=False),
     "tune": lambda model, wrong: lu.tune(lu.selective_pruning, model, wrong, fine(), progress=False),
     "tune, retain": lambda model, wrong: lu.tune(lu.selective_pruning, model, fine(), {"a": wrong}, progress=False),
@@ -81,6 +82,7 @@ def test_corpora_are_given_by_name(wrong: Any) -> None:
     for call in (
         lambda: lu.evaluate(model, given, {}),
         lambda: lu.compare(model, given),
+        lambda: lu.skill_graph(model, given),
         lambda: lu.sweep(lu.selective_pruning, model, fine(), fine(), given),
     ):
         with pytest.raises(CorpusError, match="are given by name: pass {'a name': "):
