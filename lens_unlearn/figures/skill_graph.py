@@ -16,13 +16,13 @@ from lens_unlearn.figures import theme
 __all__ = ["skill_graph"]
 
 CELL = 46
-LEAST = 330
+LEAST = 380
 """Pixels of height at which the circle of skills can be read."""
 MAX_WRITTEN = 8
 """Skills at which every cell can still hold a number."""
 NODE = 0.17
 """Radius of a node, of a circle of radius 1: arrows begin and end there."""
-APART = 0.055
+APART = 0.07
 """Half the distance between the arrows of two skills that cost each other something."""
 WIDEST, THINNEST = 7.0, 1.5
 
@@ -51,14 +51,14 @@ def skill_graph(graph: SkillGraph, *, title: str | None = None) -> go.Figure:
         2,
         column_titles=["removed (rows), measured (columns)", "what costs what, beyond chance"],
         column_widths=[0.5, 0.5],
-        horizontal_spacing=0.2,
+        horizontal_spacing=0.17,
     )
     limit = _matrix(fig, graph)
     bar = {
         "title": "lost<br>beyond<br>chance",
         "thickness": 14,
         "tickformat": "~%",
-        "x": 0.41,
+        "x": 0.425,
         "len": 0.9,
         "xanchor": "left",
     }
@@ -98,22 +98,27 @@ def _matrix(fig: go.Figure, graph: SkillGraph) -> float:
     limit = max((abs(v) for row in values for v in row if math.isfinite(v)), default=0.0) or 0.05
     places = list(range(len(skills)))
     own = [[0.0 if cost.own else math.nan for cost in row] for row in rows]
-    grey = theme.with_alpha(theme.CONTROL, 0.18)
-    shown = len(skills) <= MAX_WRITTEN
-    for z, look in (
-        (values, {"coloraxis": "coloraxis"}),
-        (own, {"colorscale": [[0, grey], [1, grey]], "showscale": False}),
-    ):
+    grey = theme.with_alpha(theme.CONTROL, 0.12)
+    looks = (
+        {"name": "cost beyond chance", "z": values, "coloraxis": "coloraxis"},
+        {
+            "name": "itself",
+            "z": own,
+            "colorscale": [[0, grey], [1, grey]],
+            "showscale": False,
+            "textfont_color": theme.TEXT,
+        },
+    )
+    # Each writes its own cells: numbers over numbers cannot be read. What is nearly transparent takes no contrast of its own.
+    for diagonal, look in enumerate(looks):
         fig.add_heatmap(
-            z=z,
             x=places,
             y=places,
-            text=[[_number(cost) for cost in row] for row in rows],
-            texttemplate="%{text}" if shown else None,
+            text=[[_number(cost) if cost.own == bool(diagonal) else "" for cost in row] for row in rows],
+            texttemplate="%{text}" if len(skills) <= MAX_WRITTEN else None,
             hovertext=[[_hover(cost, graph.metric) for cost in row] for row in rows],
             hovertemplate="%{hovertext}<extra></extra>",
             hoverongaps=False,
-            name="itself" if "showscale" in look else "cost beyond chance",
             xgap=2,
             ygap=2,
             row=1,
@@ -183,13 +188,19 @@ def _circle(fig: go.Figure, graph: SkillGraph) -> None:
         text=[theme.plain(name, 16) for name in skills],
         customdata=[_hover(cost, graph.metric) for cost in itself.values()],
         mode="markers+text",
-        textposition=["top center" if y > 0.2 else "bottom center" for _, y in at.values()],
+        textposition=[_outside(*place) for place in at.values()],
         marker={"size": 20, "color": theme.RETAIN},
         hovertemplate="%{customdata}<extra></extra>",
         name="skills",
         row=1,
         col=2,
     )
-    hidden = {"visible": False, "range": [-1.6, 1.6]}
-    fig.update_xaxes(**hidden, row=1, col=2)
-    fig.update_yaxes(**hidden, scaleanchor="x2", row=1, col=2)
+    fig.update_xaxes(visible=False, range=[-1.7, 1.7], row=1, col=2)
+    fig.update_yaxes(visible=False, range=[-1.3, 1.3], scaleanchor="x2", row=1, col=2)
+
+
+def _outside(x: float, y: float) -> str:
+    """Return where a node's name stands: away from the middle, where the arrows are."""
+    if abs(x) > 0.3:
+        return f"middle {'right' if x > 0 else 'left'}"
+    return f"{'top' if y > 0 else 'bottom'} center"

@@ -29,6 +29,7 @@ from figures_helpers import (
     swept_report,
     trained,
 )
+from skill_graph_helpers import graph
 
 import lens_unlearn as lu
 from lens_unlearn.core.errors import LensUnlearnError
@@ -882,3 +883,34 @@ def test_a_condition_knows_its_control():
 def test_bad_input_gets_a_sentence(swept, call, message):
     with pytest.raises(LensUnlearnError, match=re.escape(message)):
         call(swept)
+
+
+def test_a_skill_graph_marks_what_is_certain_and_draws_it_as_arrows():
+    edges = {("code", "math"): 0.3, ("math", "code"): 0.2}
+    made = graph(edges=edges)
+    fig = lu.plot.skill_graph(made)
+    costs, itself, middles, nodes = data(fig)["data"]
+    cells = array(costs["z"])
+    assert cells.shape == (3, 3)
+    assert np.isnan(np.diag(cells)).all()
+    assert cells[0, 1] == pytest.approx(made.costs["code", "math"].beyond.value)
+    assert [[text.endswith("*") for text in row] for row in costs["text"]] == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert [text for row in itself["text"] for text in row if text] == [itself["text"][i][i] for i in range(3)]
+    assert "<b>code removed</b><br>measured on math" in costs["hovertext"][0][1]
+    assert "all at once" in costs["hovertext"][0][1]
+    arrows = [one for one in fig.layout.annotations if one.showarrow and not one.text]
+    assert len(arrows) == len(middles["x"]) == 2
+    widths = {text.partition(" removed")[0]: arrow.arrowwidth for text, arrow in zip(middles["text"], arrows)}
+    assert widths["<b>code"] > widths["<b>math"], "the more it costs, the wider"
+    assert nodes["text"] == ["code", "math", "prose"]
+    x, y = nodes["x"], nodes["y"]
+    tip, tail = (arrows[0].x, arrows[0].y), (arrows[0].ax, arrows[0].ay)
+    assert math.dist(tip, (x[1], y[1])) < math.dist(tip, (x[0], y[0])), "from the removed skill to the one that pays"
+    assert math.dist(tail, (x[0], y[0])) < math.dist(tail, (x[1], y[1]))
+    limit = fig.layout.coloraxis
+    assert limit.cmin == -limit.cmax
+    none = lu.plot.skill_graph(graph(edges={}))
+    assert "no cost beyond chance is certain" in none.layout.meta["lens_unlearn"]["subtitle"]
+    assert not [one for one in none.layout.annotations if one.showarrow and not one.text]
+    with pytest.raises(LensUnlearnError, match="skill_graph draws what lu.skill_graph returns, not a Report"):
+        lu.plot.skill_graph(made.report)
