@@ -133,6 +133,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "methods.linear_probe": ("probe_ranking",),
     "methods.neuron_adjust": ("neuron_adjust",),
     "methods.ov_basis": ("ov_basis",),
+    "methods.rmu": ("rmu",),
     "methods.selective_pruning": ("selective_pruning",),
     "methods.simu": ("simu",),
     "methods.steering": ("steering",),
@@ -234,6 +235,7 @@ if TYPE_CHECKING:
     from lens_unlearn.methods.linear_probe import probe_ranking
     from lens_unlearn.methods.neuron_adjust import neuron_adjust
     from lens_unlearn.methods.ov_basis import ov_basis
+    from lens_unlearn.methods.rmu import rmu
     from lens_unlearn.methods.selective_pruning import selective_pruning
     from lens_unlearn.methods.simu import simu
     from lens_unlearn.methods.steering import steering

@@ -22,7 +22,8 @@ MAX_POINTS = 1500
 MAX_COMPARED = 50
 """Points of each line where there are several trainings: dashes of a line that jumps cannot be followed."""
 COLOURS = {"forget": theme.FORGET, "retain": theme.RETAIN}
-LOSSES = "loss at each step (nats per answer token)"
+UNIT = "nats per answer token"
+"""Of the losses, unless the record says another."""
 CHECKS = "share of answer tokens recalled (accuracy)"
 CLIPPED = "share of coordinates clipped"
 
@@ -34,7 +35,7 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
     corpus, and on the retain documents that were held out of the loss; the step that was returned has a ring.
 
     Args:
-        trainings: What `simu` returned, or several by name; anything that has such a `record`.
+        trainings: What `simu` or `rmu` returned, or several by name; anything that has such a `record`.
         title: Instead of the default title.
 
     Raises:
@@ -49,10 +50,15 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
         ['forget', 'retain', 'forget', 'step returned']
     """
     records = _records(trainings)
-    panels = [LOSSES, CHECKS]
-    if any("clipped" in entry for record in records.values() for entry in _entries(record, "losses")):
+    units = ", ".join(dict.fromkeys(_unit(record) for record in records.values()))
+    panels = [f"loss at each step ({units})"]
+    if any(_entries(record, "checks") for record in records.values()):
+        panels.append(CHECKS)
+    if CHECKS in panels and any(
+        "clipped" in entry for record in records.values() for entry in _entries(record, "losses")
+    ):
         panels.append(CLIPPED)
-    heights = [0.42, 0.42, 0.16] if CLIPPED in panels else [0.5, 0.5]
+    heights = [0.42, 0.42, 0.16] if CLIPPED in panels else [1 / len(panels)] * len(panels)
     fig = make_subplots(
         len(panels), 1, shared_xaxes=True, subplot_titles=panels, row_heights=heights, vertical_spacing=0.09
     )
@@ -71,14 +77,16 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
         for name, dash in zip(records, DASHES):
             line = {"color": theme.TEXT, "dash": dash, "width": 2}
             fig.add_scatter(x=[None], y=[None], mode="lines", line=line, name=theme.plain(name), hoverinfo="skip")
-    fig.update_yaxes(tickformat="~%", rangemode="tozero", row=2, col=1)
-    fig.update_yaxes(tickformat="~%", range=[0, 1.02], nticks=3, row=3, col=1)
+    if CHECKS in panels:
+        fig.update_yaxes(tickformat="~%", rangemode="tozero", row=2, col=1)
+    if CLIPPED in panels:
+        fig.update_yaxes(tickformat="~%", range=[0, 1.02], nticks=3, row=3, col=1)
     fig.update_xaxes(range=[-0.01 * last, 1.02 * last] if last else None, zeroline=False)
     fig.update_xaxes(title_text="step", row=len(panels), col=1)
     averaged = any(len(_entries(record, "losses")) > limit for record in records.values())
     notes = [
         f"losses of each step's rows{', averaged over neighbouring steps' if averaged else ''}",
-        "accuracy: on the forget corpus, and on retain documents held out of the loss",
+        *["accuracy: on the forget corpus, and on retain documents held out of the loss"] * (CHECKS in panels),
         *(_stopped(name if several else "", record) for name, record in records.items()),
     ]
     return theme.finish(
@@ -116,6 +124,10 @@ def _records(trainings: Any) -> dict[str, dict[str, Any]]:
     return records
 
 
+def _unit(record: Mapping[str, Any]) -> str:
+    return str(record.get("unit", UNIT))
+
+
 def _entries(record: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     return list(record.get(part) or [])
 
@@ -134,7 +146,7 @@ def _losses(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str, l
             continue
         refused = corpus == "forget" and record.get("refuses", record.get("settings", {}).get("loss") == "po")
         label = f"{prefix}{corpus}{' (of the refusals)' if refused else ''}"
-        _line(fig, 1, entries, corpus, dash, label, "%{y:.3f} nats per answer token", name=corpus, limit=limit)
+        _line(fig, 1, entries, corpus, dash, label, f"%{{y:.3f}} {_unit(record)}", name=corpus, limit=limit)
 
 
 def _checks(fig: go.Figure, record: Mapping[str, Any], dash: str, prefix: str) -> None:

@@ -16,6 +16,7 @@ from lens_unlearn.methods import (
     lape,
     linear_probe,
     neuron_adjust,
+    rmu,
     selective_pruning,
     simu,
     steering,
@@ -36,6 +37,7 @@ METHODS: tuple[Method, ...] = (
     concept_erasure.METHOD,
     steering.METHOD,
     linear_probe.METHOD,
+    rmu.METHOD,
 )
 """Every method, in the order of help texts and reports. A new one is a file of its own, and a line here."""
 

@@ -125,6 +125,8 @@ def methods(name: str, model: Any) -> Intervention:
         return lu.key_space_detection(model, texts[0], layer=-1, alpha=50.0, **quiet)
     if name in ("direction_removal", "concept_erasure", "steering"):
         return getattr(lu, name)(model, *texts, **quiet)
+    if name == "rmu":
+        return lu.rmu(model, *texts, steps=2, lr=0.01, **quiet)
     if name == "probe_ranking":
         return lu.probe_ranking(model, *texts, fraction=0.2, **quiet)
     if name == "random_affine":
@@ -146,6 +148,7 @@ METHODS = [
     "concept_erasure",
     "steering",
     "probe_ranking",
+    "rmu",
     "random_affine",
 ]
 
