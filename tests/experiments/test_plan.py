@@ -110,6 +110,28 @@ OPTIONS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"strength": math.nan}, "strength=nan"),
         ({"attention": "none", "mask": "none"}, "leave nothing to train"),
     ],
+    "direction-removal": [
+        ({"layer": 1.5}, "layer=1.5"),
+        ({"layers": ()}, "names no layer"),
+        ({"strength": 2}, "strength=2"),
+    ],
+    "concept-erasure": [
+        ({"samples": 0}, "samples=0"),
+        ({"strength": 0}, "strength=0"),
+        ({"layers": "all"}, "layers='all'"),
+    ],
+    "steering": [({"coefficient": -1}, "coefficient=-1"), ({"skip_sinks": 0.5}, "skip_sinks=0.5")],
+    "linear-probe": [
+        ({"fraction": 0}, "selects nothing: raise it"),
+        ({"l1": math.nan}, "l1=nan"),
+        ({"samples": 1.5}, "samples=1.5"),
+    ],
+    "rmu": [
+        ({"lr": 0}, "lr=0"),
+        ({"alpha": -1}, "alpha=-1"),
+        ({"steps": 0}, "steps=0"),
+        ({"layer": True}, "layer=True"),
+    ],
 }
 
 
