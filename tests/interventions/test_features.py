@@ -11,6 +11,7 @@ from interventions_helpers import box_around_half, under
 
 import lens_unlearn as lu
 from lens_unlearn.core.errors import ArtefactError, SiteError
+from lens_unlearn.model.direct import written_row
 
 FIRST = lu.Site(0, "mlp.post")
 QUIET: dict[str, Any] = {"progress": False}
@@ -111,7 +112,7 @@ def test_features_are_clamped_where_a_detector_finds_a_query(tmp_path: Path) -> 
     torch.testing.assert_close(found[changed], everywhere[changed])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", *tiny.HOOKED[:1]])
 def test_generation_is_the_same_with_a_cache_in_a_batch_and_alone(tmp_path: Path, name: str) -> None:
     model, one, tokens = tiny.model(name), dictionary(tmp_path), tiny.some_tokens(3, 7)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "verbose": False, "stop_at_eos": False}
@@ -123,3 +124,24 @@ def test_generation_is_the_same_with_a_cache_in_a_batch_and_alone(tmp_path: Path
     assert torch.equal(cached, whole)
     assert torch.equal(cached, torch.cat(alone))
     assert not torch.equal(cached, before)
+
+
+def test_attributions_of_features_add_up_to_what_they_do(tmp_path: Path) -> None:
+    model, one = tiny.model("gpt2"), dictionary(tmp_path)
+    corpus = tiny.corpus((6, 4), seed=3)
+    with one.on(model):
+        found = lu.attribute(model, corpus, "sae", objective="loss", steps=32, rule="midpoint", progress=False)
+    attributed, difference = found.completeness[one.site]
+    assert abs(difference) > 0.01
+    assert attributed == pytest.approx(difference, rel=0.02)
+
+
+def test_what_a_feature_writes_is_its_decoder_row(tmp_path: Path) -> None:
+    model, one = tiny.model("gpt2"), dictionary(tmp_path)
+    with one.on(model):
+        assert torch.equal(written_row(model, one.site, 5), one.weights["W_dec"][5])
+    inside = dictionary(tmp_path, hook="blocks.0.attn.hook_z")  # read as one vector per head here
+    with pytest.raises(SiteError, match="adds nothing to the residual stream itself"):
+        inside.written(5)
+    with pytest.raises(SiteError, match="has no row of an output matrix"):
+        written_row(model, one.site, 5)

@@ -66,7 +66,7 @@ def test_features_and_reconstructions_are_those_of_the_formulas(
         torch.testing.assert_close((moved - one.decode(changed, x)).double(), error, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", *tiny.HOOKED[:2]])
 @pytest.mark.parametrize(
     "hook",
     ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z"],

@@ -18,6 +18,7 @@ from typing import Any
 import moe
 import numpy as np
 import pytest
+import sae_helpers
 import tiny
 import torch
 from faults_helpers import FailingAt, Fault, hook_class, run_matrix
@@ -40,7 +41,19 @@ from lens_unlearn.methods.selective_pruning import selective_pruning
 from lens_unlearn.methods.simu import simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.methods.tuning import tune
-from lens_unlearn.model import expert_layers, experts, hooks, host, matrices, replay, residual, shortcuts, sites
+from lens_unlearn.model import (
+    expert_layers,
+    experts,
+    feature_points,
+    hooks,
+    host,
+    matrices,
+    replay,
+    residual,
+    shortcuts,
+    sites,
+)
+from lens_unlearn.model.dictionary_files import load_dictionary
 from lens_unlearn.model.replay import replaying
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons import collect as collecting
@@ -618,6 +631,23 @@ def test_an_interrupt_leaves_no_hook_inside_experts_wherever_it_comes() -> None:
 
     assert interrupted_everywhere(act, model, OURS | INSIDE, 150)[False] > 100
     assert interrupted_everywhere(act, model, INSIDE | {hooks.__file__}, 60, probing=True)[False] > 40
+
+
+def test_an_interrupt_leaves_no_hook_at_features_wherever_it_comes(used: Any, tmp_path: Path) -> None:
+    model = used("gpt2")
+    config, weights = sae_helpers.config_of("standard", 32), sae_helpers.weights_of("standard", 32)
+    dictionary = load_dictionary(sae_helpers.write(tmp_path, config, weights))
+    chosen = Ablate(NeuronMap({dictionary.site: torch.ones(48, dtype=torch.bool)}))
+
+    def act() -> None:
+        with chosen.on(model), chosen.on(model):
+            pass
+
+    with dictionary.on(model):
+        assert interrupted_everywhere(act, model, OURS | {feature_points.__file__}, 100)[False] > 60
+        assert (
+            interrupted_everywhere(act, model, {feature_points.__file__, hooks.__file__}, 60, probing=True)[False] > 40
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt2", *tiny.HOOKED[:1]])
