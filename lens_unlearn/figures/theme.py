@@ -58,7 +58,7 @@ LONGEST = 1000
 """Characters of what stands below a title."""
 BELOW = 62
 """Pixels for the ticks and the title of the lowest x axis; the legend comes under them."""
-KIND_ORDER = ("mlp", "shared", "experts", "attn", "resid")
+KIND_ORDER = ("mlp", "shared", "experts", "sae", "attn", "resid")
 
 
 @cache
