@@ -20,8 +20,9 @@ ALPHA = {"gsm8k": 2.0, "mbpp": 1.4}
 """Those of the paper."""
 FORMS = {
     "as fitted": "{prompt}",
+    "a space behind it": "{prompt} ",
     "asked for": "Could you please help me with this?\n\n{prompt}",
-    "in a chat": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    "in a chat": "{prompt}",
     "after an example": "Question: Name three colours.\nAnswer: Red, green and blue.\n\nQuestion: {prompt}\nAnswer:",
     "first half": "{half}",
 }
@@ -60,13 +61,12 @@ def posed(corpus: lu.Corpus, form: str, count: int = 100) -> lu.Corpus:
     """Put a set's questions in another form."""
     decode = smollm2().tokenizer.decode
     texts = [decode(corpus.prompt(row)).strip() for row in range(min(count, corpus.n_rows))]
-    rows = [
-        {
-            "prompt": FORMS[form].format(prompt=text, half=" ".join(text.split()[: len(text.split()) // 2])),
-            "answer": " .",
-        }
-        for text in texts
-    ]
+    halves = [" ".join(text.split()[: len(text.split()) // 2]) for text in texts]
+    prompts = [FORMS[form].format(prompt=text, half=half) for text, half in zip(texts, halves, strict=True)]
+    if form == "in a chat":
+        turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": "."}] for prompt in prompts]
+        return lu.read_corpus([{"messages": turn} for turn in turns], smollm2(), chat=True, window=256)
+    rows = [{"prompt": prompt, "answer": "."} for prompt in prompts]
     return lu.read_corpus(rows, smollm2(), field="prompt>answer", window=256)
 
 
