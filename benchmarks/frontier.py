@@ -1,7 +1,7 @@
 r"""What can be taken of one skill at how little of each other, by every method of the package, on a pretrained model.
 
     python benchmarks/fetch_models.py smollm2
-    python benchmarks/frontier.py --choose --seeds 0 --save benchmarks/outputs/frontier_chosen.json
+    python benchmarks/frontier.py --choose --seeds 0 --lines gated --fractions 0.3 0.6 1 --save benchmarks/outputs/frontier_chosen.json
     python benchmarks/frontier.py --save benchmarks/outputs/frontier.json
 
 Texts of code, mathematics and prose are cut into prompts of --prompt tokens and what follows, which is what counts. Each skill is
@@ -14,6 +14,7 @@ that what is chosen there was not chosen on what is reported.
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from lens_unlearn.methods.gated_pruning import Prompted
 
 DATA = Path("../shared/data")
 SKILLS = ("code", "math", "prose")
-FALSE_ALARMS = (0.005, 0.01, 0.02)
 Fitted = dict[str, Any]
 """By skill what a seed drew: "texts", their "moments" everywhere, and "prompted", keys and moments behind the detector."""
 
@@ -63,10 +63,15 @@ class Methods:
             "random neurons": ((0.03,), self.random),
             "neuron-adjust": ((0.03,), self.adjusted),
             "lape": ((0.03,), self.lape),
-            "key-space-detection": (FALSE_ALARMS, self.abstained),
-            "gated-pruning": (FALSE_ALARMS, self.gated),
-            "gated-pruning, random neurons": (FALSE_ALARMS[1:2], self.gated_random),
+            "key-space-detection": (options.false_alarms, self.abstained),
         }
+        for fraction in options.fractions:
+            name = f"gated-pruning, {fraction:.0%} of the neurons"
+            self.lines[name] = options.false_alarms, partial(self.gated, fraction=fraction)
+            self.lines[f"{name}, random ones"] = (
+                options.false_alarms[-1:],
+                partial(self.gated_random, fraction=fraction),
+            )
 
     def retained(self, fitted: Fitted, forget: str, what: str) -> list[Any]:
         """Return what was drawn of each other skill."""
@@ -108,20 +113,20 @@ class Methods:
         others = self.retained(fitted, forget, "moments")
         return lu.lape(self.model, fitted[forget]["moments"], others, fraction=strength)
 
-    def gated(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.When:
+    def gated(self, fitted: Fitted, forget: str, strength: float, seed: int, *, fraction: float = 1.0) -> lu.When:
         """Gated pruning: the strength is the share of false positives."""
         return lu.gated_pruning(
             self.model, fitted[forget]["prompted"], self.retained(fitted, forget, "prompted"), false_alarms=strength,
-            fraction=self.options.fraction, layer=self.options.layers, seed=seed, progress=False,
+            fraction=fraction, layer=self.options.layers, seed=seed, progress=False,
         )  # fmt: skip
 
     def abstained(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Abstain:
         """The same detector alone: where it fires, the logits are constant."""
         return self.gated(fitted, forget, strength, seed).detector
 
-    def gated_random(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.When:
+    def gated_random(self, fitted: Fitted, forget: str, strength: float, seed: int, *, fraction: float) -> lu.When:
         """As many random neurons behind the same detector."""
-        found = self.gated(fitted, forget, strength, seed)
+        found = self.gated(fitted, forget, strength, seed, fraction=fraction)
         assert isinstance(found.inner, lu.Ablate)
         return lu.When(found.detector, lu.random_pruning(self.model, like=found.inner, seed=seed))
 
@@ -130,7 +135,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--layers", type=int, nargs="+", default=[14], help="where the detector looks")
-    parser.add_argument("--fraction", type=float, default=0.3, help="of the neurons behind it")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.6], help="of the neurons behind it")
+    parser.add_argument("--false-alarms", type=float, nargs="+", default=[0.01, 0.02])
     parser.add_argument("--prompt", type=int, default=48, help="tokens")
     parser.add_argument("--window", type=int, default=96)
     parser.add_argument(
@@ -139,14 +145,18 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--fit-tokens", type=int, default=5000)
     parser.add_argument("--test-tokens", type=int, default=1600, help="counted ones, of each skill")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lines", nargs="+", help="methods; default all")
+    parser.add_argument("--lines", nargs="+", help="how their names begin; default all")
     parser.add_argument("--choose", action="store_true", help="measure on a part of the documents to fit on")
     parser.add_argument("--dtype", default="auto")
     args, record = begin(parser, given)
     lu.tune_allocator()
     model = lu.load_model(args.model, dtype=args.dtype)
     record.about(model, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
-    lines = {name: line for name, line in Methods(model, args).lines.items() if not args.lines or name in args.lines}
+    lines = {
+        name: line
+        for name, line in Methods(model, args).lines.items()
+        if not args.lines or name.startswith(tuple(args.lines))
+    }
     fit, test = ({skill: read(model, part, skill, args.window) for skill in SKILLS} for part in ("fit", "heldout"))
     if args.choose:
         halves = {skill: corpus.split(0.7, 0.3) for skill, corpus in fit.items()}
