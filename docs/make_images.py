@@ -1,23 +1,29 @@
-"""Draw the pictures of the README and of the front page from the embedded demo model.
+"""Draw the pictures of the README and of the docs, from the embedded demo model and from stored outputs.
 
     pip install -e ".[export]" && python docs/make_images.py
 
 Drawing needs a Chrome or Chromium that kaleido can find (set BROWSER_PATH if it does not); the table is drawn by the same.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+from plotly.subplots import make_subplots
+
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import Report
 from lens_unlearn.experiments.experiment import Experiment
 from lens_unlearn.experiments.plan import Plan
+from lens_unlearn.figures import theme
 from lens_unlearn.reports.summary_table import of_run
 
 IMAGES = Path(__file__).parent / "images"
+OUTPUTS = Path(__file__).parents[1] / "benchmarks" / "outputs"
+FRONTIER = ("frontier.json", "frontier_gated.json")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PLAN = Plan(
     "demo",
@@ -40,7 +46,8 @@ def main() -> None:
     experiment = Experiment(PLAN)
     experiment.fit()
     summary_table(experiment.report(), IMAGES / "table.png")
-    for path in ("map.png", "table.png"):
+    frontier(IMAGES / "frontier.png")
+    for path in ("map.png", "table.png", "frontier.png"):
         print(IMAGES / path)
 
 
@@ -52,6 +59,37 @@ def specialization_map(path: Path) -> None:
     figure = lu.plot.specialization_map(forget, retain, selection=score.top(0.1))
     figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", width=900, height=620)
     figure.write_image(path, scale=2)
+
+
+def frontier(path: Path) -> None:
+    """Draw what each method forgets against what it costs, a panel for each skill that is forgotten, from the stored outputs."""
+    rows = [row for name in FRONTIER for row in json.loads((OUTPUTS / name).read_text())["tables"]["frontier"]["rows"]]
+    skills, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (0, 1))
+    fig = make_subplots(1, len(skills), subplot_titles=[f"{skill} forgotten" for skill in skills], shared_yaxes=True)
+    for column, skill in enumerate(skills, 1):
+        fig.add_shape(
+            type="rect", x0=-1, x1=2, y0=60, y1=100, row=1, col=column, line_width=0, fillcolor="rgba(63,158,99,.18)"
+        )
+        for number, method in enumerate(methods):
+            points = [row for row in rows if row[:2] == [skill, method]]
+            cost, lost = ([float(row[place].split("%")[0]) for row in points] for place in (-1, -2))
+            random = "random" in method
+            colour = theme.CONTROL if random else (*theme.METHODS, *theme.OTHERS)[number % 12]
+            fig.add_scatter(
+                x=cost, y=lost, name=method, legendgroup=method, showlegend=column == 1, mode="lines+markers", row=1, col=column,
+                marker={"symbol": "x" if random else theme.SYMBOLS[number % 5], "size": 9, "color": colour},
+            )  # fmt: skip
+        fig.update_xaxes(title="lost by the worst other skill, %", range=[-1, 20], row=1, col=column)
+    fig.update_yaxes(title="lost by the forgotten skill, %", range=[-2, 102], row=1, col=1)
+    layout = {
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "template": theme.template(),
+        "width": 1100,
+        "height": 560,
+    }
+    fig.update_layout(**layout, legend={"orientation": "h", "y": -0.2}, margin={"t": 50, "b": 40})
+    fig.write_image(path, scale=2)
 
 
 def summary_table(report: Report, path: Path) -> None:

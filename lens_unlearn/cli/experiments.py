@@ -38,7 +38,7 @@ from lens_unlearn.cli.options import (
 def demo(
     *,
     out: Out = Path("demo-report"),
-    tokens: Tokens = 1000,
+    tokens: Tokens = 2000,
     seed: Annotated[int, typer.Option(help="Seed of splits and controls.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
