@@ -25,6 +25,8 @@ from lens_unlearn.methods.gated_pruning import Prompted
 
 DATA = Path("../shared/data")
 SKILLS = ("code", "math", "prose")
+FRACTION = 0.3
+"""Of the neurons behind the detector, by default as in `lu.gated_pruning`."""
 Fitted = dict[str, Any]
 """By skill what a seed drew: "texts", their "moments" everywhere, and "prompted", keys and moments behind the detector."""
 
@@ -66,12 +68,10 @@ class Methods:
             "key-space-detection": (options.false_alarms, self.abstained),
         }
         for fraction in options.fractions:
-            name = f"gated-pruning, {fraction:.0%} of the neurons"
+            name = "gated-pruning" + ("" if fraction == FRACTION else f", {fraction:.0%} of the neurons")
             self.lines[name] = options.false_alarms, partial(self.gated, fraction=fraction)
-            self.lines[f"{name}, random ones"] = (
-                options.false_alarms[-1:],
-                partial(self.gated_random, fraction=fraction),
-            )
+            middle = options.false_alarms[len(options.false_alarms) // 2 :][:1]
+            self.lines[f"{name}, random neurons"] = middle, partial(self.gated_random, fraction=fraction)
 
     def retained(self, fitted: Fitted, forget: str, what: str) -> list[Any]:
         """Return what was drawn of each other skill."""
@@ -135,8 +135,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--layers", type=int, nargs="+", default=[14], help="where the detector looks")
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.6], help="of the neurons behind it")
-    parser.add_argument("--false-alarms", type=float, nargs="+", default=[0.01, 0.02])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[FRACTION], help="of the neurons behind it")
+    parser.add_argument("--false-alarms", type=float, nargs="+", default=[0.005, 0.01, 0.02])
     parser.add_argument("--prompt", type=int, default=48, help="tokens")
     parser.add_argument("--window", type=int, default=96)
     parser.add_argument(
