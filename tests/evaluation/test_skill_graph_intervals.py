@@ -47,7 +47,7 @@ def simulated(runs: int, *, random: bool, seeds: int = 4) -> tuple[float, float]
 
 @pytest.mark.parametrize("random", [True, False])
 def test_all_intervals_hold_the_truth_at_once_as_often_as_they_say(random: bool) -> None:
-    runs = 40  # of thousands, in both cases, it is 95 to 98 %
+    runs = 40
     at_once, single = simulated(runs, random=random)
     assert at_once >= 0.95 - 2.6 * (0.95 * 0.05 / runs) ** 0.5
     assert at_once <= single + 0.02 or single > 0.98, "each alone holds its own truth more often than all do at once"
