@@ -2,7 +2,7 @@ r"""What can be taken of one skill at how little of each other, by every method 
 
     python benchmarks/fetch_models.py smollm2
     python benchmarks/frontier.py --save benchmarks/outputs/frontier.json
-    python benchmarks/frontier.py --lines gated --fractions 0.6 1 --save more.json
+    python benchmarks/frontier.py --lines gated --fractions 0.6 1 --false-alarms 0.02 --save benchmarks/outputs/frontier_gated.json
 
 Texts of code, mathematics and prose are cut into prompts of --prompt tokens and what follows, which is what counts. Each skill is
 forgotten in turn, and each of the two others is retained. Every method is fitted to the same documents at several strengths; a seed

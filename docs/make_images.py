@@ -23,7 +23,7 @@ from lens_unlearn.reports.summary_table import of_run
 
 IMAGES = Path(__file__).parent / "images"
 OUTPUTS = Path(__file__).parents[1] / "benchmarks" / "outputs"
-FRONTIER = ("frontier.json",)
+FRONTIER = ("frontier.json", "frontier_gated.json")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PLAN = Plan(
     "demo",
