@@ -64,6 +64,9 @@ def specialization_map(path: Path) -> None:
 def frontier(path: Path) -> None:
     """Draw what each method forgets against what it costs, a panel for each skill that is forgotten, from the stored outputs."""
     rows = [row for name in FRONTIER for row in json.loads((OUTPUTS / name).read_text())["tables"]["frontier"]["rows"]]
+    rows = [
+        row for row in rows if row[1] != "gated-pruning, 100% of the neurons, random neurons"
+    ]  # all of them, as without
     skills, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (0, 1))
     fig = make_subplots(1, len(skills), subplot_titles=[f"{skill} forgotten" for skill in skills], shared_yaxes=True)
     for column, skill in enumerate(skills, 1):
