@@ -21,7 +21,7 @@ from typing import Any
 from record import begin, percent
 
 import lens_unlearn as lu
-from lens_unlearn.methods.gated_pruning import Prompted
+from lens_unlearn.neurons.prompted import Prompted
 
 DATA = Path("../shared/data")
 SKILLS = ("code", "math", "prose")

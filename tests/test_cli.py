@@ -212,7 +212,7 @@ def test_groups_stay_whole_on_the_command_line(
     assert (corpora["c"]["documents"], corpora["c"]["units"]) == (30, 10)
     assert call("collect", *reading, "--corpus", sources["third"], "--out", tmp_path / "third.safetensors") == 0
     skills = {name: lu.read_corpus(sources[name], model, window=32) for name in ("forget", "third")}
-    compared = compare._texts(skills, None, 0)
+    compared = compare.split_skills(skills, None, 0)
     for name in skills:
         assert not set(compared[name].units) & set(compared[f"{name}:test"].units)
 

@@ -31,6 +31,7 @@ from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import as_in_file
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
+from lens_unlearn.neurons.prompted import Prompted
 
 __all__ = ["REPORT", "TEST_TOKENS", "TOKENS", "Form", "RunFolder", "fitted_form"]
 
@@ -237,6 +238,8 @@ STATISTICS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "KeySample": (KeySample, lambda sample: {"capacity": sample.capacity, "seed": sample.seed}),
 }
 """The statistics that a folder keeps, and what they are made with. Others are collected again when a run goes on."""
+PROMPTED = ("keys", "moments")
+"""Those of a `Prompted`."""
 
 
 def fitted_form(model: Model | None = None) -> Form:
@@ -250,15 +253,25 @@ def _save_fitted(path: Path, fitted: tuple[Any, Any], model: Model | None) -> No
         fitted[0].save(path, model)
         return
     several = [fitted[0], *(fitted[1] if isinstance(fitted[1], list) else [fitted[1]])]
-    if not all(type(statistic).__name__ in STATISTICS for statistic in several):
+    if not all(isinstance(one, Prompted) or type(one).__name__ in STATISTICS for one in several):
         return
     entries, tensors = [], {}
-    for number, statistic in enumerate(several):
-        kind = type(statistic).__name__
-        settings = STATISTICS[kind][1](statistic)
-        entries.append({"kind": kind, "provenance": statistic.provenance, "settings": settings})
-        tensors |= {f"{number}/{name}": tensor for name, tensor in statistic.state().items()}
+    for number, one in enumerate(several):
+        entry, own = _entry_of(one)
+        entries.append(entry)
+        tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
     artefacts.write(path, "fitted", tensors, {"statistics": entries})
+
+
+def _entry_of(statistic: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file's header holds of a statistic, and its tensors."""
+    if isinstance(statistic, Prompted):
+        parts = {name: _entry_of(getattr(statistic, name)) for name in PROMPTED}
+        tensors = {f"{name}/{key}": tensor for name, (_, own) in parts.items() for key, tensor in own.items()}
+        return {"kind": "Prompted", **{name: entry for name, (entry, _) in parts.items()}}, tensors
+    kind = type(statistic).__name__
+    settings = STATISTICS[kind][1](statistic)
+    return {"kind": kind, "provenance": statistic.provenance, "settings": settings}, statistic.state()
 
 
 def _load_fitted(path: Path, model: Model | None) -> tuple[Any, Any]:
@@ -272,7 +285,9 @@ def _load_fitted(path: Path, model: Model | None) -> tuple[Any, Any]:
         return forget, [first, *more] if more else first  # of each source to retain, where a method keeps them apart
 
 
-def _statistic(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], start: str) -> Moments | KeySample:
+def _statistic(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], start: str) -> Any:
+    if entry["kind"] == "Prompted":
+        return Prompted(**{name: _statistic(entry[name], tensors, f"{start}{name}/") for name in PROMPTED})
     empty = STATISTICS[entry["kind"]][0](**entry["settings"])
     statistic = empty.with_state({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
     statistic.provenance = dict(entry["provenance"])

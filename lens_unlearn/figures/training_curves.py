@@ -72,7 +72,8 @@ def training_curves(trainings: Any, title: str | None = None) -> go.Figure:
             _clipped(fig, record, dash, prefix, limit)
     last = max(e["step"] for record in records.values() for p in ("losses", "checks") for e in _entries(record, p))
     _limit(fig, 1, [r.get("floor") for r in records.values() if _ascends(r)], last, "floor: no ascent beyond")
-    _limit(fig, 2, [r.get("aim") for r in records.values()], last, "aim: hardly above the accuracy on unseen texts")
+    if CHECKS in panels:
+        _limit(fig, 2, [r.get("aim") for r in records.values()], last, "aim: hardly above the accuracy on unseen texts")
     if several:
         for name, dash in zip(records, DASHES):
             line = {"color": theme.TEXT, "dash": dash, "width": 2}

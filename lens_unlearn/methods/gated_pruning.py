@@ -14,7 +14,6 @@ Knows the two methods that it joins; knows no figure of its own.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from lens_unlearn.core.errors import LensUnlearnError
@@ -32,22 +31,11 @@ from lens_unlearn.model.sites import Site, layers_with
 from lens_unlearn.neurons.collect import collect, query_keys
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
+from lens_unlearn.neurons.prompted import Prompted
 
-__all__ = ["METHOD", "Prompted", "gated_pruning"]
+__all__ = ["METHOD", "gated_pruning"]
 
 SITE = "mlp.post"
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """What a corpus of prompts left behind: the keys at their ends, and the moments of what follows."""
-
-    of_prompts = True
-
-    keys: KeySample
-    """At `mlp.post` of the layers where a detector may look."""
-    moments: Moments
-    """At `mlp.post` behind them at least, over the counted tokens."""
 
 
 def gated_pruning(

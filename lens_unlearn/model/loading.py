@@ -294,8 +294,9 @@ def model_entry(path: str | os.PathLike[str], model: Model | None, sites: Iterab
         SiteError: If a site is of features, and no dictionary is attached there.
     """
     if model is not None:
+        entry = {"model": fingerprint(model)}  # which refuses what is no model
         dictionaries = dictionaries_at(model, sites)
-        return {"model": fingerprint(model), **({"dictionaries": dictionaries} if dictionaries else {})}
+        return {**entry, **({"dictionaries": dictionaries} if dictionaries else {})}
     warnings.warn(f"{os.fspath(path)} will not know its model: {_ANY_MODEL}", stacklevel=3)
     return {}
 

@@ -103,7 +103,7 @@ def test_the_matrix_says_what_the_saved_interventions_do(written: Path, demo: An
 def test_nothing_is_fitted_tuned_and_tested_on_the_same_documents(demo: Any) -> None:
     plans = plans_for(SKILLS, "demo", retain_drop=0.1, tokens=200)
     texts = {name: lu.read_corpus(f"demo:{name}", demo, tokens=3000) for name in SKILLS}
-    runs = compare._skill_runs(plans, demo, compare._texts(texts, None, 0), progress=False)
+    runs = compare._skill_runs(plans, demo, compare.split_skills(texts, None, 0), progress=False)
     tests = {}
     for skill, run in runs.items():
         fit, tuning = (

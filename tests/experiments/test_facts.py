@@ -178,7 +178,7 @@ def test_tune_fits_and_judges_on_all_facts(model: Any, monkeypatch: pytest.Monke
 def test_compare_forgets_each_list_of_facts_as_a_whole(model: Any) -> None:
     lists = {"some": lu.read_corpus(FORGET, model), "others": lu.read_corpus(RETAIN, model)}
     plans = plans_for(list(lists), "demo", retain_drop=0.1, tokens=200, facts=True)
-    texts = compare._texts(lists, None, 0, facts=True)
+    texts = compare.split_skills(lists, None, 0, facts=True)
     for (skill, other), run in zip(
         permutations(lists), compare._skill_runs(plans, model, texts, progress=False).values(), strict=True
     ):

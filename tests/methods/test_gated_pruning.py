@@ -14,8 +14,9 @@ import lens_unlearn as lu
 from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.interventions.when import When
 from lens_unlearn.methods import by_name
-from lens_unlearn.methods.gated_pruning import Prompted, gated_pruning
+from lens_unlearn.methods.gated_pruning import gated_pruning
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.prompted import Prompted
 
 QUIET: dict[str, Any] = {"progress": False}
 LENGTHS = (12,) * 60
