@@ -17,6 +17,7 @@ from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.experiments.documents import Documents
 from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.experiments.selections import selection_of
+from lens_unlearn.figures.layer_importance import MAX_SELECTIONS
 from lens_unlearn.figures.theme import method_colours
 from lens_unlearn.inspection.token_values import token_losses
 from lens_unlearn.interventions.ablate import Ablate
@@ -88,8 +89,11 @@ class Content:
                     )
                     controls |= {} if places is None else {f"{name}:control": places}
         if len(selected) > 1:
+            few = dict(
+                list(selected.items())[:MAX_SELECTIONS]
+            )  # the first that were named; each has a figure of its own
             drawn["Where the methods found the skill"] = figures.layer_importance(
-                selected, colours=method_colours(self.plan.methods), title="Neurons selected, by layer"
+                few, colours=method_colours(self.plan.methods), title="Neurons selected, by layer"
             )
         layers = {title: figure for title, figure in details.items() if title.startswith(LAYERS)}
         drawn |= layers | details  # by layer first

@@ -29,7 +29,9 @@ from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import as_in_file
+from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.key_sample import KeySample
+from lens_unlearn.neurons.maps import NeuronMap
 from lens_unlearn.neurons.moments import Moments
 from lens_unlearn.neurons.prompted import Prompted
 
@@ -252,6 +254,11 @@ def _save_fitted(path: Path, fitted: tuple[Any, Any], model: Model | None) -> No
     if isinstance(fitted[0], Delta):
         fitted[0].save(path, model)
         return
+    if isinstance(fitted[0], NeuronMap):
+        maps = {"scores": fitted[0], "live": fitted[0].live}
+        tensors = {f"{name}/{site}": value.contiguous() for name, part in maps.items() for site, value in part.shaped()}
+        artefacts.write(path, "fitted", tensors, {"scores": list(map(str, fitted[0]))})
+        return
     several = [fitted[0], *(fitted[1] if isinstance(fitted[1], list) else [fitted[1]])]
     if not all(isinstance(one, Prompted) or type(one).__name__ in STATISTICS for one in several):
         return
@@ -279,6 +286,12 @@ def _load_fitted(path: Path, model: Model | None) -> tuple[Any, Any]:
     if header["kind"] == "intervention":
         return load_intervention(path, model), None
     with artefacts.usable(path, "statistics that can be read"):
+        if "scores" in header:  # of every neuron, where a method makes nothing else of its corpora
+            scores, live = (
+                NeuronMap({Site.parse(site): tensors[f"{name}/{site}"] for site in header["scores"]})
+                for name in ("scores", "live")
+            )
+            return NeuronMap(dict(scores.shaped()), live=dict(live.shaped())), None
         forget, first, *more = (
             _statistic(entry, tensors, f"{number}/") for number, entry in enumerate(header["statistics"])
         )
