@@ -277,7 +277,7 @@ def graph(
     method: Annotated[str, typer.Option(help="A method.")] = "selective-pruning",
     fraction: Annotated[
         float | None,
-        typer.Option(help="Its strength, of most the share of neurons removed. [default: the method's own]"),
+        typer.Option(help="Its strength, for most methods the share of neurons removed. [default: the method's own]"),
     ] = None,
     test: Annotated[
         list[str], typer.Option(metavar="NAME=SRC", help="Separate test texts of a skill; for all skills, or for none.")

@@ -23,12 +23,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import SelectionError
-from lens_unlearn.core.numbers import COUNT, STRENGTH, check_numbers
+from lens_unlearn.core.numbers import COUNT
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.methods.controls import RANDOM_DIRECTIONS
 from lens_unlearn.methods.method import Fitted, Method
-from lens_unlearn.methods.residual import RESID, STRENGTHS, check_layers, check_sides, layers_of, middle_layer
+from lens_unlearn.methods.residual import RESID, STRENGTHS, check_residual, layers_of, middle_layer
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
@@ -105,26 +105,10 @@ def leace(
     return -(whitening @ u)[:, None].float(), (unwhitening @ u)[None].float(), mean.float()
 
 
-def _check(
-    model: Model | None,
-    forget: Any,
-    retain: Any,
-    *,
-    layers: Any = None,
-    samples: int = SAMPLES,
-    strength: float = 1.0,
-    seed: int = 0,
-    batch_size: int | None = None,
-    **_: Any,
-) -> None:
+def _check(model: Model | None, forget: Any, retain: Any, *, samples: int = SAMPLES, **options: Any) -> None:
     """Refuse options and corpora; without a model, options alone."""
-    STRENGTH.check(strength, "strength")
     COUNT.check(samples, "samples")
-    check_layers(layers)
-    check_numbers(seed=seed, batch_size=batch_size)
-    check_sides(forget, retain)
-    if model is not None:
-        layers_of(model, layers, [0])
+    check_residual(model, forget, retain, **options)
 
 
 def _prepare(

@@ -15,7 +15,6 @@ Knows means and projections; knows nothing of what the corpora are about.
 from collections.abc import Sequence
 from typing import Any
 
-from lens_unlearn.core.numbers import STRENGTH, check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.methods.controls import RANDOM_DIRECTIONS
@@ -24,7 +23,7 @@ from lens_unlearn.methods.residual import (
     RESID,
     STRENGTHS,
     check_layers,
-    check_sides,
+    check_residual,
     layers_of,
     mean_differences,
     middle_layer,
@@ -78,27 +77,12 @@ def direction_removal(
     return Affine(dict.fromkeys(sites, -r[:, None]), dict.fromkeys(sites, r[None]), strength=strength)
 
 
-def _check(
-    model: Model | None,
-    forget: Any,
-    retain: Any,
-    *,
-    layer: Any = None,
-    layers: Any = None,
-    strength: float = 1.0,
-    skip_sinks: float | None = None,
-    batch_size: int | None = None,
-    **_: Any,
-) -> None:
+def _check(model: Model | None, forget: Any, retain: Any, *, layer: Any = None, **options: Any) -> None:
     """Refuse options and corpora; without a model, options alone."""
-    STRENGTH.check(strength, "strength")
     check_layers([layer] if layer is not None else None, "layer")
-    check_layers(layers)
-    check_numbers(skip_sinks=skip_sinks, batch_size=batch_size)
-    check_sides(forget, retain)
+    check_residual(model, forget, retain, **options)
     if model is not None:
         layers_of(model, layer, [0], "layer")
-        layers_of(model, layers, [0])
 
 
 METHOD = Method(

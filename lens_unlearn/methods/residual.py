@@ -10,14 +10,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError, SelectionError
-from lens_unlearn.core.numbers import Range
+from lens_unlearn.core.numbers import STRENGTH, Range, check_numbers
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site, layers_with
 from lens_unlearn.neurons.collect import collect, require_skipped
 from lens_unlearn.neurons.moments import Moments
 
-__all__ = ["RESID", "STRENGTHS", "check_layers", "check_sides", "layers_of", "mean_differences", "middle_layer"]
+__all__ = [
+    "RESID",
+    "STRENGTHS",
+    "check_layers",
+    "check_residual",
+    "check_sides",
+    "layers_of",
+    "mean_differences",
+    "middle_layer",
+]
 
 RESID = "resid"
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -58,6 +67,31 @@ def layers_of(model: Model, layers: Layers, default: Sequence[int], name: str = 
 def middle_layer(model: Model) -> int:
     """Return the layer in the middle."""
     return len(layers_with(model, RESID)) // 2
+
+
+def check_residual(
+    model: Model | None,
+    forget: Any,
+    retain: Any,
+    *,
+    layers: Any = None,
+    strength: float = 1.0,
+    seed: int = 0,
+    skip_sinks: float | None = None,
+    batch_size: int | None = None,
+    **_: Any,
+) -> None:
+    """Refuse options that these methods share, and corpora; without a model, options alone.
+
+    Raises:
+        LensUnlearnError: If an option is out of range, a layer does not exist, or nothing could tell the sides apart.
+    """
+    STRENGTH.check(strength, "strength")
+    check_layers(layers)
+    check_numbers(seed=seed, skip_sinks=skip_sinks, batch_size=batch_size)
+    check_sides(forget, retain)
+    if model is not None:
+        layers_of(model, layers, [0])
 
 
 def check_sides(forget: Any, retain: Any) -> None:

@@ -16,7 +16,7 @@ Knows means and shifts; knows nothing of what the corpora are about.
 from collections.abc import Sequence
 from typing import Any
 
-from lens_unlearn.core.numbers import POSITIVE, STRENGTH, check_numbers
+from lens_unlearn.core.numbers import POSITIVE
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.interventions.affine import Affine
 from lens_unlearn.methods.controls import RANDOM_DIRECTIONS
@@ -24,8 +24,7 @@ from lens_unlearn.methods.method import Method
 from lens_unlearn.methods.residual import (
     RESID,
     STRENGTHS,
-    check_layers,
-    check_sides,
+    check_residual,
     layers_of,
     mean_differences,
     middle_layer,
@@ -76,26 +75,10 @@ def steering(
     return Affine(shift={site: coefficient * vector for site, vector in vectors.items()}, strength=strength)
 
 
-def _check(
-    model: Model | None,
-    forget: Any,
-    retain: Any,
-    *,
-    layers: Any = None,
-    coefficient: float = 2.0,
-    strength: float = 1.0,
-    skip_sinks: float | None = None,
-    batch_size: int | None = None,
-    **_: Any,
-) -> None:
+def _check(model: Model | None, forget: Any, retain: Any, *, coefficient: float = 2.0, **options: Any) -> None:
     """Refuse options and corpora; without a model, options alone."""
-    STRENGTH.check(strength, "strength")
     POSITIVE.check(coefficient, "coefficient")
-    check_layers(layers)
-    check_numbers(skip_sinks=skip_sinks, batch_size=batch_size)
-    check_sides(forget, retain)
-    if model is not None:
-        layers_of(model, layers, [0])
+    check_residual(model, forget, retain, **options)
 
 
 METHOD = Method(
