@@ -3,7 +3,8 @@
 A `TransformerBridge` wraps every module of a Hugging Face model in a component of its own, which calls a hook point at each
 intermediate value and computes attention explicitly. For the length of a `with` block, `shortcuts` puts the plain module back in
 place of each component without hooks. Whatever is hooked stays, so every hook fires as before, the user's included; and the
-plain modules hold the very same weights.
+plain modules hold the very same weights. What only looks at the call of a component (`carried`: where a forward pass begins) keeps
+nothing: it looks at the plain module's meanwhile.
 
 Knows how a bridge is built from components; knows nothing of sites or of the passes that run meanwhile.
 """
@@ -11,12 +12,14 @@ Knows how a bridge is built from components; knows nothing of sites or of the pa
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lens_unlearn.core.counter_rng import mix
+from lens_unlearn.model.hooks import Remover, detach_all, register
 from lens_unlearn.model.host import Model, is_quantized, stored
 
 __all__ = ["shortcuts", "unbridged"]
@@ -47,9 +50,11 @@ def shortcuts(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
         return
     attention = getattr(config, "_attn_implementation", None)
     bypassed: list[tuple[nn.Module, str, nn.Module]] = []
+    removers: list[Remover] = []
     attentions = {getattr(block, "attn", None) for block in model.blocks}
 
     def restore() -> None:
+        detach_all(removers)
         if attention is not None:
             config._attn_implementation = attention
         for parent, name, component in reversed(bypassed):
@@ -58,6 +63,8 @@ def shortcuts(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
     try:
         try:
             _bypass(inner, bypassed, wired=False, seen=set())
+            for parent, name, component in list(bypassed):
+                _carry(component, cast(nn.Module, parent._modules[name]), removers)
             if attention == "eager" and attentions <= {component for _, _, component in bypassed} and _may_fuse(inner):
                 config._attn_implementation = "sdpa"
             yield {component: cast(nn.Module, parent._modules[name]) for parent, name, component in bypassed}
@@ -128,8 +135,17 @@ def _bypass(
         # A component that stays and has components of its own computes with these: nothing in it can be bypassed.
 
 
+def _carry(component: nn.Module, original: nn.Module, removers: list[Remover]) -> None:
+    """Let the hooks of a bypassed component that only look at its call look at that of the module in its place."""
+    for hook in reversed(component._forward_pre_hooks.values()):
+        if getattr(hook, "carried", False):
+            # First, as the component's were before whatever is hooked in the module inside it.
+            carried = partial(lambda hook, _, *given: hook(component, *given), hook)
+            register([(original, "_forward_pre_hooks", carried)], removers, first=True)
+
+
 def _hooked(module: nn.Module, wired: bool) -> set[nn.Module]:
-    """Return the modules inside one that have hooks, or whose `forward` was replaced.
+    """Return the modules inside one that have hooks, or whose `forward` was replaced; the module itself if some are not carried.
 
     Internal hooks count only if a component around the module stays (`wired`).
     """
@@ -145,6 +161,7 @@ def _hooked(module: nn.Module, wired: bool) -> set[nn.Module]:
         }
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             hooks = [wrapped.get(key) or hook for key, hook in getattr(part, kind).items()]
+            hooks = [hook for hook in hooks if part is not module or not getattr(hook, "carried", False)]
             if any(wired or not str(getattr(hook, "__module__", "")).startswith(_INTERNAL) for hook in hooks):
                 hooked.add(part)
     return hooked

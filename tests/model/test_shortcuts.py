@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.model.hooks import attach, backbone
+from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, on_forward
+from lens_unlearn.model.residual import on_residual
 from lens_unlearn.model.shortcuts import _may_fuse, shortcuts
 from lens_unlearn.model.sites import resolve
 
@@ -178,4 +179,29 @@ def test_attention_is_fused_where_only_its_output_map_is_hooked(name: str) -> No
     assert len(seen) == len(was) == tiny.LAYERS
     for one, other in zip(seen, was):
         close(one, other)
+    assert tree(model) == before
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_where_a_pass_begins_is_known_before_anything_acts_and_keeps_nothing_of_the_bridge(name: str) -> None:
+    """As an intervention that looks at rows knows it: only the unembedding stays, and attention is fused as without one."""
+    model, tokens = tiny.model(name), tiny.some_tokens(2, 9)
+    before, seen, first = tree(model), list[Any](), {model.embed, model.blocks[0]}
+    removers: list[Remover] = []
+    try:
+        on_residual(model, [0], lambda layer, stream: seen.append("stream"), removers)
+        on_forward(model, lambda ids, cached: seen.append((None if ids is None else ids.clone(), cached)), removers)
+        with shortcuts(model) as out:
+            assert first <= set(out) or name == "opt"  # whose block stays where something inside it is hooked
+            for text in (tokens, tokens[:, :5]):
+                seen.clear()
+                backbone(model, text)
+                (ids, cached), stream = seen
+                assert torch.equal(ids, text)
+                assert (cached, stream) == (0, "stream")
+        seen.clear()
+        backbone(model, tokens)
+        assert len(seen) == 2
+    finally:
+        detach_all(removers)
     assert tree(model) == before
