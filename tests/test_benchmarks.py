@@ -97,6 +97,15 @@ def test_growth_is_measured_along_every_size(
     assert [row[:2] for row in rows] == [["collect", size] for size in ("tokens", "layers", "vocabulary", "sites")]
 
 
+def test_collectors_are_timed_over_a_forward_pass(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("collectors").main(["--tiny"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[1] for row in rows][:2] == ["logits-free forward", "lens_unlearn.collect"]
+    assert float(rows[0][2]) == 1 < float(rows[1][2])
+
+
 def test_what_grows_faster_than_linearly_is_said(
     load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
