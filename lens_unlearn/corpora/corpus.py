@@ -33,7 +33,7 @@ from lens_unlearn.corpora.near_duplicates import Words, join_near_duplicates, wo
 from lens_unlearn.model.chat import question_ends
 from lens_unlearn.model.host import Model, require_model
 
-__all__ = ["Answer", "Batch", "Corpus", "require_corpora", "require_corpus", "vocabulary_digest"]
+__all__ = ["PADDING", "Answer", "Batch", "Corpus", "require_corpora", "require_corpus", "vocabulary_digest"]
 
 T = TypeVar("T")
 
@@ -404,7 +404,7 @@ class Corpus:
         rows, longest, padded = list[int](), 0, 0
         for row, length in zip(order, lengths[order].tolist(), strict=True):
             padded += longest - length
-            if rows and (longest * (len(rows) + 1) > budget or padded > budget // _PADDING):
+            if rows and (longest * (len(rows) + 1) > budget or padded > budget // PADDING):
                 yield self._batch(rows)
                 rows = []
             if not rows:
@@ -661,7 +661,7 @@ class Corpus:
 
 
 # A pass costs about as much as 1/64 of a full batch, whatever it holds: on a processor dispatch, on a GPU launching.
-_PADDING = 64
+PADDING = 64
 _PROMPT = Range(1, whole=True, what="makes no prompt")
 _SHARE = replace(POSITIVE, what="is no part")
 _SOME = Range(1, whole=True, what="is no number of anything")
