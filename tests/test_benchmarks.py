@@ -97,6 +97,7 @@ def test_growth_is_measured_along_every_size(
     assert [row[:2] for row in rows] == [["collect", size] for size in ("tokens", "layers", "vocabulary", "sites")]
 
 
+@pytest.mark.changes_random_state
 def test_collectors_are_timed_over_a_forward_pass(
     load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -401,10 +401,11 @@ class Corpus:
         lengths = self.starts.diff()
         order = torch.sort(lengths, descending=True, stable=True).indices.tolist()
         budget = batch_size * min(self.window, int(lengths.max())) if order else 0
+        room = max(budget // PADDING, 32)
         rows, longest, padded = list[int](), 0, 0
         for row, length in zip(order, lengths[order].tolist(), strict=True):
             padded += longest - length
-            if rows and (longest * (len(rows) + 1) > budget or padded > budget // PADDING):
+            if rows and (longest * (len(rows) + 1) > budget or padded > room):
                 yield self._batch(rows)
                 rows = []
             if not rows:
@@ -660,8 +661,8 @@ class Corpus:
         )
 
 
-# A pass costs about as much as 1/64 of a full batch, whatever it holds: on a processor dispatch, on a GPU launching.
 PADDING = 64
+"""Another pass costs about as much as 1/64 of a full batch, and never less than a few tokens."""
 _PROMPT = Range(1, whole=True, what="makes no prompt")
 _SHARE = replace(POSITIVE, what="is no part")
 _SOME = Range(1, whole=True, what="is no number of anything")
