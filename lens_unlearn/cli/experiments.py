@@ -93,6 +93,13 @@ def run(
         ),
     ] = None,
     skip_sinks: SkipSinks = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="default|low",
+            help="'low': train in less memory and more time, to the same update; of methods that train, such as simu.",
+        ),
+    ] = None,
     retain_drop: Annotated[
         float | None,
         typer.Option(
@@ -151,7 +158,7 @@ def run(
         retain=tuple(retain),
         also=pairs(also, "--also"),
         methods=tuple(method),
-        settings=settings_from(set_, skip_sinks),
+        settings=settings_from(set_, skip_sinks, memory=memory),
         test_forget=test_forget,
         test_retain=tuple(test_retain),
         tokens=tokens,

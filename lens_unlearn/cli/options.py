@@ -239,10 +239,13 @@ def pairs(entries: list[str], option: str) -> dict[str, str]:
     return read
 
 
-def settings_from(given: list[str], skip_sinks: float | None = None, option: str = "--set") -> dict[str, Any]:
-    """Return the options of methods: those of --set, and one that has a name of its own."""
+def settings_from(
+    given: list[str], skip_sinks: float | None = None, option: str = "--set", *, memory: str | None = None
+) -> dict[str, Any]:
+    """Return the options of methods: those of --set, and those that have a name of their own."""
     read = {key: _value(text) for key, text in pairs(given, option).items()}
-    return read if skip_sinks is None else {**read, "skip_sinks": skip_sinks}
+    own = {"skip_sinks": skip_sinks, "memory": memory}
+    return read | {key: value for key, value in own.items() if value is not None}
 
 
 def _value(text: str) -> Any:

@@ -4,7 +4,7 @@ The one place where a model is asked for logits of texts: `predict` runs a batch
 logits that a metric may need. Knows batches and logits; knows nothing of what the quantities are summed up to.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from lens_unlearn.interventions.base import Intervention, acting, only_constants
 from lens_unlearn.model.finite import refuse_broken
 from lens_unlearn.model.hooks import logit_functions
 from lens_unlearn.model.host import Model
+from lens_unlearn.model.recompute import recomputing
 from lens_unlearn.model.replay import Prefix
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
@@ -74,17 +75,27 @@ class Predicted:
         logits = self.end.logits(self.hidden[part])
         return logits if self.constant is None else with_constants(logits, self.constant[part])
 
-    def nll(self) -> Float[Tensor, "n"]:
-        """Return the negative log-likelihood of each token, with gradients where they are enabled."""
+    def of_logits(
+        self, function: Callable[[Float[Tensor, "part vocabulary"], slice], Float[Tensor, "part"]]
+    ) -> Float[Tensor, "n"]:
+        """Apply a function to the logits of some tokens at a time, in float32 at least, with gradients where they are enabled.
+
+        Args:
+            function: Takes logits, and which of the tokens they are of; returns a number for each. It may be called again for the
+                gradients.
+        """
 
         def of(hidden: Tensor, part: slice) -> Tensor:
             logits = replace(
                 self, hidden=hidden, constant=None if self.constant is None else self.constant[part]
             ).logits()
-            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            return F.cross_entropy(logits, self.target[part], reduction="none")
+            return function(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, part)
 
         return torch.cat(self.end.in_parts(of, self.hidden))
+
+    def nll(self) -> Float[Tensor, "n"]:
+        """Return the negative log-likelihood of each token, with gradients where they are enabled."""
+        return self.of_logits(lambda logits, part: F.cross_entropy(logits, self.target[part], reduction="none"))
 
 
 def predict(
@@ -95,6 +106,7 @@ def predict(
     prefix: Prefix | None = None,
     start: int = 0,
     twice: bool = False,
+    recompute: bool = False,
 ) -> Predicted:
     """Run a model on a batch, with gradients where they are enabled, up to the logits of its counted tokens.
 
@@ -107,6 +119,9 @@ def predict(
         start: The first block that is run; what those below it give is that of `prefix`.
         twice: Whether gradients will be differentiated once more, as some estimates of curvature do: fused attention has no
             second derivative.
+        recompute: Whether to hold little: what happens inside the blocks is computed again for gradients, in the block of
+            `frozen`, and fewer logits stand at a time. Not where interventions look at rows, nor where gradients are
+            differentiated once more.
     """
     width = batch.tokens.shape[1] - (not last)
     lives = acting(model)
@@ -121,10 +136,12 @@ def predict(
         live.expect(batch.prompt_ends.clamp_max(width - 1), lengths=batch.lengths.clamp_max(width))
     where = batch.counted[:, 1:]
     whole = any(not only_constants(live.intervention) for live in lives) or len(lives) < len(logit_functions(model))
+    again = recompute and not twice and not lives
     with (
         nullcontext() if twice else shortcuts(model) as out,
+        recomputing(model, out, lambda: shortcuts(model)) if again else nullcontext(),
         nullcontext() if prefix is None else prefix.acting(model, out, start),
-        unembedding(model, out, whole=whole) as end,
+        unembedding(model, out, whole=whole, few=recompute and not twice) as end,
     ):
         hidden = end.hidden(batch.tokens[:, :width], where)
     constant = torch.full(where.shape, -1)
@@ -291,12 +308,14 @@ def force(
     batch_size: int | None,
     bar: Any,
     quantities: Sequence[str] = ("loss", "right"),
+    *,
+    recompute: bool = False,
 ) -> list[Forced]:
     """Run every row of a corpus once, and return what is said of its counted tokens that have a token before them."""
     forced: dict[int, Forced] = {}
     with nullcontext() if intervention is None else intervention.on(model), torch.no_grad():
         for batch in corpus.batches(rows_at_once(model, corpus, batch_size)):
-            predicted = predict(model, batch)
+            predicted = predict(model, batch, recompute=recompute)
             (table,) = outcomes([predicted], quantities)
             if intervention is None and not acting(model):
                 require_finite(model, batch, predicted, table)
@@ -306,14 +325,20 @@ def force(
     return [forced[row] for row in range(corpus.n_rows)]
 
 
-def accuracy(model: Model, corpus: Corpus, batch_size: int | None) -> tuple[float, float]:
+def accuracy(model: Model, corpus: Corpus, batch_size: int | None, *, recompute: bool = False) -> tuple[float, float]:
     """Return the share of a corpus' counted tokens that are the single most probable one, and their mean loss in nats.
+
+    Args:
+        model: The model.
+        corpus: The corpus.
+        batch_size: Rows of full length at a time.
+        recompute: As in `predict`.
 
     Raises:
         CorpusError: If nothing in it is predicted.
     """
     with Bar(disable=True) as silent:
-        rows = force(model, corpus, None, batch_size, silent)
+        rows = force(model, corpus, None, batch_size, silent, recompute=recompute)
     right, loss = (np.concatenate([row[name] for row in rows]) for name in ("right", "loss"))
     _require_tokens(len(right), corpus)
     return float(right.mean()), float(loss.mean())

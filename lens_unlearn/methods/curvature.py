@@ -3,7 +3,7 @@
 Knows logits, losses and the tensors that are trained. Knows nothing of what is minimized, nor of optimizers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from lens_unlearn.core.errors import LensUnlearnError
-from lens_unlearn.evaluation.answer_losses import Answers, gradients_of
+from lens_unlearn.evaluation.answer_losses import Answers, add_gradients, take_gradients
 
 __all__ = ["clip_norm", "curvature_of"]
 
@@ -20,27 +20,52 @@ _POSITIONS = 16  # for which labels are drawn at a time: it takes two tables of 
 
 
 def curvature_of(
-    estimate: str, answers: Sequence[Answers], tensors: Sequence[Tensor], generator: torch.Generator
+    estimate: str, answers: Iterable[Answers], tensors: Sequence[Tensor], generator: torch.Generator
 ) -> list[Tensor]:
     """Estimate the diagonal of the Hessian of the mean loss over some answer tokens.
 
     - "gnb" (Gauss-Newton-Bartlett): labels y drawn from the model's own distribution, B of them; B g * g, with g the
       gradient of the mean loss of y. Never negative.
     - "hutchinson": u * (H u), u of random signs; may be negative.
+
+    Args:
+        estimate: Which one.
+        answers: The answer tokens, read one batch after the other if it is a generator, so that activations of one stand at a time.
+        tensors: The leaf tensors that are trained.
+        generator: Of labels or signs.
     """
-    logits = torch.cat([part.logits for part in answers])
+    # Both are sums over tokens before they are squared or multiplied: so batches add up.
+    count = 0
     if estimate == "gnb":
         # With the true labels, g * g would be the empirical Fisher, which is no estimate of the curvature: near a minimum it
         # vanishes. Bartlett's identity, by which E[B g * g] is the Gauss-Newton diagonal, needs labels of the model's own.
-        with torch.no_grad():
-            labels = torch.cat([_draw_labels(part, generator) for part in logits.split(_POSITIONS)])
-        gradients = gradients_of(F.cross_entropy(logits, labels), tensors)
-        return [len(labels) * gradient.square() for gradient in gradients]
-    target = torch.cat([part.target for part in answers])
-    first = torch.autograd.grad(F.cross_entropy(logits, target), tensors, create_graph=True, materialize_grads=True)
+        for part in answers:
+            add_gradients(part.predicted.of_logits(_DrawnLoss(generator)).sum(), tensors)
+            count += len(part.target)
+        return [gradient.square_().div_(max(1, count)) for gradient in take_gradients(tensors)]
     signs = [(torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x) for x in tensors]
-    along = torch.stack([(gradient * sign).sum() for gradient, sign in zip(first, signs, strict=True)]).sum()
-    return [sign * product for sign, product in zip(signs, gradients_of(along, tensors), strict=True)]
+    for part in answers:
+        first = torch.autograd.grad(part.nll.sum(), tensors, create_graph=True, materialize_grads=True)
+        along = [(gradient * sign).sum() for gradient, sign in zip(first, signs, strict=True)]
+        add_gradients(torch.stack(along).sum(), tensors)
+        count += len(part.target)
+    products = take_gradients(tensors)
+    return [product.mul_(sign).div_(max(1, count)) for sign, product in zip(signs, products, strict=True)]
+
+
+class _DrawnLoss:
+    """The losses of labels that are drawn from the model's own distribution, each once: asked again, the labels are the same."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.labels: dict[int | None, Tensor] = {}
+
+    def __call__(self, logits: Float[Tensor, "part vocabulary"], part: slice) -> Float[Tensor, "part"]:
+        """Return the loss of each token's label."""
+        if part.start not in self.labels:
+            pieces = logits.detach().split(_POSITIONS)
+            self.labels[part.start] = torch.cat([_draw_labels(piece, self.generator) for piece in pieces])
+        return F.cross_entropy(logits, self.labels[part.start], reduction="none")
 
 
 def _draw_labels(logits: Float[Tensor, "n vocabulary"], generator: torch.Generator) -> Int[Tensor, "n"]:
@@ -53,7 +78,7 @@ def _draw_labels(logits: Float[Tensor, "n vocabulary"], generator: torch.Generat
 
 
 def clip_norm(gradients: Sequence[Tensor], max_norm: float | None) -> list[Tensor]:
-    """Return gradients scaled down so that their norm, over all tensors together, is at most `max_norm`; None for never.
+    """Scale gradients down, in place, so that their norm over all tensors together is at most `max_norm`; None for never.
 
     Raises:
         LensUnlearnError: If the bound is not positive.
@@ -66,4 +91,4 @@ def clip_norm(gradients: Sequence[Tensor], max_norm: float | None) -> list[Tenso
     # package has to go on to the same bits.
     norm = get_total_norm(gradients, foreach=False)
     scale = (max_norm / norm.clamp_min(1e-30)).clamp(max=1.0)
-    return [gradient * scale.to(gradient.device) for gradient in gradients]
+    return [gradient.mul_(scale.to(gradient.device)) for gradient in gradients]

@@ -39,10 +39,24 @@ class Step:
     floor: float = math.inf
     beta: float = 1.0
 
-    def logits_before(self, part: str) -> Float[Tensor, "n vocabulary"]:
-        """Return the unedited model's logits of a part, without gradients."""
-        with torch.no_grad():
-            return self.unedited[part].logits
+    def compare(
+        self, part: str, function: Callable[[Tensor, Tensor, Tensor], Float[Tensor, "tokens"]]
+    ) -> Float[Tensor, "n"]:
+        """Compare the models' logits of a part, of some tokens at a time.
+
+        Args:
+            part: Which part.
+            function: Takes the model's logits and the unedited one's, ``[tokens, vocabulary]``, and the tokens that come next;
+                returns a number for each.
+        """
+        answers, unedited = self.answers[part], self.unedited[part]
+
+        def beside(logits: Tensor, tokens: slice) -> Tensor:
+            with torch.no_grad():
+                before = unedited.logits_of(tokens)
+            return function(logits, before, answers.target[tokens])
+
+        return answers.predicted.of_logits(beside)
 
 
 Term = Callable[[Step], Float[Tensor, ""]]
@@ -157,10 +171,13 @@ def undial(step: Step) -> Float[Tensor, ""]:
 
     Self-distillation with adjusted logits (Dong et al., arXiv 2402.10052).
     """
-    answers = step.answers["forget"]
-    adjusted = step.logits_before("forget").clone()
-    adjusted[torch.arange(len(adjusted), device=adjusted.device), answers.target] -= step.beta
-    return F.cross_entropy(answers.logits, adjusted.softmax(-1))
+
+    def distance(edited: Tensor, unedited: Tensor, target: Tensor) -> Tensor:
+        adjusted = unedited.clone()
+        adjusted[torch.arange(len(adjusted), device=adjusted.device), target] -= step.beta
+        return F.cross_entropy(edited, adjusted.softmax(-1), reduction="none")
+
+    return step.compare("forget", distance).mean()
 
 
 def surely_refusing(step: Step) -> Float[Tensor, ""]:
@@ -185,15 +202,16 @@ def likelihood(step: Step) -> Float[Tensor, ""]:
 
 def divergence(step: Step) -> Float[Tensor, ""]:
     """Return the mean KL(unedited || edited), in nats per token (TOFU's KL minimization, Maini et al., arXiv 2401.06121)."""
-    edited, unedited = (
-        logits.log_softmax(-1) for logits in (step.answers["retain"].logits, step.logits_before("retain"))
-    )
-    return F.kl_div(edited, unedited, log_target=True, reduction="batchmean")
+
+    def distance(edited: Tensor, unedited: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(edited.log_softmax(-1), unedited.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+
+    return step.compare("retain", distance).mean()
 
 
 def similarity(step: Step) -> Float[Tensor, ""]:
     """Return the mean Jensen-Shannon divergence between the edited and the unedited model, in nats per token (JensUn)."""
-    return jensen_shannon(step.answers["retain"].logits, step.logits_before("retain")).mean()
+    return step.compare("retain", lambda edited, unedited, target: jensen_shannon(edited, unedited)).mean()
 
 
 def jensen_shannon(first: Float[Tensor, "n vocabulary"], second: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n"]:

@@ -127,6 +127,7 @@ def simu(
     batch_size: int = 8,
     accumulation: int = 1,
     check_every: int = 20,
+    memory: Literal["default", "low"] = "default",
     strength: float = 1.0,
     seed: int = 0,
     checkpoint: str | None = None,
@@ -172,9 +173,11 @@ def simu(
         curvature_every: Steps between estimates.
         max_norm: Gradients are scaled down to this norm, over all that is trained; None for never.
         steps: Updates. Default: those of 15 passes over the forget corpus.
-        batch_size: Rows of each corpus in a forward.
+        batch_size: Rows of each corpus, facts where a row is one, in a forward: a step takes that many times `accumulation`.
         accumulation: Forwards per update.
         check_every: Steps between measurements.
+        memory: "low" takes less of it and more time, for the same update up to rounding: what happens inside a block is computed
+            again for gradients instead of being kept, in attribution as well, and fewer logits stand at a time.
         strength: Of the delta that is returned; see `Delta.at`.
         seed: Of the order of rows, the labels drawn, and the start of "lora".
         checkpoint: A file to resume from, written every `check_every` steps; the result is the same as without interruption.
@@ -217,6 +220,7 @@ def simu(
         batch_size=batch_size,
         accumulation=accumulation,
         check_every=check_every,
+        memory=memory,
         seed=seed,
     )
     _check_inputs(model, forget, retain, loss)
@@ -224,10 +228,10 @@ def simu(
     critical = mask
     if not isinstance(critical, NeuronMap):
         critical = critical_neurons(
-            model, forget, trained_on, critical, attribution, batch_size=batch_size, progress=progress
+            model, forget, trained_on, critical, attribution, batch_size=batch_size, memory=memory, progress=progress
         )
     updates = dict([*_mlp_updates(model, critical, inner), *_attention_updates(model, masking, seed)])
-    unseen_accuracy, default_floor = _unseen(model, unseen, batch_size)
+    unseen_accuracy, default_floor = _unseen(model, unseen, batch_size, memory)
     training = Training(
         model,
         forget,
@@ -265,12 +269,12 @@ def _beta(loss: str) -> float:
     return OBJECTIVES[loss].beta if loss in OBJECTIVES else 1.0
 
 
-def _unseen(model: Model, unseen: Corpus | None, batch_size: int) -> tuple[float | None, float]:
+def _unseen(model: Model, unseen: Corpus | None, batch_size: int, memory: str) -> tuple[float | None, float]:
     """Return accuracy and loss (in nats per token) on what a model never saw; if there is none, None and half that of chance."""
     if unseen is None:
         # A model that never saw an answer still knows its form: at the loss of chance it would have lost much more than the fact.
         return None, math.log(int(model.cfg.d_vocab)) / 2
-    return accuracy(model, require_corpus(unseen, "unseen"), batch_size)
+    return accuracy(model, require_corpus(unseen, "unseen"), batch_size, recompute=memory == "low")
 
 
 def critical_neurons(
@@ -281,6 +285,7 @@ def critical_neurons(
     settings: AttributionSettings,
     *,
     batch_size: int = 8,
+    memory: Literal["default", "low"] = "default",
     progress: bool = True,
 ) -> NeuronMap | None:
     """Select the neurons to train: by attribution, or all of them; None for none."""
@@ -299,6 +304,7 @@ def critical_neurons(
             objective=settings.objective,
             mode=settings.mode,
             batch_size=batch_size,
+            memory=memory,
             progress=progress,
         )
 

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +24,22 @@ from lens_unlearn.core.errors import ArtefactError, LensUnlearnError
 from lens_unlearn.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.corpus import Batch, Corpus
-from lens_unlearn.evaluation.answer_losses import Answers, gradients_of, read_answers, rows_at
+from lens_unlearn.evaluation.answer_losses import (
+    Answers,
+    add_gradients,
+    read_answers,
+    rows_at,
+    take_gradients,
+)
 from lens_unlearn.evaluation.teacher_forcing import accuracy
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.update import Update
 from lens_unlearn.methods.curvature import clip_norm, curvature_of
-from lens_unlearn.methods.objectives import OBJECTIVES, Objective, Step
+from lens_unlearn.methods.objectives import OBJECTIVES, Objective, Step, Term
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.loading import as_in_file, fingerprint
+from lens_unlearn.model.recompute import frozen
 
 __all__ = ["LEARNING_RATES", "Training", "TrainingSettings", "check_choices", "check_counts"]
 
@@ -40,6 +48,9 @@ LEARNING_RATES = {"sophia": 1e-4, "adamw": 3e-4}
 STATE: dict[str, Any] = {"step": int, "trajectory": list, "checks": list, "best_check": dict, "stopped": str | None}
 """What a checkpoint holds besides tensors and settings."""
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
+MEMORY = ("default", "low")
+FREE = ("steps", "memory")
+"""Settings that a training may be resumed with other values of: longer, or in less memory."""
 MARGIN = 0.05
 """Forgotten means: accuracy at most that on what the model never saw, plus this share of answer tokens."""
 
@@ -84,11 +95,13 @@ class TrainingSettings:
     batch_size: int
     accumulation: int
     check_every: int
+    memory: str
     seed: int
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         choices = {"loss": tuple(OBJECTIVES), "optimizer": tuple(LEARNING_RATES), "curvature": ("gnb", "hutchinson")}
+        choices |= {"memory": MEMORY}
         check_choices(self, choices)
         check_counts(self, "steps", "batch_size", "accumulation", "check_every", "curvature_every")
         for name in ("lr", "rho", "beta", *(() if self.max_norm is None else ("max_norm",))):
@@ -186,8 +199,10 @@ class Training:
             self._stop("a gradient", back=False)
             return
         if self.sophia is not None and self.step % self.settings.curvature_every == 0:
-            with self.delta.on(self.model):
+            self.previous.clear()  # of the last step, whose loss is sound: not beside the curvature
+            with self._recording():
                 self._estimate_curvature(self.sophia)
+        self.previous.clear()
         self.previous = [tensor.detach().clone() for tensor in self.trained]
         self._update(clip_norm(gradients, self.settings.max_norm))
         if not _all_finite(self.trained):
@@ -206,45 +221,54 @@ class Training:
 
     def _gradients(self, losses: dict[str, float]) -> list[Tensor]:
         """Return the gradients of the objective over the batches of a step, and add their mean losses to `losses`."""
+        # The objective is a sum of terms over rows of their own, and so is its gradient: forward and backward pass of one term
+        # come before those of the next, so that the activations of one stand at a time.
         accumulation = self.settings.accumulation
-        total: list[Tensor] = []
         for part in range(accumulation):
             batches = self._batches(self.step * accumulation + part)
+            before = {name: rows[next(iter(batches.values())).rows] for name, rows in self.before.items()}
             with torch.no_grad():
-                unedited = {name: read_answers(self.model, batches[name]) for name in self.objective.unedited}
-            with self.delta.on(self.model):
-                answers = {name: read_answers(self.model, batch) for name, batch in batches.items()}
-                objective = self._objective(answers, unedited, next(iter(batches.values())).rows)
-                for name, corpus_answers in {"forget": next(iter(answers.values())), **answers}.items():
-                    if name in losses:
-                        losses[name] += corpus_answers.loss.item() / accumulation
-                gradients = gradients_of(objective / accumulation, self.trained)
-            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
-        return total
+                unedited = {name: self._read(batches[name]) for name in self.objective.unedited}
+            with self._recording():
+                for kind, (names, weight, term) in self._terms().items():
+                    answers = {name: self._read(batches[name]) for name in names}
+                    step = Step(answers, before, unedited, self.floor, self.settings.beta)
+                    add_gradients(weight * term(step) / accumulation, self.trained)
+                    with torch.no_grad():
+                        losses[kind] += answers[names[0]].loss.item() / accumulation
+        return take_gradients(self.trained)
+
+    def _terms(self) -> dict[str, tuple[tuple[str, ...], float, Term]]:
+        """Return the terms of the objective: which parts each reads, its weight, and the function."""
+        terms = {"forget": (self.objective.reads, self.settings.forget_weight, self.objective.forget)}
+        if self.objective.retain is not None:
+            terms["retain"] = (("retain",), self.settings.retain_weight, self.objective.retain)
+        return terms
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Let the delta act, and nothing but what is trained take part in gradients."""
+        with self.delta.on(self.model), frozen(self.model, recompute=self._low):
+            yield
+
+    @property
+    def _low(self) -> bool:
+        return self.settings.memory == "low"
+
+    def _read(self, batch: Batch, *, twice: bool = False) -> Answers:
+        return read_answers(self.model, batch, twice=twice, recompute=self._low)
 
     def _batches(self, place: int) -> dict[str, Batch]:
         """Return the rows of each part that is read, at a place in their order; refusals are those of the forget rows."""
         size, seed = self.settings.batch_size, self.settings.seed
         return {part: rows_at(self._corpus(part), place, size, seed) for part in self.objective.parts}
 
-    def _objective(
-        self, answers: Mapping[str, Answers], unedited: Mapping[str, Answers], forget_rows: Tensor
-    ) -> Float[Tensor, ""]:
-        """Return what is minimized: the weighted forget term and, unless there are no retain rows, the weighted retain term."""
-        settings = self.settings
-        before = {part: losses[forget_rows] for part, losses in self.before.items()}
-        step = Step(answers, before, unedited, self.floor, settings.beta)
-        objective = settings.forget_weight * self.objective.forget(step)
-        if self.objective.retain is not None:
-            objective = objective + settings.retain_weight * self.objective.retain(step)
-        return objective
-
     def _row_losses(self, corpus: Corpus) -> Float[Tensor, "rows"]:
         """Return each row's loss under the model as it is; outside of the delta's block, under the unedited one."""
         losses = torch.zeros(corpus.n_rows)
         with torch.no_grad():
             for batch in corpus.batches(self.settings.batch_size):
-                losses[batch.rows] = read_answers(self.model, batch).per_row()[0].float().cpu()
+                losses[batch.rows] = self._read(batch).per_row()[0].float().cpu()
         return losses.to(self.trained[0].device)
 
     def _estimate_curvature(self, sophia: Sophia) -> None:
@@ -252,7 +276,7 @@ class Training:
         generator = torch.Generator().manual_seed(key_of("labels", self.settings.seed, self.step) % 2**63)
         batches = self._batches(self.step * self.settings.accumulation)
         twice = self.settings.curvature == "hutchinson"
-        answers = [read_answers(self.model, batch, twice=twice) for batch in batches.values()]
+        answers = (self._read(batch, twice=twice) for batch in batches.values())
         sophia.curve(curvature_of(self.settings.curvature, answers, self.trained, generator))
 
     def _update(self, gradients: list[Tensor]) -> None:
@@ -271,9 +295,11 @@ class Training:
         check: dict[str, Any] = {"step": self.step}
         with self.delta.on(self.model):
             for name, corpus in self.measured.items():
-                check[name] = accuracy(self.model, corpus, self.settings.batch_size)[0]
+                check[name] = accuracy(self.model, corpus, self.settings.batch_size, recompute=self._low)[0]
         self.checks.append(check)
-        if self.unseen is None or self._rank(check) > self._rank(self.best_check):
+        if self.unseen is None:  # the last is returned, which is what is trained
+            self.best_check, self.best = check, None
+        elif self._rank(check) > self._rank(self.best_check):
             self.best_check = check
             self.best = [tensor.detach().clone() for tensor in self.trained]
         return check
@@ -334,11 +360,8 @@ class Training:
     # resuming may find that the last update broke the loss.
 
     def _settings(self) -> dict[str, Any]:
-        """Return all that must be the same for a checkpoint to be of this training.
-
-        Every setting but the number of steps, so that a finished training can be prolonged.
-        """
-        settings = {name: repr(value) for name, value in self.all_settings.items() if name != "steps"}
+        """Return all that must be the same for a checkpoint to be of this training: every setting but those of `FREE`."""
+        settings = {name: repr(value) for name, value in self.all_settings.items() if name not in FREE}
         corpora = {name: corpus.fingerprint for name, corpus in self.measured.items()}
         trained_on = self.retain.fingerprint if self.retain is not None else None
         updates = [

@@ -106,7 +106,7 @@ class Replay:
 
 
 @contextmanager
-def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Iterator[Replay]:
+def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None, *, few: bool = False) -> Iterator[Replay]:
     """Make a model's forward pass replayable from a layer on, for the length of a `with` block.
 
     `forward` of the blocks is wrapped; leaving the block, in whatever way, removes exactly these wrappers.
@@ -114,12 +114,13 @@ def replaying(model: Model, stand_ins: Mapping[Any, Any] | None = None) -> Itera
     Args:
         model: The model.
         stand_ins: The modules that run in place of components that are out of the forward pass, as `shortcuts` yields them.
+        few: As of `unembedding`.
 
     Raises:
         ModelError: If another thread has an intervention on this model, or measures it.
     """
     removers: list[Remover] = []
-    with one_thread(model), unembedding(model, stand_ins, whole=bool(logit_functions(model))) as end:
+    with one_thread(model), unembedding(model, stand_ins, whole=bool(logit_functions(model)), few=few) as end:
         replay = Replay(model, end)
         try:
             try:

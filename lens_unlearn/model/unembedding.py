@@ -23,6 +23,8 @@ __all__ = ["Unembedding", "knows_its_end", "unembedding", "wrap_forward"]
 
 AT_ONCE = 2**24
 """Logits that stand at a time: 64 MB in float32."""
+FEW, FEW_POSITIONS = 2**19, 16
+"""Logits that stand at a time where memory is short, and of how many positions at least."""
 AtLast = Callable[[Tensor], Tensor]
 """What a model does to the output of its unembedding."""
 _AT_LAST: Mapping[str, Callable[[Tensor, float], Tensor]] = {
@@ -41,10 +43,11 @@ class Unembedding:
     Args:
         forward: What turns the last hidden states into logits, [..., width] to [..., vocabulary]; None where a model's logits
             cannot be computed a few at a time: then `hidden` are logits.
+        few: Whether memory is short.
     """
 
-    def __init__(self, model: Model, forward: AtLast | None) -> None:
-        self.model, self._forward = model, forward
+    def __init__(self, model: Model, forward: AtLast | None, few: bool = False) -> None:
+        self.model, self._forward, self._few = model, forward, few
         self._where: Tensor | None = None
         self._hidden = torch.zeros(0)
         self._thread = threading.get_ident()  # forward passes of other threads are left alone
@@ -70,7 +73,8 @@ class Unembedding:
 
     def parts(self, count: int) -> list[slice]:
         """Cut so many positions into parts whose logits can stand at a time."""
-        size = max(1, AT_ONCE // int(self.model.cfg.d_vocab))
+        vocabulary = int(self.model.cfg.d_vocab)
+        size = max(FEW_POSITIONS, FEW // vocabulary) if self._few else max(1, AT_ONCE // vocabulary)
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def in_parts(self, function: Callable[[Tensor, slice], Tensor], hidden: Float[Tensor, "n width"]) -> list[Tensor]:
@@ -98,7 +102,7 @@ class _Reached(BaseException):
 
 @contextmanager
 def unembedding(
-    model: Model, stand_ins: Mapping[Any, Any] | None = None, *, whole: bool = False
+    model: Model, stand_ins: Mapping[Any, Any] | None = None, *, whole: bool = False, few: bool = False
 ) -> Iterator[Unembedding]:
     """Let forward passes end at the unembedding, for the length of a `with` block; its logits can be asked for later as well.
 
@@ -109,6 +113,7 @@ def unembedding(
         stand_ins: The modules that run in place of components that are out of the forward pass, as `shortcuts` yields them.
         whole: Whether to compute all logits within the pass. Without, that is so where somebody's hooks look at the
             unembedding, and where a model does something unknown to its logits.
+        few: Whether memory is short: fewer logits stand at a time, at some cost of time.
     """
     parts = list(model.unembed.modules())[1:] if not whole else []
     watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts) or model.unembed._forward_pre_hooks
@@ -116,11 +121,11 @@ def unembedding(
     watched = watched or len(model.unembed._forward_hooks) > len(logit_functions(model))
     at_last = None if whole or watched else _at_last(model)
     if at_last is None:
-        yield Unembedding(model, None)
+        yield Unembedding(model, None, few)
         return
     module = (stand_ins or {}).get(model.unembed, model.unembed)
     forward = module.forward
-    end = Unembedding(model, lambda hidden: at_last(forward(hidden)))
+    end = Unembedding(model, lambda hidden: at_last(forward(hidden)), few)
     removers: list[Remover] = []
     try:
         try:

@@ -18,7 +18,7 @@ Knows models, corpora and sites; knows nothing of how the attributed neurons are
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -35,6 +35,7 @@ from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
 from lens_unlearn.model.hooks import Remover, attach, detach_all, logit_functions, one_thread
 from lens_unlearn.model.host import Model, require_float, require_model
 from lens_unlearn.model.loading import model_name
+from lens_unlearn.model.recompute import frozen, recomputing
 from lens_unlearn.model.replay import Replay, replaying
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, resolve
@@ -58,6 +59,7 @@ LOST = 0.1
 Objective = Literal["prob", "logprob", "loss"]
 Mode = Literal["teacher_forced", "prefix"]
 Rule = Literal["right", "midpoint"]
+Memory = Literal["default", "low"]
 
 
 class Completeness(NamedTuple):
@@ -114,6 +116,7 @@ def attribute(
     mode: Mode = "teacher_forced",
     rule: Rule = "right",
     batch_size: int = 8,
+    memory: Memory = "default",
     progress: bool = True,
 ) -> Attribution:
     """Attribute the answers of a corpus to the neurons of each layer, by integrated gradients.
@@ -141,6 +144,8 @@ def attribute(
         rule: Points at j/m ("right", as in the papers) or (j - 1/2)/m ("midpoint", more exact at equal cost).
         batch_size: Full-length rows per forward, steps included: rows and steps share a forward, and as many of them as hold
             no more tokens than so many rows of the corpus' longest. Results do not depend on it.
+        memory: "low" takes less of it and more time: what happens inside a block above the scaled one is computed again for the
+            gradient instead of being kept, and fewer logits stand at a time. Results are the same up to rounding.
         progress: Whether to show a bar, in predicted tokens times sites.
 
     Returns:
@@ -155,9 +160,16 @@ def attribute(
         LensUnlearnError: If an option is unknown.
     """
     require_model(model)
-    for name, given, known in (("objective", objective, Objective), ("mode", mode, Mode), ("rule", rule, Rule)):
+    choices = {
+        "objective": (objective, Objective),
+        "mode": (mode, Mode),
+        "rule": (rule, Rule),
+        "memory": (memory, Memory),
+    }
+    for name, (given, known) in choices.items():
         if given not in known.__args__:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known.__args__)}")
+    low = memory == "low"
     STEPS.check(steps, "steps")
     check_numbers(batch_size=batch_size)
     require_corpus(corpus).check(model)
@@ -176,7 +188,9 @@ def attribute(
         torch.inference_mode(False),
         _placeholder_hooks(points),
         shortcuts(model) as out,
-        replaying(model, out) as replay,
+        replaying(model, out, few=low) as replay,
+        frozen(model, recompute=low),
+        recomputing(model, out) if low and not logit_functions(model) else nullcontext(),
     ):
         sums = {site: torch.zeros(point.shape, dtype=torch.float64) for site, point in points.items()}
         gaps = dict.fromkeys(points, 0.0)
@@ -339,7 +353,7 @@ class _Path:
         activation, leaf = seen
         if not gradient:
             return float(value), activation, activation
-        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        slope = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
         if slope is None:  # 4-bit kernels of a CPU; of another model, 0
             require_float(self.replay.model)
             slope = torch.zeros_like(leaf)

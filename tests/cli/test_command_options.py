@@ -167,3 +167,28 @@ def test_every_method_says_what_each_of_its_options_means(capsys: pytest.Capture
     assert attention["skip_sinks"].type == "float | null"
     assert call("methods", "simmu") == 2
     assert "choose from" in capsys.readouterr().err
+
+
+UPDATE = ["run", "--model", "demo", "--forget", "demo:facts_forget", "--retain", "demo:facts_retain", "--method"]
+
+
+def test_memory_is_an_option_with_a_name_of_its_own(planned: list[Plan], tmp_path: Path) -> None:
+    assert call(*UPDATE, "simu", "--memory", "low", "--set", "rank=4", "--out", tmp_path / "out") == 0
+    assert planned[0].settings == {"rank": 4, "memory": "low"}
+    assert planned[0].options("simu")["memory"] == "low"
+    assert "--set rank=4 --set memory=low" in command_of(planned[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "refusal"),
+    [
+        ("simu", "little", "memory='little' is not known: choose from default, low"),
+        ("selective-pruning", "low", "--set memory: no method of this run has such an option"),
+    ],
+)
+def test_a_memory_that_is_none_is_refused(
+    method: str, memory: str, refusal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*UPDATE, method, "--memory", memory, "--out", tmp_path / "out") == 2
+    assert refusal in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

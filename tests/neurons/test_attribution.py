@@ -345,6 +345,19 @@ def test_logits_of_a_few_positions_stand_at_a_time(monkeypatch: pytest.MonkeyPat
         assert found.completeness[site].ratio == pytest.approx(expected.completeness[site].ratio, rel=1e-5)
 
 
+@pytest.mark.parametrize("each", ["gpt2", "gemma2", "gpt2-compat", "native-llama", *tiny.HOOKED[:1]])
+def test_low_memory_attributes_the_same(each: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, corpus = tiny.model(each), questions((9, 6, 4))
+    expected = run(model, corpus)
+    monkeypatch.setattr(ends, "FEW", 0)
+    monkeypatch.setattr(ends, "FEW_POSITIONS", 2)
+    found = run(model, corpus, memory="low")
+    for site in expected:
+        largest = float(expected[site].abs().max())
+        torch.testing.assert_close(found[site], expected[site], rtol=1e-4, atol=1e-5 * largest)
+        assert found.completeness[site].difference == pytest.approx(expected.completeness[site].difference, rel=1e-4)
+
+
 def test_hooks_of_the_user_act_once_in_every_run() -> None:
     """Module hooks at a block that is left out, at the last block and at the unembedding."""
     model, corpus = tiny.model("llama"), questions((6, 9))
