@@ -37,7 +37,9 @@ def measure(
     """Time plain generation, and the bridge's under each intervention."""
     bridge.tokenizer = Numbers()
     bridge.cfg.eos_token_id = None
-    hf.generation_config.eos_token_id = None
+    # No token ends a text, in neither copy: or the rows of a batch, which may end apart, would be written one by one.
+    for inner in (hf, bridge.original_model):
+        inner.generation_config.eos_token_id = None
     rows = torch.randint(1, vocabulary, (PROMPTS, PROMPT), device=device)
     settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     given = rows.tolist()

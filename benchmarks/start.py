@@ -81,7 +81,7 @@ def padding(rows: int) -> None:
         ours = 1 - real / sum(batch.tokens.numel() for batch in batches)
         order = 1 - real / sum(int(part.max()) * len(part) for part in lengths.split(8))
         longest = 1 - real / (int(lengths.max()) * len(lengths))
-        print(f"{name:28}{ours:>12.1%}{order:>14.1%}{longest:>16.1%}    {verdict(ours, 0.1)}")
+        print(f"{name:28}{ours:>12.1%}{order:>14.1%}{longest:>16.1%}    {verdict(ours, 0.04)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -88,6 +88,47 @@ def test_memory_is_measured_in_a_process_of_its_own(
     assert 0 < before <= highest
 
 
+@pytest.mark.changes_random_state
+def test_growth_is_measured_along_every_size(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("growth").main(["--tiny", "--task", "collect"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [["collect", size] for size in ("tokens", "layers", "vocabulary", "sites")]
+
+
+@pytest.mark.changes_random_state
+def test_collectors_are_timed_over_a_forward_pass(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("collectors").main(["--tiny"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[1] for row in rows][:2] == ["logits-free forward", "lens_unlearn.collect"]
+    assert float(rows[0][2]) == 1 < float(rows[1][2])
+
+
+def test_what_grows_faster_than_linearly_is_said(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growth, timing, now = load("growth"), load("timing"), [0.0]
+
+    def work(task: str, varied: str, times: int, base: object) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + times ** (2 if varied == "layers" else 1))
+
+    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(growth, "work", work)
+    held = {size: [100.0, 200.0, 800.0 if size == "tokens" else 400.0] for size in growth.TASKS["collect"]}
+    monkeypatch.setattr(growth, "memory", lambda task, base: held)
+    growth.main(["--tiny", "--task", "collect"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [(row[1], *row[8:]) for row in rows] == [
+        ("tokens", "1.00", "2.00", "no"),
+        ("layers", "4.00", "1.00", "no"),
+        ("vocabulary", "1.00", "1.00", "yes"),
+        ("sites", "1.00", "1.00", "yes"),
+    ]
+
+
 def test_times_are_taken_in_turn_and_without_what_is_around(load: Callable[[str], ModuleType]) -> None:
     timing, order, now = load("timing"), [], [0.0]
 

@@ -33,7 +33,7 @@ from lens_unlearn.corpora.near_duplicates import Words, join_near_duplicates, wo
 from lens_unlearn.model.chat import question_ends
 from lens_unlearn.model.host import Model, require_model
 
-__all__ = ["Answer", "Batch", "Corpus", "require_corpora", "require_corpus", "vocabulary_digest"]
+__all__ = ["PADDING", "Answer", "Batch", "Corpus", "require_corpora", "require_corpus", "vocabulary_digest"]
 
 T = TypeVar("T")
 
@@ -388,6 +388,9 @@ class Corpus:
     def batches(self, batch_size: int = 8) -> Iterator[Batch]:
         """Yield batches of rows of similar length, in a fixed order.
 
+        A batch ends where its tokens are as many as those of `batch_size` full rows, padding included, or where its padding would
+        cost more than another pass of the model does.
+
         Args:
             batch_size: Number of rows per batch, if they fill the window; of shorter rows, as many as have no more tokens.
         """
@@ -398,12 +401,18 @@ class Corpus:
         lengths = self.starts.diff()
         order = torch.sort(lengths, descending=True, stable=True).indices.tolist()
         budget = batch_size * min(self.window, int(lengths.max())) if order else 0
-        start = 0
-        while start < len(order):
-            longest = int(lengths[order[start]])
-            end = start + max(1, budget // longest)
-            yield self._batch(order[start:end])
-            start = end
+        room = max(budget // PADDING, 32)
+        rows, longest, padded = list[int](), 0, 0
+        for row, length in zip(order, lengths[order].tolist(), strict=True):
+            padded += longest - length
+            if rows and (longest * (len(rows) + 1) > budget or padded > room):
+                yield self._batch(rows)
+                rows = []
+            if not rows:
+                longest, padded = length, 0
+            rows.append(row)
+        if rows:
+            yield self._batch(rows)
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Return some rows, by index, as one batch.
@@ -652,6 +661,8 @@ class Corpus:
         )
 
 
+PADDING = 64
+"""Another pass costs about as much as 1/64 of a full batch, and never less than a few tokens."""
 _PROMPT = Range(1, whole=True, what="makes no prompt")
 _SHARE = replace(POSITIVE, what="is no part")
 _SOME = Range(1, whole=True, what="is no number of anything")

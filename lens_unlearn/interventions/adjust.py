@@ -4,11 +4,13 @@ Knows selections and two normal distributions per neuron; knows nothing of how e
 ranked (`methods.neuron_adjust` does).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
@@ -25,6 +27,9 @@ from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.neurons.maps import NeuronMap
 
 __all__ = ["Adjust"]
+
+TOGETHER = 2**15
+"""The most draws of a forward pass that are made for all sites at once: more do not stay in a processor's cache."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,13 +102,17 @@ class Adjust(Intervention):
 
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         """Return one hook per site with a selected neuron."""
-        return [(site, self._hook(site)) for site in self._sites()]
+        sites = self._sites()
+        chosen = [self.selection[site].reshape(-1).nonzero()[:, 0] for site in sites]
+        draws = _Draws(
+            [mix(index + key_of("neuron adjust", self.seed, str(site))) for site, index in zip(sites, chosen)]
+        )
+        return [(site, self._hook(site, chosen[i], partial(draws.at, i))) for i, site in enumerate(sites)]
 
-    def _hook(self, site: Site) -> HookFunction:
-        index = self.selection[site].reshape(-1).nonzero()[:, 0]
+    def _hook(self, site: Site, index: Tensor, draw: Callable[[Tensor, Live], Tensor]) -> HookFunction:
         mu_f, sigma_f, mu_r, sigma_r = (getattr(self, m)[site].reshape(-1)[index].float() for m in self._MAPS)
         log_ratio = (sigma_r / sigma_f).log()  # log p_f - log p_r where x is at both means
-        neuron = mix(index + key_of("neuron adjust", self.seed, str(site)))
+        means, stds = (torch.stack(pair)[:, None, None] for pair in ((mu_f, mu_r), (sigma_f, sigma_r)))
         random = self.rule == "random"
 
         def act(x: Any, live: Live) -> Any:
@@ -117,23 +126,15 @@ class Adjust(Intervention):
             return flat.index_copy(2, where, adjusted(flat.index_select(2, where), live)).reshape(x.shape)
 
         def adjusted(x: Tensor, live: Live) -> Tensor:
-            mf, sf, mr, sr, offset = (t.to(x.device) for t in (mu_f, sigma_f, mu_r, sigma_r, log_ratio))
-            chosen = x.float()
-            z_f, z_r = (chosen - mf) / sf, (chosen - mr) / sr
+            # Few operations, each of several rows of numbers: in generation, of a few tokens, it is their number that costs.
+            mean, std, mr, sr, offset = (t.to(x.device) for t in (means, stds, mu_r, sigma_r, log_ratio))
+            z_f, z_r = ((x.float() - mean) / std).unbind()
             # log p_f / p_r = (z_r^2 - z_f^2) / 2 + log sigma_r / sigma_f. Some 15 sigmas out both densities are 0 in float32,
             # and their ratio is NaN, but its logarithm is not. Written as a product, since each square may overflow.
             log_odds = 0.5 * (z_r - z_f) * (z_r + z_f) + offset
             flip = log_odds >= 0
             if random:
-                if live.rows is None:
-                    raise LensUnlearnError(
-                        "rule='random' needs token ids: run the model on tokens, or take 'deterministic'"
-                    )
-                live.rows.check(x)
-                # A number from the key of the text up to the token, and of the neuron; not from a random generator, whose next
-                # number depends on what was drawn before: on the batch, its padding, and whether there is a cache.
-                keys = live.rows.beside(x).keys
-                flip &= uniform(keys[:, :, None] + live.like(neuron, x)) < log_odds.sigmoid()  # p_f / (p_r + p_f)
+                flip &= draw(x, live) < log_odds.sigmoid()  # p_f / (p_r + p_f)
             return torch.where(flip, (mr - sr * z_f).to(x.dtype), x)
 
         return takes_routed(act)
@@ -168,3 +169,30 @@ class Adjust(Intervention):
         layers = len({site.layer for site in self._sites()})
         count = f"{self.selection.count():,} of {self.selection.numel():,} neurons"
         return f"Adjust({self.rule}{seed}, {count}, {layers} layers, {', '.join(self.selection.kinds)}{floored})"
+
+
+class _Draws:
+    """A uniform number for every selected neuron of every site at every position of a forward pass.
+
+    From the key of the text up to the position, and of the neuron; not from a random generator, whose next number depends on what
+    was drawn before: on the batch, its padding, and whether there is a cache.
+    """
+
+    def __init__(self, neurons: Sequence[Int[Tensor, "chosen"]]) -> None:
+        self.neurons, self.sizes, self.all = neurons, [len(keys) for keys in neurons], torch.cat(list(neurons))
+
+    def at(self, number: int, x: Float[Tensor, "batch pos chosen"], live: Live) -> Float[Tensor, "batch pos chosen"]:
+        """Return the numbers of one site.
+
+        Raises:
+            LensUnlearnError: If the model does not run on tokens, or the activations are of others.
+        """
+        rows = live.rows
+        if rows is None:
+            raise LensUnlearnError("rule='random' needs token ids: run the model on tokens, or take 'deterministic'")
+        rows.check(x)
+        keys = rows.beside(x).keys[:, :, None]
+        if rows.tokens.numel() * len(self.all) > TOGETHER:
+            return uniform(keys + live.like(self.neurons[number], x))
+        # Of a few tokens, as in generation, for all layers at once: a draw is some twenty operations, whatever the number of draws.
+        return live.once((self, x.device), lambda: uniform(keys + live.like(self.all, x)).split(self.sizes, 2))[number]

@@ -7,7 +7,7 @@ what any intervention does, nor of how its hooks are added.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,8 @@ from lens_unlearn.model.residual import norms
 from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["Finish", "Live", "acting"]
+
+T = TypeVar("T")
 
 
 class Live:
@@ -39,6 +41,7 @@ class Live:
         self.norms: dict[int, Float[Tensor, "batch pos"]] = {}
         """By layer, the norms of the residual stream at its input in the current forward pass, as multiples of `residual_scale`;
         only of layers that the intervention asks for."""
+        self._once: dict[Any, tuple[Rows, Any]] = {}
         self._special: Tensor | None = None
         self._ends: Tensor | None = None
         self._lengths: Tensor | None = None
@@ -150,6 +153,7 @@ class Live:
     def _end(self) -> None:
         self.active, self.rows, self._special, self._generation = False, None, None, None
         self._moved.clear()
+        self._once.clear()
         self.notes.clear()
         self.norms.clear()
 
@@ -162,6 +166,13 @@ class Live:
             yield
         finally:
             vars(self).update(state)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what depends on the rows of the current forward pass alone: made in the first of its hooks, for all of them."""
+        assert self.rows is not None
+        if key not in self._once or self._once[key][0] is not self.rows:
+            self._once[key] = (self.rows, make())
+        return self._once[key][1]
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.

@@ -4,9 +4,9 @@ Knows the hook lists of TransformerLens (`HookPoint.fwd_hooks`) and of PyTorch (
 or what the functions that it hooks compute.
 """
 
-# Order. PyTorch runs the hooks of a module in the order in which they were added, and nothing here prepends. So of two nested
-# interventions the inner one sees the outer one's result; a user's hook added before a block sees the unedited activation, and
-# one added inside it the edited one.
+# Order. PyTorch runs the hooks of a module in the order in which they were added, and nothing that changes an activation
+# prepends. So of two nested interventions the inner one sees the outer one's result; a user's hook added before a block sees the
+# unedited activation, and one added inside it the edited one.
 #
 # Permanence. `reset_hooks()` removes every hook that is not permanent. Users call it out of habit, also inside a `with` block,
 # where the intervention has to go on acting. So ours are permanent: only `reset_hooks(including_permanent=True)` removes them,
@@ -290,6 +290,8 @@ def on_forward(
         width = 0 if x is None else x.shape[1]
         function(ids, max((_cached(value, states, width) for value in given), default=0))
 
+    # They look at nothing but the call, which the plain module is given as well where `shortcuts` runs it.
+    embed.carried = begin.carried = True  # type: ignore[attr-defined]
     before = "_forward_pre_hooks"
     return register([(model.embed, before, embed), (model.blocks[0], before, begin)], removers)
 
@@ -320,6 +322,7 @@ def register(
     *,
     with_kwargs: bool = True,
     always: bool = False,
+    first: bool = False,
 ) -> Remover:
     """Add PyTorch hooks to modules.
 
@@ -328,6 +331,7 @@ def register(
         removers: As in `attach`.
         with_kwargs: Whether the functions take the module's keyword arguments too.
         always: Whether they act also where hooks rest: what only hands values to hooks, which rest themselves.
+        first: Whether they act before the hooks that are there.
 
     Returns:
         One remover for all of them.
@@ -345,7 +349,7 @@ def register(
     try:
         for module, kind, hook in owned:
             add = module.register_forward_hook if kind == "_forward_hooks" else module.register_forward_pre_hook
-            add(hook, with_kwargs=with_kwargs)
+            add(hook, with_kwargs=with_kwargs, prepend=first)
         added = True
     except BaseException:
         remove()

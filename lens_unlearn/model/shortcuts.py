@@ -3,7 +3,8 @@
 A `TransformerBridge` wraps every module of a Hugging Face model in a component of its own, which calls a hook point at each
 intermediate value and computes attention explicitly. For the length of a `with` block, `shortcuts` puts the plain module back in
 place of each component without hooks. Whatever is hooked stays, so every hook fires as before, the user's included; and the
-plain modules hold the very same weights.
+plain modules hold the very same weights. What only looks at the call of a component (`carried`: where a forward pass begins) keeps
+nothing: it looks at the plain module's meanwhile.
 
 Knows how a bridge is built from components; knows nothing of sites or of the passes that run meanwhile.
 """
@@ -11,12 +12,14 @@ Knows how a bridge is built from components; knows nothing of sites or of the pa
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lens_unlearn.core.counter_rng import mix
+from lens_unlearn.model.hooks import Remover, detach_all, register
 from lens_unlearn.model.host import Model, is_quantized, stored
 
 __all__ = ["shortcuts", "unbridged"]
@@ -47,9 +50,11 @@ def shortcuts(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
         return
     attention = getattr(config, "_attn_implementation", None)
     bypassed: list[tuple[nn.Module, str, nn.Module]] = []
+    removers: list[Remover] = []
     attentions = {getattr(block, "attn", None) for block in model.blocks}
 
     def restore() -> None:
+        detach_all(removers)
         if attention is not None:
             config._attn_implementation = attention
         for parent, name, component in reversed(bypassed):
@@ -57,7 +62,9 @@ def shortcuts(model: Model) -> Iterator[dict[nn.Module, nn.Module]]:
 
     try:
         try:
-            _bypass(inner, bypassed, wired=False, seen=set())
+            _bypass_unhooked(inner, bypassed)
+            for parent, name, component in list(bypassed):
+                _carry(component, cast(nn.Module, parent._modules[name]), removers)
             if attention == "eager" and attentions <= {component for _, _, component in bypassed} and _may_fuse(inner):
                 config._attn_implementation = "sdpa"
             yield {component: cast(nn.Module, parent._modules[name]) for parent, name, component in bypassed}
@@ -90,6 +97,62 @@ def unbridged(model: Model) -> Iterator[nn.Module]:
         restore()
 
 
+Swap = tuple[int, str, int, int]
+"""In a module, by its place in the walk, and under a name: the module that is there, and what takes its place."""
+_PLANS = 64
+"""That many states of one model are remembered: a run has that of each of its conditions."""
+# Per model and state: its modules, and what is swapped in that state.
+_plans: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[list[weakref.ref[nn.Module]], list[Swap]]]]"
+_plans = weakref.WeakKeyDictionary()
+
+
+def _bypass_unhooked(inner: nn.Module, bypassed: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Put the original modules in place of unhooked components, as `_bypass` does, or as it did when the model was like this.
+
+    To look into every component for hooks takes as long as a small model's forward pass, and a measurement comes back to the same
+    few states for every batch. A state is all that the decision depends on: the modules, what is hooked in each, the weights.
+    """
+    modules = list(inner.modules())
+    state = (tuple(map(id, modules)), _hooks_in(modules), _weights_of(modules))
+    known = _plans.setdefault(inner, {})
+    found = None if state[-1] is None else known.get(state)
+    # An id may be another module's that was made since.
+    if found is not None and all(held() is module for held, module in zip(found[0], modules, strict=True)):
+        for parent, name, component, instead in found[1]:
+            bypassed.append((modules[parent], name, modules[component]))
+            modules[parent]._modules[name] = modules[instead]
+        return
+    done: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+    _bypass(inner, bypassed, wired=False, seen=set(), done=done)
+    place = {module: index for index, module in enumerate(modules)}
+    if state[-1] is not None:
+        if len(known) >= _PLANS:
+            del known[next(iter(known))]
+        swaps = [(place[parent], name, place[before], place[after]) for parent, name, before, after in done]
+        known[state] = ([weakref.ref(module) for module in modules], swaps)
+
+
+def _hooks_in(modules: list[nn.Module]) -> tuple[tuple[int, ...], ...]:
+    """Return for each module that has hooks, or a `forward` of its own, its place and what `_counts` says in every case."""
+    return tuple(
+        (place, *(_counts(module, wired, itself) for wired in (False, True) for itself in (False, True)))
+        for place, module in enumerate(modules)
+        if module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _weights_of(modules: list[nn.Module]) -> tuple[tuple[int, int], ...] | None:
+    """Return where each parameter is and how often it was changed; None where that cannot be told."""
+    held = [p for module in modules for p in module._parameters.values() if p is not None]
+    if any(p.is_meta or is_quantized(p) or p.is_inference() for p in held):
+        return None
+    return tuple((p.data_ptr(), p._version) for p in held)
+
+
 def _bypass(
     parent: nn.Module,
     bypassed: list[tuple[nn.Module, str, nn.Module]],
@@ -97,6 +160,7 @@ def _bypass(
     wired: bool,
     seen: set[int],
     wholly: bool = False,
+    done: list[tuple[nn.Module, str, nn.Module, nn.Module]] | None = None,
 ) -> None:
     """Put the original modules in place of components, outermost first; each is recorded before it is done.
 
@@ -106,6 +170,7 @@ def _bypass(
         wired: Whether a component around the parent stays, so that its internal hooks on its parts are needed.
         seen: The modules that were visited.
         wholly: Whether to do so with all of them, whatever is hooked in them.
+        done: What was done, in order: as in `bypassed`, and the module that took the component's place.
     """
     if id(parent) in seen:
         return
@@ -115,39 +180,62 @@ def _bypass(
             continue
         original = child._modules.get(_ORIGINAL)
         if original is None:
-            _bypass(child, bypassed, wired=wired, seen=seen, wholly=wholly)
+            _bypass(child, bypassed, wired=wired, seen=seen, wholly=wholly, done=done)
         elif wholly or _fires_the_same(child, original, wired) and _same_weights(child, original):
-            bypassed.append((parent, name, child))
-            parent._modules[name] = original
+            _swap(parent, name, original, bypassed, done)
             for place, beside in _output_map(child, original):
-                bypassed.append((original, place, original._modules[place]))  # type: ignore[arg-type]
-                original._modules[place] = beside  # to be bypassed in turn, if nothing in it is hooked
-            _bypass(original, bypassed, wired=wired, seen=seen, wholly=wholly)
+                _swap(original, place, beside, bypassed, done)  # to be bypassed in turn, if nothing in it is hooked
+            _bypass(original, bypassed, wired=wired, seen=seen, wholly=wholly, done=done)
         elif not any(_ORIGINAL in part._modules for part in child.children() if part is not original):
-            _bypass(original, bypassed, wired=True, seen=seen)
+            _bypass(original, bypassed, wired=True, seen=seen, done=done)
         # A component that stays and has components of its own computes with these: nothing in it can be bypassed.
 
 
+def _swap(
+    parent: nn.Module,
+    name: str,
+    instead: nn.Module,
+    bypassed: list[tuple[nn.Module, str, nn.Module]],
+    done: list[tuple[nn.Module, str, nn.Module, nn.Module]] | None,
+) -> None:
+    before = cast(nn.Module, parent._modules[name])
+    bypassed.append((parent, name, before))
+    parent._modules[name] = instead
+    if done is not None:
+        done.append((parent, name, before, instead))
+
+
+def _carry(component: nn.Module, original: nn.Module, removers: list[Remover]) -> None:
+    """Let the hooks of a bypassed component that only look at its call look at that of the module in its place."""
+    for hook in reversed(component._forward_pre_hooks.values()):
+        if getattr(hook, "carried", False):
+            # First, as the component's were before whatever is hooked in the module inside it.
+            carried = partial(lambda hook, _, *given: hook(component, *given), hook)
+            register([(original, "_forward_pre_hooks", carried)], removers, first=True)
+
+
 def _hooked(module: nn.Module, wired: bool) -> set[nn.Module]:
-    """Return the modules inside one that have hooks, or whose `forward` was replaced.
+    """Return the modules inside one that have hooks, or whose `forward` was replaced; the module itself if some are not carried.
 
     Internal hooks count only if a component around the module stays (`wired`).
     """
-    hooked = set()
-    for part in module.modules():
-        if "forward" in part.__dict__:
-            hooked.add(part)
-        # A hook point wraps the user's function, and the wrapper says nothing of where that was defined.
-        wrapped = {
-            handle.hook.id: handle.user_hook
-            for book in ("fwd_hooks", "bwd_hooks")
-            for handle in getattr(part, book, ())
-        }
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            hooks = [wrapped.get(key) or hook for key, hook in getattr(part, kind).items()]
-            if any(wired or not str(getattr(hook, "__module__", "")).startswith(_INTERNAL) for hook in hooks):
-                hooked.add(part)
-    return hooked
+    return {part for part in module.modules() if _counts(part, wired, part is module)}
+
+
+def _counts(part: nn.Module, wired: bool, itself: bool) -> bool:
+    """Whether a module's `forward` was replaced, or it has hooks that count; of the component `itself` carried ones do not."""
+    if "forward" in part.__dict__:
+        return True
+    # A hook point wraps the user's function, and the wrapper says nothing of where that was defined.
+    wrapped = {
+        handle.hook.id: handle.user_hook for book in ("fwd_hooks", "bwd_hooks") for handle in getattr(part, book, ())
+    }
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        hooks = [wrapped.get(key) or hook for key, hook in getattr(part, kind).items()]
+        hooks = [hook for hook in hooks if not itself or not getattr(hook, "carried", False)]
+        if any(wired or not str(getattr(hook, "__module__", "")).startswith(_INTERNAL) for hook in hooks):
+            return True
+    return False
 
 
 def _fires_the_same(component: nn.Module, original: nn.Module, wired: bool) -> bool:

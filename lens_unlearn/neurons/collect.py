@@ -21,7 +21,7 @@ from lens_unlearn.core.errors import ArtefactError, LensUnlearnError, ModelError
 from lens_unlearn.core.numbers import check_numbers
 from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
-from lens_unlearn.corpora.corpus import Batch, Corpus, require_corpus
+from lens_unlearn.corpora.corpus import PADDING, Batch, Corpus, require_corpus
 from lens_unlearn.model.feature_points import dictionaries_at
 from lens_unlearn.model.hooks import Remover, announce, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
@@ -394,6 +394,7 @@ def _settings(
         **({"dictionaries": found} if (found := dictionaries_at(model, points)) else {}),
         "statistic": repr(total.fresh()) + str(getattr(total, "extra", "")),
         "batch_size": batch_size,
+        "padding": PADDING,  # where batches end: a checkpoint says how many it holds
         **({} if skip_sinks is None else {"skip_sinks": float(skip_sinks)}),
         **({"processes": distributed.count()} if distributed.count() > 1 else {}),
         "transform": sorted(str(site) for site in transform),

@@ -1,6 +1,7 @@
 """Corpora: every kind of source gives the same documents, exactly the right tokens count, and nothing is lost in silence."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -807,6 +808,20 @@ def test_batches_hold_every_row_once_and_nothing_else_counts(lengths: list[int],
             assert not counted[length:].any()
             rows.append(row)
     assert sorted(rows) == list(range(len(lengths)))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 40))
+def test_a_batch_ends_where_padding_costs_more_than_a_pass(lengths: list[int], batch_size: int) -> None:
+    corpus = tiny.corpus(lengths)
+    rows = corpus.starts.diff().tolist()
+    full = batch_size * max(rows)
+    shapes = [(corpus.starts.diff()[batch.rows].tolist(), batch.tokens.numel()) for batch in corpus.batches(batch_size)]
+    assert all(size - sum(held) <= max(full / 64, 32) for held, size in shapes)
+    assert sorted(rows, reverse=True) == [length for held, _ in shapes for length in held]
+    for (held, _), (after, _) in itertools.pairwise(shapes):
+        more = [*held, after[0]]
+        size = max(more) * len(more)
+        assert size > full or size - sum(more) > max(full // 64, 32), "one row more would have cost less than a pass"
 
 
 def test_errors_are_value_errors_of_one_family(model: Any) -> None:

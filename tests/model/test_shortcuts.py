@@ -1,5 +1,6 @@
 """`shortcuts`: the same values and the same hooks, from fewer modules; and the bridge is what it was afterwards."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,11 +8,13 @@ import pytest
 import tiny
 import torch
 from interventions_helpers import selection_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.base import Intervention
-from lens_unlearn.model.hooks import attach, backbone
+from lens_unlearn.model import shortcuts as shortcuts_module
+from lens_unlearn.model.hooks import Remover, attach, backbone, detach_all, on_forward
+from lens_unlearn.model.residual import on_residual
 from lens_unlearn.model.shortcuts import _may_fuse, shortcuts
 from lens_unlearn.model.sites import resolve
 
@@ -179,3 +182,56 @@ def test_attention_is_fused_where_only_its_output_map_is_hooked(name: str) -> No
     for one, other in zip(seen, was):
         close(one, other)
     assert tree(model) == before
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_where_a_pass_begins_is_known_before_anything_acts_and_keeps_nothing_of_the_bridge(name: str) -> None:
+    """As an intervention that looks at rows knows it: only the unembedding stays, and attention is fused as without one."""
+    model, tokens = tiny.model(name), tiny.some_tokens(2, 9)
+    before, seen, first = tree(model), list[Any](), {model.embed, model.blocks[0]}
+    removers: list[Remover] = []
+    try:
+        on_residual(model, [0], lambda layer, stream: seen.append("stream"), removers)
+        on_forward(model, lambda ids, cached: seen.append((None if ids is None else ids.clone(), cached)), removers)
+        with shortcuts(model) as out:
+            assert first <= set(out) or name == "opt"  # whose block stays where something inside it is hooked
+            for text in (tokens, tokens[:, :5]):
+                seen.clear()
+                backbone(model, text)
+                (ids, cached), stream = seen
+                assert torch.equal(ids, text)
+                assert (cached, stream) == (0, "stream")
+        seen.clear()
+        backbone(model, tokens)
+        assert len(seen) == 2
+    finally:
+        detach_all(removers)
+    assert tree(model) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
+def test_what_is_bypassed_is_the_same_where_the_model_was_like_this_before(name: str) -> None:
+    """Random hooks, in the order in which conditions come: remembered decisions are those of a fresh look."""
+    model, draw = tiny.model(name), random.Random(0)
+    points = [*model.hook_dict.values(), *model.original_model.modules()]
+    states = [draw.sample(range(len(points)), count) for count in (0, 1, 1, 2, 3, 5)]
+
+    def bypassed(state: list[int]) -> dict[nn.Module, nn.Module]:
+        handles = [points[place].register_forward_hook(lambda *_: None) for place in state]
+        try:
+            with shortcuts(model) as found:
+                return dict(found)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    fresh = []
+    for state in states:
+        shortcuts_module._plans.clear()
+        fresh.append(bypassed(state))
+    assert len({frozenset(found) for found in fresh}) > 2, "hooks make a difference"
+    shortcuts_module._plans.clear()
+    for _ in range(3):
+        for place in draw.sample(range(len(states)), len(states)):
+            assert bypassed(states[place]) == fresh[place]
+    assert len(shortcuts_module._plans[model.original_model]) == len({tuple(sorted(state)) for state in states})

@@ -339,6 +339,15 @@ def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(
         assert file.read_bytes() == kept, "a refused checkpoint stays as it is"
 
 
+def test_a_checkpoint_of_other_batches_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, corpus, file = tiny.model("gpt2"), tiny.corpus((9, 3, 14)), tmp_path / "run.safetensors"
+    with monkeypatch.context() as before:
+        before.setattr("lens_unlearn.neurons.collect.PADDING", 1)
+        run_until(before, 1, model, corpus, batch_size=1, checkpoint=file, progress=False)
+    with pytest.raises(ArtefactError, match="padding"):
+        collect(model, corpus, batch_size=1, checkpoint=file, progress=False)
+
+
 def test_a_histograms_checkpoint_is_refused_by_other_bins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, corpus, file = tiny.model("gpt2"), tiny.corpus((9, 3, 14)), tmp_path / "run.safetensors"
     run_until(monkeypatch, 1, model, corpus, statistic=Histogram(), batch_size=1, checkpoint=file, progress=False)
