@@ -78,7 +78,8 @@ def training(shape: dict[str, int], way: str) -> tuple[int, int]:
 
 def train(shape: dict[str, int], way: str) -> tuple[int, int]:
     """Train, and return the size before and the highest."""
-    forget, retain = (random_corpus(shape["vocab_size"], 10, LENGTH, seed=s, prompt=PROMPT) for s in (1, 2))
+    rows = {1: 2 * ROWS, 2: 10}  # of both, more than one batch
+    forget, retain = (random_corpus(shape["vocab_size"], n, LENGTH, seed=s, prompt=PROMPT) for s, n in rows.items())
     hf, bridge = gpt2(shape, LENGTH)
     if way == "full weights, Sophia":
         bridge = None

@@ -23,7 +23,7 @@ __all__ = ["Unembedding", "knows_its_end", "unembedding", "wrap_forward"]
 
 AT_ONCE = 2**24
 """Logits that stand at a time: 64 MB in float32."""
-FEW, FEW_POSITIONS = 2**19, 16
+FEW, FEW_POSITIONS = 2**20, 16
 """Logits that stand at a time where memory is short, and of how many positions at least."""
 AtLast = Callable[[Tensor], Tensor]
 """What a model does to the output of its unembedding."""
@@ -80,9 +80,12 @@ class Unembedding:
     def in_parts(self, function: Callable[[Tensor, slice], Tensor], hidden: Float[Tensor, "n width"]) -> list[Tensor]:
         """Apply a function to the hidden states of each part and that part; with gradients where they are enabled.
 
-        The gradient of a part needs its logits, which are computed again then rather than kept.
+        The gradient of a part needs its logits, which are computed again then rather than kept. Where memory is short, what is
+        kept is the gradient for the hidden states: weights get none, and a value has to be of one position, or the sum of those.
         """
         parts = [(hidden[part], part) for part in self.parts(len(hidden))]
+        if self._few and torch.is_grad_enabled() and hidden.requires_grad:
+            return [_WithGradient.apply(*one, function) for one in parts]  # type: ignore[misc]
         again = len(parts) > 1 and torch.is_grad_enabled()
         return [checkpoint(function, *one, use_reentrant=False) if again else function(*one) for one in parts]
 
@@ -94,6 +97,24 @@ class Unembedding:
             raise _Reached
 
         return run
+
+
+class _WithGradient(torch.autograd.Function):
+    """Values of positions, with the gradients that they will need: so logits stand in the forward pass alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, part: slice, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Return what the function gives."""
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            values = function(leaf, part)
+            ctx.save_for_backward(*torch.autograd.grad(values.sum(), leaf))
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        """Return the gradient for the hidden states: row by row, since no value is of two positions."""
+        return gradients[0].reshape(-1, 1).to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None
 
 
 class _Reached(BaseException):
