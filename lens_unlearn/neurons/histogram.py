@@ -18,6 +18,7 @@ from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, 
 __all__ = ["Histogram"]
 
 _HISTOGRAM_TILE = (1024, 256)  # tokens and neurons binned at a time: few enough to stay in a processor's cache
+_SCRATCH = (torch.float32, torch.float32, torch.int32)
 
 
 class Histogram:
@@ -40,10 +41,13 @@ class Histogram:
         self.bins, self.scale, self.limit = bins, scale, limit
         self.provenance: dict[str, Any] = {}
         self._counts: dict[Site, Tensor] = {}
+        self._buffers: list[Tensor] = []  # scratch space, shared with `fresh` so that it is allocated once
 
     def fresh(self) -> "Histogram":
         """Return an empty histogram with the same bins."""
-        return Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
+        new = Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
+        new._buffers = self._buffers
+        return new
 
     @property
     def edges(self) -> Float[Tensor, "edges"]:
@@ -53,44 +57,69 @@ class Histogram:
 
     def update(self, site: Site, values: Float[Tensor, "tokens *neurons"], weight: Float[Tensor, "tokens"]) -> None:
         """Add the activations of one batch at one site; `weight` is 1 at counted tokens and 0 elsewhere."""
-        rows = weight.to(values.device).nonzero()[:, 0]
-        if len(rows) == 0:
+        if not bool((weight > 0).any()):
             return
         x = values.detach()
-        flat = x.reshape(len(x), -1)
+        flat, counted = x.reshape(len(x), -1), weight.to(x.device) > 0
         counts = torch.zeros(flat.shape[1], self.bins, dtype=torch.int64)
         # Binning passes over the same numbers several times: on a CPU in tiles that stay in its cache, on a GPU, where each
         # call costs, over everything at once.
         tokens, neurons = _HISTOGRAM_TILE if flat.device.type == "cpu" else flat.shape
-        for tile_rows in rows.split(tokens):
+        for first in range(0, len(flat), tokens):
+            rows = slice(first, first + tokens)
+            left_out = (~counted[rows]).nonzero()[:, 0]
             for start in range(0, flat.shape[1], neurons):
-                part = flat[:, start : start + neurons].index_select(0, tile_rows).float()
-                # One sum tells whether any value is NaN or infinite; it may also have overflowed, so look before raising.
-                if not math.isfinite(float(part.sum())):
-                    require_finite(site, flat[rows], tuple(x.shape[1:]))
-                    part = part.nan_to_num()  # float64 values beyond float32: they go to the outermost bins
-                width, bins = part.shape[1], self._bins(part)
-                # Each neuron has its own range of numbers, so that a single bincount counts for all of them.
-                bins += torch.arange(width, dtype=torch.int32, device=bins.device) * self.bins
-                tile_counts = torch.bincount(bins.reshape(-1), minlength=width * self.bins)
+                bins = self._bins(flat[rows, start : start + neurons])
+                if bins is None:  # something is NaN or infinite, or only their sum: look before raising
+                    require_finite(site, flat[counted], tuple(x.shape[1:]))
+                    part = flat[rows, start : start + neurons].masked_fill(~counted[rows, None], 0)
+                    # Float64 values beyond float32 go to the outermost bins.
+                    bins = self._bins(part.float().nan_to_num(), finite=True)
+                    assert bins is not None
+                # Each neuron has its own range of numbers, so that a single bincount counts for all of them; behind these is one
+                # for all positions that do not count.
+                width = bins.shape[1]
+                offsets = torch.arange(width, dtype=torch.int32, device=bins.device) * self.bins + self.bins // 2
+                bins.add_(offsets).index_fill_(0, left_out, width * self.bins)
+                tile_counts = torch.bincount(bins.reshape(-1), minlength=width * self.bins + 1)[:-1]
                 counts[start : start + width] += tile_counts.view(width, self.bins).cpu()
         counts = counts.reshape(*x.shape[1:], self.bins)
         self._counts[site] = self._counts[site] + counts if site in self._counts else counts
 
-    def _bins(self, x: Float[Tensor, "tokens n"]) -> Int[Tensor, "tokens n"]:
-        """Return the bin of each value, in a new tensor.
+    def _bins(self, x: Float[Tensor, "tokens n"], finite: bool = False) -> Int[Tensor, "tokens n"] | None:
+        """Return the bin of each value, counted from zero on: in scratch space, until the next call.
 
         asinh(y) is the sign of y times log(abs(y) + sqrt(y^2 + 1)), and PyTorch's log is ten times as fast as its asinh. The
         sign is put on the bin, not on the logarithm: next to zero that is zero, and the side would be lost. For a bin b, counted
         outwards from zero, the one on the other side is -1 - b, which is b with all bits flipped: b xor -1.
+
+        Args:
+            x: The values.
+            finite: Whether that is known. If not, None is returned where their sum is NaN or infinite.
         """
         half = self.bins // 2
         step = half / math.asinh(self.limit / self.scale)
-        y = torch.zeros((), device=x.device).add(x, alpha=1 / self.scale)  # also turns -0 into 0, which is positive
-        negative = y.view(torch.int32) >> 31  # the sign bit, as -1 or 0
-        y.abs_()
-        size = torch.addcmul(torch.ones((), device=x.device), y, y).sqrt_().add_(y).log_().mul_(step)
-        return size.clamp_max_(half - 1).int().bitwise_xor_(negative).add_(half)
+        y, size, negative = self._scratch(x)
+        # A sum with 0 turns -0 into 0, which is positive.
+        torch.add(
+            torch.zeros((), device=x.device), y.copy_(x) if x.dtype != y.dtype else x, alpha=1 / self.scale, out=y
+        )
+        if not finite and not math.isfinite(float(y.sum())):
+            return None
+        torch.bitwise_right_shift(y.view(torch.int32), 31, out=negative)  # the sign bit, as -1 or 0
+        torch.addcmul(torch.ones((), device=x.device), y, y, out=size).sqrt_().add_(y.abs_()).log_().mul_(step)
+        return y.view(torch.int32).copy_(size.clamp_max_(half - 1)).bitwise_xor_(negative)
+
+    def _scratch(self, x: Float[Tensor, "tokens n"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return space for float32, float32 and int32 numbers, as many as there are values.
+
+        On a CPU the same in every call, since fresh memory costs as much as what is computed in it.
+        """
+        if x.device.type != "cpu":
+            return tuple(torch.empty_like(x, dtype=dtype) for dtype in _SCRATCH)  # type: ignore[return-value]
+        if not self._buffers or self._buffers[0].numel() < x.numel():
+            self._buffers[:] = [torch.empty(x.numel(), dtype=dtype) for dtype in _SCRATCH]
+        return tuple(buffer[: x.numel()].view(x.shape) for buffer in self._buffers)  # type: ignore[return-value]
 
     def merge(self, other: "Histogram") -> "Histogram":
         """Return the counts of both parts together.
