@@ -15,7 +15,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PRINTED = {
-    "collect": ["logits-free forward", "collect, histograms", "plain hooks, naive sums", "run_with_cache and reduce"],
+    "collect": ["collect, histograms", "plain hooks, naive sums", "run_with_cache and reduce", "experts.post alone"],
     "forward": ["no intervention", "Ablate", "Adjust", "Abstain", "Delta", "plain mask hooks"],
     "generation": ["plain Hugging Face generate", "lens_unlearn, Ablate", "8 of 8 tokens are those of the plain model"],
     "sweeps": ["separate evaluations", "sweep", "evaluating in every step", "steps, evaluated once"],

@@ -185,10 +185,19 @@ class _ExpertsLayer(_Layer):
                 parts = {"experts.pre": gate_up[..., ::2], "experts.pre_linear": gate_up[..., 1::2]}
             else:
                 parts = dict(zip(EXPERT_KINDS, gate_up.chunk(2, dim=-1), strict=False))
-            new = [self._passed(kind, pairs(part.contiguous(), False)).key for kind, part in parts.items()]
-            gate_up = (
-                new[0] if not gated else torch.stack(new, dim=-1).flatten(-2) if interleaved else torch.cat(new, dim=-1)
-            )
+            given = {
+                kind: pairs(part.contiguous() if self.hooked(kind) else part, False) for kind, part in parts.items()
+            }
+            seen = {kind: self._passed(kind, values) for kind, values in given.items()}
+            if any(seen[kind] is not given[kind] for kind in given):  # what is only looked at is not put together again
+                new = [values.key for values in seen.values()]
+                gate_up = (
+                    new[0]
+                    if not gated
+                    else torch.stack(new, dim=-1).flatten(-2)
+                    if interleaved
+                    else torch.cat(new, dim=-1)
+                )
         key = activate(gate_up)
         return self._passed("experts.post", pairs(key)).key if self.hooked("experts.post") else key
 
