@@ -47,7 +47,8 @@ def main() -> None:
     experiment.fit()
     summary_table(experiment.report(), IMAGES / "table.png")
     frontier(IMAGES / "frontier.png")
-    for path in ("map.png", "table.png", "frontier.png"):
+    growth(IMAGES / "growth.png")
+    for path in ("map.png", "table.png", "frontier.png", "growth.png"):
         print(IMAGES / path)
 
 
@@ -92,6 +93,41 @@ def frontier(path: Path) -> None:
         "height": 560,
     }
     fig.update_layout(**layout, legend={"orientation": "h", "y": -0.2}, margin={"t": 50, "b": 40})
+    fig.write_image(path, scale=2)
+
+
+def growth(path: Path) -> None:
+    """Draw how time and memory grow with each size, over those of the smallest, from the stored output."""
+    table = json.loads((OUTPUTS / "growth.json").read_text())["tables"]["growth"]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    tasks, sizes = (list(dict.fromkeys(row[column] for row in rows)) for column in ("task", "varied"))
+    times = [int(column.split()[0]) for column in table["columns"] if column.endswith(" x, s")]
+    fig = make_subplots(1, len(tasks), subplot_titles=tasks, shared_yaxes=True)
+    for column, task in enumerate(tasks, 1):
+        fig.add_scatter(
+            x=times, y=times, name="linear", mode="lines", line={"dash": "dot", "color": theme.CONTROL}, row=1, col=column,
+            showlegend=column == 1,
+        )  # fmt: skip
+        for number, size in enumerate(sizes):
+            for row in (row for row in rows if (row["task"], row["varied"]) == (task, size)):
+                taken = [float(row[f"{n} x, s"]) for n in times]
+                fig.add_scatter(
+                    x=times, y=[one / taken[0] for one in taken], name=size, legendgroup=size, mode="lines+markers",
+                    showlegend=not any(trace.name == size for trace in fig.data), row=1, col=column,
+                    marker={"symbol": theme.SYMBOLS[number % 5], "size": 9, "color": (*theme.METHODS, *theme.OTHERS)[number]},
+                )  # fmt: skip
+        ticks = {"type": "log", "tickvals": times, "ticktext": [f"{n}x" for n in times]}
+        fig.update_xaxes(title="so many times as much", **ticks, row=1, col=column)
+        fig.update_yaxes(**ticks, row=1, col=column)
+    fig.update_yaxes(title="time, over that of 1x", row=1, col=1)
+    layout = {
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "template": theme.template(),
+        "width": 1100,
+        "height": 420,
+    }
+    fig.update_layout(**layout, legend={"orientation": "h", "y": -0.25}, margin={"t": 50, "b": 40})
     fig.write_image(path, scale=2)
 
 

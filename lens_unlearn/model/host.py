@@ -134,24 +134,27 @@ def boot(source: str, *, dtype: torch.dtype, **options: Any) -> Model:
 
 def host_version() -> str:
     """Return the version of the installed TransformerLens."""
-    from importlib.metadata import version
-
-    return version("transformer-lens")
+    return _installed("transformer-lens")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that run a model, as reports and saved files record them."""
-    from importlib.metadata import version
-
     from lens_unlearn import __version__
 
     return {
         "lens_unlearn": __version__,
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": _installed("transformers"),
         "transformer_lens": host_version(),
-        "datasets": version("datasets"),
+        "datasets": _installed("datasets"),
     }
+
+
+@cache  # it is looked up on disk, and every report asks
+def _installed(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
 
 
 @cache
