@@ -1,5 +1,6 @@
 """The commands that carry out a whole plan: `demo`, `run`, `compare`, `graph` and `bench`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,8 @@ def demo(
     from lens_unlearn.experiments.demo_report import demo_report
 
     check_numbers(tokens=tokens, seed=seed)
-    report = demo_report(out, tokens=tokens, seed=seed, overwrite=overwrite, progress=not quiet)
+    settings = {"tokens": tokens, "seed": seed, "overwrite": overwrite, "progress": not quiet}
+    report = demo_report(out, **settings, apart=(os.cpu_count() or 1) > 1)
     for part in (report, *report.parts):
         typer.echo(f"{part.title}\n{part.table(['top1']).to_string()}\n")
     typer.echo(f"report: {out / 'report.html'}")

@@ -1,9 +1,16 @@
 """`lens-unlearn demo`: forget Python and keep English, then the other way round, then forget persons; one report."""
 
+import multiprocessing
 import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lens_unlearn import figures, methods
 from lens_unlearn.corpora.reading import read_corpus
@@ -35,7 +42,13 @@ FRACTIONS, FALSE_ALARMS = (0.1, 0.2, 0.4, 0.7), (0.01, 0.03, 0.1, 0.3)
 
 
 def demo_report(
-    out: str | os.PathLike[str], *, tokens: int = 2000, seed: int = 0, overwrite: bool = False, progress: bool = True
+    out: str | os.PathLike[str],
+    *,
+    tokens: int = 2000,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+    apart: bool = False,
 ) -> Report:
     """Run every method and its control on skills and facts of the embedded model, and write one folder.
 
@@ -49,6 +62,7 @@ def demo_report(
         seed: Of splits, controls and the bootstrap.
         overwrite: Whether an earlier run in `out` is replaced.
         progress: Whether to show bars.
+        apart: Whether a second process does the other way round and the persons meanwhile, each with half of the threads.
 
     Returns:
         The report on forgetting Python, with the other way round, and forgetting persons, as its parts.
@@ -57,53 +71,84 @@ def demo_report(
         LensUnlearnError: If `out` holds something else, or a run and `overwrite` is not set.
     """
     with new_folder(out, overwrite=overwrite) as folder:
-        return _written(folder, tokens=tokens, seed=seed, progress=progress)
+        settings = {"tokens": tokens, "seed": seed}
+        with _meanwhile(apart, _further, folder, {**settings, "progress": progress and not apart}) as further:
+            experiment, report = _direction(load_model("demo"), "python", "english", **settings, progress=progress)
+            whole = replace(report, parts=further())
+        below = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        experiment.write(folder, whole, below)
+        return whole
 
 
-def _written(folder: Path, *, tokens: int, seed: int, progress: bool) -> Report:
+def _direction(
+    model: Model, forget: str, twin: str, *, tokens: int, seed: int, progress: bool
+) -> tuple[Experiment, Report]:
+    """Forget one skill and retain its twin, with every method."""
+    first = forget == SKILLS[0]  # the other way round is told by its table
+    others = [skill for skill in SKILLS if skill not in (forget, twin)]
+    plan = Plan(
+        model="demo",
+        forget=f"demo:{forget}",
+        retain=(f"demo:{twin}",),
+        test_forget=f"demo:{forget}:test",
+        test_retain=(f"demo:{twin}:test",),
+        also={skill: f"demo:{skill}:test" for skill in others},
+        methods=tuple(method.name for method in methods.METHODS if method.by_default),  # of those that do, see below
+        tokens=tokens,
+        test_tokens=tokens // 2,
+        retain_drop=BUDGET,
+        seed=seed,
+        controls=2,
+        fractions=FRACTIONS,
+        false_alarms=FALSE_ALARMS,
+        sweep=first,
+    )
+    experiment = Experiment(plan, model, progress=progress)
+    experiment.fit()
+    report = experiment.report()
+    report.provenance["command"] = _command(tokens, seed)
+    return experiment, replace(report, title=f"Forget {forget}, keep {twin}")
+
+
+def _further(folder: Path, settings: dict[str, Any]) -> tuple[Report, Report]:
+    """Do and write the other way round, and the persons."""
     model = load_model("demo")
-    experiments, reports, known = [], [], {}
-    command = f"lens-unlearn demo --tokens {tokens} --seed {seed} --out again"
-    for forget, twin in (("python", "english"), ("english", "python")):
-        others = [skill for skill in SKILLS if skill not in (forget, twin)]
-        plan = Plan(
-            model="demo",
-            forget=f"demo:{forget}",
-            retain=(f"demo:{twin}",),
-            test_forget=f"demo:{forget}:test",
-            test_retain=(f"demo:{twin}:test",),
-            also={skill: f"demo:{skill}:test" for skill in others},
-            methods=tuple(
-                method.name for method in methods.METHODS if method.by_default
-            ),  # of those that do, see below
-            tokens=tokens,
-            test_tokens=tokens // 2,
-            retain_drop=BUDGET,
-            seed=seed,
-            controls=2,
-            fractions=FRACTIONS,
-            false_alarms=FALSE_ALARMS,
-            sweep=forget == SKILLS[0],  # the other way round is told by its table
-        )
-        experiment = Experiment(plan, model, progress=progress, known=known)
-        experiment.fit()
-        experiments.append(experiment)
-        report = experiment.report()
-        report.provenance["command"] = command
-        reports.append(replace(report, title=f"Forget {forget}, keep {twin}"))
-    persons, delta = forget_persons(model, tokens=tokens // 2, seed=seed, progress=progress)
-    persons.provenance["command"] = command
-    whole = replace(reports[0], parts=(reports[1], persons))
     for part in ("the-other-way-round", "persons"):
         (folder / part).mkdir()
-    experiments[1].write(folder / "the-other-way-round", reports[1])
+    experiment, report = _direction(model, "english", "python", **settings)
+    experiment.write(folder / "the-other-way-round", report)
+    persons, delta = forget_persons(model, **{**settings, "tokens": settings["tokens"] // 2})
+    persons.provenance["command"] = _command(settings["tokens"], settings["seed"])
     persons.to_csv(folder / "persons" / "metrics.csv")
     save_report(folder / "persons" / REPORT_FILE, persons)
     delta.save(folder / "persons" / "simu.safetensors", model, note="forgets eight of the demo's persons")
     write_settings(folder / "persons", persons.provenance, ("metrics.csv", "simu.safetensors", REPORT_FILE))
-    below = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    experiments[0].write(folder, whole, below)
-    return whole
+    return report, persons
+
+
+def _command(tokens: int, seed: int) -> str:
+    return f"lens-unlearn demo --tokens {tokens} --seed {seed} --out again"
+
+
+@contextmanager
+def _meanwhile(apart: bool, work: Callable[..., Any], *given: Any) -> Iterator[Callable[[], Any]]:
+    """Yield what returns the result of some work, which a second process does meanwhile; else it is done when asked for."""
+    if not apart:
+        yield partial(work, *given)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        # Leaving it ends the process, whatever it does.
+        with multiprocessing.get_context("spawn").Pool(1, _begin, (torch.get_num_threads(),)) as pool:
+            yield pool.apply_async(work, given).get
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _begin(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears of it, and ends this one
+    torch.set_num_threads(threads)
 
 
 def forget_persons(model: Model, *, tokens: int, seed: int, progress: bool) -> tuple[Report, Delta]:
