@@ -107,6 +107,16 @@ def test_collectors_are_timed_over_a_forward_pass(
     assert float(rows[0][2]) == 1 < float(rows[1][2])
 
 
+@pytest.mark.changes_random_state
+@pytest.mark.parametrize("task", ["collect", "simu"])
+def test_other_work_is_timed_as_well(task: str, load: Callable[[str], ModuleType]) -> None:
+    if not (data := FOLDER.parents[1] / "shared" / "data").is_dir():
+        pytest.skip("the texts are not here")
+    module = load("real_work")
+    args = argparse.Namespace(model="demo", data=data, threads=1, repeats=1)
+    assert module.alone(task, {"dtype": "float32", "kept": False, "batch": 8}, args) > 0
+
+
 def test_what_grows_faster_than_linearly_is_said(
     load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
