@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lens_unlearn import figures, methods
+from lens_unlearn.core import distributed
 from lens_unlearn.corpora.reading import read_corpus
 from lens_unlearn.demo import WITHOUT_FACTS_DIR
 from lens_unlearn.evaluation.evaluate import evaluate
@@ -133,7 +134,7 @@ def _command(tokens: int, seed: int) -> str:
 @contextmanager
 def _meanwhile(apart: bool, work: Callable[..., Any], *given: Any) -> Iterator[Callable[[], Any]]:
     """Yield what returns the result of some work, which a second process does meanwhile; else it is done when asked for."""
-    if not apart:
+    if not apart or distributed.count() > 1:  # of which each would start one that joins them
         yield partial(work, *given)
         return
     threads = torch.get_num_threads()

@@ -1,5 +1,6 @@
 """The embedded model and `lens-unlearn demo`, small."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -69,3 +70,12 @@ def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkey
     assert "Forget python, keep english" in page
     assert "Forget english, keep python" in page
     assert "Forget eight persons" in page
+
+
+def test_a_second_process_works_meanwhile_and_ends_with_the_first() -> None:
+    with pytest.raises(ZeroDivisionError), demo_report._meanwhile(True, os.getpid) as other:
+        assert other() != os.getpid()
+        _ = 1 / 0
+    assert not multiprocessing.active_children()
+    with demo_report._meanwhile(False, os.getpid) as here:
+        assert here() == os.getpid()
