@@ -2,7 +2,7 @@
 
     python benchmarks/collect.py                 # GPT-2-small's shape, a small one, and a mixture of experts; random weights
     python benchmarks/collect.py --repeats 15 --threads 2 --batches 6
-    python benchmarks/collect.py --model .models/SmolLM2-135M-Instruct.Q4_1.gguf --batches 1 --repeats 5
+    python benchmarks/collect.py --model .models/SmolLM2-135M-Instruct.Q4_1.gguf --batches 1 --rows 2 --repeats 5
 
 Compared, over the same tokens: the logits-free Hugging Face forward (1.00), the full forward, `collect` with three sites
 at every layer and the default statistics, the same with a histogram of every neuron, and, in GPT-2's shapes, the alternatives:
@@ -172,13 +172,13 @@ def alternatives(hf: Any, bridge: Any, rows: list[Tensor]) -> dict[str, Callable
 
 
 def measure(
-    hf: Any, bridge: Any, tokens: Tensor, repeats: int, sites: Sequence[str] = SITES, *, others: bool = False
+    hf: Any, bridge: Any, batches: Sequence[Tensor], repeats: int, sites: Sequence[str] = SITES, *, others: bool = False
 ) -> dict[str, list[float]]:
     """Time every way."""
-    rows, corpus = list(tokens.split(BATCH)), corpus_of(tokens)
+    rows, corpus, size = list(batches), corpus_of(torch.cat(list(batches))), len(batches[0])
 
     def ours(sites: Sequence[str] = sites, statistic: Any = None) -> Callable[[], object]:
-        return lambda: collect(bridge, corpus, sites, statistic=statistic, batch_size=BATCH, progress=False)
+        return lambda: collect(bridge, corpus, sites, statistic=statistic, batch_size=size, progress=False)
 
     ways: dict[str, Callable[[], object]] = {
         "logits-free forward": lambda: [hf.base_model(input_ids=b, use_cache=False) for b in rows],
@@ -196,17 +196,18 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=BATCH, help="of a batch")
     parser.add_argument("--shape", choices=[*SHAPES, *MIXTURES], action="append")
     parser.add_argument("--model", type=Path, action="append", help="a pretrained model, in place of random weights")
     args = begin(parser, arguments)
     mixtures = {"tiny mixture": TINY_MIXTURE} if args.tiny else MIXTURES
 
     def tell(name: str, vocabulary: int, times: Mapping[str, list[float]], goals: Mapping[str, float]) -> None:
-        title = f"{name}, vocabulary {vocabulary:,}, float32; batches of {BATCH} by {LENGTH}"
+        title = f"{name}, vocabulary {vocabulary:,}, float32; batches of {args.rows} by {LENGTH}"
         show(title, times, goals=goals, per=args.batches, unit="ms per batch")
 
-    def tokens(vocabulary: int) -> Tensor:
-        return torch.randint(0, vocabulary, (BATCH * args.batches, LENGTH))
+    def tokens(vocabulary: int) -> list[Tensor]:
+        return [torch.randint(0, vocabulary, (args.rows, LENGTH)) for _ in range(args.batches)]
 
     for path in args.model or ():
         hf, bridge = pretrained(path)
