@@ -7,8 +7,9 @@ not. Everything else is generated, and equal everywhere. See the README next to 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from lens_unlearn.demo import _arithmetic, _english, _esperanto, _people, _python
 
@@ -65,4 +66,9 @@ def corpus(name: str, split: str) -> list[dict[str, object]]:
         raise ValueError(f"There is no demo corpus {name!r}; choose one of {', '.join(NAMES)}.")
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; choose one of {', '.join(SPLITS)}.")
+    return copy.deepcopy(_written(name, split))
+
+
+@cache  # made up anew, Esperanto alone takes a second
+def _written(name: str, split: str) -> list[dict[str, object]]:
     return _READERS[name](split)

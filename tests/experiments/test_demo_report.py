@@ -73,7 +73,7 @@ def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkey
 
 
 def test_a_second_process_works_meanwhile_and_ends_with_the_first() -> None:
-    with pytest.raises(ZeroDivisionError), demo_report._meanwhile(True, os.getpid) as other:
+    with pytest.raises(ZeroDivisionError), demo_report._meanwhile(True, os.getpid) as other:  # noqa: PT012
         assert other() != os.getpid()
         _ = 1 / 0
     assert not multiprocessing.active_children()
