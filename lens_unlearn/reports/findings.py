@@ -5,7 +5,7 @@ they are written. Knows nothing of how a method or its control is made.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -63,7 +63,15 @@ class Finding:
     @property
     def worst(self) -> tuple[str, Estimate] | None:
         """The retain corpus that lost most, by its value; None where none was measured."""
-        known = [(corpus, self.drops[corpus]) for corpus in self.retained if corpus in self.drops]
+        return self._most_lost([corpus for corpus in self.retained if corpus in self.drops])
+
+    @property
+    def elsewhere(self) -> tuple[str, Estimate] | None:
+        """Of what is neither forgotten nor retained, the corpus that lost most; None where none was measured."""
+        return self._most_lost([corpus for corpus in self.rest if corpus not in self.retained])
+
+    def _most_lost(self, corpora: Sequence[str]) -> tuple[str, Estimate] | None:
+        known = [(corpus, self.drops[corpus]) for corpus in corpora]
         defined = [one for one in known if not math.isnan(one[1].value)]
         return max(defined or known, key=lambda one: one[1].value, default=None)
 

@@ -72,7 +72,10 @@ def of_run(report: Report) -> str:
     """Write the table of a run as HTML; "" where the report cannot say, as without corpora named "forget" and "retain"."""
     metric = headline_metric(report)
     rows = _rows(report, metric) if metric else []
-    return _table(report, rows, metric, (FORGET, RETAIN), several=_several(rows)) if metric else ""
+    if not metric:
+        return ""
+    elsewhere = any(row.finding.elsewhere for row in rows)
+    return _table(report, rows, metric, (FORGET, RETAIN), several=_several(rows), elsewhere=elsewhere)
 
 
 def of_comparison(report: Report, parts: Mapping[str, Report], metric: str) -> tuple[str, dict[str, str]]:
@@ -138,8 +141,25 @@ def _on_skills(verdicts: Sequence[str], total: int) -> tuple[str, str]:
     )
 
 
-def _table(report: Report, rows: Sequence[Row], metric: str, names: tuple[str, str], *, several: bool) -> str:
-    """Write rows; `names` are what is forgotten and what is retained, `several` says whether the latter is several corpora."""
+def _table(
+    report: Report,
+    rows: Sequence[Row],
+    metric: str,
+    names: tuple[str, str],
+    *,
+    several: bool,
+    elsewhere: bool = False,
+) -> str:
+    """Write rows.
+
+    Args:
+        report: Where they are from.
+        rows: A row for each method.
+        metric: Of which shares are lost.
+        names: What is forgotten, and what is retained.
+        several: Whether the latter is several corpora.
+        elsewhere: Whether corpora were measured that are neither.
+    """
     if not rows:
         return ""
     return render(
@@ -149,6 +169,7 @@ def _table(report: Report, rows: Sequence[Row], metric: str, names: tuple[str, s
         metric=metric,
         names=names,
         several=several,
+        elsewhere=elsewhere,
         budget=budget_of(report),
         confidence=confidence_of(report),
     )

@@ -36,14 +36,17 @@ def cells(written: str) -> list[list[str]]:
 def test_the_corpus_that_lost_most_is_named_and_holds_the_budget() -> None:
     found = made(retained=["english", "sums"])
     head, row = cells(of_run(found))
-    assert head == ["method", "forget lost", "retain lost", "worst retain corpus", "its control lost", "verdict"]
+    columns = ["method", "forget lost", "retain lost", "worst retain corpus", "most lost elsewhere"]
+    assert head == [*columns, "its control lost", "verdict"]
     assert row[0] == "m"
     assert row[1].startswith("60.0% [")
     assert row[2].startswith("7.5% [")
     assert row[3].startswith("40.0% [")
     assert row[3].endswith("english ✗ over 10%")
-    assert re.match(r"0\.0% \[.*\] of forget 0\.0% \[.*\] of retain", row[4])
-    assert row[5].startswith("✓ beats its control lead over it 52.5% [")
+    assert row[4].startswith("66.7% [")
+    assert row[4].endswith("news"), "of what is not retained, and so without a budget"
+    assert re.match(r"0\.0% \[.*\] of forget 0\.0% \[.*\] of retain", row[5])
+    assert row[6].startswith("✓ beats its control lead over it 52.5% [")
     assert "class='mark bad'" in of_run(found)
     assert "class='tone good'" in of_run(found)
     first, *rest = (re.sub("<[^>]+>", "", sentence) for sentence in headline(found))
@@ -52,6 +55,12 @@ def test_the_corpus_that_lost_most_is_named_and_holds_the_budget() -> None:
     assert "Of the retain corpora, it lost" in page(found)
     within = made(retained=["english", "sums"], plan={"retain_drop": 0.5})
     assert cells(of_run(within))[1][3].endswith("✓ within 50%")
+
+
+def test_without_a_further_corpus_nothing_is_said_of_one() -> None:
+    values = {name: {c: v for c, v in of.items() if c != "news"} for name, of in HIDING.items()}
+    written = of_run(made(values, retained=["english", "sums"]))
+    assert "lsewhere" not in written
 
 
 def test_a_single_retain_corpus_holds_the_budget_itself() -> None:
