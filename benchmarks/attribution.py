@@ -5,19 +5,21 @@
 
 Compared, over the same rows of a prompt and an answer, with the same steps and objective: plain PyTorch on the Hugging Face
 model, for every layer and step a whole forward and backward pass with gradients of all parameters (1.00); the same with
-parameters frozen; and `attribute`, teacher-forced, on a bridge of the same weights, whose attributions are compared too.
+parameters frozen; the same in nnsight's traces, where it is installed; and `attribute`, teacher-forced, on a bridge of the same
+weights, whose attributions are compared too.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timing import SHAPES, TINY, begin, corpus_of, gpt2, interleaved, options, show
+from timing import SHAPES, TINY, begin, corpus_of, gpt2, interleaved, options, ratio, show, verdict
 from torch import Tensor
 
 from lens_unlearn.neurons.attribution import attribute
 
-GOAL = 0.5
+GOAL, OVER_NNSIGHT = 0.5, 0.7
 
 
 def plain(hf: Any, places: Sequence[torch.nn.Module], batches: Sequence[Tensor], prompt: int, steps: int) -> Tensor:
@@ -58,6 +60,34 @@ def once(hf: Any, place: torch.nn.Module, tokens: Tensor, prompt: int, scale: fl
     return seen[0], gradient
 
 
+def traced(hf: Any, batches: Sequence[Tensor], prompt: int, steps: int) -> Tensor:  # pragma: no cover - not installed
+    """Do the same in nnsight's traces, with parameters frozen."""
+    from nnsight import NNsight, save
+
+    wrapped, totals = NNsight(hf), []
+    for layer in range(int(hf.config.n_layer)):
+        total: Any = 0
+        for tokens in batches:
+            for step in range(1, steps + 1):
+                factor = torch.ones(tokens.shape[1] - 1, 1)
+                factor[prompt - 1 :] = step / steps
+                with wrapped.trace(input_ids=tokens[:, :-1], use_cache=False):
+                    place = wrapped.transformer.h[layer].mlp.c_proj
+                    keys = save(place.input)
+                    scaled = (keys.detach() * factor).requires_grad_()
+                    place.input = scaled
+                    logits = wrapped.lm_head.output[:, prompt - 1 :]
+                    answer = logits.log_softmax(-1).gather(2, tokens[:, prompt:, None]).exp().sum()
+                    with answer.backward():
+                        gradient = save(scaled.grad)
+                total = total + (keys.detach() * gradient)[:, prompt - 1 :].sum((0, 1)).double() / steps
+        totals.append(total)
+    return torch.stack(totals)
+
+
+NNSIGHT = "nnsight, parameters frozen"
+
+
 def measure(shape: Mapping[str, int], args: Any) -> tuple[dict[str, list[float]], float]:
     """Time every way, and say how far the results differ."""
     length = args.prompt + args.answer
@@ -78,9 +108,11 @@ def measure(shape: Mapping[str, int], args: Any) -> tuple[dict[str, list[float]]
         "plain, parameters frozen": lambda: plain(frozen, places[id(frozen)], rows, args.prompt, args.steps),
         "attribute": lambda: attribute(bridge, corpus, **settings).stack(),
     }
+    if importlib.util.find_spec("nnsight") is not None:  # pragma: no cover - not installed
+        ways[NNSIGHT] = lambda: traced(frozen, rows, args.prompt, args.steps)
     times = interleaved({name: recorded(name, way) for name, way in ways.items()}, args.repeats)
     expected = results["plain, all gradients"]
-    return times, float((results["attribute"] - expected).abs().max() / expected.abs().max())
+    return times, max(float((found - expected).abs().max() / expected.abs().max()) for found in results.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{args.prompt} and answers of {args.answer} tokens, {args.steps} steps"
         )
         show(title, times, goals={"attribute": GOAL}, per=args.batches, unit="s")
+        if NNSIGHT in times:  # pragma: no cover - not installed
+            middle, low, high = ratio(times, "attribute", NNSIGHT)
+            print(f"attribute over nnsight {middle:.3f}   {low:.2f}-{high:.2f}    {verdict(middle, OVER_NNSIGHT)}")
         print(f"largest difference of an attribution: {difference:.1e} of the largest attribution")
 
 

@@ -6,9 +6,12 @@
 
 First the rate of one large matrix product is measured; forward passes are then also given as a share of that rate, at two
 operations per weight and token. The rows are those of the CPU's benchmarks: `collect` and histograms beside the logits-free
-forward, its memory over a short and a long corpus, forward passes and generation under interventions, and attribution beside
-m forward and backward passes for each layer. A plain model and a bridge share their weights. Llama 3 8B takes about 60 GB: 16
-for the weights, 16 for the gradients of the plain passes, and activations; `--skip attribution` does without the gradients.
+forward, its memory over a short and a long corpus, forward passes and generation under interventions, attribution beside m
+forward and backward passes for each layer, and SIMU's memory beside that of training all weights. Before them two promises are
+looked at: that a model is what it was after each intervention, bit by bit, and that an ablation by hooks is that by an edit of
+the weights. A plain model and a bridge share their weights. Llama 3 8B takes about 60 GB: 16 for the weights, 16 for the
+gradients of the plain passes, and activations; `--skip attribution` does without the gradients. Rows for which there is no time
+or memory left are named at the end.
 """
 
 import gc
@@ -20,13 +23,17 @@ from typing import Any
 
 import torch
 from attribution import plain
-from forward import GOALS, measure
+from forward import GOALS, interventions, measure
 from generation import GOAL as GENERATION
 from generation import measure as generation
+from memory import PROMPT, STEPS, full_weights
+from memory import ROWS as TRAINED
 from timing import begin, bridged, installed, interleaved, options, random_corpus, ratio, settle, show, verdict
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lens_unlearn.interventions.ablate import Ablate
+from lens_unlearn.methods.simu import simu
 from lens_unlearn.neurons.attribution import attribute
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.histogram import Histogram
@@ -123,6 +130,7 @@ class Peak:
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
+        self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
@@ -132,6 +140,36 @@ class Peak:
         if self.cuda:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def promises(hf: Any, bridge: Any, args: Any, rate: float) -> None:
+    """Bitwise restoration after every kind of intervention, and an ablation beside the edit that it stands for."""
+    tokens = torch.randint(1, int(hf.config.vocab_size), (2, min(args.length, 64)), device=args.device)
+    print("\n0: promises")
+    with torch.no_grad():
+        base = bridge(tokens, return_type="logits")
+        for name, intervention in interventions(bridge).items():
+            with intervention.on(bridge):
+                edited = bridge(tokens, return_type="logits")
+                if isinstance(intervention, Ablate):
+                    by_hooks, selection = edited, intervention.selection
+            same = torch.equal(bridge(tokens, return_type="logits"), base)
+            print(f"{name}: moves logits by {(edited - base).abs().max():.2g}; after it bitwise {same}")
+            if not same:
+                raise AssertionError(f"{name} left something behind")
+        kept = []
+        for (_, chosen), module in zip(selection.items(), outputs(hf), strict=True):
+            weight, off = module.weight, chosen.to(args.device)
+            kept.append((weight, weight.clone()))
+            # GPT-2 keeps its matrices the other way round.
+            weight.data[off if weight.shape[0] == len(off) and hasattr(module, "nf") else (slice(None), off)] = 0
+        by_weights = bridge(tokens, return_type="logits")
+        for weight, before in kept:
+            weight.data.copy_(before)
+    apart = float((by_hooks - by_weights).abs().max() / (by_weights - base).abs().max())
+    print(f"Ablate beside zeros in W_out: largest difference {apart:.2g} of the largest effect")
+    if apart > 0.1:  # of bf16's rounding, a few hundredths at most
+        raise AssertionError("hooks and edit differ")
 
 
 def rows_one_and_two(hf: Any, bridge: Any, args: Any, rate: float) -> None:
@@ -214,13 +252,42 @@ def row_eight(hf: Any, bridge: Any, args: Any, rate: float) -> None:
     )
 
 
+def row_nine(hf: Any, bridge: Any, args: Any, rate: float) -> None:
+    """SIMU's memory beyond the model, over that of Sophia on all weights."""
+    length = 12 if args.tiny else 64
+    vocabulary, prompt = int(hf.config.vocab_size), min(PROMPT, length // 2)
+    forget, retain = (random_corpus(vocabulary, 10, length, seed=s, prompt=prompt) for s in (1, 2))
+    settings: dict[str, Any] = {"steps": STEPS, "batch_size": TRAINED, "check_every": STEPS, "curvature_every": 2}
+    settings |= {"optimizer": "sophia", "progress": False, "attention": "none"}
+    ways: dict[str, Callable[[], object]] = {
+        "simu": lambda: simu(bridge, forget, retain, **settings),
+        'simu, memory="low"': lambda: simu(bridge, forget, retain, memory="low", **settings),
+        "full weights, Sophia": lambda: full_weights(hf, forget, retain),
+    }
+    beyond = {}
+    for name, way in ways.items():
+        peak = Peak(args.device)
+        way()
+        beyond[name] = peak.read() - peak.before
+        gc.collect()
+    print("\n9: memory of a training without attention beyond the model")
+    for name, size in beyond.items():
+        share = size / max(1, beyond["full weights, Sophia"])
+        judged = "" if name.startswith("full") else verdict(share, 0.10)
+        print(f"{name:24}{size / 1e9:8.3f} GB, {share:.3f} {judged}")
+
+
 RUNS: dict[str, Callable[[Any, Any, Any, float], None]] = {
+    "promises": promises,
     "collect": rows_one_and_two,
     "memory": row_three,
     "forward": row_four,
     "generation": row_five,
     "attribution": row_eight,
+    "simu": row_nine,
 }
+ALL_WEIGHTS = 6
+"""Training all weights takes so many times their size: weights, gradients, momentum, curvature, and what a step makes of them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,7 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batches", type=int, default=8)
-    args = begin(parser, arguments)
+    parser.add_argument("--minutes", type=float, default=9, help="after which no further row begins")
+    args, start = begin(parser, arguments), time.monotonic()
+    print(time.strftime("%Y-%m-%d"))
+    left: list[str] = []
     dtype = torch.bfloat16
     if args.tiny:
         args.length, args.batches, args.batch_size = 16, 2, 2
@@ -245,12 +315,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         total = sum(p.numel() for p in hf.parameters())
         print(f"\n=== {name}, {total:,} random weights, bf16; batches of {args.batch_size} by {args.length}")
         for row, run in RUNS.items():
-            if row not in args.skip:
-                run(hf, bridge, args, rate)
+            if row in args.skip:
+                continue
+            if time.monotonic() - start > 60 * args.minutes or (row == "simu" and not fits(total, args.device)):
+                left.append(f"{row} of {name}")
+                continue
+            run(hf, bridge, args, rate)
         del hf, bridge
         gc.collect()
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
+    print(f"\nleft out for time or memory: {', '.join(left) or 'nothing'}; {time.monotonic() - start:.0f} s")
+
+
+def fits(weights: int, device: str) -> bool:
+    """Whether all weights could be trained, in bf16."""
+    if not device.startswith("cuda"):
+        return True
+    return 2 * weights * ALL_WEIGHTS < torch.cuda.get_device_properties(device).total_memory
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def full_weights(hf: Any, forget: Any, retain: Any) -> None:
 
     def read(corpus: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = corpus.take([(step * ROWS + i) % corpus.n_rows for i in range(ROWS)])
-        where = rows.counted[:, 1:]
-        return hf(input_ids=rows.tokens, use_cache=False).logits[:, :-1][where], rows.tokens[:, 1:][where]
+        tokens, where = (part.to(parameters[0].device) for part in (rows.tokens, rows.counted[:, 1:]))
+        return hf(input_ids=tokens, use_cache=False).logits[:, :-1][where], tokens[:, 1:][where]
 
     for step in range(STEPS):
         forget_answers, retain_answers = read(forget, step), read(retain, step)

@@ -22,7 +22,16 @@ PRINTED = {
     "memory": ["ratio of the highest", "simu, attention", "simu, no attention", "full weights, Sophia"],
     "start": ["log-normal", "lens-unlearn --help"],
     "attribution": ["plain, all gradients", "attribute", "largest difference of an attribution"],
-    "gpu": ["=== Llama-3-8B", "=== Gemma-2-2B", "=== GPT-2", "tokens per second", "5: greedy", "8: attribution"],
+    "gpu": [
+        "=== Llama-3-8B",
+        "=== Gemma-2-2B",
+        "=== GPT-2",
+        "tokens per second",
+        "5: greedy",
+        "8: attribution",
+        "bitwise True",
+        "9: memory",
+    ],
 }
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="only where the repository is")
