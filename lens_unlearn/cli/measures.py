@@ -211,7 +211,8 @@ def audit(
         sources = {"facts": facts, "retain": retain, "unseen": unseen}
         reading_options = {"tokens": tokens, "seed": seed, **reading.options}
         texts = {role: lu.read_corpus(text, loaded, **reading_options) for role, text in sources.items() if text}
-        never_saw = None if reference is None else lu.load_model(reference, **{**loading.options, "revision": None})
+        alone = {**loading.options, "revision": None, "dictionary": None}  # those of the model that is asked about
+        never_saw = None if reference is None else lu.load_model(reference, **alone)
         options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": not quiet}
         options |= {"attacks": attack or None, "controls": controls, "reference": never_saw}
         found = lu.audit(loaded, texts.pop("facts"), edits, **texts, **options)

@@ -169,6 +169,13 @@ class Loading:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model; only if you trust it.")
     ] = False
+    dictionary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SAE",
+            help="A sparse autoencoder, whose features are the neurons of the site sae: demo, a folder, or hf:...",
+        ),
+    ] = None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class BenchPlan:
     device_map: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    dictionary: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a benchmark, method, option, file or number that cannot be."""
@@ -120,7 +121,7 @@ class BenchPlan:
     @property
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `load_model`."""
-        names = ("dtype", "device_map", "revision", "trust_remote_code")
+        names = ("dtype", "device_map", "revision", "trust_remote_code", "dictionary")
         return {name: getattr(self, name) for name in names}
 
 

@@ -91,6 +91,8 @@ class Plan:
     """A branch, tag or commit of a model on the hub."""
     trust_remote_code: bool = False
     """Whether to run the code that comes with a model."""
+    dictionary: str | None = None
+    """A sparse autoencoder, whose features are the neurons of the site `sae`."""
     test_tokens: int | None = None
     """Tokens to test on, of each corpus; None takes as many as put its accuracy within 3 points, and `tokens` at most."""
     facts: bool = False
@@ -99,7 +101,7 @@ class Plan:
     @property
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `load_model`."""
-        names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
+        names = ("dtype", "device", "device_map", "revision", "trust_remote_code", "dictionary")
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
@@ -237,6 +239,7 @@ def command_of(plan: Plan) -> str:
         "device",
         "device_map",
         "revision",
+        "dictionary",
     ):
         value = getattr(plan, name)
         if value != usual[name]:

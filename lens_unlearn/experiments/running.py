@@ -59,6 +59,7 @@ def run(
     device_map: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dictionary: str | None = None,
     track: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -71,7 +72,7 @@ def run(
 
     Args:
         model: "demo", a Hugging Face directory or a hub name; or a model that is loaded already, for which `dtype`, `device`,
-            `device_map`, `revision` and `trust_remote_code` say nothing.
+            `device_map`, `revision`, `trust_remote_code` and `dictionary` say nothing.
         forget: Texts of the skill to unlearn: a source as `read_corpus` takes it, such as "texts.jsonl:text" or "demo:python".
         retain: Texts of what is to be retained: one source, or several, each of which keeps the budget.
         out: A new folder for the results.
@@ -107,6 +108,7 @@ def run(
         device_map: How a model that does not fit one device is spread.
         revision: A branch, tag or commit of a model on the hub.
         trust_remote_code: Whether to run the code that comes with a model.
+        dictionary: A sparse autoencoder as `load_dictionary` takes it, whose features are the neurons of the site `sae`.
         track: "tensorboard", "wandb" or "mlflow", which the finished run's table and page are logged to; needs the extra of that
             name.
         resume: Whether to go on with an interrupted run of the same plan, or to return a finished one.
@@ -159,6 +161,7 @@ def run(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        dictionary=dictionary,
         test_tokens=test_tokens,
         facts=facts,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from lens_unlearn.core import artefacts
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.core.errors import ModelError
+from lens_unlearn.model.dictionary_files import load_dictionary
 from lens_unlearn.model.dtypes import AUTO, dtype_of, has_fast_bfloat16, stored_dtype
 from lens_unlearn.model.feature_points import dictionaries_at, require_dictionaries
 from lens_unlearn.model.gguf import read_gguf
@@ -42,6 +43,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: Any = None,
+    dictionary: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a model as a raw `TransformerBridge`, in evaluation mode.
 
@@ -65,8 +67,10 @@ def load_model(
         revision: A branch, tag or commit of a repository on the hub.
         trust_remote_code: Whether to run the code that comes with a model, if it does: off unless you trust it.
         tokenizer: The tokenizer, for a model that you hold; default the one of the directory or repository that it was loaded from.
+        dictionary: A sparse autoencoder as `load_dictionary` takes it, whose features are to be the neurons of the site `sae`.
 
     Raises:
+        ArtefactError: If the dictionary cannot be read.
         ModelError: If the directory or file holds no model, the hub cannot be reached or does not know the name, or the model
             cannot be placed as asked.
     """
@@ -86,15 +90,22 @@ def load_model(
     if device_map is not None:
         given = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         placed = {key: value for key, value in given.items() if value is not None}
+    features = (
+        None if dictionary is None else load_dictionary(dictionary)
+    )  # a wrong one is refused before the model is loaded
     source: Any = name if held else os.fspath(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if held:
         if revision is not None or device_map is not None:
             raise ModelError("revision and device_map are for loading: the model that was given is already loaded")
-        return _wrapped(source, dtype, device, tokenizer)
-    if tokenizer is not None:
+        model = _wrapped(source, dtype, device, tokenizer)
+    elif tokenizer is not None:
         raise ModelError(f"a tokenizer is for a model that you hold: {source!r} comes with its own")
-    return _loaded(source, dtype, auto, placed, options)
+    else:
+        model = _loaded(source, dtype, auto, placed, options)
+    if features is not None:
+        features.attach(model)
+    return model
 
 
 def _loaded(

@@ -48,7 +48,8 @@ def test_every_command_has_help_by_a_letter_and_the_version_is_told(capsys: pyte
 def test_whatever_loads_a_model_says_where_it_runs(command: str) -> None:
     text = shown(command, "--help")
     assert all(
-        option in text for option in ("--device ", "--device-map", "--dtype", "--revision", "--trust-remote-code")
+        option in text
+        for option in ("--device ", "--device-map", "--dictionary", "--dtype", "--revision", "--trust-remote-code")
     )
 
 

@@ -53,6 +53,14 @@ def test_configurations_before_version_six_are_read(tmp_path: Path, architecture
     assert torch.equal(one.encode(X), lu.load_dictionary(sae_helpers.write(tmp_path, new, weights)).encode(X))
 
 
+def test_a_model_is_loaded_with_its_dictionary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = lu.load_model("demo", dictionary="demo")
+    assert list(lu.collect(model, lu.read_corpus("demo:python", model, tokens=50), "sae", progress=False).sites)
+    monkeypatch.setattr("lens_unlearn.model.loading.boot", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ArtefactError, match="nowhere"):
+        lu.load_model("demo", dictionary=tmp_path / "nowhere")
+
+
 def test_the_earliest_names_and_values_are_read(tmp_path: Path) -> None:
     config = old_config(
         "standard", normalize_activations=False, activation_fn="relu", hook_point="blocks.0.attn.hook_z"
