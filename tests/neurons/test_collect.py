@@ -93,7 +93,7 @@ def test_the_result_does_not_depend_on_the_batch_size(name: str) -> None:
 
 
 def test_the_result_does_not_depend_on_what_stands_in_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, corpus = tiny.model("llama"), tiny.corpus()
+    model, corpus = tiny.model("llama"), tiny.corpus((12, 5, 9))
     clean = collect(model, corpus, SITES, progress=False)
     real = type(corpus)._batch
 
