@@ -150,6 +150,10 @@ class SkillRun(Experiment):
         """Test on all texts: a skill's have to be the same whichever is forgotten."""
         return {}
 
+    def expected_test(self) -> dict[str, Corpus]:
+        """Return all texts to test on."""
+        return self.documents.test
+
     def _require_some(self) -> None:
         """Go on with the other skills: of all together, `_report` looks whether there is anything."""
 
@@ -255,7 +259,13 @@ def compare(
         settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size, facts=facts,
     )  # fmt: skip
     runs = _skill_runs(plans, model, split_skills(skills, test, seed, facts=facts), progress=progress)
+    _announce(runs)
     return _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
+
+
+def _announce(runs: Mapping[str, SkillRun]) -> None:
+    first, *others = runs.values()
+    first.announce(*others)
 
 
 def plans_for(skills: Sequence[str], model: str, **settings: Any) -> dict[str, Plan]:
@@ -449,6 +459,7 @@ def _carried_out(
     with folder.open(settings, inputs, model) if distributed.is_first() else nullcontext():
         for skill, run in runs.items():
             run.folder = _SkillFolder(folder, skill)
+        _announce(runs)
         report = _report(runs, {skill: run.part() for skill, run in _fitted(runs)})
         report = replace(report, provenance={**report.provenance, "plan": settings})
         if distributed.is_first():

@@ -105,6 +105,7 @@ def _direction(
         sweep=first,
     )
     experiment = Experiment(plan, model, progress=progress)
+    experiment.announce()
     experiment.fit()
     report = experiment.report()
     report.provenance["command"] = _command(tokens, seed)

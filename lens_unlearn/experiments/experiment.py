@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -155,12 +156,16 @@ class Experiment:
         given = dict.fromkeys(self._long(), self.plan.test_tokens)
         return self.documents.tested_on(given, self._test_units, self.plan.seed).test
 
-    def announce(self) -> None:
-        """Say what will be done, and how long that takes, before the first pass."""
-        if self.progress:
-            test = self.expected_test()
-            text = max(test.values(), key=lambda text: text.n_tokens)
-            announce(self.model, self.reading(test), list(self.records.values()), text)
+    def announce(self, *others: "Experiment") -> None:
+        """Say what will be done, in this experiment and in others with the same model and methods, and how long that takes."""
+        if not self.progress:
+            return
+        steps, test = Counter[str](), dict[str, Corpus]()
+        for one in (self, *others):
+            test = one.expected_test()
+            steps.update(one.reading(test))
+        text = max(test.values(), key=lambda text: text.n_tokens)
+        announce(self.model, steps, list(self.records.values()), text)
 
     def fit(self) -> None:
         """Find every method's intervention: tuned to the retain budget if there is one, else as the options say.

@@ -65,6 +65,31 @@ def test_it_is_said_before_the_first_pass_and_is_what_is_read(
     assert steps["sweep"] <= 0.2 * sum(steps.values())
 
 
+def test_a_comparison_says_what_all_its_skills_read(
+    sources: dict[str, str], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, int]] = []
+    monkeypatch.setattr(cost, "say", lambda line: None)
+    monkeypatch.setattr(cost, "words", lambda steps, *_: said.append(dict(steps)) or "said")
+    read, real = [], experiment.evaluate
+
+    def counting(model: Any, corpora: Any, conditions: Any, **options: Any) -> Any:
+        assert said, "before the first pass"
+        read.append(sum(corpus.n_tokens for corpus in corpora.values()))
+        return real(model, corpora, conditions, **options)
+
+    monkeypatch.setattr(experiment, "evaluate", counting)
+    names = {"reversed": "forget", "plain": "retain"}
+    skills = {name: lu.read_corpus(sources[of], model, window=64) for name, of in names.items()}
+    options: dict[str, Any] = {"retain_drop": 0.9, "controls": 1, "tokens": 500}
+    lu.compare(model, skills, ["selective-pruning"], **options)
+    [steps] = said
+    assert len(read) == 2
+    assert steps["evaluate"] == 3 * sum(read), (
+        "the unedited model, the method and its control, unless it changes nothing"
+    )
+
+
 def test_quiet_is_quiet(
     model_dir: Path,
     sources: dict[str, str],
