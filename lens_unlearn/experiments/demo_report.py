@@ -141,9 +141,12 @@ def _meanwhile(apart: bool, work: Callable[..., Any], *given: Any) -> Iterator[C
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
     try:
-        # Leaving it ends the process, whatever it does.
-        with multiprocessing.get_context("spawn").Pool(1, _begin, (torch.get_num_threads(),)) as pool:
+        pool = multiprocessing.get_context("spawn").Pool(1, _begin, (torch.get_num_threads(),))
+        try:
             yield pool.apply_async(work, given).get
+        finally:  # whatever it does by then
+            pool.terminate()
+            pool.join()
     finally:
         torch.set_num_threads(threads)
 
