@@ -6,12 +6,11 @@
 
 Compared, over the same tokens: the logits-free Hugging Face forward (1.00), the full forward, `collect` with three sites
 at every layer and the default statistics, the same with a histogram of every neuron, and, in GPT-2's shapes, the alternatives:
-`run_with_cache` and reduce, and plain PyTorch hooks with naive float32 sums; nnsight and welford-torch where installed.
+`run_with_cache` and reduce, and plain PyTorch hooks with naive float32 sums (other libraries are in collectors.py).
 The mixture of experts is Mixtral's architecture, with `experts.pre` and `experts.post` in place of the two sites of an MLP.
 A pretrained model, a file or folder, is loaded in float32, and given random tokens.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def watched(hf: Any, batches: list[Tensor], add: Callable[[object, Tensor], None
 def naive_hooks(hf: Any, batches: list[Tensor]) -> None:
     """What a user would write: module hooks and float32 sums of x, x^2, abs(x) and x > 0."""
     sums: dict[object, list[Tensor]] = {}
-    watched(hf, batches, lambda key, x: _add(sums, key, x.reshape(-1, x.shape[-1])))
+    watched(hf, batches, lambda key, x: add_up(sums, key, x.reshape(-1, x.shape[-1])))
 
 
 def naive_histograms(hf: Any, batches: list[Tensor], bins: int = 128) -> None:
@@ -95,41 +94,15 @@ def cache_and_reduce(bridge: Any, batches: list[Tensor]) -> None:
     for batch in batches:
         _, cache = bridge.run_with_cache(batch, names_filter=names)
         for name in names:
-            _add(
+            add_up(
                 sums, name, cache[name].flatten(2).flatten(0, 1) if cache[name].ndim == 4 else cache[name].flatten(0, 1)
             )
 
 
-def _add(sums: dict[object, list[Tensor]], key: object, flat: Tensor) -> None:
+def add_up(sums: dict[object, list[Tensor]], key: object, flat: Tensor) -> None:
+    """Add the sums of x, x^2, abs(x) and x > 0 over tokens, ``[tokens, neurons]``, to those of earlier batches."""
     parts = [flat.sum(0), flat.pow(2).sum(0), flat.abs().sum(0), (flat > 0).sum(0)]
     sums[key] = [a.double() + b for a, b in zip(parts, sums[key], strict=True)] if key in sums else parts
-
-
-def welford(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not installed
-    """welford-torch's `OnlineCovariance`-free running mean and variance, under module hooks."""
-    from welford_torch import Welford
-
-    running: dict[object, Any] = {}
-    watched(hf, batches, lambda key, x: running.setdefault(key, Welford()).add_all(x.reshape(-1, x.shape[-1])))
-
-
-def traced(hf: Any, batches: list[Tensor]) -> None:  # pragma: no cover - not installed
-    """Keep the three activations of each layer in an nnsight trace, and reduce them."""
-    from nnsight import NNsight, save
-
-    wrapped, sums = NNsight(hf.transformer), {}
-    for batch in batches:
-        with wrapped.trace(input_ids=batch, use_cache=False):
-            activations = save({})
-            for layer, block in enumerate(wrapped.h):
-                activations[layer, "z"] = block.attn.c_proj.input
-                activations[layer, "pre"] = block.mlp.c_fc.output
-                activations[layer, "post"] = block.mlp.c_proj.input
-        for key, value in activations.items():
-            _add(sums, key, value.reshape(-1, value.shape[-1]))
-
-
-OTHERS = {"welford-torch": ("welford_torch", welford), "nnsight, traced and reduced": ("nnsight", traced)}
 
 
 def mixtral(shape: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -163,11 +136,6 @@ def alternatives(hf: Any, bridge: Any, rows: list[Tensor]) -> dict[str, Callable
         "plain hooks, naive sums": lambda: naive_hooks(hf, rows),
         "plain hooks, bucketize": lambda: naive_histograms(hf, rows),
     }
-    for name, (module, way) in OTHERS.items():
-        if importlib.util.find_spec(module) is not None:
-            ways[name] = lambda way=way: way(hf, rows)
-        else:
-            print(f"{name}: not installed")
     return ways
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from collect import add_up
 from record import begin
 from timing import SHAPES, TINY, corpus_of, gpt2, installed, interleaved, options, ratio
 from torch import Tensor
@@ -29,9 +30,7 @@ Way = Callable[[], object]
 
 def reduced(sums: dict[object, list[Tensor]], key: object, x: Tensor) -> None:
     """Add up what is asked for of one site of a batch."""
-    flat = x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x.flatten(2).flatten(0, 1)
-    parts = [flat.sum(0), flat.pow(2).sum(0), flat.abs().sum(0), (flat > 0).sum(0)]
-    sums[key] = [a.double() + b for a, b in zip(parts, sums[key], strict=True)] if key in sums else parts
+    add_up(sums, key, x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x.flatten(2).flatten(0, 1))
 
 
 def plain_hooks(hf: Any, rows: list[Tensor]) -> Way:

@@ -121,7 +121,7 @@ class BenchPlan:
     @property
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: options of `load_model`."""
-        names = ("dtype", "device_map", "revision", "trust_remote_code", "dictionary")
+        names = ("dtype", "device", "device_map", "revision", "trust_remote_code", "dictionary")
         return {name: getattr(self, name) for name in names}
 
 

@@ -4,6 +4,7 @@ Knows activations, site by site, and which tokens count; knows nothing of models
 """
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["Histogram"]
 
 _HISTOGRAM_TILE = (1024, 256)  # tokens and neurons binned at a time: few enough to stay in a processor's cache
 _SCRATCH = (torch.float32, torch.float32, torch.int32)
+_own = threading.local()  # scratch space: two threads may fill histograms, each on a model of its own
 
 
 class Histogram:
@@ -41,13 +43,10 @@ class Histogram:
         self.bins, self.scale, self.limit = bins, scale, limit
         self.provenance: dict[str, Any] = {}
         self._counts: dict[Site, Tensor] = {}
-        self._buffers: list[Tensor] = []  # scratch space, shared with `fresh` so that it is allocated once
 
     def fresh(self) -> "Histogram":
         """Return an empty histogram with the same bins."""
-        new = Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
-        new._buffers = self._buffers
-        return new
+        return Histogram(bins=self.bins, scale=self.scale, limit=self.limit)
 
     @property
     def edges(self) -> Float[Tensor, "edges"]:
@@ -113,13 +112,14 @@ class Histogram:
     def _scratch(self, x: Float[Tensor, "tokens n"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return space for float32, float32 and int32 numbers, as many as there are values.
 
-        On a CPU the same in every call, since fresh memory costs as much as what is computed in it.
+        On a CPU the same in every call of a thread, since fresh memory costs as much as what is computed in it.
         """
         if x.device.type != "cpu":
             return tuple(torch.empty_like(x, dtype=dtype) for dtype in _SCRATCH)  # type: ignore[return-value]
-        if not self._buffers or self._buffers[0].numel() < x.numel():
-            self._buffers[:] = [torch.empty(x.numel(), dtype=dtype) for dtype in _SCRATCH]
-        return tuple(buffer[: x.numel()].view(x.shape) for buffer in self._buffers)  # type: ignore[return-value]
+        buffers = getattr(_own, "buffers", None)
+        if buffers is None or buffers[0].numel() < x.numel():
+            buffers = _own.buffers = [torch.empty(x.numel(), dtype=dtype) for dtype in _SCRATCH]
+        return tuple(buffer[: x.numel()].view(x.shape) for buffer in buffers)  # type: ignore[return-value]
 
     def merge(self, other: "Histogram") -> "Histogram":
         """Return the counts of both parts together.

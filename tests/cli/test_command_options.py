@@ -1,7 +1,9 @@
 """What several commands take, options from a file, and the options of methods as the command line shows them."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from typer.testing import CliRunner
 import lens_unlearn as lu
 from lens_unlearn import methods
 from lens_unlearn.cli import app
+from lens_unlearn.cli.options import Loading
 from lens_unlearn.experiments import bench, compare, experiment
+from lens_unlearn.experiments.bench import BenchPlan
 from lens_unlearn.experiments.plan import Plan, command_of, option_names, settings_of
 from lens_unlearn.methods.options import options_of
 
@@ -51,6 +55,13 @@ def test_whatever_loads_a_model_says_where_it_runs(command: str) -> None:
         option in text
         for option in ("--device ", "--device-map", "--dictionary", "--dtype", "--revision", "--trust-remote-code")
     )
+
+
+@pytest.mark.parametrize("plan", [Plan, BenchPlan])
+def test_a_plan_loads_its_model_as_the_options_say(plan: Any) -> None:
+    names = [option.name for option in fields(Loading)]
+    given = SimpleNamespace(**{name: f"the {name}" for name in names})
+    assert plan.loading.fget(given) == vars(given), "an option that is not passed on would be ignored without a word"
 
 
 @pytest.mark.parametrize("command", ["run", "compare", "graph", "bench", "audit"])

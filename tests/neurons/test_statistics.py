@@ -1,6 +1,7 @@
 """Streamed statistics equal a two-pass float64 computation, however the tokens are cut, and merge like the parts they are."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,14 @@ def test_other_dtypes_equal_the_oracle_of_the_same_rounded_values(dtype: torch.d
         dtype
     )
     assert_close(gathered(x, chunk=512), oracle(x.double()))
+
+
+def test_histograms_that_are_filled_in_two_threads_share_no_memory() -> None:
+    def place() -> int:
+        return Histogram()._scratch(torch.zeros(8, 4))[0].untyped_storage().data_ptr()
+
+    with ThreadPoolExecutor(1) as other:
+        assert place() == place() != other.submit(place).result()
 
 
 def test_a_relu_neuron_and_a_negative_one() -> None:
