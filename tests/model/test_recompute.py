@@ -1,5 +1,7 @@
 """Gradients of blocks that are run twice, and beside frozen weights, are those of a plain pass that keeps everything."""
 
+import gc
+import weakref
 from typing import Any
 
 import families
@@ -45,19 +47,28 @@ def updates_of(model: Any, name: str = "W_O") -> tuple[Delta, list[Tensor]]:
     return Delta(updates), [update.value for update in updates.values()]
 
 
+class Saved:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept(batch: Batch, model: Any, trained: list[Tensor], **options: Any) -> tuple[list[Tensor], int]:
     """Return the gradients of a pass, and how many numbers autograd kept for them beside parameters."""
-    held: dict[int, int] = {}
+    held: weakref.WeakSet[Saved] = weakref.WeakSet()  # what a graph inside the pass saved is gone at its end
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
-        return tensor
+    def pack(tensor: Tensor) -> Saved:
+        held.add(saved := Saved(tensor))
+        return saved
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = predict(model, batch, **options).nll().mean()
-    return list(torch.autograd.grad(loss, trained)), sum(held.values())
+    gc.collect()
+    storages = {saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in held}
+    numbers = sum(size // 4 for address, size in storages.items() if address not in weights)
+    return list(torch.autograd.grad(loss, trained)), numbers
 
 
 @pytest.mark.parametrize("each", EVERY)
