@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register, resting
-from lens_unlearn.model.host import Model, stored
+from lens_unlearn.model.host import Model, row_sums, stored
 from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["norms", "on_residual", "residual_scale", "sinks_of"]
@@ -29,9 +29,7 @@ __all__ = ["norms", "on_residual", "residual_scale", "sinks_of"]
 _PROBE = 64  # tokens of the text on which the usual norms of a model are measured
 
 # Per model: the state of its weights when it was measured, and the median norm at the input of each layer.
-_measured: "weakref.WeakKeyDictionary[Any, tuple[list[tuple[int, int]], tuple[float, ...]]]" = (
-    weakref.WeakKeyDictionary()
-)
+_measured: "weakref.WeakKeyDictionary[Any, tuple[list[bytes], tuple[float, ...]]]" = weakref.WeakKeyDictionary()
 
 
 def on_residual(
@@ -94,8 +92,8 @@ def residual_scale(model: Model) -> tuple[float, ...]:
 
     It is of the model without interventions, measured once for the same weights.
     """
-    state = [(p.data_ptr(), p._version) for held in model.parameters() for p in stored(held) if not p.is_inference()]
-    state.append((0, bool(getattr(model, "compatibility_mode", False))))
+    state = [row_sums(p) for held in model.parameters() for p in stored(held) if not p.is_meta]
+    state.append(bytes(bool(getattr(model, "compatibility_mode", False))))
     known = _measured.get(model)
     if known is None or known[0] != state:
         known = _measured[model] = (state, _measure(model))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.model.hooks import Remover, detach_all, register
-from lens_unlearn.model.host import Model, is_quantized, stored
+from lens_unlearn.model.host import Model, is_quantized, row_sums, stored
 
 __all__ = ["shortcuts", "unbridged"]
 
@@ -101,8 +101,10 @@ Swap = tuple[int, str, int, int]
 """In a module, by its place in the walk, and under a name: the module that is there, and what takes its place."""
 _PLANS = 64
 """That many states of one model are remembered: a run has that of each of its conditions."""
-# Per model and state: its modules, and what is swapped in that state.
-_plans: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[list[weakref.ref[nn.Module]], list[Swap]]]]"
+Asked = tuple[int, int, bool]
+"""By their places in the walk, a component with copies of weights and its original, and whether those were the same."""
+# Per model and state: its modules, what is swapped in that state, and which copies that rests on.
+_plans: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[list[weakref.ref[nn.Module]], list[Swap], list[Asked]]]]"
 _plans = weakref.WeakKeyDictionary()
 
 
@@ -110,26 +112,33 @@ def _bypass_unhooked(inner: nn.Module, bypassed: list[tuple[nn.Module, str, nn.M
     """Put the original modules in place of unhooked components, as `_bypass` does, or as it did when the model was like this.
 
     To look into every component for hooks takes as long as a small model's forward pass, and a measurement comes back to the same
-    few states for every batch. A state is all that the decision depends on: the modules, what is hooked in each, the weights.
+    few states for every batch. A state is all that the decision depends on: the modules, what is hooked in each, where the weights
+    are. Copies of weights are read once more each time, since PyTorch does not count what is written through `.data`.
     """
     modules = _modules_of(inner)
     state = (tuple(map(id, modules)), _hooks_in(modules), _weights_of(modules))
     known = _plans.setdefault(inner, {})
     found = None if state[-1] is None else known.get(state)
     # An id may be another module's that was made since.
-    if found is not None and all(held() is module for held, module in zip(found[0], modules, strict=True)):
+    if (
+        found is not None
+        and all(held() is module for held, module in zip(found[0], modules, strict=True))
+        and all(_same_weights(modules[component], modules[plain]) is same for component, plain, same in found[2])
+    ):
         for parent, name, component, instead in found[1]:
             bypassed.append((modules[parent], name, modules[component]))
             modules[parent]._modules[name] = modules[instead]
         return
     done: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
-    _bypass(inner, bypassed, wired=False, seen=set(), done=done)
+    asked: list[tuple[nn.Module, nn.Module, bool]] = []
+    _bypass(inner, bypassed, wired=False, seen=set(), done=done, asked=asked)
     place = {module: index for index, module in enumerate(modules)}
     if state[-1] is not None:
         if len(known) >= _PLANS:
             del known[next(iter(known))]
         swaps = [(place[parent], name, place[before], place[after]) for parent, name, before, after in done]
-        known[state] = ([weakref.ref(module) for module in modules], swaps)
+        rests = [(place[component], place[plain], same) for component, plain, same in asked]
+        known[state] = ([weakref.ref(module) for module in modules], swaps, rests)
 
 
 def _modules_of(inner: nn.Module) -> list[nn.Module]:
@@ -172,6 +181,7 @@ def _bypass(
     seen: set[int],
     wholly: bool = False,
     done: list[tuple[nn.Module, str, nn.Module, nn.Module]] | None = None,
+    asked: list[tuple[nn.Module, nn.Module, bool]] | None = None,
 ) -> None:
     """Put the original modules in place of components, outermost first; each is recorded before it is done.
 
@@ -182,6 +192,7 @@ def _bypass(
         seen: The modules that were visited.
         wholly: Whether to do so with all of them, whatever is hooked in them.
         done: What was done, in order: as in `bypassed`, and the module that took the component's place.
+        asked: The components whose weights are copies, each with its original, and whether they were the same.
     """
     if id(parent) in seen:
         return
@@ -191,14 +202,14 @@ def _bypass(
             continue
         original = child._modules.get(_ORIGINAL)
         if original is None:
-            _bypass(child, bypassed, wired=wired, seen=seen, wholly=wholly, done=done)
-        elif wholly or _fires_the_same(child, original, wired) and _same_weights(child, original):
+            _bypass(child, bypassed, wired=wired, seen=seen, wholly=wholly, done=done, asked=asked)
+        elif wholly or _fires_the_same(child, original, wired) and _same_weights(child, original, asked):
             _swap(parent, name, original, bypassed, done)
             for place, beside in _output_map(child, original):
                 _swap(original, place, beside, bypassed, done)  # to be bypassed in turn, if nothing in it is hooked
-            _bypass(original, bypassed, wired=wired, seen=seen, wholly=wholly, done=done)
+            _bypass(original, bypassed, wired=wired, seen=seen, wholly=wholly, done=done, asked=asked)
         elif not any(_ORIGINAL in part._modules for part in child.children() if part is not original):
-            _bypass(original, bypassed, wired=True, seen=seen, done=done)
+            _bypass(original, bypassed, wired=True, seen=seen, done=done, asked=asked)
         # A component that stays and has components of its own computes with these: nothing in it can be bypassed.
 
 
@@ -284,15 +295,24 @@ def _may_fuse(inner: Any) -> bool:
     return bool(getattr(inner, "_supports_sdpa", False)) and not soft_capped and not exact
 
 
-# Per component: the state of its weights when they were last compared, and whether they were equal.
-_compared: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], bool]]" = weakref.WeakKeyDictionary()
+# Per component: the sums over its weights when they were last compared, and whether they were equal.
+_compared: "weakref.WeakKeyDictionary[nn.Module, tuple[list[bytes], bool]]" = weakref.WeakKeyDictionary()
 
 
-def _same_weights(component: nn.Module, original: nn.Module) -> bool:
+def _same_weights(
+    component: nn.Module, original: nn.Module, asked: list[tuple[nn.Module, nn.Module, bool]] | None = None
+) -> bool:
     """Whether a component computes with the weights of its original.
 
     Where the original fuses several matrices into one, the component has views of it, or copies, which may have been edited
-    since. Copies are compared by a digest that does not depend on how the values are cut into matrices.
+    since. Copies are compared by a digest that does not depend on how the values are cut into matrices. It is taken anew only
+    where a sum over a row has changed, which takes as long as to read the weights. Rows that changed places, as where heads are
+    swapped, are the one thing that it would not see.
+
+    Args:
+        component: The component.
+        original: The module inside it.
+        asked: Where a component that has copies is noted, with its original and the answer.
     """
     held = list(original.parameters())
     places = {part.untyped_storage().data_ptr() for p in held for part in stored(p)}
@@ -301,14 +321,25 @@ def _same_weights(component: nn.Module, original: nn.Module) -> bool:
         return True
     if any(p.is_meta or is_quantized(p) or p.is_inference() for p in (*copies, *held)):
         return False
-    state = [(p.data_ptr(), p._version) for p in (*copies, *held)]
-    if component not in _compared or _compared[component][0] != state:
+    state = [row_sums(p) for p in (*copies, *held)]
+    before, equal = _compared.get(component, ([], False))
+    if equal and before != state and _rows(before) == _rows(state):
+        equal = False
+    elif before != state:
         sums: dict[int, int] = {}
         for copy in copies:
             sums[copy.ndim] = sums.get(copy.ndim, 0) + _digest(copy)
         known = {(p.ndim, _digest(p)) for p in held}
-        _compared[component] = (state, all((ndim, total % 2**64) in known for ndim, total in sums.items()))
-    return _compared[component][1]
+        equal = all((ndim, total % 2**64) in known for ndim, total in sums.items())
+        _compared[component] = (state, equal)
+    if asked is not None:
+        asked.append((component, original, equal))
+    return equal
+
+
+def _rows(sums: list[bytes]) -> list[bytes]:
+    """Return the sums over rows in order of size, whichever row each is of."""
+    return sorted(one[start : start + 8] for one in sums for start in range(0, len(one), 8))
 
 
 def _digest(tensor: Tensor) -> int:

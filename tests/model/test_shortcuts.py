@@ -235,3 +235,36 @@ def test_what_is_bypassed_is_the_same_where_the_model_was_like_this_before(name:
         for place in draw.sample(range(len(states)), len(states)):
             assert bypassed(states[place]) == fresh[place]
     assert len(shortcuts_module._plans[model.original_model]) == len({tuple(sorted(state)) for state in states})
+
+
+EDITS = {
+    "in place": lambda weight: weight.mul_(1.5),
+    "in place, not counted": lambda weight: weight.data.mul_(1.5),
+    "one value, not counted": lambda weight: weight.data[2, 3].add_(3.0),
+    "rows that change places": lambda weight: weight.copy_(weight.roll(5, 0)),
+    "another tensor": lambda weight: setattr(weight, "data", weight.data * 1.5),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "phi3"])
+def test_an_edit_of_a_weight_is_heeded_by_the_next_pass(name: str, edit: str) -> None:
+    """Copies of fused weights are looked at anew, also where the memory of before is given out again and nothing counts."""
+    with tiny.quiet():
+        model = tiny.build(name)
+    tokens = tiny.some_tokens(2, 9)
+    edited = next(iter(model.blocks[0].attn.q.parameters()))
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        with shortcuts(model):
+            found = model(tokens, return_type="logits")
+        return found, model(tokens, return_type="logits")
+
+    with torch.no_grad():
+        before, _ = both()
+        for _ in range(4):
+            EDITS[edit](edited)
+            found, expected = both()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(expected, before, atol=1e-3)
+            before = expected

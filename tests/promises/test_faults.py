@@ -507,7 +507,16 @@ INSIDE = {experts.__file__, expert_layers.__file__}
 AROUND = {inspect.getfile(module) for module in (torch.utils.hooks, torch.nn.Module, HookPoint)}
 ADDING = {"add_hook", "register_forward_hook", "register_forward_pre_hook", "__init__"}
 WITH = inspect.getfile(contextlib)
-ONLY_LOOK = {"_call_impl", "_wrapped_call_impl", "__getattr__", "require_eval", "_hooked", "_same_weights", "_digest"}
+ONLY_LOOK = {
+    "_call_impl",
+    "_wrapped_call_impl",
+    "__getattr__",
+    "require_eval",
+    "_hooked",
+    "_same_weights",
+    "_digest",
+    "row_sums",
+}
 """What runs often and changes nothing, as comprehensions do. `Module.__call__`: a model that fails was looked at above."""
 
 
