@@ -3,12 +3,16 @@ r"""What can be taken of one skill at how little of each other, by every method 
     python benchmarks/fetch_models.py smollm2
     python benchmarks/frontier.py --save benchmarks/outputs/frontier.json
     python benchmarks/frontier.py --lines gated --fractions 0.6 1 --false-alarms 0.02 --save benchmarks/outputs/frontier_gated.json
+    python benchmarks/frontier.py --lines baseline --save benchmarks/outputs/frontier_baselines.json
+    python benchmarks/frontier.py --lines gated --fractions 0.6 1 --false-alarms 0.02 --seeds 0 --write 2 \
+        --save benchmarks/outputs/frontier_written.json
 
 Texts of code, mathematics and prose are cut into prompts of --prompt tokens and what follows, which is what counts. Each skill is
 forgotten in turn, and each of the two others is retained. Every method is fitted to the same documents at several strengths; a seed
 draws them. "cost" is the largest loss of another skill. Losses are relative top-1 accuracy drops on documents that nothing was
 fitted to, of all seeds, with an interval over seeds and documents. With --choose, they are a part of the documents to fit on, so
-that what is chosen there was not chosen on what is reported.
+that what is chosen there was not chosen on what is reported. With --write, the model continues some of these prompts under each
+method, fitted to the first draw: those of the skill that is forgotten.
 """
 
 import argparse
@@ -57,6 +61,7 @@ class Methods:
 
     def __init__(self, model: Any, options: argparse.Namespace) -> None:
         self.model, self.options = model, options
+        self.made: dict[tuple[str, str, int], Any] = {}
         self.lines: dict[str, tuple[Sequence[float], Callable[[Fitted, str, float, int], lu.Intervention]]] = {
             "selective-pruning": ((0.01, 0.03, 0.08), self.pruned),
             "selective-pruning, with attention": ((0.03,), self.both),
@@ -72,6 +77,17 @@ class Methods:
             self.lines[name] = options.false_alarms, partial(self.gated, fraction=fraction)
             middle = options.false_alarms[len(options.false_alarms) // 2 :][:1]
             self.lines[f"{name}, random neurons"] = middle, partial(self.gated_random, fraction=fraction)
+        of_texts = {
+            "direction-removal": (0.5, 1.0),
+            "concept-erasure": (1.0,),
+            "steering": (0.5, 1.0),
+            "rmu": (0.5, 1.0),
+            "probe-ranking": (0.03,),
+        }
+        for name, strengths in of_texts.items():
+            self.lines[f"baseline: {name}"] = strengths, partial(self.of_texts, name=name)
+        for name, words in {"direction-removal": "random direction", "rmu": "random update"}.items():
+            self.lines[f"baseline: {name}, {words}"] = (1.0,), partial(self.of_texts_random, name=name)
 
     def retained(self, fitted: Fitted, forget: str, what: str) -> list[Any]:
         """Return what was drawn of each other skill."""
@@ -130,6 +146,24 @@ class Methods:
         assert isinstance(found.inner, lu.Ablate)
         return lu.When(found.detector, lu.random_pruning(self.model, like=found.inner, seed=seed))
 
+    def of_texts(self, fitted: Fitted, forget: str, strength: float, seed: int, *, name: str) -> Any:
+        """A baseline that is fitted to the texts themselves, by its name."""
+        if (name, forget, seed) not in self.made:
+            one, other = self.retained(fitted, forget, "texts")
+            options = {"fraction": strength} if name == "probe-ranking" else {}
+            options |= {"seed": seed} if name in ("concept-erasure", "rmu", "probe-ranking") else {}
+            function = getattr(lu, name.replace("-", "_"))
+            self.made[name, forget, seed] = function(
+                self.model, fitted[forget]["texts"], one + other, progress=False, **options
+            )
+        made = self.made[name, forget, seed]
+        return made if name == "probe-ranking" else made.at(strength)
+
+    def of_texts_random(self, fitted: Fitted, forget: str, strength: float, seed: int, *, name: str) -> Any:
+        """Its control: random directions, or an update of the same singular values along random ones."""
+        found = self.of_texts(fitted, forget, strength, seed, name=name)
+        return (lu.random_delta if isinstance(found, lu.Delta) else lu.random_affine)(found, seed=seed)
+
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,6 +181,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lines", nargs="+", help="how their names begin; default all")
     parser.add_argument("--choose", action="store_true", help="measure on a part of the documents to fit on")
+    parser.add_argument("--write", type=int, default=0, help="prompts of each skill that are continued")
     parser.add_argument("--dtype", default="auto")
     args, record = begin(parser, given)
     lu.tune_allocator()
@@ -171,7 +206,7 @@ def main(given: Sequence[str] | None = None) -> None:
         moments = lu.collect(model, texts, ("mlp.pre", "mlp.post", "attn.z"), progress=False)
         keys = [lu.Site(layer, "mlp.post") for layer in args.layers]
         queries = lu.query_keys(model, many, keys, capacity=args.queries, seed=seed, progress=False)
-        return {"moments": moments, "prompted": Prompted(queries, moments)}
+        return {"texts": texts, "moments": moments, "prompted": Prompted(queries, moments)}
 
     known = {seed: {skill: drawn(skill, seed) for skill in SKILLS} for seed in args.seeds}
     base = lu.evaluate(model, test, {}, progress=False)
@@ -191,7 +226,23 @@ def main(given: Sequence[str] | None = None) -> None:
                 table.row(
                     [skill, name, f"{strength:g}", *map(percent, lost.values()), percent(lost[skill]), percent(cost)]
                 )
+    if args.write:
+        table = record.table("written", ["forgotten", "method", "end of the prompt", "text"])
+        for skill in SKILLS:
+            prompts = [
+                model.tokenizer.decode(test[skill].prompt(row), skip_special_tokens=True) for row in range(args.write)
+            ]
+            edits = {name: line(known[args.seeds[0]], skill, last, args.seeds[0]) for name, (*_, last), line in
+                     ((name, *both) for name, both in lines.items())}  # fmt: skip
+            for name, edit in {"none": None, **edits}.items():
+                texts = lu.generate(model, prompts, intervention=edit, max_new_tokens=32)
+                table.add([skill, name, *map(in_cell, (p[-60:], t))] for p, t in zip(prompts, texts, strict=True))
     record.end()
+
+
+def in_cell(text: str) -> str:
+    """Write a text as code in a cell of a table."""
+    return f"`{text}`".replace("|", "\\|").replace("\n", "\u21b5").replace("``", "` `")
 
 
 if __name__ == "__main__":
