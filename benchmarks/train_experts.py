@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,28 @@ def config_of(args: argparse.Namespace) -> transformers.MixtralConfig:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser, *, out: str, width: int, rate: float) -> None:
+    """Add what every training can be told."""
     parser.add_argument("--texts", type=Path, default=Path("../shared/data/skillmix_fit"))
-    parser.add_argument("--out", type=Path, default=Path(".models/experts"))
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--rows", type=int, default=12, help="windows of each step, in equal parts of every skill")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--columns", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--width", type=int, default=width)
+    parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+
+
+def train(args: argparse.Namespace, make: Callable[[], Any]) -> tuple[Any, Any]:
+    """Train a tokenizer and a model on windows of all skills; return both, the model in evaluation mode.
+
+    Args:
+        args: What `options` adds.
+        make: Makes the model, after the seed is set.
+    """
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     draw = random.Random(args.seed)
@@ -88,9 +95,10 @@ def main() -> None:
         ids = [token for text in draw.sample(each, len(each)) for token in (*tokenizer(text)["input_ids"], 1)]
         streams[skill] = torch.tensor(ids)
     print({skill: len(stream) for skill, stream in streams.items()}, flush=True)
-    model = transformers.MixtralForCausalLM(config_of(args))
+    model = make()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     adam = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.05)
+    model.train()
     began, each = time.monotonic(), args.rows // len(streams)
     for step in range(args.steps):
         rate = args.rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
@@ -108,8 +116,18 @@ def main() -> None:
                 f"step {step} loss {float(loss.detach()):.3f}, {(time.monotonic() - began) / (step + 1):.2f} s a step",
                 flush=True,
             )
+    return model.eval(), tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options(parser, out=".models/experts", width=128, rate=4e-3)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--columns", type=int, default=96)
+    args = parser.parse_args()
+    model, tokenizer = train(args, lambda: transformers.MixtralForCausalLM(config_of(args)))
     model.config.output_router_logits = False  # only training needs them
-    model.eval().save_pretrained(args.out)
+    model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
 
