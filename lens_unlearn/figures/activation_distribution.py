@@ -3,6 +3,7 @@
 Knows how the bins of a `Histogram` become a density that can be seen; counts nothing itself.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -68,10 +69,14 @@ def activation_distribution(
     for index, ((site, neuron), name) in enumerate(zip(wanted, names, strict=True)):
         row, column = index // columns + 1, index % columns + 1
         zoom = _zoom([(h.counts(site, neuron).numpy(), h.edges.numpy()) for h in histograms.values()])
-        for corpus, histogram in histograms.items():
+        densities = [
             _line(fig, row, column, name, corpus, histogram, site, neuron, colours[corpus], zoom, index == 0)
+            for corpus, histogram in histograms.items()
+        ]
+        ends = math.log10(min(map(min, densities))), math.log10(max(map(max, densities)))
         fig.update_xaxes(range=list(zoom), row=row, col=column)
-        fig.update_yaxes(type="log", exponentformat="power", dtick=1, row=row, col=column)
+        # Ticks of our own: plotly writes powers of ten larger than the numbers of the other axis.
+        fig.update_yaxes(type="log", **theme.log_ticks(*ends), row=row, col=column)
     for column in range(columns):
         lowest = (len(wanted) - 1 - column) // columns + 1
         fig.update_xaxes(title_text="activation", row=lowest, col=column + 1)
@@ -153,7 +158,8 @@ def _line(
     colour: str,
     zoom: tuple[float, float],
     first: bool,
-) -> None:
+) -> np.ndarray:
+    """Draw a corpus' histogram of a neuron, and return the heights of its line."""
     counts, edges = merged(histogram.counts(site, index).numpy(), histogram.edges.numpy(), zoom)
     values = density(counts, edges)
     used = counts.nonzero()[0]
@@ -177,6 +183,7 @@ def _line(
         row=row,
         col=column,
     )
+    return y
 
 
 def _zoom(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:

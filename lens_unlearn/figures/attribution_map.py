@@ -125,7 +125,7 @@ def _highest(values: np.ndarray) -> float:
 
 def _beyond(values: Mapping[Site, np.ndarray]) -> str:
     count = sum(int((np.abs(value) > _highest(value)).sum()) for value in values.values())
-    return f"{count:,} beyond −100% take the end colour" if count else ""
+    return f"beyond −100%, in the end colour: {count:,}" if count else ""
 
 
 def _cells(

@@ -113,9 +113,9 @@ class _Scale:
         beyond = int((np.abs(all_values) > limit).sum())
         unknown = int(np.isnan(all_values).sum())
         notes = ["+1 is twice, −1 half"] if log else []
-        notes += [f"{beyond:,} beyond ±{limit:.3g} take the end colours" if signed and beyond else ""]
-        notes += [f"{beyond:,} above {limit:.3g} take the end colour" if not signed and beyond else ""]
-        notes += [f"{unknown:,} NaN are left blank" if unknown else ""]
+        notes += [f"beyond ±{limit:.3g}, in the end colours: {beyond:,}" if signed and beyond else ""]
+        notes += [f"above {limit:.3g}, in the end colour: {beyond:,}" if not signed and beyond else ""]
+        notes += [f"left blank: {unknown:,} NaN" if unknown else ""]
         return cls(log, low, limit, " · ".join(note for note in notes if note))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:

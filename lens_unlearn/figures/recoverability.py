@@ -78,10 +78,12 @@ def recoverability(
         fig.update_yaxes(title_text=words)
         height = 420
     reference = "" if found.has_reference else "no reference; "
+    dotted = "; dotted: random control" if any(Condition.parse(name).control for name in shown) else ""
+    head = f"{record.words[:1].upper()}{record.words[1:]}"
     return theme.finish(
         fig,
-        title or f"Is it gone? {record.words}, {'layer by layer' if record.over == 'layer' else 'step by step'}",
-        f"{record.asks} {reference}bands: 95% intervals over facts; dotted: random control",
+        title or f"Is it gone? {head}, {'layer by layer' if record.over == 'layer' else 'step by step'}",
+        f"{record.asks} {reference}bands: 95% intervals over facts{dotted}",
         about=theme.about_audit(found.provenance),
         height=height,
         provenance={key: found.provenance[key] for key in ("model", "facts", "reference") if key in found.provenance},

@@ -69,6 +69,7 @@ def relearning(
         ticktext=[f"{t:,}" for t in ticks],
     )
     fig.update_yaxes(title_text="accuracy (share of tokens recalled)", tickformat="~%", range=[0, 1.04])
+    dotted = "; grey and dotted: random control" if any(one.control for one in parsed.values()) else ""
     first = next(iter(runs.values())).provenance
     settings = first.get("relearning", {})
     about = [f"model {theme.short(first['model'])}"] if first.get("model") else []
@@ -79,7 +80,7 @@ def relearning(
     return theme.finish(
         fig,
         title or f"Relearning by fine-tuning: {corpus}",
-        "accuracy: share of tokens that are the single most probable one; bands: 95% intervals over documents; dotted: control",
+        f"accuracy: share of tokens that are the single most probable one; bands: 95% intervals over documents{dotted}",
         about=" · ".join(about),
         provenance={key: first[key] for key in ("model", "relearning") if key in first},
         name="relearning",

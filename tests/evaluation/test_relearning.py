@@ -508,6 +508,7 @@ def test_the_figure_shows_a_line_for_each_method() -> None:
     assert "model tiny" in text
     assert "1,234 tokens" in text
     assert "/home" not in text
+    assert "control" not in text, "there is none: dotted is the line of before"
     assert len(theme.traces(plot.relearning({"a": FAST}))) == 1
     ours = drawn(some_curves(0, 0.4))
     fig = plot.relearning({"b": FAST, "a": ours, "a:control": drawn(some_curves(1, 0.2))})
@@ -517,6 +518,7 @@ def test_the_figure_shows_a_line_for_each_method() -> None:
     assert (lines["a:control"].line.color, lines["a:control"].line.dash) == (theme.CONTROL, "dot")
     assert (lines["b"].line.color, lines["a"].line.color) == (theme.METHODS[0], theme.METHODS[1])
     assert list(bands) == ["a:control", "a"], "without intervals there is no band"
+    assert "grey and dotted: random control" in fig.layout.meta["lens_unlearn"]["subtitle"]
     low, high = ours.measures["forget", 4].interval()
     assert (bands["a"].y[1], bands["a"].y[-2]) == (high, low)
     assert f"[{low:.1%}, {high:.1%}]" in lines["a"].hovertext[1]

@@ -126,6 +126,11 @@ def test_an_audit_s_figures_show_conditions_by_attacks_and_layers_from_the_botto
     assert {line["line"]["color"] for line in lines if "control" in line["name"] or line["name"] == "reference"} == {
         theme.CONTROL
     }
+    title = figures["recoverability"].layout.title.text
+    assert title.startswith("Is it gone? Patching, layer by layer<br>")
+    assert "dotted: random control" in title
+    alone = lu.plot.recoverability(audited(), conditions=["base", "hides"]).layout.title.text
+    assert "dotted" not in alone, "there is no control"
     bands = [t for t in data(figures["recoverability"])["data"] if t.get("fill") == "toself"]
     assert len(bands) == len(lines)
     cells = array(data(figures["audit"])["data"][0]["z"])
@@ -383,6 +388,15 @@ def test_joined_bins_keep_every_token_and_zero_as_an_edge():
     assert len(drawn.x) == len(drawn.y) == len(drawn.customdata)
     assert np.isfinite(drawn.y).all()
     assert min(drawn.y) > 0
+
+
+def test_the_logarithmic_axis_of_densities_has_the_ticks_of_the_theme():
+    fig = lu.plot.activation_distribution({"forget": histogram(), "retain": histogram(1)}, NEURONS)
+    for axis, lines in ((fig.layout.yaxis, fig.data[:2]), (fig.layout.yaxis2, fig.data[2:])):
+        low, high = min(min(line.y) for line in lines), max(max(line.y) for line in lines)
+        assert axis.type == "log"
+        assert [tick for tick in axis.tickvals if low <= tick <= high]
+        assert not [text for text in axis.ticktext if "sup" in text], "plotly writes powers larger than other numbers"
 
 
 def test_overlap_is_jaccard():
