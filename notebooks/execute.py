@@ -31,6 +31,8 @@ LIVE = ("application/vnd.jupyter.widget-view+json", "application/javascript")
 """Outputs that say nothing once the kernel is gone."""
 MOST_OUTPUT, MOST_NOTEBOOK = 1_000_000, 5_000_000
 """Bytes."""
+NO_INTERVAL = ("too few documents for an interval", "[nan")
+"""How a number says that it has no interval: a notebook measures on enough documents that each has one."""
 WIDTH, HEIGHT = 900, 480
 """Of a figure that does not set its own."""
 ROOTS = ("home", "root", "Users", "tmp", "private", "mnt")
@@ -153,6 +155,8 @@ def _faults(output: NotebookNode) -> Iterator[str]:
     if size > MOST_OUTPUT:
         yield f"an output of {size:,} bytes, above {MOST_OUTPUT:,}"
     text = json.dumps({**output, "data": {kind: content for kind, content in data.items() if kind != PNG}})
+    if any(words in text for words in NO_INTERVAL):
+        yield "a number without an interval: measure on more documents"
     for path in machine_paths():
         at = re.search(r"(?<![\w.+/])" + re.escape(json.dumps(path)[1:-1]), text)
         if at:

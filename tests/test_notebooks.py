@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 
 import lens_unlearn as lu
@@ -23,6 +25,10 @@ BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/lens-unlearn/lens_unlearn/blob/main/notebooks/{})"
 )
+NOT_DRAWN = {
+    "expert_load": "the demo model has no experts; docs/results.md shows the loads of a model that was trained for that",
+}
+"""Figures that no notebook draws, and why."""
 HOMES = {"lu": lu, "lens_unlearn": lu}
 """What prose and code call the package."""
 
@@ -108,6 +114,18 @@ def test_prose_and_code_name_what_exists(notebook: Any) -> None:
     assert [name for name in map(missing, sorted(set(named))) if name] == []
 
 
+def test_every_figure_is_drawn_in_a_notebook() -> None:
+    """The gallery shows what notebooks draw; figures of texts are HTML, and are on the notebooks' pages alone."""
+    source = "\n".join("\n".join(code_of(nbformat.read(path, as_version=4))) for path in NOTEBOOKS)
+    drawn = set(re.findall(r"\blu\.plot\.(\w+)\(", source))
+    figures = {
+        name
+        for name in lu.plot.__all__
+        if issubclass(inspect.signature(getattr(lu.plot, name)).return_annotation, go.Figure)
+    }
+    assert figures - drawn == set(NOT_DRAWN)
+
+
 def test_links_between_notebooks_and_docs_lead_somewhere(path: Path, notebook: Any) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", prose_of(notebook))
     # Notebooks and pages that are still being written are checked by the strict build of the documentation.
@@ -156,6 +174,14 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a long output": (lambda: shown(text__plain="a" * 1_000_001), "above 1,000,000"),
     "somebody's home": (lambda: shown(text__plain="saved to '/home/ada/no-python.safetensors'"), "a path of a machine"),
     "this machine": (lambda: shown(text__html=f"<p>{FOLDER}</p>"), "a path of a machine"),
+    "a table without intervals": (
+        lambda: shown(text__html="<td>0.444 [too few documents for an interval (9)]</td>"),
+        "without an interval",
+    ),
+    "bounds that are no numbers": (
+        lambda: {"output_type": "stream", "name": "stdout", "text": "0.5% lost [nan%, nan%]\n"},
+        "without an interval",
+    ),
     "a path in a figure": (
         lambda: plotly(**{"image/png": "iVBO", "text/html": f"{Path.home()}/model"}),
         "a path of a machine",

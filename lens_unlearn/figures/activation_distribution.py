@@ -62,7 +62,7 @@ def activation_distribution(
         rows,
         columns,
         subplot_titles=names,
-        horizontal_spacing=0.2 / columns,
+        horizontal_spacing=0.24 / columns,
         vertical_spacing=min(0.34 / rows, 1 / rows - 0.01),
     )
     colours = theme.corpus_colours(list(histograms), forget, retain)
