@@ -162,7 +162,7 @@ class Methods:
     def of_texts_random(self, fitted: Fitted, forget: str, strength: float, seed: int, *, name: str) -> Any:
         """Its control: random directions, or an update of the same singular values along random ones."""
         found = self.of_texts(fitted, forget, strength, seed, name=name)
-        return (lu.random_delta if isinstance(found, lu.Delta) else lu.random_affine)(found, seed=seed)
+        return lu.random_delta(found, seed=seed) if isinstance(found, lu.Delta) else lu.random_affine(found, seed=seed)
 
 
 def main(given: Sequence[str] | None = None) -> None:
