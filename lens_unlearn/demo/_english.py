@@ -13,9 +13,10 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from lens_unlearn.demo._split import split_of, up_to
-from lens_unlearn.demo._stdlib import NO_PROSE_FOLDERS, Module, modules, parse
+from lens_unlearn.demo._stdlib import NO_PROSE_FOLDERS, Module, modules, parse, statements
 
-LONGEST = 1200
+SHORTEST, LONGEST = 60, 1200
+"""Characters of a sentence, and of a document."""
 MARKUP = (
     (re.compile(r":[a-z:]+:`~?([^`<]+)(?:<[^`>]*>)?`"), r"\1"),
     (re.compile(r"`+"), ""),
@@ -50,6 +51,8 @@ def paragraphs(text: str) -> list[str]:
     sentences = []
     for block in re.split(r"\n[ \t]*\n", text):
         line = " ".join(block.split())
+        if len(line) < SHORTEST:  # most are; without markup it is no longer
+            continue
         for pattern, replacement in MARKUP:
             line = pattern.sub(replacement, line)
         if is_prose(line):
@@ -59,7 +62,7 @@ def paragraphs(text: str) -> list[str]:
 
 def is_prose(line: str) -> bool:
     """Say whether a line reads as sentences rather than as code, a table or a heading."""
-    if len(line) < 60 or line[-1] not in ".?!:" or not line[0].isupper() or CODE.search(line):
+    if len(line) < SHORTEST or line[-1] not in ".?!:" or not line[0].isupper() or CODE.search(line):
         return False
     words = [word.strip(".,;:?!()'\"") for word in line.split()]
     plain = sum(bool(WORD.fullmatch(word[:1].lower() + word[1:])) for word in words)
@@ -109,7 +112,7 @@ def _module_texts(module: Module) -> Iterator[str]:
         tree = parse(source)
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield ast.get_docstring(node) or ""
     yield "\n".join(_comments(source))

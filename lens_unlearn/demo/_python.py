@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from lens_unlearn.demo._split import up_to
-from lens_unlearn.demo._stdlib import NO_CODE_FOLDERS, Module, modules, parse
+from lens_unlearn.demo._stdlib import NO_CODE_FOLDERS, Module, modules, parse, statements
 
 SHORTEST, LONGEST = 200, 1500
 
@@ -95,7 +95,7 @@ def _blocks(code: str) -> Iterator[str]:
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[ast.Expr, bool]]:
     """Yield each docstring, with whether it is the only statement of its body."""
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
             if (

@@ -7,6 +7,7 @@ import fnmatch
 import os
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +74,22 @@ def parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
+
+
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield what holds statements, and the statements, in the order of `ast.walk`, which looks into every expression as well."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in node._fields:
+            inside = getattr(node, name, None)
+            if (
+                isinstance(inside, list)
+                and inside
+                and isinstance(inside[0], (ast.stmt, ast.excepthandler, ast.match_case))
+            ):
+                waiting.extend(inside)
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
