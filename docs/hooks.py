@@ -118,7 +118,7 @@ def gallery(pages: dict[str, Page]) -> str:
     lines = [
         "# Gallery",
         "",
-        "Every figure that the notebooks draw, on the embedded demo model and, in the last, on SmolLM2. A picture leads to its place.",
+        "Every figure that the notebooks draw, on the demo model and, in the last, on SmolLM2. A picture leads to its place.",
         "",
     ]
     if not any(page.pictures for page in pages.values()):
