@@ -334,7 +334,7 @@ def test_attention_sinks_are_left_out_where_that_is_asked_for_and_it_is_recorded
             1,
             "skip_sinks=1.0 times the usual norm makes sinks of usual positions: give a number above 1",
         ),
-        ("key-space-detection", 3, "--set skip_sinks: no method of this run has such an option"),
+        ("key-space-detection", 3, "the setting 'skip_sinks': no method of this run has such an option"),
     ):
         given = ["--method", method, "--skip-sinks", ratio]
         assert call(*run_arguments(model_dir, texts, tmp_path / "refused"), *given) == 2

@@ -85,7 +85,7 @@ class BenchPlan:
         for key in self.settings:
             owner, _, option = key.rpartition(".")
             if not any(option in option_names(name) and owner in ("", name) for name in self.methods):
-                raise LensUnlearnError(f"--set {key}: no method of this run has such an option")
+                raise LensUnlearnError(f"the setting {key!r}: no method of this run has such an option")
         for name in self.methods:
             methods.by_name(name).require(self.method_options(name))
         check_reference(self.reference)

@@ -195,7 +195,7 @@ def test_memory_is_an_option_with_a_name_of_its_own(planned: list[Plan], tmp_pat
     ("method", "memory", "refusal"),
     [
         ("simu", "little", "memory='little' is not known: choose from default, low"),
-        ("selective-pruning", "low", "--set memory: no method of this run has such an option"),
+        ("selective-pruning", "low", "the setting 'memory': no method of this run has such an option"),
     ],
 )
 def test_a_memory_that_is_none_is_refused(
