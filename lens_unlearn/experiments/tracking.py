@@ -102,14 +102,17 @@ def _as_code(text: str) -> str:
 
 
 def numbers(report: Report) -> dict[str, float]:
-    """Return the tidy table as trackers take it: one number by "condition/corpus/metric", and its interval's ends."""
+    """Return the tidy table as trackers take it: one number by "condition/corpus/metric", and its interval's ends.
+
+    These are "condition/corpus/metric.low" and so on: mlflow's files are a folder for each part of a name, and none can be both.
+    """
     logged: dict[str, float] = {}
     for row in report.to_frame().to_dict("records"):
         parts = (row.get("forgotten", ""), row["condition"], row.get("corpus", row.get("measured", "")), row["metric"])
         name = "/".join(re.sub(r"[^\w.\- ]", "_", str(part)) for part in parts if part)
         for column in NUMBERS:
             if math.isfinite(row[column]):
-                logged[name if column == "value" else f"{name}/{column}"] = float(row[column])
+                logged[name if column == "value" else f"{name}.{column}"] = float(row[column])
     return logged
 
 

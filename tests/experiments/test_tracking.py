@@ -83,8 +83,10 @@ def test_the_table_the_settings_and_the_page_are_logged(name: str, report: Repor
     [kept] = last
     assert kept.made["run_name"] == "one"
     assert kept.seen["numbers"]["base/forget/top1"] == 0.5
-    assert kept.seen["numbers"]["edit_control/for_get/top1/low"] == report["base", "forget", "top1"].interval()[0]
-    assert kept.seen["numbers"]["edit/forget/top1/difference"] == 0.0
+    assert kept.seen["numbers"]["edit_control/for_get/top1.low"] == report["base", "forget", "top1"].interval()[0]
+    assert kept.seen["numbers"]["edit/forget/top1.difference"] == 0.0
+    names = set(kept.seen["numbers"])
+    assert not [name for name in names if any(other.startswith(f"{name}/") for other in names)], "a file or a folder"
     assert not any(np.isnan(value) for value in kept.seen["numbers"].values())
     settings = kept.seen["settings"]
     assert (settings["tokens"], settings["settings"], settings["model"]) == (5, '{"fraction": 0.1}', "demo")
