@@ -147,11 +147,15 @@ class Plan:
     def _check_setting(self, key: str) -> None:
         method, _, option = key.rpartition(".")
         if method and method not in self.methods:
-            raise LensUnlearnError(f"the setting {key!r}: {method!r} is not a method of this run ({', '.join(self.methods)})")
+            raise LensUnlearnError(
+                f"the setting {key!r}: {method!r} is not a method of this run ({', '.join(self.methods)})"
+            )
         known = {name: option_names(name) for name in ([method] if method else self.methods)}
         if not any(option in names for names in known.values()):
             choices = ", ".join(sorted({name for names in known.values() for name in names}))
-            raise LensUnlearnError(f"the setting {key!r}: no method of this run has such an option: choose from {choices}")
+            raise LensUnlearnError(
+                f"the setting {key!r}: no method of this run has such an option: choose from {choices}"
+            )
 
     @property
     def protocol(self) -> str:
