@@ -1,6 +1,5 @@
 """Gradients of blocks that are run twice, and beside frozen weights, are those of a plain pass that keeps everything."""
 
-import gc
 import weakref
 from typing import Any
 
@@ -65,7 +64,6 @@ def kept(batch: Batch, model: Any, trained: list[Tensor], **options: Any) -> tup
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = predict(model, batch, **options).nll().mean()
-    gc.collect()
     storages = {saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in held}
     numbers = sum(size // 4 for address, size in storages.items() if address not in weights)
     return list(torch.autograd.grad(loss, trained)), numbers
