@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with python3 and make:
 #   make demo    the embedded model, every method and its control, one report
-#   make test    the test suite; `make test-tl3` runs it again on TransformerLens 3.9
+#   make test    the test suite; `make test-tl3` runs it again on TransformerLens 3.9, `make test-long` what takes long
 # `make real` fetches small pretrained models and tests on them; `make families` checks every decoder family.
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +9,16 @@ READY := $(VENV)/.ready
 VENV3 := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 families real real-smollm2 lint types docs notebooks check clean
+.PHONY: demo test test-long test-tl3 families real real-smollm2 lint types docs notebooks check clean
 
 demo: $(READY)
 	$(BIN)/lens-unlearn demo --out demo-report --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -n auto -m long tests
 
 test-tl3: $(READY3)
 	$(VENV3)/bin/python -m pytest -n auto

@@ -49,7 +49,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == "gpu" else n for n in PRINTED])
 @pytest.mark.changes_random_state
 # Two steps attribute next to nothing where a norm follows the MLP, as in Gemma 2, and that is said.
 @pytest.mark.filterwarnings("ignore:less than 10% of what")

@@ -92,6 +92,7 @@ def run_arguments(model_dir: Path, tmp_path: Path, out: Path) -> list[object]:
     return ["run", "--model", model_dir, *sources, *methods, *options, "--out", out]
 
 
+@pytest.mark.long
 def test_two_processes_write_once_what_one_would_also_after_one_of_them_died(model_dir: Path, tmp_path: Path) -> None:
     """One kills itself at the third gathering: when some of the work is done and stored; then both go on."""
     out = tmp_path / "2"

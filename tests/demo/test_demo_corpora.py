@@ -29,11 +29,15 @@ Record = dict[str, object]
 records = lru_cache(maxsize=None)(corpus)
 
 
+LONG = {name: pytest.param(name, marks=pytest.mark.long) for name in ("python", "english")}
+"""For whose train split the whole standard library is read."""
+
+
 def texts(name: str, split: str) -> list[str]:
     return [str(record["text"]) for record in records(name, split)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [LONG.get(name, name) for name in NAMES])
 def test_every_record_has_a_text_and_a_source(name: str) -> None:
     for split in SPLITS:
         assert records(name, split)
@@ -56,19 +60,20 @@ def test_texts_do_not_depend_on_the_process(seed: str) -> None:
     assert done.stdout.split()[-1] == hashlib.sha256(own.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["python", "english", "arithmetic", "esperanto"])
+@pytest.mark.parametrize("name", [*LONG.values(), "arithmetic", "esperanto"])
 def test_no_document_is_in_two_splits_or_twice_in_one(name: str) -> None:
     counts = Counter(text for split in SPLITS for text in texts(name, split))
     assert max(counts.values()) == 1
 
 
-@pytest.mark.parametrize("name", ["python", "english"])
+@pytest.mark.parametrize("name", LONG.values())
 def test_no_module_is_in_two_splits(name: str) -> None:
     sources = [{record["source"] for record in records(name, split)} for split in SPLITS]
     for first, second in combinations(sources, 2):
         assert not first & second
 
 
+@pytest.mark.long
 def test_a_module_is_in_the_same_split_as_code_and_as_prose() -> None:
     for split in SPLITS:
         code = {record["source"] for record in records("python", split)}
@@ -77,6 +82,7 @@ def test_a_module_is_in_the_same_split_as_code_and_as_prose() -> None:
                 assert not code & {record["source"] for record in records("english", other)}
 
 
+@pytest.mark.long
 def test_no_line_of_prose_is_in_two_splits() -> None:
     lines = [{line for text in texts("english", split) for line in text.split("\n")} for split in SPLITS]
     for first, second in combinations(lines, 2):
@@ -174,10 +180,10 @@ x = first([1, 2, 3, 4, 5, 6, 7, 8, 9]) + second([1, 2, 3, 4, 5, 6, 7, 8, 9])
 @pytest.mark.parametrize(
     ("name", "split", "characters"),
     [
-        ("python", "train", 1_000_000),
+        pytest.param("python", "train", 1_000_000, marks=pytest.mark.long),
         ("python", "dev", 30_000),
         ("python", "test", 30_000),
-        ("english", "train", 300_000),
+        pytest.param("english", "train", 300_000, marks=pytest.mark.long),
         ("english", "dev", 20_000),
         ("english", "test", 20_000),
         ("esperanto", "train", 500_000),
@@ -199,6 +205,7 @@ def test_groups_of_persons() -> None:
     assert not persons["facts_holdout"] & persons["facts"]
 
 
+@pytest.mark.long
 def test_persons_held_out_are_in_no_training_text() -> None:
     for group in ("facts_holdout", "facts_forget"):
         families = {str(record["person"]).split()[-1] for record in records(group, "train")}

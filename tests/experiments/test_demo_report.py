@@ -33,6 +33,7 @@ def test_the_demo_model_knows_its_skills() -> None:
     assert right >= 25
 
 
+@pytest.mark.long
 def test_the_showcase_shows_both_directions_with_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_report, "SKILLS", ("python", "english", "facts"))
     monkeypatch.setattr(demo_report, "STEPS", 24)

@@ -589,6 +589,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         simu(model, FORGET, RETAIN, **QUICK)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the weights are not in this checkout")
 def test_the_demo_model_forgets_persons_by_default_and_keeps_its_skills() -> None:
     """Persons in no loss too; the model that never saw the forgotten ones predicts .76 of their answers' tokens."""
