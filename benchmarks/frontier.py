@@ -4,15 +4,15 @@ r"""What can be taken of one skill at how little of each other, by every method 
     python benchmarks/frontier.py --save benchmarks/outputs/frontier.json
     python benchmarks/frontier.py --lines gated --fractions 0.6 1 --false-alarms 0.02 --save benchmarks/outputs/frontier_gated.json
     python benchmarks/frontier.py --lines baseline --save benchmarks/outputs/frontier_baselines.json
-    python benchmarks/frontier.py --lines gated --fractions 0.6 1 --false-alarms 0.02 --seeds 0 --write 2 \
-        --save benchmarks/outputs/frontier_written.json
+    python benchmarks/frontier.py --lines "gated-pruning, 100%" "baseline: rmu" --fractions 1 --false-alarms 0.02 --seeds 0 \
+        --write 2 --also authors=../shared/data/tofu/retain90.jsonl:question>answer --save benchmarks/outputs/frontier_written.json
 
 Texts of code, mathematics and prose are cut into prompts of --prompt tokens and what follows, which is what counts. Each skill is
 forgotten in turn, and each of the two others is retained. Every method is fitted to the same documents at several strengths; a seed
 draws them. "cost" is the largest loss of another skill. Losses are relative top-1 accuracy drops on documents that nothing was
 fitted to, of all seeds, with an interval over seeds and documents. With --choose, they are a part of the documents to fit on, so
-that what is chosen there was not chosen on what is reported. With --write, the model continues some of these prompts under each
-method, fitted to the first draw: those of the skill that is forgotten.
+that what is chosen there was not chosen on what is reported. What --also names is measured as well, and nobody retains it. With
+--write, the model continues some of these prompts under each method, fitted to the first draw: those of the skill that is forgotten.
 """
 
 import argparse
@@ -181,6 +181,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lines", nargs="+", help="how their names begin; default all")
     parser.add_argument("--choose", action="store_true", help="measure on a part of the documents to fit on")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=SOURCE", help="measured, not retained")
     parser.add_argument("--write", type=int, default=0, help="prompts of each skill that are continued")
     parser.add_argument("--dtype", default="auto")
     args, record = begin(parser, given)
@@ -208,11 +209,14 @@ def main(given: Sequence[str] | None = None) -> None:
         queries = lu.query_keys(model, many, keys, capacity=args.queries, seed=seed, progress=False)
         return {"texts": texts, "moments": moments, "prompted": Prompted(queries, moments)}
 
+    for name, _, source in (text.partition("=") for text in args.also):
+        whole = lu.read_corpus(source, model, tokens=10**6, window=args.window, name=name)
+        test[name] = whole.sample(args.test_tokens, units=36)
     known = {seed: {skill: drawn(skill, seed) for skill in SKILLS} for seed in args.seeds}
     base = lu.evaluate(model, test, {}, progress=False)
     texts = ([s, c.n_documents, c.n_tokens, percent(base["base", s, "top1"])] for s, c in test.items())
     record.table("base", ["skill", "documents", "tokens", "top-1"], texts)
-    heads = ["forgotten", "method", "strength", *(f"{skill} lost" for skill in SKILLS), "forgotten of it", "cost"]
+    heads = ["forgotten", "method", "strength", *(f"{skill} lost" for skill in test), "forgotten of it", "cost"]
     table = record.table("frontier", heads, left := record.left("frontier"))
     for skill in SKILLS:
         for name, (strengths, line) in lines.items():
@@ -221,7 +225,7 @@ def main(given: Sequence[str] | None = None) -> None:
                     continue
                 edits = [line(known[seed], skill, strength, seed) for seed in args.seeds]
                 report = lu.evaluate(model, test, {"edit": edits}, base=base, progress=False)
-                lost = {other: report.drop("edit", other) for other in SKILLS}
+                lost = {other: report.drop("edit", other) for other in test}
                 cost = max((lost[other] for other in SKILLS if other != skill), key=lambda drop: drop.value)
                 table.row(
                     [skill, name, f"{strength:g}", *map(percent, lost.values()), percent(lost[skill]), percent(cost)]
