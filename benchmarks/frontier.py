@@ -12,7 +12,7 @@ forgotten in turn, and each of the two others is retained. Every method is fitte
 draws them. "cost" is the largest loss of another skill. Losses are relative top-1 accuracy drops on documents that nothing was
 fitted to, of all seeds, with an interval over seeds and documents. With --choose, they are a part of the documents to fit on, so
 that what is chosen there was not chosen on what is reported. What --also names is measured as well, and nobody retains it. With
---write, the model continues some of these prompts under each method, fitted to the first draw: those of the skill that is forgotten.
+--write, the model continues some prompts of the skill that is forgotten, under each method as fitted to the first draw.
 """
 
 import argparse
