@@ -87,7 +87,7 @@ def _blocks(code: str) -> Iterator[str]:
             first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
             starts.append(first - 1)
             starts.append(node.end_lineno or first)
-    lines = code.splitlines(keepends=True)
+    lines = _lines(code)
     bounds = sorted({*starts, len(lines)})
     for begin, end in zip(bounds[:-1], bounds[1:]):
         yield "".join(lines[begin:end])
@@ -117,8 +117,13 @@ def _without_nodes(code: str, nodes: list[tuple[ast.Expr, bool]]) -> str:
     return b"".join(lines).decode()
 
 
+def _lines(text: str) -> list[str]:
+    """Return the lines that the tokenizer and the syntax tree count, for which a form feed ends none."""
+    return io.StringIO(text).readlines()
+
+
 def _without_comments(source: str) -> str:
-    lines = source.splitlines(keepends=True)
+    lines = _lines(source)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

@@ -139,6 +139,7 @@ def test_code_has_neither_docstrings_nor_comments_and_still_parses() -> None:
         ('class É:\n    "é"; x = 2\n', None),
         ('def f():\n    "one"\n    "two"\n    return 3\n', "def f():\n    return 3\n"),
         ("def f(:\n", None),
+        ("x = 1\n\x0c\n# first\ndef f():\n    return x  # last\n", "x = 1\n\x0c\ndef f():\n    return x\n"),
     ],
 )
 def test_words_are_removed_without_breaking_code(source: str, code: str | None) -> None:
