@@ -23,7 +23,11 @@ from lens_unlearn.reports.summary_table import of_run
 
 IMAGES = Path(__file__).parent / "images"
 OUTPUTS = Path(__file__).parents[1] / "benchmarks" / "outputs"
-FRONTIER = ("frontier.json", "frontier_gated.json")
+FRONTIER = {
+    "methods, and LAPE": ("frontier.json", "frontier_gated.json"),
+    "other baselines": ("frontier_baselines.json",),
+}
+"""By row of the picture, the stored outputs of what is in it."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PLAN = Plan(
     "demo",
@@ -63,36 +67,51 @@ def specialization_map(path: Path) -> None:
 
 
 def frontier(path: Path) -> None:
-    """Draw what each method forgets against what it costs, a panel for each skill that is forgotten, from the stored outputs."""
-    rows = [row for name in FRONTIER for row in json.loads((OUTPUTS / name).read_text())["tables"]["frontier"]["rows"]]
-    rows = [
-        row for row in rows if row[1] != "gated-pruning, 100% of the neurons, random neurons"
-    ]  # all of them, as without
-    skills, methods = (list(dict.fromkeys(row[place] for row in rows)) for place in (0, 1))
-    fig = make_subplots(1, len(skills), subplot_titles=[f"{skill} forgotten" for skill in skills], shared_yaxes=True)
-    for column, skill in enumerate(skills, 1):
-        fig.add_shape(
-            type="rect", x0=-1, x1=2, y0=60, y1=100, row=1, col=column, line_width=0, fillcolor="rgba(63,158,99,.18)"
-        )
-        for number, method in enumerate(methods):
-            points = [row for row in rows if row[:2] == [skill, method]]
-            cost, lost = ([float(row[place].split("%")[0]) for row in points] for place in (-1, -2))
-            random = "random" in method
-            colour = theme.CONTROL if random else (*theme.METHODS, *theme.OTHERS)[number % 12]
-            fig.add_scatter(
-                x=cost, y=lost, name=method, legendgroup=method, showlegend=column == 1, mode="lines+markers", row=1, col=column,
-                marker={"symbol": "x" if random else theme.SYMBOLS[number % 5], "size": 9, "color": colour},
-            )  # fmt: skip
-        fig.update_xaxes(title="lost by the worst other skill, %", range=[-1, 20], row=1, col=column)
-    fig.update_yaxes(title="lost by the forgotten skill, %", range=[-2, 102], row=1, col=1)
+    """Draw what each method forgets against what it costs, from the stored outputs: a column for each skill that is forgotten."""
+    groups = {
+        group: [row for name in names for row in json.loads((OUTPUTS / name).read_text())["tables"]["frontier"]["rows"]]
+        for group, names in FRONTIER.items()
+    }
+    skills = list(dict.fromkeys(row[0] for rows in groups.values() for row in rows))
+    titles = [f"{skill} forgotten" for skill in skills] + [""] * len(skills) * (len(groups) - 1)
+    fig = make_subplots(
+        len(groups), len(skills), subplot_titles=titles, shared_yaxes=True, shared_xaxes=True, vertical_spacing=0.04,
+        row_titles=list(groups),
+    )  # fmt: skip
+    for line, rows in enumerate(groups.values(), 1):
+        methods = list(dict.fromkeys(row[1] for row in rows))
+        methods.remove("gated-pruning, 100% of the neurons, random neurons") if line == 1 else None  # all, as without
+        for column, skill in enumerate(skills, 1):
+            place = {"row": line, "col": column}
+            fig.add_shape(
+                type="rect", x0=-1, x1=2, y0=60, y1=100, **place, line_width=0, fillcolor="rgba(63,158,99,.18)"
+            )
+            for number, method in enumerate(methods):
+                points = [row for row in rows if row[:2] == [skill, method]]
+                cost, lost = ([float(row[place].split("%")[0]) for row in points] for place in (-1, -2))
+                random = "random" in method
+                colour = theme.CONTROL if random else (*theme.METHODS, *theme.OTHERS)[number % 12]
+                fig.add_scatter(
+                    x=cost, y=lost, name=method.removeprefix("baseline: "), legendgroup=method, showlegend=column == 1,
+                    legend="legend" if line == 1 else "legend2", mode="lines+markers", **place,
+                    marker={"symbol": "x" if random else theme.SYMBOLS[number % 5], "size": 9, "color": colour},
+                )  # fmt: skip
+            fig.update_xaxes(range=[-1, 20], **place)
+            if line == len(groups):
+                fig.update_xaxes(title="lost by the worst other skill, %", **place)
+        fig.update_yaxes(title="lost by the forgotten, %", range=[-2, 102], row=line, col=1)
     layout = {
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "template": theme.template(),
         "width": 1100,
-        "height": 560,
+        "height": 960,
     }
-    fig.update_layout(**layout, legend={"orientation": "h", "y": -0.2}, margin={"t": 50, "b": 40})
+    legends = {
+        "legend": {"orientation": "h", "y": -0.08, "title": "above: "},
+        "legend2": {"orientation": "h", "y": -0.3, "title": "below: "},
+    }
+    fig.update_layout(**layout, **legends, margin={"t": 50, "b": 40})
     fig.write_image(path, scale=2)
 
 
