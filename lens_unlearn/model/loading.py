@@ -24,7 +24,7 @@ from lens_unlearn.model.dictionary_files import load_dictionary
 from lens_unlearn.model.dtypes import AUTO, dtype_of, has_fast_bfloat16, stored_dtype
 from lens_unlearn.model.feature_points import dictionaries_at, require_dictionaries
 from lens_unlearn.model.gguf import read_gguf
-from lens_unlearn.model.host import Model, boot, is_wrapped, processing, require_model, row_sums, stored
+from lens_unlearn.model.host import Model, bit_sums, boot, is_wrapped, processing, require_model, stored
 from lens_unlearn.model.special_tokens import adds_bos_itself
 
 __all__ = ["as_in_file", "fingerprint", "load_model", "model_entry", "model_name", "require_model_of"]
@@ -368,7 +368,7 @@ def as_in_file(path: str | os.PathLike[str], theirs: Any, ours: Mapping[str, Any
 # blocks with different values have the same number with a probability of 2^-33 or less. That is against accidents, not against
 # whoever looks for two such blocks.
 #
-# A weight's digest is not taken again while its memory, shape, version and the sums over its rows are the same: the sums find what
+# A weight's digest is not taken again while its memory, shape, version and the sums over its bits are the same: the sums find what
 # goes round PyTorch's count of changes (`weight.data`, a NumPy view of the memory), in the time in which memory is read.
 # Offloaded weights are read every time.
 
@@ -420,7 +420,7 @@ def _state_of(weight: Tensor) -> tuple[Any, ...]:
     if (parts := stored(weight))[0] is not weight:
         return tuple(state for part in parts for state in _state_of(part))
     where = (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
-    return (*where, weight._version, row_sums(weight))
+    return (*where, weight._version, bit_sums(weight))
 
 
 def _read_bits(weight: Tensor, module: Any, name: str) -> bytes:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix, uniform
 from lens_unlearn.model.hooks import Remover, backbone, detach_all, one_thread, register, resting
-from lens_unlearn.model.host import Model, row_sums, stored
+from lens_unlearn.model.host import Model, bit_sums, stored
 from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["norms", "on_residual", "residual_scale", "sinks_of"]
@@ -92,8 +92,8 @@ def residual_scale(model: Model) -> tuple[float, ...]:
 
     It is of the model without interventions, measured once for the same weights.
     """
-    state = [row_sums(p) for held in model.parameters() for p in stored(held) if not p.is_meta]
-    state.append(bytes(bool(getattr(model, "compatibility_mode", False))))
+    state = [bit_sums(p) for held in model.parameters() for p in stored(held) if not p.is_meta]
+    state.append(bytes([bool(getattr(model, "compatibility_mode", False))]))
     known = _measured.get(model)
     if known is None or known[0] != state:
         known = _measured[model] = (state, _measure(model))

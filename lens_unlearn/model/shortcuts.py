@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lens_unlearn.core.counter_rng import mix
 from lens_unlearn.model.hooks import Remover, detach_all, register
-from lens_unlearn.model.host import Model, is_quantized, row_sums, stored
+from lens_unlearn.model.host import Model, bit_sums, is_quantized, stored
 
 __all__ = ["shortcuts", "unbridged"]
 
@@ -306,8 +306,8 @@ def _same_weights(
 
     Where the original fuses several matrices into one, the component has views of it, or copies, which may have been edited
     since. Copies are compared by a digest that does not depend on how the values are cut into matrices. It is taken anew only
-    where a sum over a row has changed, which takes as long as to read the weights. Rows that changed places, as where heads are
-    swapped, are the one thing that it would not see.
+    where a sum over a row or column has changed; to look takes about as long as to read the weights. Rows or columns that changed
+    places, as where heads are swapped, are the one thing that it would not see.
 
     Args:
         component: The component.
@@ -321,7 +321,7 @@ def _same_weights(
         return True
     if any(p.is_meta or is_quantized(p) or p.is_inference() for p in (*copies, *held)):
         return False
-    state = [row_sums(p) for p in (*copies, *held)]
+    state = [bit_sums(p) for p in (*copies, *held)]
     before, equal = _compared.get(component, ([], False))
     if equal and before != state and _rows(before) == _rows(state):
         equal = False
@@ -338,7 +338,7 @@ def _same_weights(
 
 
 def _rows(sums: list[bytes]) -> list[bytes]:
-    """Return the sums over rows in order of size, whichever row each is of."""
+    """Return the sums over rows and columns in order of size, whichever row or column each is of."""
     return sorted(one[start : start + 8] for one in sums for start in range(0, len(one), 8))
 
 

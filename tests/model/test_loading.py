@@ -342,6 +342,7 @@ def test_weights_are_read_again_when_they_have_changed_and_not_before(monkeypatc
         lambda: weight.data.mul_(0.5),  # not counted by PyTorch
         lambda: weight.data[3, 5].add_(0.5),
         lambda: weight.data.copy_(weight.data.flip(0)),  # the same values, in another order
+        lambda: weight.data.copy_(weight.data.roll(8, 1)),
         lambda: setattr(weight, "data", weight.data.clone() + 1),
         lambda: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, strict=False),
     ]

@@ -242,6 +242,7 @@ EDITS = {
     "in place, not counted": lambda weight: weight.data.mul_(1.5),
     "one value, not counted": lambda weight: weight.data[2, 3].add_(3.0),
     "rows that change places": lambda weight: weight.copy_(weight.roll(5, 0)),
+    "columns that change places": lambda weight: weight.data.copy_(weight.data.roll(8, 1)),
     "another tensor": lambda weight: setattr(weight, "data", weight.data * 1.5),
 }
 

@@ -515,7 +515,7 @@ ONLY_LOOK = {
     "_hooked",
     "_same_weights",
     "_digest",
-    "row_sums",
+    "bit_sums",
 }
 """What runs often and changes nothing, as comprehensions do. `Module.__call__`: a model that fails was looked at above."""
 
