@@ -201,6 +201,11 @@ class Corpus:
         return int(self.counted.sum())
 
     @property
+    def n_read(self) -> int:
+        """Number of tokens that a pass reads: those that do not count, as of prompts, as well."""
+        return len(self.tokens)
+
+    @property
     def n_documents(self) -> int:
         """Number of documents."""
         return len(self.keys)

@@ -174,7 +174,7 @@ def evaluate(
         for condition, metric, measure in estimates(scores, resamples, seed, derived):
             measures[condition, name, metric] = measure
 
-    total = sum(corpus.n_tokens for corpus in corpora.values()) * sum(map(len, runs.values()))
+    total = sum(corpus.n_read for corpus in corpora.values()) * sum(map(len, runs.values()))
     bar = Bar(
         total=total, unit=" tokens", unit_scale=True, disable=not (progress and distributed.is_first()), desc="evaluate"
     )
@@ -185,6 +185,8 @@ def evaluate(
         for number, (name, corpus) in enumerate(corpora.items(), 1):
             bar.called(f"evaluate {number} of {len(corpora)}: {name}")
             at_once[name] = rows_at_once(model, corpus, batch_size, passes=sum(map(len, runs.values())))
+            if not runs:  # all that was asked for is known
+                continue
             scored = _score(model, corpus, runs, at_once[name], bar, kept_rows.get(name, set()))
             halved |= {name: scored.halved} if scored.halved else {}
             forced[name] = scored.rows
@@ -378,7 +380,7 @@ def _run(
                     start = 0 if intervention is None or prefix is None else _first_layer(model, intervention)
                     with nullcontext() if intervention is None else intervention.on(model):
                         found[name].append(predict(model, batch, prefix=prefix if start else None, start=start))
-                bar.update(int(batch.counted.sum()))
+                bar.update(int(batch.lengths.sum()))
         everything = [one for run in found.values() for one in run]
         read = iter(outcomes(everything, quantities, reference))
     tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}

@@ -48,8 +48,8 @@ def reading(
         forget, retain = fitted_to[name]
         if record.fitted_to is not Corpus:
             steps["collect"] += _tokens([forget, *(retain if isinstance(retain, list) else [retain])])
-        if plan.retain_drop is not None:
-            steps["tune"] += (1 + EVALUATIONS) * _tokens(tuned_on.values())
+    if plan.retain_drop is not None:
+        steps["tune"] = (1 + EVALUATIONS * len(plan.records)) * _tokens(tuned_on.values())
     steps["evaluate"] = (1 + len(plan.methods) * (1 + plan.controls)) * _tokens(test.values())
     if plan.sweep:
         passes = _sweep_passes(plan)
@@ -77,7 +77,9 @@ def swept(test: Mapping[str, Corpus], rest: int, passes: int, seed: int) -> dict
     tokens = max(SWEPT_LEAST, int(rest * SWEPT / (1 - SWEPT) / (2 * passes)))
     longest = min(SWEPT_LONGEST, max(SWEPT_SHORTEST, tokens // (2 * FEWEST)))
     most = max(1, tokens - longest)  # a draw ends with the row that makes it enough
-    return {name: test[name].shortened(longest).sample(most, seed, units=FEWEST) for name in ("forget", "retain")}
+    texts = {name: test[name].shortened(longest) for name in ("forget", "retain")}
+    counted = {name: max(1, most * text.n_tokens // max(1, text.n_read)) for name, text in texts.items()}
+    return {name: text.sample(counted[name], seed, units=FEWEST) for name, text in texts.items()}
 
 
 def announce(model: Model, steps: Mapping[str, int], records: Sequence[Method], text: Corpus) -> None:
@@ -110,7 +112,7 @@ def words(steps: Mapping[str, int], speed: float, records: Sequence[Method]) -> 
 
 
 def _tokens(corpora: Iterable[Corpus]) -> int:
-    return sum(corpus.n_tokens for corpus in corpora)
+    return sum(corpus.n_read for corpus in corpora)
 
 
 def _short(number: int) -> str:

@@ -144,8 +144,12 @@ def _meanwhile(apart: bool, work: Callable[..., Any], *given: Any) -> Iterator[C
         pool = multiprocessing.get_context("spawn").Pool(1, _begin, (torch.get_num_threads(),))
         try:
             yield pool.apply_async(work, given).get
-        finally:  # whatever it does by then
+        except BaseException:  # whatever it does by then
             pool.terminate()
+            raise
+        else:  # it ends by itself, and takes its semaphores with it
+            pool.close()
+        finally:
             pool.join()
     finally:
         torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -89,6 +90,8 @@ class Experiment:
         self.failed: dict[str, str] = {}
         """What could not be done, by method or part, and why; the rest goes on without it."""
         self._errors: list[Exception] = []
+        self._tuning_base: Report | None = None
+        """Has the unedited model's measures on the tuning texts, once one method was tuned."""
         self.folder: RunFolder | None = None
         """Where what is finished is kept, so that the run can go on if it is interrupted."""
 
@@ -164,7 +167,7 @@ class Experiment:
         for one in (self, *others):
             test = one.expected_test()
             steps.update(one.reading(test))
-        text = max(test.values(), key=lambda text: text.n_tokens)
+        text = max(test.values(), key=lambda text: text.n_read)
         announce(self.model, steps, list(self.records.values()), text)
 
     def fit(self) -> None:
@@ -272,8 +275,9 @@ class Experiment:
         held_out = self.documents.tune["forget"], self.documents.tuned_retain
         tuned = tune(
             record, self.model, *self.fitted[name], retain_drop=self.plan.retain_drop, confidence=self.plan.confidence,
-            held_out=held_out, options=options, batch_size=self.plan.batch_size, progress=self.progress,
+            held_out=held_out, options=options, batch_size=self.plan.batch_size, base=self._tuning_base, progress=self.progress,
         )  # fmt: skip
+        self._tuning_base = tuned.report
         return tuned.intervention, {"options": options, record.strength: tuned.fraction, "tuning": tuned.to_dict()}
 
     def _save_edit(self, path: Path, edit_and_choice: tuple[Intervention, dict[str, Any]]) -> None:
@@ -385,9 +389,11 @@ class Experiment:
         if isinstance(fitted[0], Corpus):  # what is fitted in several steps shares nothing, but one step of it does
             fitted = record.fit(self.model, *self.fit_pair(record), options)
         for strength in self.plan.strengths_of(name, chosen):
-            edit = record.at(self.model, fitted, strength, record.with_progress(options, False))
+            with warnings.catch_warnings():  # at some of them a method may do nothing, which the curves show
+                warnings.simplefilter("ignore", RuntimeWarning)
+                edit = record.at(self.model, fitted, strength, record.with_progress(options, False))
+                controls = self._controls(name, edit, [self.plan.seed], strength)
             conditions[f"{name}@{strength:g}"] = edit
-            controls = self._controls(name, edit, [self.plan.seed], strength)
             if controls:
                 conditions[f"{name}:control@{strength:g}"] = controls
         return conditions

@@ -153,9 +153,9 @@ def key_space_detection(
     if not control or fixed or others is None:
         return act
     sources = []  # of shuffled labels there are none
-    with suppress(
-        LensUnlearnError
-    ):  # documents of unequal lengths can leave too few queries for a task once they are shuffled
+    # Documents of unequal lengths can leave too few queries for a task once they are shuffled, and that is no news.
+    with suppress(LensUnlearnError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
         shuffled = detector(*keys.shuffled(others, seed), None if held is None else held[0].shuffled(held[1], seed))
         return replace(act, rates={**act.rates, "control": shuffled.rates})
     return act

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -215,7 +216,9 @@ class Method:
         }  # a control has none itself
 
         def refit(forget: Any, retain: Any) -> Intervention:
-            return self.at(model, (forget, retain), strength, options)
+            with warnings.catch_warnings():  # of shuffled labels it is no news that they tell nothing
+                warnings.simplefilter("ignore", RuntimeWarning)
+                return self.at(model, (forget, retain), strength, options)
 
         return self.control(model, intervention, seeds, fitted=fitted, refit=refit)
 

@@ -3,6 +3,7 @@
 Knows records of methods and how to evaluate; knows no method by name.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -162,6 +163,7 @@ def tune(
     evaluations: int = 10,
     seed: int = 0,
     batch_size: int | None = None,
+    base: Report | None = None,
     progress: bool = True,
 ) -> Tuned:
     """Find the strength that forgets most while fresh retain documents lose at most a stated share of their accuracy.
@@ -191,6 +193,7 @@ def tune(
         evaluations: How many strengths to try at most; seven are always enough.
         seed: Of the split.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
+        base: A report of the unedited model alone on the tuning texts, so that several methods need it once; see `evaluate`.
         progress: Whether to show bars.
 
     Raises:
@@ -231,10 +234,11 @@ def tune(
     units = check_units(tuned_on, budget, confidence, at_once=record.judges_prompts)
     fitted = record.fit(model, forget, _together(retain, record), settings)
     edits: dict[float, Intervention] = {}
+    said: dict[float, list[warnings.WarningMessage]] = {}  # of strengths that are only tried, nobody has to hear
     forgotten: dict[float, float] = {}
     retained: dict[float, dict[str, tuple[float, float]]] = {}
     measured = {"batch_size": batch_size, "progress": progress}
-    report, nothing = evaluate(model, corpora, {}, **measured), None
+    report, nothing = evaluate(model, corpora, {}, base=base, **measured), None
     for corpus in corpora:
         if report[BASE, corpus, metric].value == 0:
             raise LensUnlearnError(
@@ -244,7 +248,9 @@ def tune(
     def bound(strength: float) -> float:
         nonlocal report, nothing
         try:
-            edits[strength] = record.at(model, fitted, strength, settings)
+            with warnings.catch_warnings(record=True) as said[strength]:
+                warnings.simplefilter("always")
+                edits[strength] = record.at(model, fitted, strength, settings)
         except SelectionError as error:  # less than a single unit: there are few heads, say
             nothing = error
             return 0.0
@@ -270,6 +276,8 @@ def tune(
         )
     best = max(passed, key=lambda strength: (forgotten[strength], strength))  # few documents tie
     found = edits[best]
+    for one in said[best]:
+        warnings.warn(one.message, one.category, stacklevel=2)
     if held_out is None and record.unlearns_answers and not facts:
         found = record.at(model, record.fit(model, whole_forget, whole_retain, settings), best, settings)
     return Tuned(found, best, report, forgotten[best], retained[best], confidence)

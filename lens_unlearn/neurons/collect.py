@@ -100,7 +100,7 @@ def collect(
         checkpoint: A file in which the run is saved, every 20 seconds and on interruption. If it exists, the run resumes
             from it, to exactly the result of an uninterrupted run, also after a power cut or `kill -9`. It is removed at the
             end.
-        progress: Whether to show a bar, in counted tokens.
+        progress: Whether to show a bar, in tokens that are read.
 
     Returns:
         The filled statistic; the one passed is not changed.
@@ -203,7 +203,7 @@ def gather(
         settings = _settings(model, corpus, points, total, batch_size, transform or {}, skip_sinks)
     total, done = (total, 0) if checkpoint is None else _load(checkpoint, total, settings, model)
     hidden = not (progress and distributed.is_first())
-    bar = Bar(total=corpus.n_tokens, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
+    bar = Bar(total=corpus.n_read, unit=" tokens", unit_scale=True, desc=f"collect {corpus.name}", disable=hidden)
     saved, halved = time.monotonic(), 0
     watch = _Watch(model, points, transform or {}, skip_sinks)
     # Closed twice, for an interrupt in the first instruction of the one that comes first.
@@ -215,7 +215,6 @@ def gather(
             total = reduce(_merged, first, total).fresh()
         try:
             for number, batch in enumerate(distributed.share(corpus.batches(batch_size))):
-                counted = int(batch.counted.sum())
                 # The batches of a corpus come in one order, so a checkpoint need only say how many of them it holds.
                 if number >= done:
                     # A batch has a statistic of its own (or several, if it was halved for lack of memory), merged when the pass
@@ -224,7 +223,7 @@ def gather(
                     parts = batch.run(partial(watch.see, model, corpus, total))
                     total, done = reduce(_merged, parts, total), number + 1
                     halved += len(parts) > 1
-                bar.update(counted)
+                bar.update(int(batch.lengths.sum()))
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
                     _save(checkpoint, total, settings, done)
                     saved = time.monotonic()

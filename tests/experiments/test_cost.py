@@ -1,5 +1,6 @@
 """A run says what it will read and how long that takes before its first pass, and the sweep takes a fifth of it at most."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_it_is_said_before_the_first_pass_and_is_what_is_read(
         assert seen == ["said"]
         runs = 1 + sum(len(one) if isinstance(one, list) else 1 for one in conditions.values())
         step = "sweep" if any("@" in name for name in conditions) else "tokens"
-        read[step] += runs * sum(corpus.n_tokens for corpus in corpora.values())
+        read[step] += runs * sum(corpus.n_read for corpus in corpora.values())
         return real(model, corpora, conditions, **options)
 
     monkeypatch.setattr(experiment, "evaluate", counting)
@@ -75,7 +76,7 @@ def test_a_comparison_says_what_all_its_skills_read(
 
     def counting(model: Any, corpora: Any, conditions: Any, **options: Any) -> Any:
         assert said, "before the first pass"
-        read.append(sum(corpus.n_tokens for corpus in corpora.values()))
+        read.append(sum(corpus.n_read for corpus in corpora.values()))
         return real(model, corpora, conditions, **options)
 
     monkeypatch.setattr(experiment, "evaluate", counting)
@@ -88,6 +89,29 @@ def test_a_comparison_says_what_all_its_skills_read(
     assert steps["evaluate"] == 3 * sum(read), (
         "the unedited model, the method and its control, unless it changes nothing"
     )
+
+
+def test_prompts_are_read_as_well(model: Any) -> None:
+    texts = lu.read_corpus([" ".join(WORDS[i:] * 3) for i in range(12)], model, window=40)
+    asked = texts.with_prompts(10)
+    assert asked.n_read == sum(len(asked.row(i)) for i in range(asked.n_rows)) > asked.n_tokens > 0
+    plan = Plan("m", "f", ("r",), controls=2, sweep=False)
+    fitted = {"selective-pruning": (asked, asked)}
+    assert cost.reading(plan, fitted, {}, {"forget": asked}) == {
+        "collect": 2 * asked.n_read,
+        "evaluate": 4 * asked.n_read,
+    }
+    tuned = cost.reading(replace(plan, retain_drop=0.1), fitted, {"retain": asked}, {})
+    assert tuned["tune"] == (1 + cost.EVALUATIONS) * asked.n_read
+
+
+def test_the_sweep_keeps_its_share_where_prompts_are_read_as_well(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "SWEPT_LEAST", 50)
+    texts = lu.read_corpus([" ".join(WORDS[i % 9 :] * 3) + f" {i}" for i in range(80)], model, window=40)
+    test = dict.fromkeys(("forget", "retain"), texts.with_prompts(20))
+    rest, passes = 20_000, 5
+    read = sum(text.n_read for text in cost.swept(test, rest, passes, 0).values()) * passes
+    assert 0.15 * (rest + read) < read <= 0.2 * (rest + read)
 
 
 def test_quiet_is_quiet(

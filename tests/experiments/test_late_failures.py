@@ -254,7 +254,7 @@ def test_of_several_processes_all_end(
 def test_a_comparison_goes_on_without_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def at_once(record: Any, model: Any, *fitted: Any, **_: Any) -> Any:
         edit = record.at(model, fitted, 0.3, {})
-        return SimpleNamespace(intervention=edit, fraction=0.3, to_dict=dict)
+        return SimpleNamespace(intervention=edit, fraction=0.3, report=None, to_dict=dict)
 
     monkeypatch.setattr(documents, "TUNED_ON", 12)
     monkeypatch.setattr(experiment, "tune", at_once)

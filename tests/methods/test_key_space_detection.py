@@ -120,6 +120,9 @@ def test_a_budget_that_so_few_queries_cannot_promise_is_kept_by_abstaining_from_
         RuntimeWarning, match=r"^false_alarms=0\.02 cannot be kept by alpha set on 33 independent .* 49 are needed"
     ):
         act = detect(forget, retain, 1, false_alarms=0.02, control=False)
+    with pytest.warns(RuntimeWarning) as told:  # and is not told again of shuffled labels
+        detect(forget, retain, 1, false_alarms=0.02)
+    assert len(told) == 1
     assert act.rates["detection"][0] == act.rates["false_alarms"][0] == 0
     assert not bool(fired(act, forget).any())
 

@@ -1,6 +1,7 @@
 """tune finds the most forgetting inside the budget, on texts it was not fitted on; sweep sets every strength beside its control."""
 
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from selective_pruning_helpers import PROSE, TEXTS_CODE, TEXTS_PROSE, planted
 
 from lens_unlearn.core.errors import BudgetError, CorpusError, LensUnlearnError, SelectionError
+from lens_unlearn.evaluation import evaluate as evaluating
 from lens_unlearn.evaluation.report import Measure, Report, separability
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
@@ -86,6 +88,43 @@ def test_held_out_texts_are_used_where_they_are_given() -> None:
     assert one.report.provenance["corpora"]["forget"]["fingerprint"] == held[0].fingerprint
     with pytest.raises(LensUnlearnError, match="hold no texts to tune on"):
         tune(selective_pruning, model, *fits, **QUIET)
+
+
+def test_the_unedited_model_need_be_measured_once_for_several_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held = tiny.model("gpt2"), (texts(range(10, 60), 5, 30), texts(PROSE, 6, 30))
+    settings: dict[str, Any] = {"held_out": held, "retain_drop": 1, "metric": "top10", "evaluations": 2, **QUIET}
+    conditions: list[list[str]] = []
+    real = evaluating._run
+
+    def counted(model: Any, common: Any, runs: Any, *rest: Any) -> Any:
+        conditions.append(list(runs))
+        return real(model, common, runs, *rest)
+
+    monkeypatch.setattr(evaluating, "_run", counted)
+    first = tune(neuron_adjust, model, TEXTS_CODE, TEXTS_PROSE, **settings)
+    assert ["base"] in conditions
+    conditions.clear()
+    given = tune(selective_pruning, model, TEXTS_CODE, TEXTS_PROSE, base=first.report, **settings)
+    assert conditions
+    assert not any("base" in one for one in conditions)
+    alone = tune(selective_pruning, model, TEXTS_CODE, TEXTS_PROSE, **settings)
+    assert (given.fraction, given.forget_drop, given.retain) == (alone.fraction, alone.forget_drop, alone.retain)
+    assert given.report.conditions == alone.report.conditions, "and none of another method's"
+    others = {**settings, "held_out": held[::-1]}
+    with pytest.raises(LensUnlearnError, match="base is not of the corpus 'forget'"):
+        tune(selective_pruning, model, TEXTS_CODE, TEXTS_PROSE, base=first.report, **others)
+
+
+def test_warnings_of_what_is_chosen_are_told_and_of_what_is_only_tried_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_drops(monkeypatch, lambda f: (f, f))
+
+    def warning(model: Any, forget: Any, retain: Any, *, fraction: float) -> Ablate:
+        warnings.warn(f"at {fraction:g}", RuntimeWarning, stacklevel=2)
+        return method_of(None)(model, forget, retain, fraction=fraction)
+
+    with pytest.warns(RuntimeWarning) as told:
+        found = tune(warning, tiny.model("gpt2"), TEXTS_CODE, TEXTS_PROSE, held_out=HELD, retain_drop=0.2, **QUIET)
+    assert [str(one.message) for one in told] == [f"at {found.fraction:g}"]
 
 
 HELD = texts(range(10, 60), 5, 30), texts(PROSE, 6, 30)
