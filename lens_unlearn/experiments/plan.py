@@ -36,6 +36,11 @@ _FIRST = (
 )  # fmt: skip
 """The fields of the first plans, which every `run.json` has."""
 
+_CALLED = {"methods": "method", "settings": "set", "controls": "control_seeds"}
+"""Fields that are called otherwise on the command line."""
+_SEVERAL = ("retain", "also", "methods", "settings", "test_retain")
+"""Fields whose option is given once for each value."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -214,48 +219,20 @@ def command_of(plan: Plan) -> str:
         >>> command_of(Plan("demo", "demo:python", ("demo:english",), settings={"fraction": 0.1}, tokens=500))
         'lens-unlearn run --model demo --forget demo:python --retain demo:english --set fraction=0.1 --tokens 500 --out again'
     """
-    usual = {one.name: one.default for one in fields(Plan)}
-    words = ["lens-unlearn", "run", "--model", plan.model, "--forget", plan.forget]
-    several = {"--retain": plan.retain, "--method": plan.methods if plan.methods != usual["methods"] else ()}
-    several |= {"--also": [f"{name}={source}" for name, source in plan.also.items()]}
-    several |= {"--set": [f"{key}={_as_text(value)}" for key, value in plan.settings.items()]}
-    several |= {"--test-retain": plan.test_retain}
-    words += [word for option, values in several.items() for value in values for word in (option, value)]
-    for name in (
-        "test_forget",
-        "template",
-        "system",
-        "tokens",
-        "test_tokens",
-        "shuffle",
-        "window",
-        "retain_drop",
-        "confidence",
-        "seed",
-        "controls",
-        "batch_size",
-        "fractions",
-        "false_alarms",
-        "strengths",
-        "answers",
-        "memorization",
-        "dtype",
-        "device",
-        "device_map",
-        "revision",
-        "dictionary",
-    ):
-        value = getattr(plan, name)
-        if value != usual[name]:
+    words = ["lens-unlearn", "run"]
+    for one in fields(plan):
+        value, option = getattr(plan, one.name), f"--{_CALLED.get(one.name, one.name).replace('_', '-')}"
+        if value == one.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif one.name in _SEVERAL:
+            each = [f"{key}={_as_text(given)}" for key, given in value.items()] if isinstance(value, dict) else value
+            words += [word for given in each for word in (option, given)]
+        else:
             text = _as_text(value) if isinstance(value, tuple) else str(value)
-            option = "control-seeds" if name == "controls" else name.replace("_", "-")
-            words += [f"--{option}", text.replace("\n", "\\n")]
-    switches = {"--facts": plan.facts, "--answer-eos": plan.answer_eos, "--chat": plan.chat}
-    flags = [option for option, given in switches.items() if given]
-    flags += {None: [], True: ["--prepend-bos"], False: ["--no-prepend-bos"]}[plan.prepend_bos]
-    flags += ["--trust-remote-code"] if plan.trust_remote_code else []
-    flags += [] if plan.sweep else ["--no-sweep"]
-    return shlex.join([*words, *flags, "--out", "again"])
+            words += [option, text.replace("\n", "\\n")]
+    return shlex.join([*words, "--out", "again"])
 
 
 def _as_text(value: Any) -> str:
