@@ -80,7 +80,7 @@ def test_collect_evaluate_and_generate_read_the_same(folder: Path, capsys: pytes
 
 def test_plans_keep_it_and_repeat_it() -> None:
     plan = Plan("m", "a", ("b",), chat=True, system="Be brief.")
-    assert command_of(plan).endswith("--system 'Be brief.' --chat --out again")
+    assert command_of(plan).endswith("--chat --system 'Be brief.' --out again")
     assert settings_of(plan)["chat"]
     assert not {"chat", "system"} & set(settings_of(Plan("m", "a", ("b",))))
 
