@@ -12,6 +12,7 @@ probability that varies from document to document; a random control besides from
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -199,6 +200,20 @@ def membership(n: int, m: int) -> Trial:
     return trial
 
 
+def found(n: int, p: float) -> Trial:
+    """The share lost where a detector finds each document with a probability, and those that it finds lose everything."""
+
+    def trial(random: np.random.Generator) -> tuple[float, float, float]:
+        drawn = DOCUMENTS.scores(n, random, {}, "retain", 0)
+        [right] = drawn.values[BASE]
+        kept = right * (random.random((n, 1)) >= p)
+        scores = replace(drawn, values={BASE: [right], "edit": [kept]})
+        made = estimates(scores, DRAWS, 0, judging={"edit"}, name="retain")
+        return ends(Report({(c, "retain", m): one for c, m, one in made}).drop("edit", "retain"), p)
+
+    return trial
+
+
 def share(n: int, p: float) -> Trial:
     """Wilson's interval of a share."""
     return lambda random: (*wilson(int(random.binomial(n, p)), n), p)
@@ -226,6 +241,9 @@ KINDS: dict[str, Trial] = {
     "largest gap of 8 strengths, selective": largest_gap(0.4),
     "membership AUC, 30 and 50 documents": membership(30, 50),
     "share of 60 queries, Wilson": share(60, 0.1),
+    "share lost, 2 % of 50 documents found by a detector": found(50, 0.02),
+    "share lost, 1 % of 200 documents found by a detector": found(200, 0.01),
+    "share lost, 30 % of 40 documents found by a detector": found(40, 0.3),
 }
 
 

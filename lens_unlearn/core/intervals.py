@@ -33,6 +33,7 @@ __all__ = [
     "after_choice",
     "auc",
     "below",
+    "effective",
     "interval",
     "pair_sums",
     "simultaneous",
@@ -113,6 +114,11 @@ def weights_of(units: Sequence[str], draws: int, seed: int) -> Float[np.ndarray,
     return -np.log1p(-table.double().numpy())
 
 
+def effective(sizes: Float[np.ndarray, "units"]) -> float:
+    """Return Kish's effective number of units, (sum m)^2 / sum m^2; 0 of none."""
+    return float(sizes.sum()) ** 2 / max(float((sizes**2).sum()), 1e-300)
+
+
 def widening(sizes: Float[np.ndarray, "units"]) -> float:
     """Return the factor by which draws are moved away from their value, for the number of units is small.
 
@@ -124,10 +130,10 @@ def widening(sizes: Float[np.ndarray, "units"]) -> float:
     total = float(sizes.sum())
     if total <= 0:
         return 1.0
-    units, effective = int((sizes > 0).sum()), max(total**2 / float((sizes**2).sum()), 2.0)
+    units, alike = int((sizes > 0).sum()), max(effective(sizes), 2.0)
     freedom = max(float((sizes**1.5).sum()) ** 2 / float((sizes**3).sum()) * (units - 1) / units, 1.0)
     tail = (1 + LEVEL) / 2
-    return float(t.ppf(tail, freedom) / norm.ppf(tail)) * ((effective + 1) / (effective - 1)) ** 0.5
+    return float(t.ppf(tail, freedom) / norm.ppf(tail)) * ((alike + 1) / (alike - 1)) ** 0.5
 
 
 def after_choice(

@@ -3,7 +3,7 @@
 Knows units that are resampled and what each adds to a mean; knows nothing of where scores come from.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lens_unlearn.core.counter_rng import key_of
-from lens_unlearn.core.intervals import weights_of, widening
+from lens_unlearn.core.intervals import effective, weights_of, widening
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.report import BASE, Measure
 
@@ -56,7 +56,14 @@ class Scores:
 
 
 def estimates(
-    scores: Scores, resamples: int, seed: int, derived: Sequence[Metric] = ()
+    scores: Scores,
+    resamples: int,
+    seed: int,
+    derived: Sequence[Metric] = (),
+    *,
+    judging: Collection[str] = (),
+    base: Mapping[str, Measure] | None = None,
+    name: str = "",
 ) -> Iterator[tuple[str, str, Measure]]:
     """Turn sums per document or question into values and bootstrap draws; all conditions share the resampled units.
 
@@ -69,6 +76,9 @@ def estimates(
         resamples: How many draws.
         seed: Seeds the weights of the units in every draw.
         derived: Metrics that transform the means of others among these.
+        judging: Conditions that act on the texts alone that a detector finds, so that a text is changed as a whole or not at all.
+        base: By metric: the unedited model's measures, where it is not among the conditions; what is lost is a share of these.
+        name: Of the corpus, where `judging` names any.
 
     Yields:
         Condition, metric and measure.
@@ -86,10 +96,14 @@ def estimates(
             if metric.is_fraction and value in (0.0, 1.0) and (condition != BASE or metric.higher_is_better):
                 draws = abs(value - _unseen(units, resamples, seed))
             sums[condition].append((float(value), draws))
+        unedited = (base or {}).get(metric.name)
         for condition, own in sums.items():
             measure = over_replicates(own, int(total), units, seed)
             if metric.unit:  # of a task's own metric nobody knows the range
                 measure = replace(measure, draws=np.clip(measure.draws, *metric.range))
+            unedited = measure if condition == BASE else unedited
+            if condition in judging and unedited is not None and metric.is_fraction and metric.higher_is_better:
+                measure = _with_unseen(measure, unedited, effective(counts), f"{condition} {name}", seed)
             yield condition, metric.name, measure
             for other in derived:
                 if other.derived_from == metric.name:
@@ -114,6 +128,32 @@ def _resampled(
             for column, values in enumerate(table[start : start + _BLOCK].T):
                 into[:, column] += weights @ np.ascontiguousarray(values)
     return sums
+
+
+def _with_unseen(measure: Measure, base: Measure, units: float, use: str, seed: int) -> Measure:
+    """Return a share that units lose as a whole or keep, with draws of what units that were not seen may lose or keep.
+
+    Where a detector found none of n units, or all of them, the bootstrap says that the next one is never found, or always; of few
+    that were found it knows too little of either end. So half a unit that lost everything and half a unit that lost nothing are
+    resampled with the n, whose weights are Gamma variables: of units that count alike, the share that is lost then has Jeffreys'
+    posterior, Beta(found + 1/2, n - found + 1/2).
+
+    Args:
+        measure: Of a condition that acts on what a detector finds.
+        base: The same of the unedited model, of the same units.
+        units: n; of units that do not count alike, the effective number.
+        use: Condition and corpus: what is lost of one says nothing of another.
+        seed: Of the draws.
+    """
+    from scipy.stats import gamma
+
+    if not units or measure.draws.size != base.draws.size or not (base.draws > 0).all():
+        return measure
+    uniforms = _uniforms(use, 3, base.draws.size, seed)
+    seen, lost, kept = (gamma.ppf(uniforms[:, i], shape) for i, shape in enumerate((units, 0.5, 0.5)))
+    share = measure.draws / base.draws if measure.value else 0.0  # its draws are `_unseen` ones already
+    share = (seen * share + kept) / (seen + lost + kept)
+    return replace(measure, draws=base.draws * share, seen=measure.draws)
 
 
 def _unseen(units: int, draws: int, seed: int) -> Float[np.ndarray, "draws"]:

@@ -169,10 +169,12 @@ def evaluate(
     recalling = Memorization(needing("memorization"), memorization, batch_size, seed, progress)
     questions, kept_rows = asking.choose(corpora), recalling.choose(model, corpora)
     derived = [row for row in METRICS if row.derived_from]
+    judging = {name for name, run in runs.items() if all(one is not None and one.judges for one in run)}
 
     def keep(name: str, scores: Scores) -> None:
-        for condition, metric, measure in estimates(scores, resamples, seed, derived):
-            measures[condition, name, metric] = measure
+        known = {metric: one for (c, corpus, metric), one in measures.items() if (c, corpus) == (BASE, name)}
+        made = estimates(scores, resamples, seed, derived, judging=judging, base=known, name=name)
+        measures.update(((condition, name, metric), measure) for condition, metric, measure in made)
 
     total = sum(corpus.n_read for corpus in corpora.values()) * sum(map(len, runs.values()))
     bar = Bar(

@@ -41,6 +41,8 @@ class Measure:
     """Interventions that it is the mean over, such as random controls with different seeds."""
     spread: np.ndarray | None = None
     """What the choice of these interventions adds to each draw; None for nothing."""
+    seen: np.ndarray | None = None
+    """The draws without what units that were not seen may add, where it is added."""
     stated: tuple[float, float] | None = None
     """Its interval, where that is known without the draws, as from the table of an earlier version."""
 
@@ -174,11 +176,13 @@ class Report:
         """
         edited, base = self[condition, corpus, metric], self[BASE, corpus, metric]
         if base.value == 0:
-            return replace(edited, value=float("nan"), draws=np.full(1, np.nan), spread=None, stated=None)
+            return replace(edited, value=float("nan"), draws=np.full(1, np.nan), spread=None, seen=None, stated=None)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = 1 - edited.draws / base.draws
             spread = None if edited.spread is None else -edited.spread / base.draws
-        return replace(edited, value=1 - edited.value / base.value, draws=draws, spread=spread, stated=None)
+            seen = None if edited.seen is None else 1 - edited.seen / base.draws
+        value = 1 - edited.value / base.value
+        return replace(edited, value=value, draws=draws, spread=spread, seen=seen, stated=None)
 
     def selectivity(
         self, condition: str, forget: str = "forget", retain: str = "retain", metric: str = "top1"

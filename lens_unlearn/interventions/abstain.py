@@ -63,6 +63,7 @@ class Abstain(Intervention):
 
     looks_at_rows = True
     abstains = True
+    judges = True
 
     def __post_init__(self) -> None:
         """Check the arguments, and put the sites in order."""

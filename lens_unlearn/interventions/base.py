@@ -101,6 +101,9 @@ class Intervention(ABC):
     abstains: bool = False
     """Whether it can abstain from answering."""
 
+    judges: bool = False
+    """Whether it acts on the rows alone that a detector finds, so that a text is changed as a whole or not at all."""
+
     @property
     def norm_layers(self) -> frozenset[int]:
         """The layers at whose input the norms of the residual stream are wanted, in `Live.norms`; only where `looks_at_rows`."""
@@ -339,6 +342,11 @@ class Chain(Intervention):
     def abstains(self) -> bool:  # type: ignore[override]
         """Whether any member can."""
         return any(member.abstains for member in self.members)
+
+    @property
+    def judges(self) -> bool:  # type: ignore[override]
+        """Whether all members do."""
+        return bool(self.members) and all(member.judges for member in self.members)
 
     def edits(self) -> Sequence[Edit]:
         """Return the members' edits, those of the last one first."""

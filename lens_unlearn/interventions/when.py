@@ -41,6 +41,7 @@ class When(Limited):
 
     kind: ClassVar[str] = "when"
 
+    judges = True
     detector: Abstain
     inner: Intervention
 

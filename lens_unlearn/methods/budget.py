@@ -62,7 +62,8 @@ def upper_bound(drop: Measure, units: int, confidence: float = CONFIDENCE, *, at
             nothing that is the exact bound of Clopper and Pearson, for losses between it is Gaffke's.
     """
     # A resample in which the unedited model gets nothing right says nothing, so nothing is credited: all is lost.
-    draws = np.where(np.isfinite(drop.draws), drop.draws, 1.0)
+    draws = drop.draws if drop.seen is None else drop.seen
+    draws = np.where(np.isfinite(draws), draws, 1.0)
     noise = draws - drop.value
     if at_once:
         # The weight of one exponential variable among n + 1, which is independent of those of the others to each other.

@@ -94,5 +94,5 @@ def test_evaluating_moves_the_bar_with_every_pass(model: Any, monkeypatch: pytes
     lu.evaluate(model, corpora, {"edit": edit, "control": [edit, edit]}, batch_size=2, progress=True)
     batches = len(list(texts.batches(2)))
     assert len(moved) == 2 * batches * 4
-    assert sum(n for _, n in moved) == 2 * 4 * texts.n_tokens
+    assert sum(n for _, n in moved) == 2 * 4 * texts.n_read
     assert [*dict.fromkeys(desc for desc, _ in moved)] == ["evaluate 1 of 2: forget: ", "evaluate 2 of 2: retain: "]

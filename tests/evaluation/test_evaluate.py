@@ -29,6 +29,8 @@ from lens_unlearn.evaluation.teacher_forcing import Outcome
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.base import Chain
+from lens_unlearn.interventions.when import When
+from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.maps import NeuronMap
 
 QUIET = {"progress": False, "resamples": 50}
@@ -726,6 +728,61 @@ def test_rows_without_prompts_are_judged_at_their_last_token_whatever_stands_in_
         for metric in ("loss", "top1", "kl"):  # nothing is predicted from there on, and nothing before it is changed
             expected = 0 if metric == "kl" else report["base", "c", metric].value
             assert report["silent", "c", metric].value == pytest.approx(expected, abs=1e-6)
+
+
+def lost(found: np.ndarray, size: np.ndarray, seed: int = 0, draws: int = 4000) -> Measure:
+    """The share that is lost where a detector finds some documents, and whoever is found loses everything."""
+    right = size[:, None]
+    values = {BASE: [0.5 * right], "edit": [0.5 * right * ~found[:, None]]}
+    units = [f"{seed} {i}" for i in range(len(size))]
+    scores = Scores([metric_of("top1")], values, right, units)
+    made = estimates(scores, draws, seed, judging={"edit"}, name="c")
+    return Report({(condition, "c", metric): one for condition, metric, one in made}).drop("edit", "c")
+
+
+@pytest.mark.parametrize("found", [0, 1, 10, 39, 40])
+def test_of_documents_that_a_detector_finds_the_share_lost_has_the_interval_of_jeffreys(found: int) -> None:
+    drop = lost(np.arange(40) < found, np.full(40, 30.0))
+    assert drop.value == pytest.approx(found / 40)
+    expected = beta.ppf([0.025, 0.975], found + 0.5, 40.5 - found)
+    assert drop.interval() == pytest.approx(expected, abs=0.02), "Student's widening of 40 units is a little on top"
+    if 0 < found < 40:
+        assert drop.interval()[1] - drop.interval()[0] >= expected[1] - expected[0]
+
+
+@pytest.mark.parametrize(("n", "share"), [(50, 0.02), (30, 0.9), (40, 0.3)])
+def test_what_a_detector_costs_is_in_its_interval_as_often_as_that_says(n: int, share: float) -> None:
+    random, runs, held = np.random.default_rng(n), 300, 0
+    for run in range(runs):
+        drop = lost(random.random(n) < share, np.exp(random.normal(4, 0.5, n)).round(), run, 300)
+        low, high = drop.interval()
+        held += low <= share <= high
+    assert held / runs >= 0.92
+
+
+def test_only_what_acts_on_whole_texts_may_take_one_that_was_not_seen() -> None:
+    model = tiny.model("gpt2")
+    corpora = {"c": tiny.corpus([9] * 20, seed=4).with_prompts(4)}
+    nothing = Abstain({LAST: around(torch.full((int(model.cfg.d_mlp),), 1e4))})
+    first = Abstain({Site(0, LAST.kind): around(torch.full((int(model.cfg.d_mlp),), 1e4))})
+    behind = Ablate(NeuronMap({LAST: torch.ones(int(model.cfg.d_mlp), dtype=torch.bool)}))
+    conditions = {"silent": nothing, "gated": When(first, behind), "several": [nothing, first], "none": Chain(())}
+    report = evaluate(model, corpora, conditions, progress=False)
+    for metric in ("top1", "top10"):
+        if not report[BASE, "c", metric].value:
+            continue
+        upper = beta.ppf(0.975, 0.5, 20.5)
+        for name in ("silent", "gated", "several"):
+            drop = report.drop(name, "c", metric)
+            assert drop.value == 0
+            assert drop.interval()[0] == pytest.approx(0, abs=1e-3)
+            assert drop.interval()[1] == pytest.approx(upper, rel=0.1)
+            assert drop.seen is not None
+            np.testing.assert_allclose(drop.seen, 0, atol=1e-12)
+        assert report.drop("none", "c", metric).interval() == (0, 0)
+    assert report["silent", "c", "top10"].interval() != report["gated", "c", "top10"].interval(), "each for itself"
+    given = evaluate(model, corpora, conditions, base=evaluate(model, corpora, {}, progress=False), progress=False)
+    np.testing.assert_array_equal(given["silent", "c", "top10"].draws, report["silent", "c", "top10"].draws)
 
 
 def test_the_batch_size_and_other_conditions_do_not_matter_to_who_abstains() -> None:

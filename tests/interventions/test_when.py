@@ -14,6 +14,7 @@ from torch import Tensor
 from lens_unlearn.core.errors import SelectionError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
+from lens_unlearn.interventions.base import Chain
 from lens_unlearn.interventions.delta import Delta
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.interventions.update import Update
@@ -155,3 +156,15 @@ def test_what_cannot_depend_on_the_detector_is_refused_in_a_sentence() -> None:
         When(behind(model), behind(model))  # type: ignore[arg-type]
     with pytest.raises(SelectionError, match="a int is no intervention"):
         When(Abstain({FIRST: box}), 3)  # type: ignore[arg-type]
+
+
+def test_what_acts_on_what_is_found_alone_says_so() -> None:
+    model = tiny.model("gpt2")
+    gated = when(model)
+    detector, inner = gated.detector, gated.inner
+    assert gated.judges
+    assert detector.judges
+    assert Chain((detector, gated)).judges
+    assert not inner.judges
+    assert not Chain((detector, inner)).judges, "the other member acts everywhere"
+    assert not Chain(()).judges

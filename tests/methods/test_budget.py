@@ -1,6 +1,7 @@
 """Bounds that hold on fresh documents, against bounds known in closed form; the search, against trying every strength."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def test_documents_of_which_none_was_lost_bound_as_clopper_and_pearson_do(n: int
     assert upper_bound(none, n, confidence, at_once=True) == pytest.approx(expected, rel=0.04)
     few = bootstrapped(np.r_[np.ones(3), np.zeros(n - 3)], draws=40_000)
     assert upper_bound(few, n, confidence, at_once=True) > clopper_pearson(3, n, confidence), "fresh ones vary too"
+
+
+def test_of_documents_that_were_not_seen_the_bound_knows_by_itself() -> None:
+    none = bootstrapped(np.zeros(45), draws=40_000)
+    told = replace(none, draws=np.random.default_rng(0).beta(0.5, 45.5, 40_000), seen=none.draws)
+    assert upper_bound(told, 45, at_once=True) == upper_bound(none, 45, at_once=True)
 
 
 @pytest.mark.parametrize(("budget", "confidence"), [(0.05, 0.9), (0.1, 0.9), (0.02, 0.95), (0.5, 0.5)])
