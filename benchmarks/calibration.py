@@ -200,18 +200,18 @@ def membership(n: int, m: int) -> Trial:
     return trial
 
 
+def detected(n: int, random: np.random.Generator, shares: Mapping[str, list[float]], side: str) -> Report:
+    """Return the report of detectors that find each document with a probability, and of what they find all is lost."""
+    drawn = DOCUMENTS.scores(n, random, {}, side, 0)
+    [right] = drawn.values[BASE]
+    kept = {name: [right * (random.random((n, 1)) >= share) for share in own] for name, own in shares.items()}
+    scores = replace(drawn, values={BASE: [right], **kept})
+    return Report({(c, side, m): one for c, m, one in estimates(scores, DRAWS, 0, judging=shares, name=side)})
+
+
 def found(n: int, p: float) -> Trial:
-    """The share lost where a detector finds each document with a probability, and those that it finds lose everything."""
-
-    def trial(random: np.random.Generator) -> tuple[float, float, float]:
-        drawn = DOCUMENTS.scores(n, random, {}, "retain", 0)
-        [right] = drawn.values[BASE]
-        kept = right * (random.random((n, 1)) >= p)
-        scores = replace(drawn, values={BASE: [right], "edit": [kept]})
-        made = estimates(scores, DRAWS, 0, judging={"edit"}, name="retain")
-        return ends(Report({(c, "retain", m): one for c, m, one in made}).drop("edit", "retain"), p)
-
-    return trial
+    """The share lost where a detector finds each document with a probability."""
+    return lambda random: ends(detected(n, random, {"edit": [p]}, "retain").drop("edit", "retain"), p)
 
 
 def share(n: int, p: float) -> Trial:
@@ -261,11 +261,18 @@ def single(random: np.random.Generator, count: int, spread: float) -> str:
     return verdict_of(report_of({k: DOCUMENTS.scores(40, random, v, k, 0) for k, v in sides.items()}))
 
 
+def chance(random: np.random.Generator) -> str:
+    """A detector that finds as much of the skill as of the rest, beside three others: what is said of it?"""
+    shares = {"edit": [0.05], "edit:control": [0.05] * 3}
+    return verdict_of(detected(40, random, shares, "forget") + detected(40, random, shares, "retain"))
+
+
 VERDICTS: dict[str, Callable[[np.random.Generator], str]] = {
     "beats its control: one more random control, 5 seeds that differ": lambda r: single(r, 5, 0.25),
     "beats its control: one more random control, 3 seeds that differ": lambda r: single(r, 3, 0.25),
     "beats its control: no edit does anything in particular, 5 seeds": lambda r: single(r, 5, 0.0),
     "beats its control: the best of 8 strengths, 3 seeds": lambda r: verdict_of(sweep(r, 0.0)[0]),
+    "beats its control: a detector that finds 5 % of everything, 3 seeds": chance,
 }
 
 

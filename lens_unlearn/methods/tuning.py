@@ -193,7 +193,7 @@ def tune(
         evaluations: How many strengths to try at most; seven are always enough.
         seed: Of the split.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
-        base: A report of the unedited model alone on the tuning texts, so that several methods need it once; see `evaluate`.
+        base: A report with the unedited model's measures on the tuning texts, so that several methods need it once; see `evaluate`.
         progress: Whether to show bars.
 
     Raises:
