@@ -277,5 +277,5 @@ def test_each_plan_of_a_paper_is_listed_and_its_cells_have_keys_of_their_own(
     }
     for plan in plans:
         keys = [cell.key for cell in plan.cells()]  # nothing is loaded or computed yet
-        assert len(set(keys)) == len(keys) > 1
+        assert len(set(keys)) == len(keys) > 0
         assert all(len(key) < len(plan.columns) for key in keys)
