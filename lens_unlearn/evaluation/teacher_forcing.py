@@ -47,6 +47,10 @@ __all__ = [
 
 _IN_CACHE = 2**20
 """Logits that are read at a time on a processor: what is made of them stays in its caches."""
+_BLOCK = 256
+"""Logits of which the largest is found first."""
+_PLACES = 10
+"""Up to this place the rank of a target matters."""
 FLOOR = 1e-6  # of the variance of log probabilities, as in the released Min-K%++
 
 
@@ -67,8 +71,8 @@ class Predicted:
 
     @property
     def slices(self) -> list[slice]:
-        """Cut the tokens into parts whose logits can stand at a time."""
-        return self.end.parts(len(self.target))
+        """Cut the tokens into parts whose logits can stand at a time, to read them."""
+        return self.end.parts(len(self.target), read=True)
 
     def logits(self, part: slice = slice(None)) -> Float[Tensor, "n vocabulary"]:
         """Compute the logits of some of the tokens."""
@@ -198,12 +202,29 @@ class Outcome:
         return self._log_p.amax(1).isnan()
 
     @cached_property
-    def _above(self) -> Int[Tensor, "n"]:
-        return _count(self.logits > self._own)
+    def _place(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+        """How many logits are above the target's, exactly if fewer than `_PLACES`, and how many are equal to it then."""
+        # Most blocks of the vocabulary hold nothing as large, which their maximum says: a tenth of the cost of looking at all.
+        whole = self.logits.shape[1] // _BLOCK * _BLOCK
+        blocks = self.logits[:, :whole].unflatten(1, (-1, _BLOCK))
+        highest = blocks.amax(2)
+        above = (highest > self._own).sum(1)  # blocks, each of which holds one at least
+        far = above >= _PLACES
+        row, block = ((highest >= self._own) & ~far[:, None]).nonzero(as_tuple=True)
+        near, own = blocks[row, block], self._own[row]
+        rest = self.logits[:, whole:]
+        larger, equal = _count(rest > self._own), _count(rest == self._own)
+        larger.index_add_(0, row, _count(near > own))
+        equal.index_add_(0, row, _count(near == own))
+        return torch.where(far, above, larger), equal
 
-    @cached_property
+    @property
+    def _above(self) -> Int[Tensor, "n"]:
+        return self._place[0]
+
+    @property
     def _tied(self) -> Int[Tensor, "n"]:
-        return _count(self.logits == self._own)
+        return self._place[1]
 
     @property
     def loss(self) -> Float[Tensor, "n"]:
@@ -218,7 +239,7 @@ class Outcome:
     @property
     def top10(self) -> Float[Tensor, "n"]:
         """1 where the target is one of the ten most probable tokens; ties share the places."""
-        return self._among(10)
+        return self._among(_PLACES)
 
     def _among(self, places: int) -> Float[Tensor, "n"]:
         # Some places are left for `tied` equal candidates: each gets an equal share, so constant logits earn k / vocabulary.

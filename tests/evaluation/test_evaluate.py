@@ -730,6 +730,27 @@ def test_rows_without_prompts_are_judged_at_their_last_token_whatever_stands_in_
             assert report["silent", "c", metric].value == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [50, 255, 256, 700, 5000])
+@pytest.mark.parametrize("kind", ["apart", "ties", "constant", "minus infinity"])
+def test_a_targets_place_is_that_of_counting_all_logits(vocabulary: int, kind: str) -> None:
+    """The largest of each block decides whether a block is looked at: for vocabularies that blocks fill and do not."""
+    random = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(40, vocabulary, generator=random)
+    logits = {"ties": (3 * logits).round(), "constant": torch.zeros_like(logits)}.get(kind, logits)
+    if kind == "minus infinity":
+        logits[:, ::2] = float("-inf")
+    best = logits.argsort(1, descending=True)[:20, :12]
+    target = torch.cat(
+        [best[torch.arange(20), torch.arange(20) % 12], torch.randint(0, vocabulary, (20,), generator=random)]
+    )
+    own = logits.gather(1, target[:, None])
+    above, equal = (logits > own).sum(1), (logits == own).sum(1)
+    got = Outcome(logits, target)
+    for places, found in ((1, got.top1), (10, got.top10)):
+        torch.testing.assert_close(found, ((places - above) / equal).clamp(0, 1))
+    assert torch.equal(got.right.bool(), (above == 0) & (equal == 1))
+
+
 def lost(found: np.ndarray, size: np.ndarray, seed: int = 0, draws: int = 4000) -> Measure:
     """The share that is lost where a detector finds some documents, and whoever is found loses everything."""
     right = size[:, None]
