@@ -71,8 +71,8 @@ class Predicted:
 
     @property
     def slices(self) -> list[slice]:
-        """Cut the tokens into parts whose logits can stand at a time, to read them."""
-        return self.end.parts(len(self.target), read=True)
+        """Cut the tokens into parts whose logits can stand at a time."""
+        return self.end.parts(len(self.target))
 
     def logits(self, part: slice = slice(None)) -> Float[Tensor, "n vocabulary"]:
         """Compute the logits of some of the tokens."""

@@ -143,25 +143,23 @@ def _adds_bos(tokenizer: Any, bos: int) -> bool:
         known = _begins_with(tokenizer, bos)
         if known and "add_bos_token" in given:
             try:
-                options = {"gguf_file": given["gguf_file"]} if given.get("gguf_file") else {}
-                plain = type(tokenizer).from_pretrained(tokenizer.name_or_path, local_files_only=True, **options)
-            except Exception:  # it is not where it came from any more: what it does now is all that is known
+                plain = type(tokenizer).from_pretrained(tokenizer.name_or_path, local_files_only=True)
+            except Exception:
                 plain = tokenizer
+            # It may not be where it came from any more, or have come from a GGUF file, beside which transformers makes up an empty
+            # tokenizer: what it does now is all that is known then.
+            plain = plain if len(plain) == len(tokenizer) else tokenizer
             known = _begins_with(plain, bos)
         tokenizer._lens_unlearn_adds_bos = known
     return known
 
 
 def adds_bos_itself(tokenizer: Any) -> bool | None:
-    """Whether a tokenizer begins every text with BOS; None if TransformerLens may have asked it to before, and a folder says more.
-
-    A GGUF file cannot be read again as a folder, so what its tokenizer does is taken as its own, the first time that it is seen.
-    """
+    """Whether a tokenizer begins texts with BOS; None if TransformerLens may have asked it to before, and a folder says more."""
     known = getattr(tokenizer, "_lens_unlearn_adds_bos", None)
     if known is not None:
         return known
-    given = getattr(tokenizer, "init_kwargs", {})
-    if "add_bos_token" in given and not given.get("gguf_file"):
+    if "add_bos_token" in getattr(tokenizer, "init_kwargs", {}):
         return None
     return tokenizer.bos_token_id is not None and _begins_with(tokenizer, tokenizer.bos_token_id)
 

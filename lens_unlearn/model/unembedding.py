@@ -23,8 +23,6 @@ __all__ = ["Unembedding", "knows_its_end", "unembedding", "wrap_forward"]
 
 AT_ONCE = 2**24
 """Logits that stand at a time: 64 MB in float32."""
-READ_AT_ONCE = 2**26
-"""Logits that stand at a time on a processor, where they are only read and nothing as large is made of them."""
 FEW, FEW_POSITIONS = 2**20, 16
 """Logits that stand at a time where memory is short, and of how many positions at least."""
 AtLast = Callable[[Tensor], Tensor]
@@ -73,11 +71,10 @@ class Unembedding:
         """Return the logits at positions of which the hidden states are given."""
         return hidden if self._forward is None else self._forward(hidden[None])[0]
 
-    def parts(self, count: int, *, read: bool = False) -> list[slice]:
-        """Cut so many positions into parts whose logits can stand at a time: larger ones where they are only read."""
+    def parts(self, count: int) -> list[slice]:
+        """Cut so many positions into parts whose logits can stand at a time."""
         vocabulary = int(self.model.cfg.d_vocab)
-        most = READ_AT_ONCE if read and device_of(self.model).type == "cpu" else AT_ONCE
-        size = max(FEW_POSITIONS, FEW // vocabulary) if self._few else max(1, most // vocabulary)
+        size = max(FEW_POSITIONS, FEW // vocabulary) if self._few else max(1, AT_ONCE // vocabulary)
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def in_parts(self, function: Callable[[Tensor, slice], Tensor], hidden: Float[Tensor, "n width"]) -> list[Tensor]:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -18,7 +18,7 @@ from lens_unlearn.evaluation.generation import continue_rows, generate
 from lens_unlearn.evaluation.teacher_forcing import with_answers
 from lens_unlearn.inspection.token_values import token_activations, token_firing, token_losses
 from lens_unlearn.model.chat import ends_of_text
-from lens_unlearn.model.special_tokens import bos_token, encode, end_token, special_tokens, written_after
+from lens_unlearn.model.special_tokens import _adds_bos, bos_token, encode, end_token, special_tokens, written_after
 
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["the quick brown fox", "a small village stood beside the river"]
@@ -342,3 +342,29 @@ def test_a_tokenizer_whose_files_are_gone_is_taken_as_it_is(tmp_path: Path) -> N
         file.unlink()
     model = SimpleNamespace(tokenizer=asked, cfg=SimpleNamespace(n_ctx=64, d_vocab=len(asked)))
     assert bos_token(model) == asked.bos_token_id
+
+
+def test_an_empty_tokenizer_that_is_made_up_in_place_of_a_files_says_nothing_of_bos() -> None:
+    """transformers makes one up for a folder that holds a GGUF file, where the tokenizer itself came from that file."""
+
+    class FromFile:
+        init_kwargs: ClassVar[dict[str, Any]] = {"add_bos_token": True}
+        name_or_path = "folder"
+
+        def __init__(self, adds: bool = True, size: int = 9) -> None:
+            self.adds, self.size = adds, size
+
+        def __len__(self) -> int:
+            return self.size
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [2, 7] if self.adds else [7]}
+
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> "FromFile":
+            return cls(adds=False, size=made_up)
+
+    made_up = 1
+    assert _adds_bos(FromFile(), 2)
+    made_up = 9
+    assert not _adds_bos(FromFile(), 2), "a folder that holds the tokenizer says that TransformerLens asked for BOS"
