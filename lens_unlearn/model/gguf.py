@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lens_unlearn.model.special_tokens import note_bos
+
 __all__ = ["read_gguf"]
 
 
@@ -26,6 +28,7 @@ def read_gguf(source: str, file: str, *, dtype: torch.dtype, **options: Any) -> 
     shared = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
     with contextlib.redirect_stderr(io.StringIO()), _silent():  # its progress bar cannot be turned off
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, **shared)
+        note_bos(tokenizer)  # its folder could not say it later
         options = {key: value for key, value in options.items() if value}
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=dtype, **options)
     # What says that the weights were quantized keeps a bridge from taking a model whose weights are so no longer.

@@ -24,6 +24,7 @@ __all__ = [
     "encode",
     "end_token",
     "ends_of_a_text",
+    "note_bos",
     "special_tokens",
     "tokenizer_of",
     "written_after",
@@ -162,6 +163,12 @@ def adds_bos_itself(tokenizer: Any) -> bool | None:
     if "add_bos_token" in getattr(tokenizer, "init_kwargs", {}):
         return None
     return tokenizer.bos_token_id is not None and _begins_with(tokenizer, tokenizer.bos_token_id)
+
+
+def note_bos(tokenizer: Any) -> None:
+    """Note whether a tokenizer that was just read begins texts with BOS, before TransformerLens asks it to."""
+    bos = tokenizer.bos_token_id
+    tokenizer._lens_unlearn_adds_bos = bos is not None and _begins_with(tokenizer, bos)
 
 
 def _begins_with(tokenizer: Any, bos: int) -> bool:

@@ -1,6 +1,7 @@
 """GGUF files: what is read are the weights that were written, under a tokenizer that is the file's own."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ def test_quantized_weights_become_the_dtype_asked_for(plain: Any, tmp_path: Path
     assert float((logits - expected).norm() / expected.norm()) < 0.05
 
 
+def reading(monkeypatch: pytest.MonkeyPatch, adds: bool, *source: Any, **options: Any) -> Any:
+    """Read a file, whose tokenizer adds BOS or does not: what it does later may be what TransformerLens asked it to."""
+    with monkeypatch.context() as while_it_is_read:
+        while_it_is_read.setattr(special_tokens, "_begins_with", lambda tokenizer, bos: adds)
+        return read_gguf(*source, **options)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 def test_texts_begin_as_the_files_own_tokenizer_has_them(
     plain: Any, tmp_path: Path, adds: bool, monkeypatch: pytest.MonkeyPatch
@@ -142,7 +150,7 @@ def test_texts_begin_as_the_files_own_tokenizer_has_them(
     """Whatever TransformerLens asks the tokenizer for, and beside other files, of which the folder cannot be read as one."""
     write(plain, tmp_path / "one.gguf", eos=1)
     write(plain, tmp_path / "other.gguf", eos=1)
-    monkeypatch.setattr(loading, "adds_bos_itself", lambda tokenizer: adds)
+    monkeypatch.setattr(loading, "read_gguf", partial(reading, monkeypatch, adds))
     corpus = read_corpus(["that a"], load(tmp_path / "one.gguf"))
     assert (corpus.tokens[0].item() == 0) == adds
 
@@ -152,11 +160,8 @@ def test_so_they_do_where_model_and_tokenizer_are_given(
     plain: Any, tmp_path: Path, adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(plain, tmp_path / "one.gguf", eos=1)
-    held, tokenizer = read_gguf(str(tmp_path), "one.gguf", dtype=torch.float32)
-    begins = special_tokens._begins_with
-    monkeypatch.setattr(special_tokens, "_begins_with", lambda tokenizer, bos: adds)
+    held, tokenizer = reading(monkeypatch, adds, str(tmp_path), "one.gguf", dtype=torch.float32)
     model = load(held, tokenizer=tokenizer)
-    monkeypatch.setattr(special_tokens, "_begins_with", begins)
     fresh, _ = read_gguf(str(tmp_path), "one.gguf", dtype=torch.float32)
     for again in (model, load(fresh, tokenizer=model.tokenizer)):  # also where TransformerLens has changed it by then
         assert (read_corpus(["that a"], again).tokens[0].item() == 0) == adds
