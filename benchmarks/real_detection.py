@@ -38,8 +38,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "contrast, calibrated": {"region": "contrast"},
     "linear, calibrated": {"region": "linear"},
     "automatic": {"region": "auto", "layer": None},
+    "linear, means": {"region": "linear", "pool": "mean"},
+    "linear, means, middle": {"region": "linear", "pool": "mean", "layer": "middle"},
+    "automatic, means": {"region": "auto", "layer": None, "pool": "mean"},
 }
-"""The published method with its published alphas, and what `key_space_detection` chooses within `false_alarms`."""
+"""The published method with its published alphas, and what `key_space_detection` chooses within `false_alarms`: by the key of the
+prompt's last token, or by the mean over the prompt; in the last layer, the middle one of those collected, or as it chooses."""
 
 
 def questions(queries: str, tokens: int, model: Any, window: int) -> Iterator[tuple[str, lu.Corpus, lu.Corpus]]:
@@ -110,32 +114,26 @@ def main(given: Sequence[str] | None = None) -> None:
     record.about(model, file=file, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
     sites = [lu.Site(layer, "mlp.post") for layer in sorted(set(args.layers)) if layer < int(model.cfg.n_layers)]
 
-    def keys(corpus: lu.Corpus, count: int, seed: int) -> lu.KeySample:
+    def keys(corpus: lu.Corpus, count: int, seed: int, pool: Any) -> lu.KeySample:
         some = corpus.only(np.random.default_rng(seed).permutation(corpus.n_documents)[: 2 * count].tolist())
         some = some if args.queries == "cut" else some.first(10**9)
-        return lu.query_keys(model, some, sites, capacity=count, seed=seed, progress=False)
+        return lu.query_keys(model, some, sites, capacity=count, pool=pool, seed=seed, progress=False)
 
     sets = {name: (fit, test) for name, fit, test in questions(args.queries, args.tokens, model, args.window)}
-    fitted = {(n, s): keys(fit, args.fit, s) for n, (fit, _) in sets.items() for s in args.seeds}
-    judged = {(n, s): keys(test, args.test, s) for n, (_, test) in sets.items() for s in args.seeds}
-    last = sites[-1].layer
+    pools = sorted({WAYS[way].get("pool", "last") for way in args.ways})
+    fitted, judged = (
+        {(n, s, p): keys(pair[i], count, s, p) for n, pair in sets.items() for s in args.seeds for p in pools}
+        for i, count in enumerate((args.fit, args.test))
+    )
+    places = {"last": sites[-1].layer, "middle": sites[len(sites) // 2].layer, None: None}
     names = list(sets)
     table = record.table("abstained", ["forgotten", "way", "layers", *names, "worst", "AUC", "at 2%", "at 5%"])
     for name in args.forget or names:
         for way in args.ways:
-            acts = [
-                fit_one(
-                    model,
-                    name,
-                    names,
-                    fitted,
-                    seed,
-                    {"layer": last, "false_alarms": args.false_alarms, **WAYS[way]},
-                    sites,
-                )
-                for seed in args.seeds
-            ]
-            shares = {other: share(acts, [judged[other, seed] for seed in args.seeds]) for other in names}
+            options = {"layer": "last", "pool": "last", "false_alarms": args.false_alarms, **WAYS[way]}
+            options["layer"], pool = places[options["layer"]], options["pool"]
+            acts = [fit_one(model, name, names, fitted, seed, options, sites) for seed in args.seeds]
+            shares = {other: share(acts, [judged[other, seed, pool] for seed in args.seeds]) for other in names}
             worst = max(shares[other][0] for other in names if other != name)
             best = np.mean(
                 [limits(act, name, names, judged, seed) for act, seed in zip(acts, args.seeds, strict=True)], axis=0
@@ -156,8 +154,8 @@ def fit_one(
     sites: Any,
 ) -> lu.Abstain:
     """Fit one way to forget a set of queries, all others retained."""
-    forget, retain = fitted[name, seed], [fitted[other, seed] for other in names if other != name]
-    options["layer"] = [site.layer for site in sites] if options["layer"] is None else options["layer"]
+    forget, *retain = (fitted[one, seed, options["pool"]] for one in (name, *(n for n in names if n != name)))
+    options = {**options, "layer": [site.layer for site in sites] if options["layer"] is None else options["layer"]}
     return lu.key_space_detection(model, forget, retain, seed=seed, control=False, progress=False, **options)
 
 
@@ -182,7 +180,7 @@ def limits(
         ratios = [region.score(keys[site]) / max(region.limit, 1e-30) for site, region in act.regions.items()]
         return torch.stack(ratios).sort(0).values[act.vote - 1].double().numpy()
 
-    forget, others = score(judged[name, seed]), [score(judged[other, seed]) for other in names if other != name]
+    forget, *others = (score(judged[one, seed, act.pool]) for one in (name, *(n for n in names if n != name)))
     areas = [roc_auc_score([1] * len(forget) + [0] * len(o), -np.concatenate([forget, o])) for o in others]
     at = [min(np.quantile(o, rate, method="lower") for o in others) for rate in (0.02, 0.05)]
     return [min(areas), *(float((forget < limit).mean()) for limit in at)]

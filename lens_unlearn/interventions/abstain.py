@@ -17,6 +17,7 @@ from lens_unlearn.core.errors import LensUnlearnError, SelectionError
 from lens_unlearn.interventions.base import HookFunction, Intervention, Live, Parts
 from lens_unlearn.keyspace.regions import Region, region_from_parts
 from lens_unlearn.model.chat import chat_of, marks_of, question_ends
+from lens_unlearn.model.pooling import Pool, check_pool, running_mean
 from lens_unlearn.model.sites import Point, Site
 from lens_unlearn.model.special_tokens import end_token
 
@@ -31,7 +32,8 @@ class Abstain(Intervention):
     """Abstain from answering a query whose key lies in a region: its logits are constant, its text is a refusal.
 
     Each row is judged for itself, by the key at its own last prompt token, whatever the padding and its neighbours; in a chat,
-    at the last token of the user's last turn, since what stands behind it is the same in every prompt. From that token on, an
+    at the last token of the user's last turn, since what stands behind it is the same in every prompt. With ``pool="mean"`` that
+    key is the mean over the prompt's tokens up to there, without special ones and the first of a text. From that token on, an
     abstained row's logits carry nothing of the input: they are equal for all tokens, but for the end-of-text token (in a chat,
     that which ends a turn), which is ahead by 0.001, so that greedy generation stops at once. `lu.generate` writes the refusal
     instead. Logits before the prompt's end stay as they are: no later token ever changes them.
@@ -46,11 +48,13 @@ class Abstain(Intervention):
         when: "prompt" decides once, at the prompt's end; "every_token" decides at each position from there on, and abstains
             from the first that is inside.
         refusal: What `lu.generate` writes.
+        pool: "last" judges the key of the token itself, "mean" the mean over those of the text up to it: as the regions were
+            fitted.
         rates: What was measured on held-out queries when it was fitted: "detection" and "false_alarms", each as
             [share, low, high, queries]; and the same of the control under "control".
 
     Raises:
-        LensUnlearnError: If there is no region, or `vote` or `when` is out of range.
+        LensUnlearnError: If there is no region, or `vote`, `when` or `pool` is out of range.
     """
 
     kind: ClassVar[str] = "abstain"
@@ -60,6 +64,7 @@ class Abstain(Intervention):
     when: Literal["prompt", "every_token"] = "prompt"
     refusal: str = REFUSAL
     rates: Mapping[str, Any] = field(default_factory=dict)
+    pool: Pool = "last"
 
     looks_at_rows = True
     abstains = True
@@ -73,6 +78,7 @@ class Abstain(Intervention):
             raise LensUnlearnError(f"vote={self.vote} of {len(self.regions)} sites: give 1 to the number of sites")
         if self.when not in ("prompt", "every_token"):
             raise LensUnlearnError(f"when={self.when!r} is not known: choose from prompt, every_token")
+        check_pool(self.pool)
         control = self.rates.get("control", {})
         if not isinstance(control, Mapping):
             raise LensUnlearnError(
@@ -100,8 +106,13 @@ class Abstain(Intervention):
                 raise LensUnlearnError("Abstain needs token ids: run the model on tokens")
             rows.check(x)
             rows = rows.beside(x)
-            keys = x.detach().flatten(2)
             state = live.notes.setdefault(id(self), {})
+            keys = x.detach().flatten(2)
+            if self.pool == "mean":
+                sums = state.setdefault("sums", {})
+                keys, sums[site] = running_mean(
+                    keys, rows.text & ~live.special.to(x.device), sums.get(site) if rows.cached else None
+                )
             given, width = rows.ends - rows.cached, x.shape[1]  # in this pass, or before or behind it
             end = question_ends(marks_of(getattr(live.model, "tokenizer", None)), rows.tokens, given)
             if not rows.continues:
@@ -177,7 +188,7 @@ class Abstain(Intervention):
     def parts(self) -> Parts:
         """Return the regions."""
         header: dict[str, Any] = {"kind": self.kind, "vote": self.vote, "when": self.when}
-        header |= {"refusal": self.refusal, "rates": dict(self.rates)}
+        header |= {"refusal": self.refusal, "pool": self.pool, "rates": dict(self.rates)}
         headers, tensors = {}, {}
         for site, region in self.regions.items():
             headers[str(site)], region_tensors = region.parts()
@@ -192,7 +203,8 @@ class Abstain(Intervention):
             name, _, site = key.partition("/")
             by_site.setdefault(site, {})[name] = tensor
         regions = {Site.parse(site): region_from_parts(part, by_site[site]) for site, part in header["regions"].items()}
-        return cls(regions, int(header["vote"]), header["when"], str(header["refusal"]), header["rates"])
+        pool = header.get("pool", "last")  # there was no other at first
+        return cls(regions, int(header["vote"]), header["when"], str(header["refusal"]), header["rates"], pool)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{site} {region!r}" for site, region in self.regions.items())
@@ -203,4 +215,5 @@ class Abstain(Intervention):
                 share, low, high, n = self.rates[key]
                 rates += f", {words} {share:.0%} [{low:.0%}, {high:.0%}] of {n:,} held-out queries"
                 rates += f" (shuffled labels: {control[key][0]:.0%})" if key in control else ""
-        return f"Abstain({self.when.replace('_', ' ')}, {shapes}{vote}{rates})"
+        pool = ", mean of the text" if self.pool == "mean" else ""
+        return f"Abstain({self.when.replace('_', ' ')}{pool}, {shapes}{vote}{rates})"

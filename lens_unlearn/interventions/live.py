@@ -18,7 +18,6 @@ from lens_unlearn.model.hooks import generation, logit_functions
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.positions import Rows, pad_of
 from lens_unlearn.model.residual import norms
-from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["Finish", "Live", "acting"]
 
@@ -105,25 +104,11 @@ class Live:
 
     @property
     def special(self) -> Bool[Tensor, "batch pos"]:
-        """Where the current forward pass has special tokens, padding in front, or the first token of a text.
-
-        That token is the attention sink of nearly every model, but for one behind BOS. In GPT-2 the padding token is BOS as well:
-        there a leading one counts as BOS.
-        """
-        found, rows = self._special, self.rows
-        if found is None:
-            assert rows is not None
-            tokenizer = getattr(self.model, "tokenizer", None)
-            ids = sorted(special_tokens(tokenizer)) if tokenizer is not None else []
-            bos, pad = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
-            # Of what stands before a pass that goes on with a cache, only padding matters: otherwise no token is the first.
-            before = torch.full_like(rows.tokens[:, :1], -1 if pad is None or not rows.cached else pad)
-            first = rows.number == 1
-            if bos is not None:
-                first = first & (torch.cat([before, rows.tokens[:, :-1]], dim=1) != bos)
-            ours = torch.isin(rows.tokens, torch.tensor(ids, dtype=rows.tokens.dtype, device=rows.tokens.device))
-            found = self._special = ours | (rows.number == 0) | first
-        return found
+        """Where the current forward pass has special tokens, padding in front, or the first token of a text."""
+        if self._special is None:
+            assert self.rows is not None
+            self._special = self.rows.special(getattr(self.model, "tokenizer", None))
+        return self._special
 
     @property
     def generates(self) -> bool:

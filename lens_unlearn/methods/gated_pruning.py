@@ -27,6 +27,7 @@ from lens_unlearn.methods import selective_pruning as pruning
 from lens_unlearn.methods.controls import random_pruning
 from lens_unlearn.methods.method import Fitted, Method
 from lens_unlearn.model.host import Model, require_model
+from lens_unlearn.model.pooling import Pool
 from lens_unlearn.model.sites import Site, layers_with
 from lens_unlearn.neurons.collect import collect, query_keys
 from lens_unlearn.neurons.key_sample import KeySample
@@ -49,6 +50,7 @@ def gated_pruning(
     region: Shape | Literal["auto"] = "linear",
     vote: int | None = None,
     when: Literal["prompt", "every_token"] = "prompt",
+    pool: Pool = "last",
     importance: str = "abs",
     replacement: Literal["zero", "mean"] = "zero",
     seed: int = 0,
@@ -69,6 +71,8 @@ def gated_pruning(
         region: The detector's shape, see `key_space_detection`; by default a plane between the keys of both sides.
         vote: How many layers have to agree; None for a majority.
         when: "prompt" or "every_token", see `Abstain`.
+        pool: Whether the detector judges the key of the "last" token of a prompt, or the "mean" over its tokens, see
+            `key_space_detection`.
         importance: By which neurons are ranked, see `selective_pruning`.
         replacement: Put "zero", or the "mean" over the retain corpus, in place of a neuron.
         seed: Of the detector's splits, and of the places where texts are cut.
@@ -95,15 +99,21 @@ def gated_pruning(
     looks = _looks(model, layer)
     _check(
         model, forget, several, fraction=fraction, false_alarms=false_alarms, layer=layer, region=region, vote=vote,
-        when=when, importance=importance, replacement=replacement, seed=seed, batch_size=batch_size,
+        when=when, pool=pool, importance=importance, replacement=replacement, seed=seed, batch_size=batch_size,
     )  # fmt: skip
-    passes: dict[str, Any] = {"layer": looks, "seed": seed, "batch_size": batch_size, "progress": progress}
+    passes: dict[str, Any] = {
+        "layer": looks,
+        "pool": pool,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
     ours, *others = [
         part if isinstance(part, Prompted) else _prompted(model, part, **passes) for part in (forget, *several)
     ]
     detector = detection.key_space_detection(
         model, ours.keys, [part.keys for part in others], layer=looks, region=region, vote=vote, when=when,
-        false_alarms=false_alarms, site=SITE, control=False, seed=seed, progress=False,
+        pool=pool, false_alarms=false_alarms, site=SITE, control=False, seed=seed, progress=False,
     )  # fmt: skip
     behind = [Site(number, SITE) for number in layers_with(model, SITE) if number > looks[-1]]
     sides = ours.moments.only(behind), _joined(others).only(behind)
@@ -134,10 +144,10 @@ def _looks(model: Model, layer: int | Sequence[int] | None) -> list[int]:
     return looks
 
 
-def _prompted(model: Model, corpus: Corpus, *, layer: Sequence[int], seed: int, **passes: Any) -> Prompted:
+def _prompted(model: Model, corpus: Corpus, *, layer: Sequence[int], pool: Pool, seed: int, **passes: Any) -> Prompted:
     """Collect the keys of a corpus where the detector looks, and the moments behind."""
     corpus = corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)
-    keys = query_keys(model, corpus, [Site(number, SITE) for number in layer], seed=seed, **passes)
+    keys = query_keys(model, corpus, [Site(number, SITE) for number in layer], pool=pool, seed=seed, **passes)
     behind = [Site(number, SITE) for number in layers_with(model, SITE) if number > max(layer)]
     return Prompted(keys, collect(model, corpus, behind, **passes))
 
@@ -174,7 +184,8 @@ def _check(
 def _prepare(model: Model, forget: Corpus, retain: Corpus | list[Corpus], **options: Any) -> Fitted:
     """Collect what is needed at every strength."""
     shared = {name: options[name] for name in ("batch_size", "progress") if name in options}
-    shared |= {"layer": _looks(model, options.get("layer")), "seed": options.get("seed", 0)}
+    shared |= {"layer": _looks(model, options.get("layer")), "pool": options.get("pool", "last")}
+    shared |= {"seed": options.get("seed", 0)}
     return _prompted(model, forget, **shared), [_prompted(model, one, **shared) for one in _listed(retain)]
 
 

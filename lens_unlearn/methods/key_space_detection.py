@@ -23,6 +23,7 @@ from lens_unlearn.keyspace.regions import FEWEST, Region, Shape, fit_region
 from lens_unlearn.methods.controls import SHUFFLED_LABELS, shuffled_controls
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.host import Model, require_model
+from lens_unlearn.model.pooling import Pool, check_pool
 from lens_unlearn.model.sites import Site, check_kind, layers_with
 from lens_unlearn.neurons.collect import query_keys, query_places
 from lens_unlearn.neurons.key_sample import KeySample
@@ -50,6 +51,7 @@ def key_space_detection(
     region: Shape | Literal["auto"] = "box",
     vote: int | None = None,
     when: Literal["prompt", "every_token"] = "prompt",
+    pool: Pool = "last",
     false_alarms: float = 0.05,
     site: str = "mlp.post",
     held_out: tuple[Corpus | KeySample, Corpus | KeySample] | None = None,
@@ -71,8 +73,8 @@ def key_space_detection(
     - `Abstain.rates`, with 95 % intervals, on queries that nothing was fitted to or chosen on; "control" among them are the rates
       of the same method fitted to shuffled labels.
 
-    A region is fitted at the last token of each prompt, and a corpus of plain texts is cut into prompts at random places
-    first. alpha means something only together with the floor on sigma, see `fit_region`.
+    A region is fitted to the keys at the last token of each prompt, or to means over prompts (`pool`); a corpus of plain texts is
+    cut into prompts at random places first. alpha means something only together with the floor on sigma, see `fit_region`.
 
     Args:
         model: A `TransformerBridge` or `HookedTransformer`.
@@ -88,6 +90,8 @@ def key_space_detection(
         vote: How many layers have to agree; None for a majority. With layer=None, the best 2 vote - 1 layers vote, or as
             many as detect most.
         when: "prompt" or "every_token", see `Abstain`.
+        pool: "last" judges the key of the prompt's last token (published), "mean" the mean over the prompt's tokens, without
+            special ones and the first of a text (ours). Keys that are given have to be such.
         false_alarms: Budget: the share of retain queries to abstain from, where alpha is chosen.
         site: Kind of site: "mlp.post" are the keys of the published method.
         held_out: Queries (forget, retain) to choose on and to state rates on, if they should not be split off; default: 40 % of the
@@ -106,7 +110,7 @@ def key_space_detection(
         require_model(model)
     _check(
         model, forget, retain, layer=layer, alpha=alpha, coverage=coverage, region=region, vote=vote, when=when,
-        false_alarms=false_alarms, site=site, held_out=held_out, refusal=refusal, seed=seed, batch_size=batch_size,
+        pool=pool, false_alarms=false_alarms, site=site, held_out=held_out, refusal=refusal, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     site = check_kind(site)
     sites = [Site(number, site) for number in layers_of(layer, vote, _having(model, forget, site), site)]
@@ -116,7 +120,7 @@ def key_space_detection(
     def keys_of(part: Corpus | KeySample) -> KeySample:
         if isinstance(part, KeySample):
             return part
-        return query_keys(model, part, sites, seed=seed, batch_size=batch_size, progress=progress)
+        return query_keys(model, part, sites, pool=pool, seed=seed, batch_size=batch_size, progress=progress)
 
     keys = keys_of(forget)
     several = [keys_of(part) for part in _listed(retain)] if contrasts or not fixed else []
@@ -139,7 +143,7 @@ def key_space_detection(
             for shape in shapes
         ]
         if held is None:
-            return Abstain(fits[0], vote or len(sites) // 2 + 1, when, refusal)
+            return Abstain(fits[0], vote or len(sites) // 2 + 1, when, refusal, pool=pool)
         choosing = len(fits) > 1 or len(sites) > 1
         to_choose, to_set, to_state = _dealt(*held, choosing=choosing, setting=alpha is None, seed=seed)
         regions, votes = fits[0], 1
@@ -147,7 +151,7 @@ def key_space_detection(
             regions, votes = _chosen(fits, to_choose, alpha, budget, free=layer is None, vote=vote)
         if to_set is not None:
             regions = _within_budget(regions, votes, to_set, budget, sources)
-        return Abstain(regions, votes, when, refusal, rates=_rates(regions, votes, *to_state, sources))
+        return Abstain(regions, votes, when, refusal, rates=_rates(regions, votes, *to_state, sources), pool=pool)
 
     act = detector(keys, others, held)
     if not control or fixed or others is None:
@@ -181,6 +185,7 @@ def _check(
     region: str = "box",
     vote: int | None = None,
     when: str = "prompt",
+    pool: str = "last",
     false_alarms: float = 0.05,
     site: str = "mlp.post",
     held_out: Any = None,
@@ -197,6 +202,12 @@ def _check(
     ):
         if given not in known:
             raise LensUnlearnError(f"{name}={given!r} is not known: choose from {', '.join(known)}")
+    check_pool(pool)
+    for keys in (forget, *(retain or []), *(held_out or ())):
+        if isinstance(keys, KeySample) and keys.pool != pool:
+            raise LensUnlearnError(
+                f"pool={pool!r} is asked of keys that were collected with pool={keys.pool!r}: collect them so, or give that here"
+            )
     given_layers = [] if layer is None else [layer] if not isinstance(layer, list | tuple) else layer
     for number in given_layers:
         Range(whole=True, what="is no number of a layer").check(number, "layer")

@@ -32,7 +32,7 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 Fitted = tuple[Any, Any]
 """What a method takes as forget and retain: statistics, corpora, or what its `prepare` made of them."""
 
-_SHARED = ("batch_size", "progress", "seed", "skip_sinks")
+_SHARED = ("batch_size", "progress", "pool", "seed", "skip_sinks")
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Method:
         shared = {name: value for name, value in options.items() if name in _SHARED}
         if self.judges_prompts:
             return query_keys(model, part, site, **shared)
-        shared.pop("seed", None)
+        shared = {name: value for name, value in shared.items() if name not in ("pool", "seed")}
         statistic = None if self.fitted_to is Moments else self.fitted_to()
         return collect(model, part, site, statistic=statistic, **shared)
 

@@ -13,6 +13,7 @@ Knows token ids and the tokenizer's padding token; knows nothing of activations 
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,6 +22,7 @@ from torch import Tensor
 from lens_unlearn.core.counter_rng import prefixes
 from lens_unlearn.core.errors import LensUnlearnError
 from lens_unlearn.model.host import Model
+from lens_unlearn.model.special_tokens import special_tokens
 
 __all__ = ["Rows", "pad_of"]
 
@@ -106,6 +108,22 @@ class Rows:
     def repeats(self) -> bool:
         """Whether this pass holds the positions of the last one again, and one more: in a generation without a cache."""
         return self.continues and not self.cached
+
+    def special(self, tokenizer: Any) -> Bool[Tensor, "batch pos"]:
+        """Return where there are special tokens of a tokenizer, padding in front, or the first token of a text.
+
+        That token is the attention sink of nearly every model, but for one behind BOS. In GPT-2 the padding token is BOS as well:
+        there a leading one counts as BOS.
+        """
+        ids = sorted(special_tokens(tokenizer)) if tokenizer is not None else []
+        bos, pad = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
+        # Of what stands before a pass that goes on with a cache, only padding matters: otherwise no token is the first.
+        before = torch.full_like(self.tokens[:, :1], -1 if pad is None or not self.cached else pad)
+        first = self.number == 1
+        if bos is not None:
+            first = first & (torch.cat([before, self.tokens[:, :-1]], dim=1) != bos)
+        ours = torch.isin(self.tokens, torch.tensor(ids, dtype=self.tokens.dtype, device=self.tokens.device))
+        return ours | (self.number == 0) | first
 
     @property
     def _width(self) -> int:

@@ -26,6 +26,8 @@ from lens_unlearn.model.feature_points import dictionaries_at
 from lens_unlearn.model.hooks import Remover, announce, attach, backbone, detach_all, one_thread
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import as_in_file, fingerprint, model_entry, model_name, require_model_of
+from lens_unlearn.model.pooling import Pool, running_mean
+from lens_unlearn.model.positions import Rows, pad_of
 from lens_unlearn.model.residual import on_residual, sinks_of
 from lens_unlearn.model.routed import Routed, takes_routed
 from lens_unlearn.model.shortcuts import shortcuts
@@ -127,11 +129,12 @@ def query_keys(
     sites: str | Site | Sequence[str | Site] = "mlp.post",
     *,
     capacity: int = MOST_KEYS,
+    pool: Pool = "last",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> KeySample:
-    """Sample the keys at the last token of each prompt of a corpus.
+    """Sample the keys at the last token of each prompt of a corpus, or the mean over each prompt.
 
     A corpus of plain texts is cut into prompts at random places first (`Corpus.with_prompts`).
 
@@ -140,6 +143,8 @@ def query_keys(
         corpus: Queries: prompts with answers, or texts.
         sites: Where to take the keys.
         capacity: The most queries to keep, drawn uniformly.
+        pool: "last" is the key of the last token, "mean" the mean over those of the prompt's tokens, without special ones and the
+            first of a text.
         seed: Of the draw, and of the places where texts are cut.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
@@ -148,10 +153,8 @@ def query_keys(
         CorpusError: If nothing is long enough to make a prompt.
     """
     require_model(model)
-    queries = _queries(corpus, seed)
-    return collect(
-        model, queries, sites, statistic=KeySample(capacity, seed=seed), batch_size=batch_size, progress=progress
-    )
+    statistic, queries = KeySample(capacity, seed=seed, pool=pool), _queries(corpus, seed)
+    return collect(model, queries, sites, statistic=statistic, batch_size=batch_size, progress=progress)
 
 
 def _queries(corpus: Corpus, seed: int) -> Corpus:
@@ -273,6 +276,7 @@ class _Watch:
     part: Statistic
     weight: Tensor
     real: Tensor  # which positions are no padding
+    pooled: Tensor | None  # over which a statistic wants means; None if it wants each token's own activation
     waiting: int  # sites still to be counted in this forward pass
 
     def __init__(
@@ -292,6 +296,11 @@ class _Watch:
         self.weight = batch.counted.reshape(-1).float()
         self.real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         self.waiting = len(self.points)
+        self.pooled = None
+        if getattr(part, "pool", "last") == "mean":
+            tokenizer, pad = getattr(model, "tokenizer", None), pad_of(model)
+            rows = Rows.of(batch.tokens, 0, None, pad, lengths=batch.lengths)
+            self.pooled = rows.text & ~rows.special(tokenizer)
         self.seen.clear()
         self.weights.clear()
         # Some statistics name or draw tokens: they are given which document (or group, where those are named and the statistic
@@ -330,6 +339,9 @@ class _Watch:
                     "another thread measures this model: let it end first, or give each thread a model of its own"
                 )
             values = tensor if change is None else change(tensor)
+            if self.pooled is not None:
+                values = values.dense() if isinstance(values, Routed) else values
+                values = running_mean(values.reshape(*self.pooled.shape, -1), self.pooled)[0].reshape(values.shape)
             weight = self.weight if self.skip_sinks is None else self.weights.get(site.layer)
             if weight is None:
                 self.seen.append((site, values))

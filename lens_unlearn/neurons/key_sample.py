@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lens_unlearn.core.counter_rng import key_of, mix
 from lens_unlearn.core.errors import EmptyStatisticError, LensUnlearnError
+from lens_unlearn.model.pooling import Pool, check_pool
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.statistic import joined_provenance, require_all_read, require_finite
 
@@ -28,6 +29,8 @@ class KeySample:
     Args:
         capacity: The most keys to keep.
         seed: Of the priorities.
+        pool: "last" takes the activation of the counted token itself; "mean" the mean over those of its row up to it, without
+            special tokens and the first of a text, which `collect` computes.
     """
 
     # Why not reservoir sampling: a reservoir draws from a random stream in the order in which tokens come, so its sample would
@@ -40,10 +43,10 @@ class KeySample:
     by_unit = True
     """That `collect` calls `locate` with groups in the place of documents, where the corpus names them."""
 
-    def __init__(self, capacity: int = 2000, *, seed: int = 0) -> None:
+    def __init__(self, capacity: int = 2000, *, seed: int = 0, pool: Pool = "last") -> None:
         if capacity < 1:
             raise LensUnlearnError(f"capacity={capacity} keeps no key: at least 1")
-        self.capacity, self.seed = capacity, seed
+        self.capacity, self.seed, self.pool = capacity, seed, check_pool(pool)
         self.provenance: dict[str, Any] = {}
         self._keys: dict[Site, Tensor] = {}
         self._ids: dict[Site, Tensor] = {}  # rows: priority, document, place
@@ -51,7 +54,7 @@ class KeySample:
 
     def fresh(self) -> "KeySample":
         """Return an empty sample of the same settings."""
-        return KeySample(self.capacity, seed=self.seed)
+        return KeySample(self.capacity, seed=self.seed, pool=self.pool)
 
     def locate(self, documents: Int[Tensor, "tokens"], places: Int[Tensor, "tokens"]) -> None:
         """Name the tokens of the next updates: a key of each token's document, and its place there."""
@@ -85,11 +88,11 @@ class KeySample:
         """Return the sample of both parts together; a token that is in both is kept once.
 
         Raises:
-            LensUnlearnError: If capacity or seed differ.
+            LensUnlearnError: If capacity, seed or pool differ.
         """
-        if (self.capacity, self.seed) != (other.capacity, other.seed):
+        if (self.capacity, self.seed, self.pool) != (other.capacity, other.seed, other.pool):
             raise LensUnlearnError(
-                "samples of different capacity or seed do not merge: collect both with the same settings"
+                "samples of different capacity, seed or pool do not merge: collect both with the same settings"
             )
         merged = self.fresh()
         merged.provenance = joined_provenance(self.provenance, other.provenance)
@@ -103,9 +106,9 @@ class KeySample:
         """Merge samples into one that is as large as they are together."""
         if len(samples) == 1:
             return samples[0]
-        whole = cls(sum(sample.capacity for sample in samples), seed=samples[0].seed)
+        whole = cls(sum(sample.capacity for sample in samples), seed=samples[0].seed, pool=samples[0].pool)
         for sample in samples:
-            grown = cls(whole.capacity, seed=whole.seed).with_state(sample.state())
+            grown = cls(whole.capacity, seed=whole.seed, pool=sample.pool).with_state(sample.state())
             grown.provenance = sample.provenance
             whole = whole.merge(grown)
         return whole
@@ -176,7 +179,7 @@ class KeySample:
         documents = [next(iter(part._ids.values()))[1].unique() for part in (self, other)]
         dealt = torch.cat(documents).unique()
         dealt = dealt[mix(dealt + key_of("shuffled", seed)).argsort()]
-        pooled = KeySample(self.capacity + other.capacity, seed=self.seed)
+        pooled = KeySample(self.capacity + other.capacity, seed=self.seed, pool=self.pool)
         for part in (self, other):
             for site, keys in part._keys.items():
                 pooled._add(site, keys, part._ids[site])
@@ -197,5 +200,5 @@ class KeySample:
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(site.kind for site in self._keys)) or "empty"
-        seed = f", seed {self.seed}" if self.seed else ""
+        seed = (f", seed {self.seed}" if self.seed else "") + (", means" if self.pool == "mean" else "")
         return f"KeySample({self.n:,} of at most {self.capacity:,} keys, {len(self._keys)} sites, {kinds}{seed})"

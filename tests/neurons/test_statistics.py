@@ -563,8 +563,8 @@ def test_a_sample_has_to_know_which_tokens_it_is_given() -> None:
 
 
 def test_samples_of_other_settings_do_not_merge_and_show_themselves_apart() -> None:
-    for other in (KeySample(7), KeySample(seed=1)):
-        with pytest.raises(LensUnlearnError, match="different capacity or seed do not merge"):
+    for other in (KeySample(7), KeySample(seed=1), KeySample(pool="mean")):
+        with pytest.raises(LensUnlearnError, match="different capacity, seed or pool do not merge"):
             KeySample().merge(other)
         assert repr(other) != repr(KeySample()), "a checkpoint knows them apart by this"
     with pytest.raises(LensUnlearnError, match="capacity=0 keeps no key: at least 1"):
