@@ -3,6 +3,8 @@ r"""What can be taken of one skill at how little of each other, by every method 
     python benchmarks/fetch_models.py smollm2
     python benchmarks/frontier.py --save benchmarks/outputs/frontier.json
     python benchmarks/frontier.py --lines gated --fractions 0.6 1 --false-alarms 0.02 --save benchmarks/outputs/frontier_gated.json
+    python benchmarks/frontier.py --lines key gated --pool mean --fractions 0.6 1 --false-alarms 0.02 \
+        --save benchmarks/outputs/frontier_means.json
     python benchmarks/frontier.py --lines baseline --save benchmarks/outputs/frontier_baselines.json
     python benchmarks/frontier.py --lines "gated-pruning, 100%" "baseline: rmu" --fractions 1 --false-alarms 0.02 --seeds 0 \
         --write 2 --also authors=../shared/data/tofu/retain90.jsonl:question>answer --save benchmarks/outputs/frontier_written.json
@@ -133,7 +135,7 @@ class Methods:
         """Gated pruning: the strength is the share of false positives."""
         return lu.gated_pruning(
             self.model, fitted[forget]["prompted"], self.retained(fitted, forget, "prompted"), false_alarms=strength,
-            fraction=fraction, layer=self.options.layers, seed=seed, progress=False,
+            fraction=fraction, layer=self.options.layers, pool=self.options.pool, seed=seed, progress=False,
         )  # fmt: skip
 
     def abstained(self, fitted: Fitted, forget: str, strength: float, seed: int) -> lu.Abstain:
@@ -169,6 +171,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".models/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--layers", type=int, nargs="+", default=[14], help="where the detector looks")
+    parser.add_argument("--pool", choices=["last", "mean"], default="last", help="the key that it judges")
     parser.add_argument("--fractions", type=float, nargs="+", default=[FRACTION], help="of the neurons behind it")
     parser.add_argument("--false-alarms", type=float, nargs="+", default=[0.005, 0.01, 0.02])
     parser.add_argument("--prompt", type=int, default=48, help="tokens")
@@ -206,7 +209,8 @@ def main(given: Sequence[str] | None = None) -> None:
         many = fit[skill].sample(args.queries * args.window, seed=seed, units=args.queries).with_prompts(args.prompt)
         moments = lu.collect(model, texts, ("mlp.pre", "mlp.post", "attn.z"), progress=False)
         keys = [lu.Site(layer, "mlp.post") for layer in args.layers]
-        queries = lu.query_keys(model, many, keys, capacity=args.queries, seed=seed, progress=False)
+        options: dict[str, Any] = {"capacity": args.queries, "pool": args.pool, "seed": seed, "progress": False}
+        queries = lu.query_keys(model, many, keys, **options)
         return {"texts": texts, "moments": moments, "prompted": Prompted(queries, moments)}
 
     for name, _, source in (text.partition("=") for text in args.also):

@@ -46,7 +46,8 @@ class KeySample:
     def __init__(self, capacity: int = 2000, *, seed: int = 0, pool: Pool = "last") -> None:
         if capacity < 1:
             raise LensUnlearnError(f"capacity={capacity} keeps no key: at least 1")
-        self.capacity, self.seed, self.pool = capacity, seed, check_pool(pool)
+        self.capacity, self.seed = capacity, seed
+        self.pool: Pool = check_pool(pool)
         self.provenance: dict[str, Any] = {}
         self._keys: dict[Site, Tensor] = {}
         self._ids: dict[Site, Tensor] = {}  # rows: priority, document, place
