@@ -15,6 +15,7 @@ SEEDS = (0, 1, 2)
 WAYS: dict[str, dict[str, Any]] = {
     "box, as published": {"region": "box"},
     "linear, calibrated": {"region": "linear"},
+    "linear, means": {"region": "linear", "pool": "mean"},
 }
 ALPHA = {"gsm8k": 2.0, "mbpp": 1.4}
 """Those of the paper."""
@@ -35,17 +36,22 @@ def sets() -> dict[str, tuple[lu.Corpus, lu.Corpus]]:
     return {name: (fit, test) for name, fit, test in questions("whole", 60_000, smollm2(), 192)}
 
 
+def pool_of(way: str) -> Any:
+    """Return which key of a prompt a way judges."""
+    return WAYS[way].get("pool", "last")
+
+
 @cache
 def detectors(forgotten: str, way: str) -> list[lu.Abstain]:
     """Fit a detector of the last layer to 150 questions, by seed."""
-    layer = int(smollm2().cfg.n_layers) - 1
+    layer, pool = int(smollm2().cfg.n_layers) - 1, pool_of(way)
 
     def keys(name: str, seed: int) -> lu.KeySample:
         corpus = sets()[name][0]
         order = np.random.default_rng(seed).permutation(corpus.n_documents)[:150]
         drawn = corpus.only(order.tolist()).first(10**9)
         options = {"capacity": 150, "seed": seed, "progress": False}
-        return lu.query_keys(smollm2(), drawn, lu.Site(layer, "mlp.post"), **options)
+        return lu.query_keys(smollm2(), drawn, lu.Site(layer, "mlp.post"), pool=pool, **options)
 
     published = {"alpha": ALPHA[forgotten]} if way.startswith("box") else {}
     return [
@@ -71,10 +77,10 @@ def posed(corpus: lu.Corpus, form: str, count: int = 100) -> lu.Corpus:
 
 
 @cache
-def asked_keys(name: str, form: str) -> lu.KeySample:
+def asked_keys(name: str, form: str, pool: Any) -> lu.KeySample:
     """Return the keys of questions that are put in a form."""
     site = lu.Site(int(smollm2().cfg.n_layers) - 1, "mlp.post")
-    return lu.query_keys(smollm2(), posed(sets()[name][1], form), site, capacity=100, progress=False)
+    return lu.query_keys(smollm2(), posed(sets()[name][1], form), site, capacity=100, pool=pool, progress=False)
 
 
 def cells() -> Iterator[Cell]:
@@ -87,7 +93,8 @@ def cells() -> Iterator[Cell]:
                     forgotten: str = forgotten, other: str = other, way: str = way, form: str = form
                 ) -> Iterator[list[str]]:
                     acts = detectors(forgotten, way)
-                    shares = [share(acts, [asked_keys(name, form)] * len(SEEDS)) for name in (forgotten, other)]
+                    asked = [asked_keys(name, form, pool_of(way)) for name in (forgotten, other)]
+                    shares = [share(acts, [keys] * len(SEEDS)) for keys in asked]
                     yield [f"{value:.1%} [{low:.1%}, {high:.1%}]" for value, low, high in shares]
 
                 yield Cell((forgotten, way, form), rows)
