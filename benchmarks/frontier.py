@@ -64,6 +64,7 @@ class Methods:
     def __init__(self, model: Any, options: argparse.Namespace) -> None:
         self.model, self.options = model, options
         self.made: dict[tuple[str, str, int], Any] = {}
+        self.means = ", means" if options.pool == "mean" else ""
         self.lines: dict[str, tuple[Sequence[float], Callable[[Fitted, str, float, int], lu.Intervention]]] = {
             "selective-pruning": ((0.01, 0.03, 0.08), self.pruned),
             "selective-pruning, with attention": ((0.03,), self.both),
@@ -72,10 +73,10 @@ class Methods:
             "random neurons": ((0.03,), self.random),
             "neuron-adjust": ((0.03,), self.adjusted),
             "lape": ((0.03,), self.lape),
-            "key-space-detection": (options.false_alarms, self.abstained),
+            f"key-space-detection{self.means}": (options.false_alarms, self.abstained),
         }
         for fraction in options.fractions:
-            name = "gated-pruning" + ("" if fraction == FRACTION else f", {fraction:.0%} of the neurons")
+            name = "gated-pruning" + ("" if fraction == FRACTION else f", {fraction:.0%} of the neurons") + self.means
             self.lines[name] = options.false_alarms, partial(self.gated, fraction=fraction)
             middle = options.false_alarms[len(options.false_alarms) // 2 :][:1]
             self.lines[f"{name}, random neurons"] = middle, partial(self.gated_random, fraction=fraction)
