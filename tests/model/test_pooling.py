@@ -138,6 +138,28 @@ def test_with_a_cache_and_without_the_same_tokens_are_found(when: Any) -> None:
             assert live.abstained.tolist() == expected.tolist(), cached
 
 
+@pytest.mark.parametrize("cuts", [(4, 9), (1, 2, 6, 9), (6, 7, 8, 9)])
+@pytest.mark.parametrize("when", ["prompt", "every_token"])
+def test_a_prompt_in_pieces_behind_a_cache_is_judged_as_at_once(cuts: tuple[int, ...], when: Any) -> None:
+    model, tokens = tiny.speaking("gpt2"), tiny.some_tokens(8, 9)
+    ends = torch.tensor([5, 3, 7, 5, 4, 2, 6, 5])
+    keys = torch.stack([mean_key(model, row[: end + 1].tolist(), FIRST) for row, end in zip(tokens, ends)]).float()
+    far = (keys - keys[0]).abs().amax(1)
+    box = Box(keys[:1], torch.ones(keys.shape[1]), float(far.median()) * 1.001)
+    with Abstain({FIRST: box}, when=when, pool="mean").on(model) as live, torch.no_grad():
+        live.expect(ends)
+        model(tokens)
+        whole = live.abstained.tolist()
+        if when == "prompt":
+            assert whole == (far <= box.limit).tolist()
+        live.expect(ends)
+        cache, begin = None, 0
+        for end in cuts:
+            out = model.original_model(tokens[:, begin:end], past_key_values=cache, use_cache=True)
+            cache, begin = out.past_key_values, end
+        assert live.abstained.tolist() == whole
+
+
 def two_skills() -> tuple[Corpus, Corpus]:
     """Prompts whose tokens differ everywhere but at their ends."""
     sides = []
