@@ -33,6 +33,7 @@ from lens_unlearn.keyspace.separation import (
 )
 from lens_unlearn.model.host import Model, require_model
 from lens_unlearn.model.loading import model_name
+from lens_unlearn.model.pooling import Pool
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons.collect import collect
 from lens_unlearn.neurons.key_sample import KeySample
@@ -134,7 +135,8 @@ class KeySpace:
     @property
     def queries(self) -> str:
         """Say how many queries were fitted and held out."""
-        return f"{self.provenance['fitted']:,} queries a skill fitted, {self.provenance['held_out']:,} held out"
+        means = ", means over prompts" if self.provenance.get("pool") == "mean" else ""
+        return f"{self.provenance['fitted']:,} queries a skill fitted, {self.provenance['held_out']:,} held out{means}"
 
 
 def key_space(
@@ -143,15 +145,16 @@ def key_space(
     sites: str | Site | Sequence[str | Site] = "mlp.post",
     *,
     capacity: int = CAPACITY,
+    pool: Pool = "last",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> KeySpace:
     """Compare where the keys of several skills lie: coverage of boxes, four distances, clusters, and a map, per site.
 
-    A key is the activation at the last token of a prompt. A corpus of plain texts is cut into prompts at random places
-    first (`Corpus.with_prompts`). Prompts with their natural endings may be separated by the last token alone: to
-    compare skills, cut question-answer corpora as well.
+    A key is the activation at the last token of a prompt, or the mean over its tokens (`pool`). A corpus of plain texts is cut into
+    prompts at random places first (`Corpus.with_prompts`). Prompts with their natural endings may be separated by the last token
+    alone: to compare skills, cut question-answer corpora as well.
 
     Each corpus is split by document into a half that regions are fitted on and a half that everything is measured on;
     documents with a query that is word for word also in the first half are left out of the second. Every skill has
@@ -162,6 +165,7 @@ def key_space(
         corpora: Queries of two skills or more, by name: prompts with answers, or texts.
         sites: Where to take the keys.
         capacity: The most queries of a skill in each half. They take 4 bytes x coordinates, over all sites.
+        pool: "last" for the key of the prompt's last token, "mean" for the mean over its tokens, as in `query_keys`.
         seed: Of the split, the draws, the clusterings, and the places where texts are cut.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
@@ -169,7 +173,8 @@ def key_space(
     Raises:
         CorpusError: If there are not enough queries or documents.
         SiteError: If a site does not exist.
-        LensUnlearnError: If there are fewer than two corpora, or all queries of a skill have the same key.
+        LensUnlearnError: If there are fewer than two corpora, `pool` is not known, or all queries of a skill have the same
+            key.
     """
     require_model(model)
     if not isinstance(corpora, Mapping) or len(corpora) < 2 or {POOLED, CONTROL, ""} & set(corpora):
@@ -187,7 +192,7 @@ def key_space(
     samples = []
     for part in (0, 1):
         n = min(capacity, *(pair[part].n_rows for pair in halves.values()))
-        statistic = KeySample(n, seed=seed)
+        statistic = KeySample(n, seed=seed, pool=pool)
         drawn = {name: pair[part].sample(n, seed) for name, pair in halves.items()}
         samples.append({name: collect(model, c, sites, statistic=statistic, **options) for name, c in drawn.items()})
     fit, held = samples
@@ -205,6 +210,7 @@ def key_space(
         "fitted": next(iter(fit.values())).n,
         "held_out": first.n,
         "seed": seed,
+        "pool": pool,
     }
     return KeySpace(tuple(corpora), values, scores, planes, provenance)
 

@@ -20,6 +20,8 @@ from lens_unlearn.keyspace.key_space import KeySpace
 from lens_unlearn.keyspace.regions import fit_region
 from lens_unlearn.keyspace.separation import POOLED, Mahalanobis, Plane, against, best_scale, coverage, unit_weights
 from lens_unlearn.model.sites import Site
+from lens_unlearn.neurons.collect import collect
+from lens_unlearn.neurons.key_sample import KeySample
 
 SITE = Site(0, "mlp.post")
 MEASURES = {"auc_box", "auc_ellipsoid", "auc_mahalanobis", "auc_clusters", "area_between", "best_scale", "best_gap"}
@@ -324,6 +326,25 @@ def test_a_seed_gives_the_same_again_and_another_seed_does_not(space):
     pd.testing.assert_frame_equal(space.to_frame(), again.to_frame())
     other = lu.key_space(made, corpora(), ("mlp.post", "attn.z"), seed=1, progress=False)
     assert not space.to_frame().value.equals(other.to_frame().value)
+
+
+def test_means_over_prompts_are_compared_when_asked_for(space):
+    made, parts = tiny.model("gpt2"), corpora()
+    means = lu.key_space(made, parts, SITE, pool="mean", progress=False)
+    assert means.queries == f"{space.queries}, means over prompts"
+    # The area of one skill's box, by keys that are collected and dealt by hand.
+    fits, helds = {}, {}
+    for name in ("code", "prose", "mixed"):
+        fit, held = parts[name].with_prompts(seed=0).queries().split(0.5, 0.5, seed=0)
+        counts = means.provenance["fitted"], means.provenance["held_out"]
+        for part, count, into in ((fit, counts[0], fits), (held, counts[1], helds)):
+            sample = collect(made, part.sample(count, 0), SITE, statistic=KeySample(count, pool="mean"), progress=False)
+            into[name] = sample[SITE].flatten(1)
+    box = fit_region(fits["code"], "box")
+    found = means.scores_of(SITE, "box", "code", "prose").double().sort().values
+    torch.testing.assert_close(found, box.score(helds["prose"]).double().sort().values)
+    with pytest.raises(LensUnlearnError, match="pool='first' is not known"):
+        lu.key_space(made, parts, SITE, pool="first", progress=False)
 
 
 def test_every_skill_has_as_many_queries(space):
