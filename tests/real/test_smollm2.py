@@ -107,6 +107,27 @@ TEXT = (
 )
 
 
+def test_means_over_prompts_tell_mathematics_from_code_where_last_tokens_do_less(smollm2: Any) -> None:
+    """Prompts that are cut out of running text: fitted on some documents, and judged on others."""
+    site, found = lu.Site(14, "mlp.post"), {}
+    cut = {
+        (part, skill): read(smollm2, part, skill, 6000).with_prompts(48)
+        for part in ("fit", "heldout")
+        for skill in ("math", "code")
+    }
+    for pool in ("last", "mean"):
+        options: dict[str, Any] = {"capacity": 45, "pool": pool, "progress": False}
+        keys = {name: lu.query_keys(smollm2, corpus, site, **options) for name, corpus in cut.items()}
+        sides = [keys["fit", skill] for skill in ("math", "code")]
+        act = lu.key_space_detection(
+            smollm2, *sides, layer=14, alpha=1.0, region="linear", pool=pool, control=False, progress=False
+        )  # fmt: skip
+        theirs, others = (act.regions[site].score(keys["heldout", skill][site]) for skill in ("math", "code"))
+        found[pool] = float((theirs[:, None] < others[None]).double().mean())
+    assert found["mean"] > 0.97
+    assert found["mean"] > found["last"] > 0.5
+
+
 def test_the_first_token_is_an_attention_sink_and_dominates_the_layer_that_makes_it_one(smollm2: Any) -> None:
     corpus = lu.read_corpus([TEXT], smollm2, window=128)
     every, others = (lu.collect(smollm2, corpus, skip_sinks=ratio, progress=False) for ratio in (None, 10))
