@@ -1,6 +1,7 @@
 """`Rows`: which positions of which texts a forward pass covers, whatever the batch, the padding and the key-value cache.
 
-Knows token ids and the tokenizer's padding token; knows nothing of activations or of what is decided from them.
+Knows token ids, and which of them the tokenizer pads with or calls special; knows nothing of activations or of what is decided
+from them.
 """
 
 # The same text reaches a model in many forms: alone, in a batch, padded on the left or on the right, or token by token with a

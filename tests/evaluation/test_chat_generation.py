@@ -107,32 +107,36 @@ def test_a_model_or_template_that_cannot_is_refused() -> None:
 # --- judging and abstaining --------------------------------------------------------------------------------------------
 
 
-def around(key: torch.Tensor) -> Abstain:
+def around(key: torch.Tensor, pool: Any = "last") -> Abstain:
     """Abstain from what has this key alone."""
     spread = torch.randn(8, len(key), generator=torch.Generator().manual_seed(0)) * 1e-4
-    return Abstain({SITE: fit_region(key + spread, "box", alpha=2.0)})
+    return Abstain({SITE: fit_region(key + spread, "box", alpha=2.0)}, pool=pool)
 
 
-def key_at(model: Any, ids: list[int], place: int) -> torch.Tensor:
+def key_at(model: Any, ids: list[int], place: int, pool: str = "last") -> torch.Tensor:
     with torch.no_grad():
         _, cache = model.run_with_cache(torch.tensor([ids]))
-    return cache[f"blocks.{SITE.layer}.mlp.hook_post"][0, place]
+    keys = cache[f"blocks.{SITE.layer}.mlp.hook_post"][0]
+    marked = {id for id, token in model.tokenizer.added_tokens_decoder.items() if token.special}
+    text = [i for i in range(1, place + 1) if ids[i] not in marked]
+    return keys[place] if pool == "last" else keys[text].mean(0)
 
 
+@pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_last_token_of_the_users_last_turn_is_judged_however_the_model_is_run(name: str) -> None:
+def test_the_last_token_of_the_users_last_turn_is_judged_however_the_model_is_run(name: str, pool: Any) -> None:
     model, tokenizer = chatting(name), chatting(name).tokenizer
     corpus = lu.read_corpus([TWO, ONE], model, chat=True)
     prompt = template_ids(tokenizer, QUESTION, add_generation_prompt=True)
     place = (
         next(i for i in range(len(prompt), 0, -1) if tokenizer.decode(prompt[:i]).endswith(QUESTION[-1]["content"])) - 1
     )
-    key = key_at(model, prompt, place)
+    key = key_at(model, prompt, place, pool)
 
-    fitted = lu.query_keys(model, corpus.only([0]), [SITE], progress=False)[SITE].flatten(1)
+    fitted = lu.query_keys(model, corpus.only([0]), [SITE], pool=pool, progress=False)[SITE].flatten(1)
     torch.testing.assert_close(fitted[0], key, rtol=1e-4, atol=1e-5)
 
-    abstain = around(key)
+    abstain = around(key, pool)
     assert lu.generate(model, [QUESTION, ONE[:1]], intervention=abstain, max_new_tokens=3)[0] == REFUSAL
     assert lu.generate(model, QUESTION, intervention=abstain, max_new_tokens=3) == REFUSAL
     assert lu.generate(model, ONE[:1], intervention=abstain, max_new_tokens=3) != REFUSAL

@@ -17,6 +17,8 @@ from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.files import load_intervention
 from lens_unlearn.interventions.when import When
 from lens_unlearn.keyspace.regions import Box
+from lens_unlearn.methods import gated_pruning as gating
+from lens_unlearn.methods import key_space_detection as detection
 from lens_unlearn.methods.gated_pruning import gated_pruning
 from lens_unlearn.methods.key_space_detection import key_space_detection
 from lens_unlearn.model.pooling import running_mean
@@ -209,6 +211,17 @@ def test_gated_pruning_and_keys_that_are_given_are_pooled_as_asked(tmp_path: Pat
         keys[0].merge(query_keys(model, retain, [FIRST], progress=False))
     for part in (*keys[0].split(1, 1), KeySample.joined(keys), *keys[0].shuffled(keys[1]), keys[0].fresh()):
         assert part.pool == "mean"
+
+
+@pytest.mark.parametrize("method", [detection.METHOD, gating.METHOD])
+def test_the_method_record_collects_once_what_its_options_ask_for(method: Any) -> None:
+    model, (forget, retain) = tiny.model("gpt2"), two_skills()
+    options: dict[str, Any] = {"layer": 0, "region": "linear", "pool": "mean", "progress": False}
+    fitted = method.fit(model, forget, retain, options)
+    act = method.at(model, fitted, 0.1, options)
+    detector = act.detector if isinstance(act, When) else act
+    assert detector.pool == "mean"
+    assert detector.rates["detection"][0] > 0.9
 
 
 def test_what_is_no_way_to_pool_is_refused() -> None:
