@@ -105,10 +105,11 @@ class Live:
     @property
     def special(self) -> Bool[Tensor, "batch pos"]:
         """Where the current forward pass has special tokens, padding in front, or the first token of a text."""
-        if self._special is None:
+        special = self._special
+        if special is None:
             assert self.rows is not None
-            self._special = self.rows.special(getattr(self.model, "tokenizer", None))
-        return self._special
+            special = self._special = self.rows.special(getattr(self.model, "tokenizer", None))
+        return special
 
     @property
     def generates(self) -> bool:
@@ -155,9 +156,10 @@ class Live:
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return what depends on the rows of the current forward pass alone: made in the first of its hooks, for all of them."""
         assert self.rows is not None
-        if key not in self._once or self._once[key][0] is not self.rows:
-            self._once[key] = (self.rows, make())
-        return self._once[key][1]
+        made = self._once.get(key)
+        if made is None or made[0] is not self.rows:
+            made = self._once[key] = (self.rows, make())
+        return made[1]
 
     def like(self, tensor: Tensor, activation: Tensor) -> Tensor:
         """Return a tensor of the intervention on an activation's device; floating ones also in its dtype.
@@ -166,14 +168,16 @@ class Live:
         """
         # Copies live here and not on the intervention, which is frozen and may act on several models at once; they go with the
         # block. A tensor is known by its id; the cache holds the tensor too, so that no other one can be given the same id.
-        # A copy of a tensor that needs a gradient belongs to one graph, and is made anew.
+        # A copy of a tensor that needs a gradient belongs to one graph, and is made anew. The entry is looked up once: while a
+        # thread that runs the model is in here, another one may end the block, which clears all caches.
         dtype = activation.dtype if tensor.is_floating_point() else tensor.dtype
         if tensor.requires_grad:
             return tensor.to(device=activation.device, dtype=dtype)
         key, version = (id(tensor), activation.device, dtype), 0 if tensor.is_inference() else tensor._version
-        if key not in self._moved or self._moved[key][1] != version:
-            self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))
-        return self._moved[key][2]
+        moved = self._moved.get(key)
+        if moved is None or moved[1] != version:
+            moved = self._moved[key] = (tensor, version, tensor.to(device=activation.device, dtype=dtype))
+        return moved[2]
 
     def __repr__(self) -> str:
         return f"Live({self.intervention!r}, {'acting' if self.active else 'ended'})"

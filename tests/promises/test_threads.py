@@ -19,6 +19,7 @@ from lens_unlearn.evaluation.generation import generate
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.interventions.abstain import Abstain
 from lens_unlearn.interventions.base import Chain, Intervention
+from lens_unlearn.interventions.live import Live
 from lens_unlearn.model import matrices, sites
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.replay import replaying
@@ -298,3 +299,30 @@ def test_passes_of_another_thread_do_not_disturb_the_probe(worker: Any) -> None:
             matrices._shapes.pop(model, None)
             enter(model, Chain((one("llama", "heads"), one("llama", "dense"))))
     assert POST[0] in resolve(model, "mlp.post")
+
+
+class Ended(dict[Any, Any]):
+    """A cache that another thread clears, since it ends the block, as soon as something is kept in it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.clear()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pass_in_the_middle_of_which_its_block_ends_is_finished_as_it_began(form: str) -> None:
+    model, act = tiny.model("llama"), one("llama", form)
+    alone = under(model, act)
+    with unchanged(model), act.on(model) as live:
+        live._moved, live._once = Ended(), Ended()
+        assert torch.equal(tiny.logits(model), alone)
+
+
+def test_a_copy_follows_the_dtype_and_a_tensor_that_was_changed() -> None:
+    live = Live(Chain(()), tiny.model("llama"))
+    tensor, single, double = torch.tensor([1.0, 2.0]), torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert live.like(tensor, double).dtype == torch.float64
+    assert live.like(tensor, double) is live.like(tensor, double)
+    assert live.like(tensor, single).dtype == torch.float32
+    tensor += 1
+    assert live.like(tensor, double).tolist() == [2.0, 3.0]
