@@ -1,8 +1,8 @@
 """What `evaluate` costs on a pretrained model, beside plain forward passes of the same tokens with logits, in the same run.
 
     python benchmarks/fetch_models.py smollm2 gemma3
-    python benchmarks/real.py --model smollm2
-    python benchmarks/real.py --model gemma3 --tokens 1000
+    python benchmarks/real.py --save benchmarks/outputs/real_cost_smollm2.json
+    python benchmarks/real.py --model gemma3 --save benchmarks/outputs/real_cost_gemma3.json
 
 Each way runs in a process of its own, since the allocator is set up for a whole process, and so that its peak memory is its own.
 The plain pass is that of the Hugging Face model, without a bridge, with the dtype, batches and allocator of the row.
@@ -18,59 +18,47 @@ from pathlib import Path
 from typing import Any
 
 import timing
+from record import begin
 
 FILES = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma3": "gemma-3-270m-Q4_K_M.gguf"}
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "skillmix_heldout"
-CONDITIONS = (1, 2, 3, 7)
-"""Base alone; with one ablation; with that and 1 or 5 random controls of the same size."""
+CONDITIONS = (1, 2, 7)
+"""Base alone; with one ablation; with that and 5 random controls of the same size."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = timing.options(__doc__, repeats=3)
     parser.add_argument("--model", choices=sorted(FILES), default="smollm2")
-    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--conditions", type=int, nargs="+", default=list(CONDITIONS))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, help="where to store the figures as JSON")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="with the allocator set up")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = timing.begin(parser, arguments) if "--one" not in (arguments or sys.argv) else parser.parse_args(arguments)
+    args, record = begin(parser, arguments)
     if args.one:
         print(json.dumps(measure(**json.loads(args.one))))
         return
+    print(timing.machine())
     ways = [
         {"dtype": "float32", "batch": 8, "tuned": False},
         *({"dtype": dtype, "batch": batch, "tuned": True} for dtype in args.dtypes for batch in (8, 2, None)),
     ]
     shared = {"model": args.model, "tokens": args.tokens, "repeats": args.repeats, "threads": args.threads}
-    rows: list[dict[str, Any]] = []
-    print(
-        f"\n{args.model}, {args.tokens} tokens of code in rows of at most 512; seconds of {args.threads} thread(s), medians"
-    )
-    print(
-        f"{'dtype':10}{'rows':>6}{'allocator':>11}{'plain':>8}"
-        + "".join(f"{n:>7} x" for n in args.conditions)
-        + "   per condition over plain"
-    )
+    columns = ["dtype", "rows", "allocator", "plain", "conditions", "seconds", "over plain"]
+    table = record.table("cost", columns)
     for way in ways:
         conditions = args.conditions if way["batch"] is None else args.conditions[:2]
         found = child({**shared, **way, "conditions": conditions})
-        rows.append({**way, **found})
-        spent = "".join(f"{found['seconds'][str(n)]:9.2f}" if n in conditions else f"{'':9}" for n in args.conditions)
-        kept = "kept" if way["tuned"] else "as it is"
-        ratios = ", ".join(f"{n}: {found['ratios'][str(n)]:.2f}" for n in conditions)
-        print(
-            f"{way['dtype']:10}{found['rows']:6}{kept:>11}{found['plain']:8.2f}{spent}   {ratios}",
-            flush=True,
-        )
-    print("\npeak resident memory above the loaded model, MB (one pass, then evaluate of two conditions)")
-    for dtype in args.dtypes:
+        rows = f"{found['rows']}" if way["batch"] else f"measured: {found['rows']}"
+        for n in map(str, conditions):
+            cells = [way["dtype"], rows, "kept" if way["tuned"] else "as it is", f"{found['plain']:.2f}", n]
+            table.row([*cells, f"{found['seconds'][n]:.2f}", f"{found['ratios'][n]:.2f}"])
+    table = record.table("memory", ["dtype", "evaluate", "token losses", "plain pass of a row"])
+    for dtype in dict.fromkeys(["float32", *args.dtypes]):
         found = child({**shared, "dtype": dtype, "batch": 8, "tuned": False, "conditions": [2], "repeats": 0})
-        rows.append({"dtype": dtype, "memory": found["memory"]})
-        print(f"{dtype:10}" + ", ".join(f"{name} {size:,.0f}" for name, size in found["memory"].items()), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps({"machine": timing.machine(), **shared, "rows": rows}, indent=1) + "\n")
+        table.row([dtype, *(f"{size:.0f} MB" for size in found["memory"])])
+    record.end()
 
 
 def child(task: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +129,8 @@ def measure(
     return {"rows": rows, "plain": middle.pop("plain"), "seconds": middle, "ratios": over}
 
 
-def memory(model: Any, corpus: Any, run: Any) -> dict[str, float]:
-    """Return how far the peak of several things is above the model, in MB."""
+def memory(model: Any, corpus: Any, run: Any) -> list[float]:
+    """Return how far the peak of evaluating two conditions, of token losses, and of a plain pass is above the model, in MB."""
     import torch
 
     import lens_unlearn as lu
@@ -157,14 +145,17 @@ def memory(model: Any, corpus: Any, run: Any) -> dict[str, float]:
         way()
         return now("VmHWM") - before
 
-    batch = next(corpus.batches(8)).tokens
-    found = {
-        "evaluate": peak(run),
-        "token_losses": peak(lambda: lu.token_losses(model, "def f(x):\n    return x\n" * 60, {}, progress=False)),
-    }
-    with torch.no_grad():
-        found[f"a plain pass of {tuple(batch.shape)} with logits"] = peak(lambda: model(batch, return_type="logits"))
-    return found
+    batch = next(corpus.batches(1)).tokens
+
+    def plain() -> None:
+        with torch.no_grad():
+            model(batch, return_type="logits")
+
+    return [
+        peak(run),
+        peak(lambda: lu.token_losses(model, "def f(x):\n    return x\n" * 60, {}, progress=False)),
+        peak(plain),
+    ]
 
 
 if __name__ == "__main__":

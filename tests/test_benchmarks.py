@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_other_work_is_timed_as_well(task: str, load: Callable[[str], ModuleType
     module = load("real_work")
     args = argparse.Namespace(model="demo", data=data, threads=1, repeats=1)
     assert module.alone(task, {"dtype": "float32", "kept": False, "batch": 8}, args) > 0
+
+
+def test_evaluation_is_set_beside_plain_passes_condition_by_condition(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load("real")
+
+    def child(task: dict[str, Any]) -> dict[str, Any]:
+        if not task["repeats"]:
+            return {"memory": [10.0, 20.0, 30.0]}
+        times = {str(n): 2.0 * n + task["tuned"] for n in task["conditions"]}
+        ratios = {n: seconds / int(n) / 2 for n, seconds in times.items()}
+        return {"rows": task["batch"] or 4, "plain": 2.0, "seconds": times, "ratios": ratios}
+
+    monkeypatch.setattr(real, "child", child)
+    real.main(["--conditions", "1", "2", "7", "--dtypes", "bfloat16"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert ["float32", "8", "as it is", "2.00", "2", "4.00", "1.00"] in rows
+    assert ["bfloat16", "measured: 4", "kept", "2.00", "7", "15.00", "1.07"] in rows
+    assert ["bfloat16", "10 MB", "20 MB", "30 MB"] in rows
 
 
 def test_what_grows_faster_than_linearly_is_said(

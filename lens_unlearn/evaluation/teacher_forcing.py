@@ -29,7 +29,7 @@ from lens_unlearn.model.recompute import recomputing
 from lens_unlearn.model.replay import Prefix
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
-from lens_unlearn.model.unembedding import Unembedding, knows_its_end, unembedding
+from lens_unlearn.model.unembedding import AT_ONCE, READ, Unembedding, knows_its_end, unembedding
 
 __all__ = [
     "Forced",
@@ -47,6 +47,8 @@ __all__ = [
 
 _IN_CACHE = 2**20
 """Logits that are read at a time on a processor: what is made of them stays in its caches."""
+_BESIDE = 3
+"""Models whose logits stand beside those of the unedited one, of which what is read then serves them all."""
 _BLOCK = 256
 """Logits of which the largest is found first."""
 _PLACES = 10
@@ -72,7 +74,7 @@ class Predicted:
     @property
     def slices(self) -> list[slice]:
         """Cut the tokens into parts whose logits can stand at a time."""
-        return self.end.parts(len(self.target))
+        return self.end.parts(len(self.target), READ // self.hidden.element_size())
 
     def logits(self, part: slice = slice(None)) -> Float[Tensor, "n vocabulary"]:
         """Compute the logits of some of the tokens."""
@@ -183,7 +185,9 @@ class Outcome:
     def __init__(
         self, logits: Float[Tensor, "n v"], target: Int[Tensor, "n"], reference: "Outcome | None" = None
     ) -> None:
-        self.logits, self.target, self.reference = logits, target, reference
+        # float32 holds every number of the shorter types, and a processor reads and compares it several times as fast.
+        self.logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        self.target, self.reference = target, reference
 
     @cached_property
     def _own(self) -> Tensor:
@@ -197,9 +201,10 @@ class Outcome:
     def _p(self) -> Float[Tensor, "n v"]:
         return self._log_p.exp()
 
-    @cached_property
+    @property
     def _broken(self) -> Bool[Tensor, "n"]:
-        return self._log_p.amax(1).isnan()
+        # NaN and infinity among the logits reach the sum by which all probabilities are divided.
+        return self.loss.isnan()
 
     @cached_property
     def _place(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
@@ -293,21 +298,28 @@ def outcomes(
         reference: Of the unedited model, for `kl`; it may be one of them.
     """
     first = reference or predicted[0]
+    own = [i for i, one in enumerate(predicted) if one is reference]
+    others = [i for i, one in enumerate(predicted) if one is not reference]
+    groups = [others[start : start + _BESIDE] for start in range(0, len(others), _BESIDE)] or [[]]
     found: list[list[Tensor]] = [[torch.zeros(0, len(quantities))] for _ in predicted]
+
+    def read(part: slice, beside: Tensor | None, group: Sequence[int], own: Sequence[int]) -> None:
+        # The logits of a group go with this function's names, before the next ones come.
+        logits, target = {i: predicted[i].logits(part) for i in group}, first.target[part]
+        at_once = _IN_CACHE if target.device.type == "cpu" else AT_ONCE
+        size = max(1, at_once // int(first.end.model.cfg.d_vocab))
+        for cut in (slice(start, start + size) for start in range(0, len(target), size)):
+            base = None if beside is None else Outcome(beside[cut], target[cut])
+            each = {i: Outcome(logits[i][cut], target[cut], base) for i in group}
+            if base is not None:
+                each |= dict.fromkeys(own, base)
+            for i, outcome in each.items():
+                found[i].append(outcome.table(quantities).cpu())
+
     for part in first.slices:
         beside = None if reference is None else reference.logits(part)
-        target = first.target[part]
-        size = len(target) if target.device.type != "cpu" else max(1, _IN_CACHE // int(first.end.model.cfg.d_vocab))
-        cuts = [slice(start, start + size) for start in range(0, len(target), size)]
-        base = [None if beside is None else Outcome(beside[cut], target[cut]) for cut in cuts]
-        for one, tables in zip(predicted, found, strict=True):
-            if one is reference:
-                tables += [other.table(quantities).cpu() for other in base if other is not None]
-                continue
-            logits = one.logits(part)
-            tables += [
-                Outcome(logits[cut], target[cut], b).table(quantities).cpu() for cut, b in zip(cuts, base, strict=True)
-            ]
+        for number, group in enumerate(groups):
+            read(part, beside, group, own if number == 0 else ())
     return [torch.cat(tables).double().numpy() for tables in found]
 
 

@@ -23,6 +23,8 @@ __all__ = ["Unembedding", "knows_its_end", "unembedding", "wrap_forward"]
 
 AT_ONCE = 2**24
 """Logits that stand at a time: 64 MB in float32."""
+READ = 2**27
+"""Bytes of logits that stand at a time where a few numbers are read out of each: every part reads the whole matrix once."""
 FEW, FEW_POSITIONS = 2**20, 16
 """Logits that stand at a time where memory is short, and of how many positions at least."""
 AtLast = Callable[[Tensor], Tensor]
@@ -71,10 +73,10 @@ class Unembedding:
         """Return the logits at positions of which the hidden states are given."""
         return hidden if self._forward is None else self._forward(hidden[None])[0]
 
-    def parts(self, count: int) -> list[slice]:
-        """Cut so many positions into parts whose logits can stand at a time."""
+    def parts(self, count: int, at_once: int | None = None) -> list[slice]:
+        """Cut so many positions into parts whose logits can stand at a time, `AT_ONCE` of them unless another number is given."""
         vocabulary = int(self.model.cfg.d_vocab)
-        size = max(FEW_POSITIONS, FEW // vocabulary) if self._few else max(1, AT_ONCE // vocabulary)
+        size = max(FEW_POSITIONS, FEW // vocabulary) if self._few else max(1, (at_once or AT_ONCE) // vocabulary)
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def in_parts(self, function: Callable[[Tensor, slice], Tensor], hidden: Float[Tensor, "n width"]) -> list[Tensor]:

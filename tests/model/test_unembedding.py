@@ -12,7 +12,7 @@ from interventions_helpers import selection_of
 import lens_unlearn as lu
 from lens_unlearn.corpora.corpus import Batch
 from lens_unlearn.evaluation import teacher_forcing
-from lens_unlearn.evaluation.teacher_forcing import outcomes, predict
+from lens_unlearn.evaluation.teacher_forcing import Outcome, outcomes, predict
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.model import unembedding as ends
 from lens_unlearn.model.unembedding import unembedding
@@ -25,6 +25,7 @@ QUANTITIES = ("loss", "top1", "top10", "right", "z_score", "kl")
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tokens' logits stand at a time, and two are read at a time."""
     monkeypatch.setattr(ends, "AT_ONCE", 3 * tiny.VOCABULARY)
+    monkeypatch.setattr(teacher_forcing, "READ", 4 * 3 * tiny.VOCABULARY)
     monkeypatch.setattr(teacher_forcing, "_IN_CACHE", 2 * tiny.VOCABULARY)
 
 
@@ -147,6 +148,53 @@ def test_quantities_are_those_of_plain_numpy(few: None) -> None:
             (p_base * (np.log(p_base) - log_p)).sum(1),
         ]
         np.testing.assert_allclose(table, np.stack(expected, axis=1), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5, 6, 7), (5, 0, 3), (3, 1), (0,), (4, 4, 0, 0)])
+def test_each_of_many_models_is_read_as_it_is_alone(few: None, order: tuple[int, ...], dtype: torch.dtype) -> None:
+    """0 is the unedited model, which may stand anywhere among them, or not at all."""
+    with tiny.quiet():
+        model = tiny.build("llama").to(dtype)
+    batch, read = batch_of(), []
+    with torch.no_grad():
+        base = predict(model, batch)
+        for seed in range(1, 8):
+            with Ablate(selection_of(model, share=0.1 * seed, seed=seed)).on(model):
+                read.append(predict(model, batch))
+        every = [base, *read]
+        together = outcomes([every[i] for i in order], QUANTITIES, base)
+        alone = [outcomes([every[i]], QUANTITIES, base)[0] for i in order]
+    for number, table, other in zip(order, together, alone, strict=True):
+        np.testing.assert_array_equal(table, other)
+        assert table.shape == (len(base.target), len(QUANTITIES))
+        assert bool((table[:, -1] == 0).all()) == (number == 0), "only the unedited model is as far from itself as that"
+
+
+def test_logits_of_a_short_type_are_read_as_numbers_of_float32() -> None:
+    logits = (4 * torch.randn(7, 700, generator=torch.Generator().manual_seed(2))).bfloat16()
+    target = logits.float().topk(5, dim=1).indices[:, 4]
+    outcome, exact = Outcome(logits, target), logits.double().log_softmax(1)
+    torch.testing.assert_close(outcome.loss.double(), -exact.gather(1, target[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    ahead = (logits > logits.gather(1, target[:, None])).sum(1)
+    ties = (logits == logits.gather(1, target[:, None])).sum(1)
+    torch.testing.assert_close(outcome.top10, ((10 - ahead) / ties).clamp(0, 1).float())
+
+
+def test_logits_in_double_precision_are_compared_in_it() -> None:
+    logits = torch.tensor([[1.0, 1 + 1e-12, 0.0]], dtype=torch.float64)
+    first, second = (Outcome(logits, torch.tensor([target])) for target in (0, 1))
+    assert (float(first.top1), float(second.top1), float(second.right)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_logits_anywhere_in_a_row_are_seen_whatever_is_asked_for(odd: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(4, 600, dtype=dtype)
+    for row, place in ((0, 0), (1, 599), (3, 300)):
+        logits[row, place] = odd
+    table = Outcome(logits, torch.tensor([0, 1, 2, 3])).table(["top1"])
+    assert table.isnan()[:, 0].tolist() == [True, True, False, True]
 
 
 def test_losses_in_parts_have_the_gradients_of_a_whole_pass(few: None) -> None:

@@ -48,7 +48,9 @@ def test_logits_in_parts_are_those_of_a_whole_pass(gemma3: Any) -> None:
 def test_evaluating_takes_less_than_a_gigabyte_beyond_the_model(gemma3: Any) -> None:
     """The logits of this one batch, of 2,000 tokens, alone would take 2 GB in float32."""
     corpus = lu.read_corpus(["The sea is blue. " * 200] * 8, gemma3, window=512)
-    edit = lu.Ablate(lu.NeuronMap({lu.Site(0, "mlp.post"): torch.arange(2048) < 20}))
+    edits = {
+        f"{n}": lu.Ablate(lu.NeuronMap({lu.Site(0, "mlp.post"): torch.arange(2048) < n})) for n in (20, 40, 60, 80)
+    }
 
     def memory(key: str) -> int:
         with open("/proc/self/status", encoding="utf-8") as lines:
@@ -56,5 +58,5 @@ def test_evaluating_takes_less_than_a_gigabyte_beyond_the_model(gemma3: Any) -> 
 
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    lu.evaluate(gemma3, {"c": corpus.first(2000)}, {"x": edit}, batch_size=8, resamples=10, progress=False)
+    lu.evaluate(gemma3, {"c": corpus.first(2000)}, edits, batch_size=8, resamples=10, progress=False)
     assert memory("VmHWM") - before < GIGABYTE
