@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.one:
         print(json.dumps(measure(**json.loads(args.one))))
         return
+    timing.torch.set_num_threads(args.threads)
     print(timing.machine())
     ways = [
         {"dtype": "float32", "batch": 8, "tuned": False},
