@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import timing
+import torch
 from record import begin
 
 FILES = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma3": "gemma-3-270m-Q4_K_M.gguf"}
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.one:
         print(json.dumps(measure(**json.loads(args.one))))
         return
-    timing.torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     print(timing.machine())
     ways = [
         {"dtype": "float32", "batch": 8, "tuned": False},
@@ -80,7 +81,6 @@ def measure(
     threads: int,
 ) -> dict[str, Any]:
     """Time plain passes and evaluations in turn; with no repeats, look at the memory instead."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     import lens_unlearn as lu
@@ -132,8 +132,6 @@ def measure(
 
 def memory(model: Any, corpus: Any, run: Any) -> list[float]:
     """Return how far the peak of evaluating two conditions, of token losses, and of a plain pass is above the model, in MB."""
-    import torch
-
     import lens_unlearn as lu
 
     def now(key: str) -> float:
