@@ -3,27 +3,30 @@
     python benchmarks/fetch_models.py smollm2 gemma3
     python benchmarks/real.py --save benchmarks/outputs/real_cost_smollm2.json
     python benchmarks/real.py --model gemma3 --save benchmarks/outputs/real_cost_gemma3.json
+    python benchmarks/real.py --model gemma3 --memory --save benchmarks/outputs/real_memory_gemma3.json
 
 Each way runs in a process of its own, since the allocator is set up for a whole process, and so that its peak memory is its own.
 The plain pass is that of the Hugging Face model, without a bridge, with the dtype, batches and allocator of the row.
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timing
 import torch
-from record import begin
+from record import Table, begin
 
 FILES = {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma3": "gemma-3-270m-Q4_K_M.gguf"}
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "skillmix_heldout"
+COLUMNS = ["dtype", "rows", "allocator", "plain", "conditions", "seconds", "over plain"]
 CONDITIONS = (1, 2, 7)
 """Base alone; with one ablation; with that and 5 random controls of the same size."""
 
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--conditions", type=int, nargs="+", default=list(CONDITIONS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="with the allocator set up")
+    parser.add_argument("--memory", action="store_true", help="peaks of resident memory in place of times; on Linux")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, record = begin(parser, arguments)
     if args.one:
@@ -42,13 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(args.threads)
     print(timing.machine())
+    shared = {"model": args.model, "tokens": args.tokens, "repeats": args.repeats, "threads": args.threads}
+    if args.memory:
+        remembered(record.table("memory", ["dtype", "conditions", "peak"]), {**shared, "repeats": 0}, args)
+    else:
+        timed(record.table("cost", COLUMNS), shared, args)
+    record.end()
+
+
+def timed(table: Table, shared: dict[str, Any], args: argparse.Namespace) -> None:
+    """Add a row for each way and number of conditions."""
     ways = [
         {"dtype": "float32", "batch": 8, "tuned": False},
         *({"dtype": dtype, "batch": batch, "tuned": True} for dtype in args.dtypes for batch in (8, 2, None)),
     ]
-    shared = {"model": args.model, "tokens": args.tokens, "repeats": args.repeats, "threads": args.threads}
-    columns = ["dtype", "rows", "allocator", "plain", "conditions", "seconds", "over plain"]
-    table = record.table("cost", columns)
     for way in ways:
         conditions = args.conditions if way["batch"] is None else args.conditions[:2]
         found = child({**shared, **way, "conditions": conditions})
@@ -56,11 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for n in map(str, conditions):
             cells = [way["dtype"], rows, "kept" if way["tuned"] else "as it is", f"{found['plain']:.2f}", n]
             table.row([*cells, f"{found['seconds'][n]:.2f}", f"{found['ratios'][n]:.2f}"])
-    table = record.table("memory", ["dtype", "evaluate", "token losses", "plain pass of a row"])
+
+
+def remembered(table: Table, shared: dict[str, Any], args: argparse.Namespace) -> None:
+    """Add a row for each dtype and number of conditions, in a process of its own."""
     for dtype in dict.fromkeys(["float32", *args.dtypes]):
-        found = child({**shared, "dtype": dtype, "batch": 8, "tuned": False, "conditions": [2], "repeats": 0})
-        table.row([dtype, *(f"{size:.0f} MB" for size in found["memory"])])
-    record.end()
+        for n in args.conditions:
+            found = child({**shared, "dtype": dtype, "batch": 8, "tuned": False, "conditions": [n]})
+            table.row([dtype, n, f"{found['peak']:.0f} MB"])
 
 
 def child(task: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +94,7 @@ def measure(
     repeats: int,
     threads: int,
 ) -> dict[str, Any]:
-    """Time plain passes and evaluations in turn; with no repeats, look at the memory instead."""
+    """Time plain passes and evaluations in turn; with no repeats, look at the memory of one evaluation instead."""
     from transformers import AutoModelForCausalLM
 
     import lens_unlearn as lu
@@ -109,7 +123,7 @@ def measure(
         lu.evaluate(loaded, {"code": corpus}, ways[n], batch_size=rows, progress=False, resamples=50)
 
     if not repeats:
-        return {"memory": memory(loaded, corpus, lambda: run(conditions[0]))}
+        return {"peak": peak(lambda: run(conditions[0]))}
     plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)).eval()
 
     def forward() -> None:
@@ -130,31 +144,18 @@ def measure(
     return {"rows": rows, "plain": middle.pop("plain"), "seconds": middle, "ratios": over}
 
 
-def memory(model: Any, corpus: Any, run: Any) -> list[float]:
-    """Return how far the peak of evaluating two conditions, of token losses, and of a plain pass is above the model, in MB."""
-    import lens_unlearn as lu
+def peak(work: Callable[[], None]) -> float:
+    """Return how far resident memory rises above what is held before, in MB."""
 
     def now(key: str) -> float:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
-    def peak(way: Any) -> float:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = now("VmRSS")
-        way()
-        return now("VmHWM") - before
-
-    batch = next(corpus.batches(1)).tokens
-
-    def plain() -> None:
-        with torch.no_grad():
-            model(batch, return_type="logits")
-
-    return [
-        peak(run),
-        peak(lambda: lu.token_losses(model, "def f(x):\n    return x\n" * 60, {}, progress=False)),
-        peak(plain),
-    ]
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading left behind, hundreds of MB, would hide as much of the peak
+    Path("/proc/self/clear_refs").write_text("5")
+    before = now("VmRSS")
+    work()
+    return now("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -134,17 +134,18 @@ def test_evaluation_is_set_beside_plain_passes_condition_by_condition(
 
     def child(task: dict[str, Any]) -> dict[str, Any]:
         if not task["repeats"]:
-            return {"memory": [10.0, 20.0, 30.0]}
+            return {"peak": 10.0 * task["conditions"][0]}
         times = {str(n): 2.0 * n + task["tuned"] for n in task["conditions"]}
         ratios = {n: seconds / int(n) / 2 for n, seconds in times.items()}
         return {"rows": task["batch"] or 4, "plain": 2.0, "seconds": times, "ratios": ratios}
 
     monkeypatch.setattr(real, "child", child)
-    real.main(["--conditions", "1", "2", "7", "--dtypes", "bfloat16"])
+    for more in ([], ["--memory"]):
+        real.main(["--conditions", "1", "2", "7", "--dtypes", "bfloat16", *more])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert ["float32", "8", "as it is", "2.00", "2", "4.00", "1.00"] in rows
     assert ["bfloat16", "measured: 4", "kept", "2.00", "7", "15.00", "1.07"] in rows
-    assert ["bfloat16", "10 MB", "20 MB", "30 MB"] in rows
+    assert ["bfloat16", "7", "70 MB"] in rows
 
 
 def test_what_grows_faster_than_linearly_is_said(
