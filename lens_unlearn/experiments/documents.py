@@ -21,6 +21,9 @@ __all__ = ["Documents", "Reader", "reading_of", "to_read"]
 READ = 25  # times the tokens that are used are read of each source, so that they come from many documents
 FEWEST_READ = 50_000  # tokens, so that the parts of a source hold many documents even where few tokens are used
 TUNED_ON = 50  # documents or groups of each retain source at least: fewer do not bound a few percent, where whole ones are lost
+LONGEST = 256
+"""Tokens of a plain text that are cut into a prompt and what follows, and that are tested on where a test is made as small as its
+intervals allow: these depend on the number of documents, and the rest of a long one costs more than it tells."""
 QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
 
 
@@ -205,7 +208,7 @@ class Reader:
 
     def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         records = list(self.plan.records.values())
-        return [cut_prompts({"": corpus}, records, self.plan.seed)[""] for corpus in corpora]
+        return [cut_prompts({"": corpus}, records, self.plan.seed, longest=LONGEST)[""] for corpus in corpora]
 
     def _queries(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         """Draw prompts of every source, in equal numbers."""

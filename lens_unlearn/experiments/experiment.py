@@ -29,7 +29,7 @@ from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.experiments.cost import announce, reading, swept
-from lens_unlearn.experiments.documents import Reader
+from lens_unlearn.experiments.documents import LONGEST, Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
@@ -50,9 +50,6 @@ AIM = 0.025
 """Half the width of the interval of accuracy that a test aims at, so that it ends up within 3 points."""
 PROMPTS = 200
 """Documents or groups to test on, at least, where a method judges prompts: a share of few prompts says little."""
-LONGEST = 256
-"""Tokens of a row that are tested on, where a test is made as small as its intervals allow: these depend on the number of
-documents, and the rest of a long one costs more than it tells."""
 
 
 class Experiment:
@@ -296,10 +293,10 @@ class Experiment:
     def fit_pair(self, record: Method) -> tuple[Corpus, Any]:
         """Return what a method is fitted to: forget, and what is to be retained as the method takes it."""
         part = self.documents.queries if record.judges_prompts else self.documents.fit
-        part = cut_prompts(part, [record], self.plan.seed)
+        part = cut_prompts(part, [record], self.plan.seed, longest=LONGEST)
         of_source = self.documents.retain_fit if record.by_source else []
         asked = self.documents.retain_queries if record.judges_prompts else of_source
-        sources = [cut_prompts({"": source}, [record], self.plan.seed)[""] for source in asked]
+        sources = [cut_prompts({"": source}, [record], self.plan.seed, longest=LONGEST)[""] for source in asked]
         return part["forget"], record.together(sources) if len(sources) > 1 else part["retain"]
 
     def _controls(

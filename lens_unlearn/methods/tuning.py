@@ -33,14 +33,23 @@ Given = Method | str | Callable[..., Intervention]
 """A method as users give it: its function, its name, or its record."""
 
 
-def cut_prompts(corpora: Mapping[str, Corpus], methods: Sequence[Method], seed: int = 0) -> dict[str, Corpus]:
+def cut_prompts(
+    corpora: Mapping[str, Corpus], methods: Sequence[Method], seed: int = 0, *, longest: int | None = None
+) -> dict[str, Corpus]:
     """Cut plain texts into prompts and what follows, if a method judges prompts or unlearns answers; others pass through.
 
     Then every condition is measured on the same tokens: those behind the prompts.
+
+    Args:
+        corpora: By name.
+        methods: Their records.
+        seed: Of the places.
+        longest: Tokens of a plain text that are used, at most, prompt and all; default all.
     """
     if not any(method.cuts_prompts for method in methods):
         return dict(corpora)
-    return {name: c if c.has_prompts else c.with_prompts(seed=seed) for name, c in corpora.items()}
+    texts = {name: c if longest is None else c.shortened(longest) for name, c in corpora.items()}
+    return {name: c if c.has_prompts else c.with_prompts(seed=seed) for name, c in texts.items()}
 
 
 def sweep(
