@@ -98,19 +98,15 @@ class Batch:
         ):  # only now: inside `except`, the traceback still holds the tensors of the failed call
             torch.cuda.empty_cache()
         middle = len(self.rows) // 2
-        cuts = [slice(None, middle), slice(middle, None)]
-        halves = [
-            Batch(
-                self.tokens[cut],
-                self.counted[cut],
-                self.rows[cut],
-                self.lengths[cut],
-                self.heads[cut],
-                None if self.asked is None else self.asked[cut],
-            )
-            for cut in cuts
-        ]
+        halves = [self.only(slice(None, middle)), self.only(slice(middle, None))]
         return [result for half in halves for result in half.run(function)]
+
+    def only(self, rows: slice | Bool[Tensor, "batch"]) -> "Batch":
+        """Return some of the rows, as wide as all."""
+        asked = None if self.asked is None else self.asked[rows]
+        return Batch(
+            self.tokens[rows], self.counted[rows], self.rows[rows], self.lengths[rows], self.heads[rows], asked
+        )
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ Knows units that are resampled and what each adds to a mean; knows nothing of wh
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.intervals import effective, weights_of, widening
 from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.report import BASE, Measure
 
-__all__ = ["WEIGHTS", "Scores", "estimates", "over_replicates", "transformed"]
+__all__ = ["WEIGHTS", "Scores", "estimates", "over_dealt", "over_replicates", "transformed"]
 
 WEIGHTS = "exponential, from the key of each unit"
 """How units are resampled, for a report's provenance."""
@@ -31,17 +31,20 @@ class Scores:
         values: By condition, for each of its interventions: sums of each metric over a document or question.
         counts: How much each document or question counts in each metric: tokens, rows or answers.
         units: For each document or question the key of its unit, which is resampled whole. Empty: each is a unit of its own.
+        dealt: By condition of which each document was read under one of several interventions: for each document, which; the same
+            for all of a unit. Its `values` are one table then.
     """
 
     metrics: Sequence[Metric]
     values: dict[str, list[Float[np.ndarray, "documents metrics"]]]
     counts: Float[np.ndarray, "documents metrics"]
     units: Sequence[str] = ()
+    dealt: Mapping[str, Int[np.ndarray, "documents"]] = field(default_factory=dict)
 
     def by_unit(self) -> "Scores":
         """Return what whole units add."""
         if not self.units:
-            return Scores(self.metrics, self.values, self.counts, tuple(map(str, range(len(self.counts)))))
+            return replace(self, units=tuple(map(str, range(len(self.counts)))))
         keys = list(dict.fromkeys(self.units))
         place = {key: number for number, key in enumerate(keys)}
         of = np.array([place[key] for key in self.units], dtype=np.int64)
@@ -52,7 +55,9 @@ class Scores:
             return sums
 
         values = {name: [together(part) for part in parts] for name, parts in self.values.items()}
-        return Scores(self.metrics, values, together(self.counts), keys)
+        first = [self.units.index(key) for key in keys] if self.dealt else []
+        dealt = {name: of_documents[first] for name, of_documents in self.dealt.items()}
+        return Scores(self.metrics, values, together(self.counts), keys, dealt)
 
 
 def estimates(
@@ -69,7 +74,7 @@ def estimates(
 
     A metric is the ratio of two sums over units, so each draw is the ratio of two weighted sums, moved away from the value by
     `widening`. Of a condition with several interventions, the value is the mean over them, and so is each draw, plus what the
-    choice of interventions adds; see `over_replicates`.
+    choice of interventions adds; see `over_replicates`. Where they were dealt over the documents, see `over_dealt`.
 
     Args:
         scores: What documents or questions add.
@@ -99,6 +104,10 @@ def estimates(
         unedited = (base or {}).get(metric.name)
         for condition, own in sums.items():
             measure = over_replicates(own, int(total), units, seed)
+            if condition in whole.dealt:
+                assert unedited is not None, "the unedited model stands before what was dealt"
+                more = whole.values[condition][0][:, column] - whole.values[BASE][0][:, column]
+                measure = over_dealt(measure, unedited, more, counts, whole.dealt[condition], seed)
             if metric.unit:  # of a task's own metric nobody knows the range
                 measure = replace(measure, draws=np.clip(measure.draws, *metric.range))
             unedited = measure if condition == BASE else unedited
@@ -199,6 +208,41 @@ def over_replicates(own: Sequence[tuple[float, np.ndarray]], n: int, units: int,
         spread = _contrasts(count, draws.shape[1], seed) @ (values - values.mean())
     drawn = draws.mean(0) if spread is None else draws.mean(0) + spread
     return Measure(float(values.mean()), drawn, n, units, count, spread)
+
+
+def over_dealt(
+    pooled: Measure,
+    base: Measure,
+    more: Float[np.ndarray, "units"],
+    counts: Float[np.ndarray, "units"],
+    dealt: Int[np.ndarray, "units"],
+    seed: int,
+) -> Measure:
+    """Return the mean over several interventions that the units were dealt to: each unit was read under one of them.
+
+    The units of an intervention are a sample of their own, and so the S differences to the unedited model,
+    d_s = sum_s (m - b) / sum_s n, are independent: what they differ by is due to interventions and units together. With w_s the
+    share of the tokens in sample s, each draw is the unedited model's, plus the pooled difference, plus sum_s c_s d_s times
+    sqrt(S sum_s w_s^2), with the contrasts c of `over_replicates`: Student's error of a mean of S.
+
+    Args:
+        pooled: The condition's value over all units.
+        base: The unedited model's measure.
+        more: Of each unit, what its sum differs by from that of the unedited model.
+        counts: How much each unit counts.
+        dealt: Which intervention each unit was read under.
+        seed: Of the contrasts.
+    """
+    numbers = dealt[counts > 0]
+    of = [dealt == number for number in np.unique(numbers)]
+    tokens = np.array([counts[units].sum() for units in of])
+    differences = np.array([more[units].sum() for units in of]) / tokens
+    count = len(of)
+    if count < 2:  # one intervention read all that counts
+        return pooled
+    factor = np.sqrt(count * np.square(tokens / tokens.sum()).sum())
+    spread = factor * (_contrasts(count, base.draws.shape[0], seed) @ (differences - differences.mean()))
+    return replace(pooled, draws=base.draws + (pooled.value - base.value) + spread, replicates=count, spread=spread)
 
 
 @lru_cache(maxsize=8)

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_unlearn.core import distributed
+from lens_unlearn.core.counter_rng import key_of
 from lens_unlearn.core.errors import CorpusError, LensUnlearnError
 from lens_unlearn.core.progress import Bar
 from lens_unlearn.corpora.batching import rows_at_once
@@ -29,7 +30,15 @@ from lens_unlearn.evaluation.metric import Metric
 from lens_unlearn.evaluation.metrics import METRICS, in_order, needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Measure, Report, provenance_of
-from lens_unlearn.evaluation.teacher_forcing import Forced, Predicted, outcomes, predict, require_finite
+from lens_unlearn.evaluation.teacher_forcing import (
+    Forced,
+    Predicted,
+    joined_rows,
+    outcomes,
+    predict,
+    predict_found,
+    require_finite,
+)
 from lens_unlearn.interventions.base import Intervention, acting
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, require_eval, require_model
@@ -56,6 +65,7 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     base: Report | None = None,
+    deal: bool = False,
     answers: int = 0,
     max_new_tokens: int = 100,
     allow_code_execution: bool = False,
@@ -123,6 +133,9 @@ def evaluate(
         base: An earlier report on the same corpora, with the same resamples and seed, from which the unedited model's
             measures are taken instead of running it again beside every condition. `kl` needs both side by side, so it is
             left out.
+        deal: Whether several interventions of a condition share the documents: each document, or group of them, is read under one
+            of them instead of under all, which costs one pass instead of as many, and gives a wider interval of their mean. Not
+            where a detector finds the rows, which costs little, and not of questions and tasks.
         answers: Questions to answer per corpus, at most, drawn at random and the same for every condition; 0 for none.
         max_new_tokens: The longest answer.
         allow_code_execution: Whether to run answers that are programs, isolated as well as this system allows; see
@@ -144,13 +157,19 @@ def evaluate(
         ActivationError: If the unedited model's logits are NaN or infinite; names the layer. Where those of an edit are, what it
             measures is NaN.
         LensUnlearnError: If there is no corpus, or a condition called "base" is an intervention; if `base` is a report of
-            another model or corpus, or with other resamples.
+            another model or corpus, or with other resamples; if documents are to be dealt beside `base`, or where the true answers
+            are looked for under every intervention.
     """
     require_model(model)
     require_eval(model)
     require_corpora(corpora)
     runs = replicates(conditions)
     measures: dict[tuple[str, str, str], Measure] = {}
+    if deal and (base is not None or memorization):
+        raise LensUnlearnError(
+            f"deal=True reads each text under one of several interventions, which {'memorization' if memorization else 'base'} "
+            "has no use for: leave out one of them"
+        )
     if base is not None:
         measures |= _taken(base, model, corpora, resamples, seed)
         runs.pop(BASE)
@@ -176,7 +195,9 @@ def evaluate(
         made = estimates(scores, resamples, seed, derived, judging=judging, base=known, name=name)
         measures.update(((condition, name, metric), measure) for condition, metric, measure in made)
 
-    total = sum(corpus.n_read for corpus in corpora.values()) * sum(map(len, runs.values()))
+    shared = {name for name, run in runs.items() if deal and len(run) > 1 and not any(map(_finds_rows, run))}
+    passes = sum(1 if name in shared else len(run) for name, run in runs.items())
+    total = sum(corpus.n_read for corpus in corpora.values()) * passes
     bar = Bar(
         total=total, unit=" tokens", unit_scale=True, disable=not (progress and distributed.is_first()), desc="evaluate"
     )
@@ -186,10 +207,11 @@ def evaluate(
     with one_thread(model), bar:  # all of a corpus: nobody else's hooks shall act beside the unedited model
         for number, (name, corpus) in enumerate(corpora.items(), 1):
             bar.called(f"evaluate {number} of {len(corpora)}: {name}")
-            at_once[name] = rows_at_once(model, corpus, batch_size, passes=sum(map(len, runs.values())))
+            at_once[name] = rows_at_once(model, corpus, batch_size, passes=passes)
             if not runs:  # all that was asked for is known
                 continue
-            scored = _score(model, corpus, runs, at_once[name], bar, kept_rows.get(name, set()))
+            dealt = {one: _dealt(corpus, len(runs[one]), seed) for one in shared}
+            scored = _score(model, corpus, runs, dealt, at_once[name], bar, kept_rows.get(name, set()))
             halved |= {name: scored.halved} if scored.halved else {}
             forced[name] = scored.rows
             keep(name, scored.scores(corpus.units, with_kl=base is None))
@@ -236,6 +258,8 @@ def evaluate(
     }
     settings = _settings(model, corpora, conditions, resamples, seed)
     settings["rows at a time"] = at_once
+    if shared:
+        settings["dealt"] = sorted(shared)
     if halved:
         settings["batches cut for lack of memory"] = halved
     if questions:
@@ -299,21 +323,24 @@ class _Scored:
     """By condition, for each of its interventions: [documents, metrics]."""
     rows: dict[str, list[dict[int, Forced]]] = field(default_factory=dict)
     """By condition, for each of its interventions: the rows that were to be kept, token by token."""
+    dealt: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By condition whose interventions share the documents: which of them each document was read under. It has one table."""
     halved: int = 0
     """Batches that were cut because the device had no room for them."""
 
     @classmethod
-    def empty(cls, runs: Runs, documents: int) -> "_Scored":
+    def empty(cls, runs: Runs, documents: int, dealt: Mapping[str, np.ndarray]) -> "_Scored":
         metrics = [*needing("tokens"), *needing("rows")]
         shape = (documents, len(metrics))
-        values = {name: [np.zeros(shape) for _ in run] for name, run in runs.items()}
-        return cls(metrics, np.zeros(shape), values, {name: [{} for _ in run] for name, run in runs.items()})
+        tables = {name: range(1 if name in dealt else len(run)) for name, run in runs.items()}
+        values = {name: [np.zeros(shape) for _ in numbers] for name, numbers in tables.items()}
+        return cls(metrics, np.zeros(shape), values, {name: [{} for _ in n] for name, n in tables.items()}, dealt)
 
     def scores(self, units: Sequence[str], *, with_kl: bool) -> Scores:
         """Return what was summed up, of documents of these units; without `kl` where the unedited model was not run beside."""
         columns = [column for column, metric in enumerate(self.metrics) if with_kl or metric.name != "kl"]
         values = {name: [part[:, columns] for part in parts] for name, parts in self.values.items()}
-        return Scores([self.metrics[column] for column in columns], values, self.counts[:, columns], units)
+        return Scores([self.metrics[column] for column in columns], values, self.counts[:, columns], units, self.dealt)
 
     def gather(self) -> None:
         """Add up what every process has scored of its batches."""
@@ -327,16 +354,36 @@ class _Scored:
                     self.rows[name][number] |= rows[name][number]
 
 
-def _score(model: Model, corpus: Corpus, runs: Runs, rows_at_a_time: int, bar: Any, kept_rows: set[int]) -> _Scored:
+def _finds_rows(intervention: Intervention | None) -> bool:
+    return intervention is not None and intervention.row_detector is not None
+
+
+def _dealt(corpus: Corpus, count: int, seed: int) -> Int[np.ndarray, "documents"]:
+    """Deal the units of a corpus to so many interventions, at random and in equal numbers: which each document is read under."""
+    units = sorted(set(corpus.units), key=lambda unit: key_of("dealt", seed, unit))
+    of = {unit: number % count for number, unit in enumerate(units)}
+    return np.array([of[unit] for unit in corpus.units])
+
+
+def _score(
+    model: Model,
+    corpus: Corpus,
+    runs: Runs,
+    dealt: Mapping[str, np.ndarray],
+    rows_at_a_time: int,
+    bar: Any,
+    kept_rows: set[int],
+) -> _Scored:
     """Run every batch of a corpus once under every condition.
 
     Raises:
         CorpusError: If nothing in it is predicted.
     """
-    scored = _Scored.empty(runs, corpus.n_documents)
+    scored = _Scored.empty(runs, corpus.n_documents, dealt)
     common = common_targets(corpus, int(model.cfg.d_vocab))
+    of_rows = {name: torch.from_numpy(of)[corpus.document] for name, of in dealt.items()}
     for batch in distributed.share(corpus.batches(rows_at_a_time)):
-        pieces = batch.run(partial(_run, model, common, runs, scored.metrics, bar))
+        pieces = batch.run(partial(_run, model, common, runs, of_rows, scored.metrics, bar))
         scored.halved += len(pieces) > 1
         for piece in pieces:
             _add(scored, piece, corpus, kept_rows)
@@ -361,40 +408,99 @@ class _Piece:
 
 
 def _run(
-    model: Model, common: Bool[Tensor, "vocabulary"], runs: Runs, metrics: Sequence[Metric], bar: Any, batch: Batch
+    model: Model,
+    common: Bool[Tensor, "vocabulary"],
+    runs: Runs,
+    dealt: Mapping[str, Int[Tensor, "rows"]],
+    metrics: Sequence[Metric],
+    bar: Any,
+    batch: Batch,
 ) -> _Piece:
     """Run a batch under every condition, the unedited model first, and read all quantities out of each one's logits."""
     quantities = list(dict.fromkeys([*KEPT, *(name for metric in metrics for name in metric.quantities)]))
     of_tokens = [metric for metric in metrics if metric.needs == "tokens"]
     where = batch.counted[:, 1:]
     rare = (~common[batch.tokens[:, 1:][where]]).numpy().astype(np.float64)
-    found: dict[str, list[Predicted]] = {}
+    found: dict[str, list[_Said]] = {}
     with torch.no_grad():
         prefix = _prefix(model, runs)
         reference = predict(model, batch, prefix=prefix) if BASE in runs else None
         prefix = prefix if prefix is not None and _replays(model, batch, prefix, reference) else None
+
+        def ask(intervention: Intervention | None, batch: Batch, prefix: Prefix | None) -> Predicted:
+            start = 0 if intervention is None or prefix is None else _first_layer(model, intervention)
+            with nullcontext() if intervention is None else intervention.on(model):
+                return predict(model, batch, prefix=prefix if start else None, start=start)
+
+        def say(intervention: Intervention | None) -> _Said:
+            if intervention is None and reference is not None:
+                return _Said(reference)
+            if intervention is None or reference is None or not _finds_rows(intervention) or acting(model):
+                return _Said(ask(intervention, batch, prefix))
+            start = 0 if prefix is None else _first_layer(model, intervention)
+            rows, predicted = predict_found(model, batch, intervention, reference, prefix if start else None, start)
+            return _Said(predicted, rows)
+
+        def share(run: Sequence[Intervention | None], of: Int[Tensor, "batch"]) -> _Said:
+            parts = [(of == number, one) for number, one in enumerate(run) if bool((of == number).any())]
+            asked = (ask(one, batch.only(rows), prefix and prefix.only(rows)) for rows, one in parts)
+            return _Said(joined_rows([(rows, said) for (rows, _), said in zip(parts, asked, strict=True)]))
+
         for name, run in runs.items():
-            found[name] = []
-            for intervention in run:
-                if intervention is None and reference is not None:
-                    found[name].append(reference)
-                else:
-                    start = 0 if intervention is None or prefix is None else _first_layer(model, intervention)
-                    with nullcontext() if intervention is None else intervention.on(model):
-                        found[name].append(predict(model, batch, prefix=prefix if start else None, start=start))
+            found[name] = [share(run, dealt[name][batch.rows])] if name in dealt else []
+            for intervention in () if name in dealt else run:
+                found[name].append(say(intervention))
+                bar.update(int(batch.lengths.sum()))
+            if name in dealt:
                 bar.update(int(batch.lengths.sum()))
         everything = [one for run in found.values() for one in run]
-        read = iter(outcomes(everything, quantities, reference))
+        whole = [one.predicted for one in everything if one.rows is None and one.predicted is not None]
+        read = iter(outcomes(whole, quantities, reference))
     tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in runs}
+    unedited = np.zeros((0, len(quantities)))
     for name, run in found.items():
-        for predicted in run:
-            table = next(read)
-            if predicted is reference:
-                require_finite(model, batch, predicted, table)
+        for said in run:
+            table = next(read) if said.rows is None else said.table(unedited, quantities, reference)
+            if reference is not None and said.predicted is reference:
+                require_finite(model, batch, reference, table)
+                unedited = table
             tokens = dict(zip(quantities, table.T, strict=True)) | {"rare": rare}
             columns = [metric.of(tokens) for metric in of_tokens if metric.of is not None]
-            tables[name].append((np.stack(columns, axis=1), predicted.abstained.numpy(), table[:, : len(KEPT)]))
+            tables[name].append((np.stack(columns, axis=1), said.abstained.numpy(), table[:, : len(KEPT)]))
     return _Piece(batch, where.nonzero()[:, 0].numpy(), rare, tables)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a model says of a batch under an intervention."""
+
+    predicted: Predicted | None
+    """Of all rows, or of `rows`; None if these are none."""
+    rows: Bool[Tensor, "batch"] | None = None
+    """The rows in which alone it is not what the unedited model says; None for all."""
+
+    @property
+    def abstained(self) -> Bool[Tensor, "batch"]:
+        """Which rows an intervention abstained from."""
+        if self.rows is None:
+            assert self.predicted is not None
+            return self.predicted.abstained
+        abstained = torch.zeros_like(self.rows)
+        if self.predicted is not None:
+            abstained[self.rows] = self.predicted.abstained
+        return abstained
+
+    @torch.no_grad()
+    def table(
+        self, unedited: Float[np.ndarray, "n quantities"], quantities: Sequence[str], reference: Predicted | None
+    ) -> Float[np.ndarray, "n quantities"]:
+        """Return the quantities of all tokens: in other rows, those of the unedited model."""
+        if self.rows is None or self.predicted is None or reference is None:
+            return unedited
+        table = unedited.copy()
+        (own,) = outcomes([self.predicted], quantities, reference.only(self.rows))
+        table[self.rows[reference.row].numpy()] = own
+        return table
 
 
 _replay: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()

@@ -5,7 +5,7 @@ logits that a metric may need. Knows batches and logits; knows nothing of what t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,10 +23,11 @@ from lens_unlearn.corpora.corpus import Answer, Batch, Corpus
 from lens_unlearn.corpora.reading import tokenize
 from lens_unlearn.interventions.base import Intervention, acting, only_constants, with_constants
 from lens_unlearn.model.finite import refuse_broken
-from lens_unlearn.model.hooks import logit_functions
+from lens_unlearn.model.hooks import Remover, backbone, detach_all, logit_functions
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.recompute import recomputing
 from lens_unlearn.model.replay import Prefix
+from lens_unlearn.model.residual import on_residual
 from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.special_tokens import bos_token, tokenizer_of
 from lens_unlearn.model.unembedding import AT_ONCE, READ, Unembedding, knows_its_end, unembedding
@@ -37,8 +38,10 @@ __all__ = [
     "Predicted",
     "accuracy",
     "force",
+    "joined_rows",
     "outcomes",
     "predict",
+    "predict_found",
     "recalled",
     "require_finite",
     "split_rows",
@@ -98,6 +101,26 @@ class Predicted:
             return function(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, part)
 
         return torch.cat(self.end.in_parts(of, self.hidden))
+
+    def only(self, rows: Bool[Tensor, "rows"], constant: Int[Tensor, "n"] | None = None) -> "Predicted":
+        """Return the tokens of some rows, whose places are counted among these then.
+
+        Args:
+            rows: Of the batch.
+            constant: Where the logits of these tokens are constant; None for where they are here.
+        """
+        tokens = rows[self.row]
+        here = tokens.to(self.hidden.device)
+        constant = constant if constant is not None or self.constant is None else self.constant[here]
+        row = (rows.cumsum(0) - 1)[self.row[tokens]]
+        return replace(
+            self,
+            hidden=self.hidden[here],
+            target=self.target[here],
+            row=row,
+            abstained=self.abstained[rows],
+            constant=constant,
+        )
 
     def nll(self) -> Float[Tensor, "n"]:
         """Return the negative log-likelihood of each token, with gradients where they are enabled."""
@@ -159,6 +182,86 @@ def predict(
     target, row = batch.tokens[:, 1:][where], where.nonzero()[:, 0]
     at = constant[where].to(hidden.device) if bool((constant >= 0).any()) else None
     return Predicted(hidden, target.to(hidden.device), row.to(hidden.device), abstained, end, at)
+
+
+class _Seen(BaseException):
+    """Ends a forward pass behind the last layer at which a detector looks."""
+
+
+def predict_found(
+    model: Model, batch: Batch, intervention: Intervention, reference: Predicted, prefix: Prefix | None, start: int
+) -> tuple[Bool[Tensor, "rows"], Predicted | None]:
+    """Do what `predict` does under an intervention that acts in the rows alone that a detector finds, and run only these.
+
+    Args:
+        model: The model, on which nothing else acts that looks at rows.
+        batch: The rows.
+        intervention: With a `row_detector`.
+        reference: What the unedited model says of the batch.
+        prefix: As in `predict`.
+        start: Likewise, of the intervention.
+
+    Returns:
+        Which rows were found, and what is said of their tokens; None if there are none. Of all others it is what the unedited model
+        says.
+    """
+    detector = intervention.row_detector
+    assert detector is not None, f"{intervention!r} finds no rows"
+    last, width = max(site.layer for site, _ in detector.hooks()), batch.tokens.shape[1]
+
+    def stop(*_: Any) -> None:
+        raise _Seen
+
+    removers: list[Remover] = []
+    with detector.on(model) as live:
+        try:
+            on_residual(model, [last], stop, removers, output=True)
+            live.expect(batch.prompt_ends.clamp_max(width - 1), lengths=batch.lengths.clamp_max(width))
+            with (
+                shortcuts(model) as out,
+                nullcontext() if prefix is None else prefix.acting(model, out, start),
+                suppress(_Seen),
+            ):
+                backbone(model, batch.tokens)
+        finally:
+            detach_all(removers)
+        constant = live.constant_at()
+        found = live.abstained.cpu()
+    if not bool(found.any()):
+        return found, None
+    if detector is intervention:
+        assert constant is not None, f"{detector!r} found rows, and nowhere in them"
+        at = constant.cpu()[:, : width - 1][batch.counted[:, 1:]][found[reference.row]]
+        part = reference.only(found, at.to(reference.hidden.device))
+        return found, replace(part, abstained=torch.ones_like(part.abstained))
+    with intervention.on(model):
+        rows = batch.only(found)
+        return found, predict(model, rows, prefix=None if prefix is None else prefix.only(found), start=start)
+
+
+def joined_rows(parts: Sequence[tuple[Bool[Tensor, "rows"], Predicted]]) -> Predicted:
+    """Join what is said of the rows of a batch, each of which is in one part, to what is said of the batch.
+
+    Args:
+        parts: Which rows each is of.
+    """
+    first = parts[0][1]
+    row = torch.cat([rows.nonzero()[:, 0][part.row] for rows, part in parts])
+    order = torch.argsort(row, stable=True)
+    here = order.to(first.hidden.device)
+    constants = [part.constant if part.constant is not None else torch.full_like(part.target, -1) for _, part in parts]
+    abstained = torch.zeros(len(parts[0][0]), dtype=torch.bool)
+    for which, part in parts:
+        abstained[which] = part.abstained
+    constant = torch.cat(constants)[here]
+    return Predicted(
+        torch.cat([part.hidden for _, part in parts])[here],
+        torch.cat([part.target for _, part in parts])[here],
+        row[order],
+        abstained,
+        first.end,
+        constant if bool((constant >= 0).any()) else None,
+    )
 
 
 def require_finite(model: Model, batch: Batch, predicted: Predicted, table: Float[np.ndarray, "n quantities"]) -> None:

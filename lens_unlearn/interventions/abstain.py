@@ -95,6 +95,11 @@ class Abstain(Intervention):
         ordered = sorted(self.regions.items(), key=lambda item: (item[0].kind, item[0].layer))  # a file has no order
         object.__setattr__(self, "regions", dict(ordered))
 
+    @property
+    def row_detector(self) -> "Abstain":
+        """Itself: in all other rows the logits are the model's own."""
+        return self
+
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         """Return one hook per site, which notes whether each key is inside and leaves the activation as it is."""
         return [(site, self._hook(site, region)) for site, region in self.regions.items()]

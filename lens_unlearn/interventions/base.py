@@ -105,6 +105,11 @@ class Intervention(ABC):
     """Whether it acts on the rows alone that a detector finds, so that a text is changed as a whole or not at all."""
 
     @property
+    def row_detector(self) -> "Intervention | None":
+        """What finds the rows in which alone it changes anything, without changing anything before the logits itself."""
+        return None
+
+    @property
     def norm_layers(self) -> frozenset[int]:
         """The layers at whose input the norms of the residual stream are wanted, in `Live.norms`; only where `looks_at_rows`."""
         return frozenset()

@@ -70,6 +70,11 @@ class When(Limited):
         """Detect by regions at their sites; `options` are those of `Abstain`, such as ``vote`` and ``when``."""
         return cls(Abstain(regions, **options), inner)
 
+    @property
+    def row_detector(self) -> Abstain:
+        """Its detector."""
+        return self.detector
+
     def hooks(self) -> Sequence[tuple[Site, HookFunction]]:
         """Return the detector's hooks, and those of what acts."""
         return [*self.detector.hooks(), *super().hooks()]

@@ -163,6 +163,12 @@ class Prefix:
         changed._outputs[layer] = output
         return changed
 
+    def only(self, rows: Bool[Tensor, "batch"]) -> "Prefix":
+        """Return the same for passes on some of the rows."""
+        part = Prefix(self.layers)
+        part._outputs = {layer: _rows_of(output, rows) for layer, output in self._outputs.items()}
+        return part
+
     @contextmanager
     def acting(self, model: Model, stand_ins: Mapping[Any, Any] | None = None, start: int = 0) -> Iterator[None]:
         """Store outputs of blocks in the forward pass of a `with` block; or return them instead of running those below a layer.
@@ -207,3 +213,12 @@ class Prefix:
 def _place_of_stream(output: tuple[Any, ...]) -> int:
     """Return where in the output of a block the residual stream is."""
     return next(i for i, t in enumerate(output) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim == 3)
+
+
+def _rows_of(output: Any, rows: Bool[Tensor, "batch"]) -> Any:
+    """Return the output of a block for some rows: of all in it that has rows."""
+    if isinstance(output, tuple):
+        return tuple(_rows_of(part, rows) for part in output)
+    if isinstance(output, Tensor) and output.ndim == 3 and len(output) == len(rows):
+        return output[rows.to(output.device)]
+    return output
