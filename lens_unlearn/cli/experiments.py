@@ -113,6 +113,13 @@ def run(
     batch_size: BatchSize = None,
     loading: Loading,
     controls: Controls = 5,
+    deal: Annotated[
+        bool | None,
+        typer.Option(
+            "--deal-controls/--no-deal-controls",
+            help="Read each test document under one of a method's controls, not all. [default: where there are several methods]",
+        ),
+    ] = None,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of strengths for the trade-off figure.")] = True,
     fractions: Annotated[
         str, typer.Option(metavar="NUMBERS", help="Comma-separated shares of neurons to sweep over.")
@@ -170,6 +177,7 @@ def run(
         seed=seed,
         batch_size=batch_size,
         controls=controls,
+        deal=deal,
         sweep=sweep,
         **{name: given for name, text in grids.items() if (given := numbers(text, name))},
         answers=answers,

@@ -17,8 +17,9 @@ from lens_unlearn.experiments.plan import Plan
 from lens_unlearn.methods.method import Method
 from lens_unlearn.model.hooks import one_thread
 from lens_unlearn.model.host import Model, device_of
+from lens_unlearn.neurons.key_sample import KeySample
 
-__all__ = ["announce", "reading", "swept"]
+__all__ = ["announce", "reading", "sweep_passes", "swept"]
 
 SWEPT = 0.2
 """Share of a run's tokens that the trade-off over strengths may take."""
@@ -26,6 +27,8 @@ SWEPT_LEAST = 500
 """Tokens of each corpus that it is measured on, at least."""
 SWEPT_LONGEST, SWEPT_SHORTEST = 128, 16
 """Between these are the tokens of a row, at most, that it is measured on."""
+FOUND = 0.2
+"""Share of a text that is run under a method that judges prompts: one layer of every row, and all behind of those that it finds."""
 EVALUATIONS = 7
 """Strengths that tuning tries: as many as it needs at most."""
 MEASURED = 1024
@@ -44,26 +47,40 @@ def reading(
         test: What is tested on.
     """
     steps = {"collect": 0, "tune": 0, "evaluate": 0, "sweep": 0}
+    read = set[tuple[int, bool]]()
     for name, record in plan.records.items():
         forget, retain = fitted_to[name]
-        if record.fitted_to is not Corpus:
-            steps["collect"] += _tokens([forget, *(retain if isinstance(retain, list) else [retain])])
+        for text in (forget, *(retain if isinstance(retain, list) else [retain])):
+            if record.judges_prompts and (id(text), True) not in read:
+                read.add((id(text), True))
+                steps["collect"] += text.n_read - text.n_tokens
+            if record.fitted_to not in (Corpus, KeySample) and (id(text), False) not in read:
+                read.add((id(text), False))
+                steps["collect"] += min(text.n_read, plan.tokens) if record.judges_prompts else text.n_read
     if plan.retain_drop is not None:
         steps["tune"] = (1 + EVALUATIONS * len(plan.records)) * _tokens(tuned_on.values())
-    steps["evaluate"] = (1 + len(plan.methods) * (1 + plan.controls)) * _tokens(test.values())
+    controls = {name: 1 if plan.deals and not r.judges_prompts else plan.controls for name, r in plan.records.items()}
+    passes = 1 + sum((1 + controls[name]) * _share(record) for name, record in plan.records.items())
+    steps["evaluate"] = round(passes * _tokens(test.values()))
     if plan.sweep:
-        passes = _sweep_passes(plan)
-        steps["sweep"] = passes * _tokens(swept(test, sum(steps.values()), passes, plan.seed).values())
+        passes = sweep_passes(plan)
+        steps["sweep"] = round(passes * _tokens(swept(test, sum(steps.values()), passes, plan.seed).values()))
     return {step: tokens for step, tokens in steps.items() if tokens}
 
 
-def _sweep_passes(plan: Plan) -> int:
+def _share(record: Method) -> float:
+    """Return how much of a text a pass under a method runs."""
+    return FOUND if record.judges_prompts else 1.0
+
+
+def sweep_passes(plan: Plan) -> float:
     """Return how often the sweep reads a text: the unedited model, each method as found and at each strength, with a control."""
     chosen = {name: record.defaults().get(record.strength) for name, record in plan.records.items()}
-    return 1 + sum(2 + 2 * len(plan.strengths_of(name, chosen[name])) for name in plan.records)
+    strengths = {name: len(plan.strengths_of(name, chosen[name])) for name in plan.records}
+    return 1 + sum((2 + 2 * strengths[name]) * _share(record) for name, record in plan.records.items())
 
 
-def swept(test: Mapping[str, Corpus], rest: int, passes: int, seed: int) -> dict[str, Corpus]:
+def swept(test: Mapping[str, Corpus], rest: int, passes: float, seed: int) -> dict[str, Corpus]:
     """Return the part of the test texts that the sweep is measured on, so that it takes its share of all tokens at most.
 
     Fewer documents than an interval needs say nothing, so long ones are cut first.

@@ -28,7 +28,7 @@ from lens_unlearn.evaluation.memorization import Memorization
 from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Report
-from lens_unlearn.experiments.cost import announce, reading, swept
+from lens_unlearn.experiments.cost import announce, reading, sweep_passes, swept
 from lens_unlearn.experiments.documents import LONGEST, Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
@@ -41,6 +41,8 @@ from lens_unlearn.methods.method import Fitted, Method
 from lens_unlearn.methods.tuning import check_units, cut_prompts, tune
 from lens_unlearn.model.host import Model, device_of, versions
 from lens_unlearn.model.loading import fingerprint, load_model
+from lens_unlearn.neurons.moments import Moments
+from lens_unlearn.neurons.reading_once import reading_once
 
 __all__ = ["Experiment", "carry_out"]
 
@@ -181,17 +183,29 @@ class Experiment:
             self.plan.seed,
             LONGEST if self.plan.test_tokens is None else None,
         )
-        for number, name in enumerate(self.records, 1):
-            of = f"{number} of {len(self.records)}: {name}" if len(self.records) > 1 else name
-            with self.going_on(name), stage(f"{'fit' if self.plan.retain_drop is None else 'tune'} {of}"):
-                self.fitted[name] = self._kept(
-                    f"kept/{name}.fitted.safetensors", fitted_form(self.model), lambda name=name: self._prepare(name)
-                )
-                form = Form(self._save_edit, self._load_edit)
-                self.edits[name], self.chosen[name] = self._kept(
-                    f"{name}.safetensors", form, lambda name=name: self._find(name)
-                )
+        with reading_once(self._sites_of_moments()):
+            for number, name in enumerate(self.records, 1):
+                of = f"{number} of {len(self.records)}: {name}" if len(self.records) > 1 else name
+                with self.going_on(name), stage(f"{'fit' if self.plan.retain_drop is None else 'tune'} {of}"):
+                    self.fitted[name] = self._kept(
+                        f"kept/{name}.fitted.safetensors",
+                        fitted_form(self.model),
+                        lambda name=name: self._prepare(name),
+                    )
+                    form = Form(self._save_edit, self._load_edit)
+                    self.edits[name], self.chosen[name] = self._kept(
+                        f"{name}.safetensors", form, lambda name=name: self._find(name)
+                    )
         self._require_some()
+
+    def _sites_of_moments(self) -> list[str]:
+        """Return the kinds of sites at which several methods want moments of the same texts; none where it is one method."""
+        kinds: list[str] = []
+        records = {name: record for name, record in self.records.items() if record.fitted_to is Moments}
+        for name, record in records.items():
+            site = {**record.defaults(), **self.plan.options(name)}.get("site", record.sites)
+            kinds += [site] if isinstance(site, str) else site
+        return list(dict.fromkeys(kinds)) if len(records) > 1 else []
 
     def _batch_tokens(self) -> int:
         texts = [*self.documents.fit.values(), *self.documents.test.values()]
@@ -354,6 +368,7 @@ class Experiment:
                 if controls:
                     conditions[f"{name}:control"] = controls
         asked: dict[str, Any] = {"answers": self.plan.answers, "memorization": self.plan.memorization}
+        asked["deal"] = self.plan.deals
         return evaluate(self.model, self.documents.test, conditions, **self._measuring(), **asked)
 
     def _measuring(self) -> dict[str, Any]:
@@ -368,7 +383,7 @@ class Experiment:
         # A part of the tests shows how the curves run; it has to be the same for all of them, the chosen strengths included.
         test = self.documents.test
         rest = sum(tokens for step, tokens in self.reading(test).items() if step != "sweep")
-        texts = swept(test, rest, 1 + len(conditions), self.plan.seed)
+        texts = swept(test, rest, sweep_passes(self.plan), self.plan.seed)
         with stage("sweep"):
             return evaluate(self.model, texts, conditions, **self._measuring())
 

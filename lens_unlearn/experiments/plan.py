@@ -36,7 +36,7 @@ _FIRST = (
 )  # fmt: skip
 """The fields of the first plans, which every `run.json` has."""
 
-_CALLED = {"methods": "method", "settings": "set", "controls": "control_seeds"}
+_CALLED = {"methods": "method", "settings": "set", "controls": "control_seeds", "deal": "deal_controls"}
 """Fields that are called otherwise on the command line."""
 _SEVERAL = ("retain", "also", "methods", "settings", "test_retain")
 """Fields whose option is given once for each value."""
@@ -75,6 +75,8 @@ class Plan:
     """Rows of full length per forward pass; None leaves it to what this machine is fastest with."""
     controls: int = 5
     """Random controls per method, each with a seed of its own."""
+    deal: bool | None = None
+    """Whether the controls of a method share the test documents (`evaluate`); None: where there are several methods."""
     sweep: bool = True
     fractions: tuple[float, ...] = ()
     """Shares of neurons to sweep over; none takes `AROUND` the one that was chosen."""
@@ -121,6 +123,11 @@ class Plan:
             value = getattr(self, one.name)
             if one.name in NUMBERS and not (value is None and one.default is None):
                 NUMBERS[one.name].check(value, one.name)
+        if self.deal and self.memorization:
+            raise LensUnlearnError(
+                "--deal-controls shares the test documents among the controls, and --memorization looks for every answer under "
+                "each of them: leave out one of both"
+            )
         if self.dtype != AUTO:
             dtype_of(self.dtype)
         for name in ("fractions", "false_alarms", "strengths"):
@@ -161,6 +168,11 @@ class Plan:
             raise LensUnlearnError(
                 f"the setting {key!r}: no method of this run has such an option: choose from {choices}"
             )
+
+    @property
+    def deals(self) -> bool:
+        """Whether the controls of a method share the test documents."""
+        return len(self.methods) > 1 and not self.memorization if self.deal is None else self.deal
 
     @property
     def protocol(self) -> str:

@@ -47,6 +47,7 @@ def run(
     confidence: float = CONFIDENCE,
     seed: int = 0,
     controls: int = 5,
+    deal: bool | None = None,
     sweep: bool = True,
     fractions: Sequence[float] = (),
     false_alarms: Sequence[float] = FALSE_ALARMS,
@@ -96,6 +97,8 @@ def run(
         confidence: With which fresh documents are to lose no more than `retain_drop`.
         seed: Of splits, samples, controls and the bootstrap.
         controls: Random controls per method, each with a seed of its own.
+        deal: Whether a method's controls share the test documents, instead of each reading all (see `evaluate`): one pass in place
+            of as many, and a wider interval; None where there are several methods.
         sweep: Whether to measure a range of strengths for the trade-off figure.
         fractions: Shares of neurons to sweep over; default: around the one that was chosen.
         false_alarms: False positive rates to sweep over, for methods that judge prompts.
@@ -150,6 +153,7 @@ def run(
         seed=seed,
         batch_size=batch_size,
         controls=controls,
+        deal=deal,
         sweep=sweep,
         fractions=tuple(fractions),
         false_alarms=tuple(false_alarms),

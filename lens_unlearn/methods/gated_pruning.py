@@ -37,6 +37,8 @@ from lens_unlearn.neurons.prompted import Prompted
 __all__ = ["METHOD", "gated_pruning"]
 
 SITE = "mlp.post"
+MOMENTS = 10_000
+"""Counted tokens of each corpus over which neurons are ranked: a detector needs many prompts, a mean not all that follows them."""
 
 
 def gated_pruning(
@@ -149,7 +151,7 @@ def _prompted(model: Model, corpus: Corpus, *, layer: Sequence[int], pool: Pool,
     corpus = corpus if corpus.has_prompts else corpus.with_prompts(seed=seed)
     keys = query_keys(model, corpus, [Site(number, SITE) for number in layer], pool=pool, seed=seed, **passes)
     behind = [Site(number, SITE) for number in layers_with(model, SITE) if number > max(layer)]
-    return Prompted(keys, collect(model, corpus, behind, **passes))
+    return Prompted(keys, collect(model, corpus.sample(MOMENTS, seed), behind, **passes))
 
 
 def _joined(parts: Sequence[Prompted]) -> Moments:

@@ -34,6 +34,7 @@ from lens_unlearn.model.shortcuts import shortcuts
 from lens_unlearn.model.sites import Point, Site, extra_points, resolve
 from lens_unlearn.neurons.key_sample import KeySample
 from lens_unlearn.neurons.moments import Moments
+from lens_unlearn.neurons.reading_once import memory_of
 from lens_unlearn.neurons.statistic import S, Statistic
 
 __all__ = ["collect", "gather", "load_moments", "own_checkpoint", "query_keys", "require_skipped", "save_moments"]
@@ -117,6 +118,15 @@ def collect(
         LensUnlearnError: If `skip_sinks` is not above 1, or the statistic is a sample of keys, which holds the same tokens at
             every layer.
     """
+    require_model(model)
+    statistic = Moments() if statistic is None else statistic
+    memory = memory_of(model, statistic)
+    if memory is not None and checkpoint is None and not transform:
+
+        def read(missing: list[Site]) -> Any:
+            return gather(model, corpus, missing, statistic, batch_size, None, None, progress, skip_sinks)
+
+        return memory.collect(model, require_corpus(corpus), sites, statistic, skip_sinks, read)
     total = gather(model, corpus, sites, statistic, batch_size, transform, checkpoint, progress, skip_sinks)
     if checkpoint is not None:
         artefacts.remove(own_checkpoint(checkpoint))

@@ -245,8 +245,10 @@ def control_kind(report: Report, finding: Finding) -> str:
     words = controls_of(report).get(finding.condition.method)
     if not words:
         return ""
-    draws = _count(str(_made(report).get(finding.condition.counterpart, "")))
-    return f", {name(words, 200)}{f' (mean of {draws} draws)' if draws > 1 else ''},"
+    counterpart = finding.condition.counterpart
+    draws, dealt = _count(str(_made(report).get(counterpart, ""))), report.provenance.get("dealt")
+    each = ", each on documents of its own" if isinstance(dealt, list) and counterpart in dealt else ""
+    return f", {name(words, 200)}{f' (mean of {draws} draws{each})' if draws > 1 else ''},"
 
 
 def _made(report: Report) -> Mapping[str, object]:

@@ -96,13 +96,27 @@ def test_prompts_are_read_as_well(model: Any) -> None:
     asked = texts.with_prompts(10)
     assert asked.n_read == sum(len(asked.row(i)) for i in range(asked.n_rows)) > asked.n_tokens > 0
     plan = Plan("m", "f", ("r",), controls=2, sweep=False)
-    fitted = {"selective-pruning": (asked, asked)}
+    fitted = {"selective-pruning": (asked, replace(asked))}
     assert cost.reading(plan, fitted, {}, {"forget": asked}) == {
         "collect": 2 * asked.n_read,
         "evaluate": 4 * asked.n_read,
     }
     tuned = cost.reading(replace(plan, retain_drop=0.1), fitted, {"retain": asked}, {})
     assert tuned["tune"] == (1 + cost.EVALUATIONS) * asked.n_read
+
+
+def test_several_methods_read_a_text_once_and_their_controls_share_the_tests(model: Any) -> None:
+    texts = lu.read_corpus([" ".join(WORDS[i:] * 3) for i in range(12)], model, window=40)
+    asked, other = texts.with_prompts(10), texts.with_prompts(11)
+    names = ("selective-pruning", "neuron-adjust", "key-space-detection")
+    plan = Plan("m", "f", ("r",), methods=names, controls=5, sweep=False)
+    fitted: dict[str, Any] = dict.fromkeys(names[:2], (texts, other)) | {names[2]: (asked, other)}
+    steps = cost.reading(plan, fitted, {}, {"forget": asked})
+    prompts = asked.n_read - asked.n_tokens + other.n_read - other.n_tokens
+    assert steps["collect"] == texts.n_read + other.n_read + prompts
+    assert steps["evaluate"] == round((1 + 2 + 2 + 6 * cost.FOUND) * asked.n_read)
+    every = cost.reading(replace(plan, deal=False), fitted, {}, {"forget": asked})
+    assert every["evaluate"] == round((1 + 6 + 6 + 6 * cost.FOUND) * asked.n_read)
 
 
 def test_the_sweep_keeps_its_share_where_prompts_are_read_as_well(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
