@@ -22,8 +22,10 @@ READ = 25  # times the tokens that are used are read of each source, so that the
 FEWEST_READ = 50_000  # tokens, so that the parts of a source hold many documents even where few tokens are used
 TUNED_ON = 50  # documents or groups of each retain source at least: fewer do not bound a few percent, where whole ones are lost
 LONGEST = 256
-"""Tokens of a plain text that are cut into a prompt and what follows, and that are tested on where a test is made as small as its
-intervals allow: these depend on the number of documents, and the rest of a long one costs more than it tells."""
+"""Tokens of a row that are tested on, where a test is made as small as its intervals allow: these depend on the number of
+documents, and the rest of a long one costs more than it tells."""
+CUT = 128
+"""Tokens of a plain text that are cut into a prompt and what follows: prompts count for nothing, and as much is read of them."""
 QUERIES = 400  # prompts of each side that a method which judges prompts is fitted and tuned on
 
 
@@ -208,7 +210,7 @@ class Reader:
 
     def _prompted(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         records = list(self.plan.records.values())
-        return [cut_prompts({"": corpus}, records, self.plan.seed, longest=LONGEST)[""] for corpus in corpora]
+        return [cut_prompts({"": corpus}, records, self.plan.seed, longest=CUT)[""] for corpus in corpora]
 
     def _queries(self, corpora: Sequence[Corpus]) -> list[Corpus]:
         """Draw prompts of every source, in equal numbers."""

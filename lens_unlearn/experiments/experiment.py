@@ -20,6 +20,7 @@ import numpy as np
 
 from lens_unlearn.core import artefacts, distributed
 from lens_unlearn.core.errors import ArtefactError, BudgetError, LensUnlearnError, ProcessError
+from lens_unlearn.core.intervals import FEWEST
 from lens_unlearn.core.progress import stage
 from lens_unlearn.corpora.batching import batch_tokens, use_batch_tokens
 from lens_unlearn.corpora.corpus import Corpus
@@ -29,7 +30,7 @@ from lens_unlearn.evaluation.metrics import needing
 from lens_unlearn.evaluation.question_answering import QuestionAnswering
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.experiments.cost import announce, reading, sweep_passes, swept
-from lens_unlearn.experiments.documents import LONGEST, Reader
+from lens_unlearn.experiments.documents import CUT, LONGEST, Reader
 from lens_unlearn.experiments.output import write_settings
 from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.experiments.report_content import Content
@@ -50,6 +51,11 @@ PILOT, PILOT_UNITS = 2000, 40
 """Tokens, and documents or groups at least, on which the unedited model shows how many are needed to test on."""
 AIM = 0.025
 """Half the width of the interval of accuracy that a test aims at, so that it ends up within 3 points."""
+TRAINED = 20
+"""Plain texts are no answers to be unlearned word by word, and training reads each some fifty times: of them it is given one in so
+many of the tokens that others are fitted to."""
+ATTRIBUTED = 300
+"""Tokens of plain texts that are attributed, at most: each is run some five times per layer, with gradients."""
 PROMPTS = 200
 """Documents or groups to test on, at least, where a method judges prompts: a share of few prompts says little."""
 
@@ -259,6 +265,8 @@ class Experiment:
     def _prepare(self, name: str) -> Fitted:
         record = self.records[name]
         options = record.with_progress(self.plan.options(name), self.progress)
+        if self._trains_on_plain_texts(record):
+            options = record.takes({"attribution_tokens": ATTRIBUTED}) | options
         if self.folder is not None:
             options |= record.takes({"checkpoint": str(self.folder.kept / f"{name}.checkpoint.safetensors")})
         return record.fit(self.model, *self.fit_pair(record), options)
@@ -307,11 +315,17 @@ class Experiment:
     def fit_pair(self, record: Method) -> tuple[Corpus, Any]:
         """Return what a method is fitted to: forget, and what is to be retained as the method takes it."""
         part = self.documents.queries if record.judges_prompts else self.documents.fit
-        part = cut_prompts(part, [record], self.plan.seed, longest=LONGEST)
+        part = cut_prompts(part, [record], self.plan.seed, longest=CUT)
+        if self._trains_on_plain_texts(record):
+            few = max(1, self.plan.tokens // TRAINED)
+            part = {name: corpus.sample(few, self.plan.seed, units=FEWEST) for name, corpus in part.items()}
         of_source = self.documents.retain_fit if record.by_source else []
         asked = self.documents.retain_queries if record.judges_prompts else of_source
-        sources = [cut_prompts({"": source}, [record], self.plan.seed, longest=LONGEST)[""] for source in asked]
+        sources = [cut_prompts({"": source}, [record], self.plan.seed, longest=CUT)[""] for source in asked]
         return part["forget"], record.together(sources) if len(sources) > 1 else part["retain"]
+
+    def _trains_on_plain_texts(self, record: Method) -> bool:
+        return record.trains and record.cuts_prompts and not self.documents.fit["forget"].has_prompts
 
     def _controls(
         self, name: str, edit: Intervention, seeds: Sequence[int], strength: float | None

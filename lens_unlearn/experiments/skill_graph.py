@@ -25,7 +25,7 @@ from lens_unlearn.evaluation.metrics import metric as metric_of
 from lens_unlearn.evaluation.report import BASE, Report
 from lens_unlearn.evaluation.skill_graph import SkillGraph
 from lens_unlearn.experiments.compare import GivenTexts, SkillRun, plans_for, split_skills
-from lens_unlearn.experiments.documents import LONGEST, reading_of
+from lens_unlearn.experiments.documents import CUT, LONGEST, reading_of
 from lens_unlearn.experiments.experiment import PILOT_UNITS
 from lens_unlearn.experiments.output import new_folder, write_settings
 from lens_unlearn.experiments.plan import Plan, settings_of
@@ -96,7 +96,7 @@ class _Removal(SkillRun):
 
     def tested(self, corpus: Corpus) -> Corpus:
         """Draw what the skill is tested on: many documents, and not all of each."""
-        [cut] = cut_prompts({"": corpus}, [self.records[self.method]], self.plan.seed, longest=LONGEST).values()
+        [cut] = cut_prompts({"": corpus}, [self.records[self.method]], self.plan.seed, longest=CUT).values()
         return cut.shortened(LONGEST).sample(self.plan.tokens, self.plan.seed, units=PILOT_UNITS)
 
     def score(self) -> NeuronMap | None:

@@ -61,13 +61,14 @@ class AttributionSettings:
 
     threshold: float
     attribution_steps: int
+    attribution_tokens: int | None = None
     objective: Objective
     mode: Mode
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self, {"objective": get_args(Objective), "mode": get_args(Mode)})
-        check_counts(self, "attribution_steps")
+        check_counts(self, "attribution_steps", *(() if self.attribution_tokens is None else ("attribution_tokens",)))
         THRESHOLD.check(self.threshold, "threshold", SelectionError)
 
 
@@ -103,6 +104,7 @@ def simu(
     *,
     threshold: float = 0.3,
     attribution_steps: int = 5,
+    attribution_tokens: int | None = None,
     objective: Literal["prob", "logprob"] = "prob",
     mode: Literal["teacher_forced", "prefix"] = "teacher_forced",
     mask: str | NeuronMap = "dual",
@@ -148,6 +150,8 @@ def simu(
         retain: Prompts with answers to retain, or texts; not used by "gradient_ascent".
         threshold: Share of a layer's largest attribution above which a neuron is critical.
         attribution_steps: As `steps` in `attribute`; the other settings of attribution are `objective` and `mode`.
+        attribution_tokens: Answer tokens that are attributed, at most, of rows drawn at random; None for all. Attribution runs each
+            token some `attribution_steps` times per layer, far more often than training does.
         objective: What is attributed.
         mode: How it is attributed.
         mask: "dual" (critical for forget), "forget_only", "union"; "all" neurons, "none"; or a boolean map at `mlp.post`, such
@@ -199,8 +203,9 @@ def simu(
     require_model(model)
     require_corpus(forget, "forget")
     attribution = AttributionSettings(
-        threshold=threshold, attribution_steps=attribution_steps, objective=objective, mode=mode
-    )
+        threshold=threshold, attribution_steps=attribution_steps, attribution_tokens=attribution_tokens,
+        objective=objective, mode=mode,
+    )  # fmt: skip
     masking = MaskSettings(mask=mask, attention=attention, rank=rank, inner=inner)
     settings = TrainingSettings(
         loss=loss,
@@ -228,8 +233,9 @@ def simu(
     critical = mask
     if not isinstance(critical, NeuronMap):
         critical = critical_neurons(
-            model, forget, trained_on, critical, attribution, batch_size=batch_size, memory=memory, progress=progress
-        )
+            model, forget, trained_on, critical, attribution,
+            batch_size=batch_size, memory=memory, seed=seed, progress=progress,
+        )  # fmt: skip
     updates = dict([*_mlp_updates(model, critical, inner), *_attention_updates(model, masking, seed)])
     unseen_accuracy, default_floor = _unseen(model, unseen, batch_size, memory)
     training = Training(
@@ -242,7 +248,8 @@ def simu(
         settings,
         default_floor if floor is None else floor,
         unseen_accuracy,
-        vars(attribution) | vars(masking) | {"strength": strength},
+        # What is left out says nothing: so a checkpoint of an earlier version is of the same training.
+        {n: v for n, v in vars(attribution).items() if v is not None} | vars(masking) | {"strength": strength},
         refusals(forget, model, refusal) if "refusals" in OBJECTIVES[loss].reads else None,
     )
     training.go(checkpoint, progress)
@@ -286,6 +293,7 @@ def critical_neurons(
     *,
     batch_size: int = 8,
     memory: Literal["default", "low"] = "default",
+    seed: int = 0,
     progress: bool = True,
 ) -> NeuronMap | None:
     """Select the neurons to train: by attribution, or all of them; None for none."""
@@ -298,7 +306,7 @@ def critical_neurons(
     def attribution(corpus: Corpus) -> NeuronMap:
         return attribute(
             model,
-            corpus,
+            corpus if settings.attribution_tokens is None else corpus.sample(settings.attribution_tokens, seed),
             "mlp.post",
             steps=settings.attribution_steps,
             objective=settings.objective,
