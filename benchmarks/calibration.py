@@ -145,6 +145,25 @@ def control(count: int, spread: float) -> Trial:
     return trial
 
 
+def dealt(drawn: Scores, condition: str, random: np.random.Generator) -> Scores:
+    """Return what is known where each document is read under one of a condition's interventions."""
+    parts = np.stack(drawn.values[condition])
+    of = random.permutation(parts.shape[1]) % len(parts)
+    values = {**drawn.values, condition: [parts[of, np.arange(len(of))]]}
+    return replace(drawn, values=values, dealt={condition: of})
+
+
+def shared(n: int, count: int, spread: float, lost: float = LOST) -> Trial:
+    """What random controls that share the documents lose, on average over seeds and documents."""
+
+    def trial(random: np.random.Generator) -> tuple[float, float, float]:
+        shares = {"edit:control": [share * lost / LOST for share in seeds(random, count, spread)]}
+        drawn = dealt(DOCUMENTS.scores(n, random, shares, "forget", 0), "edit:control", random)
+        return ends(report_of({"forget": drawn}).drop("edit:control", "forget"), DOCUMENTS.truth(lost)[1])
+
+    return trial
+
+
 def over_skills(random: np.random.Generator) -> tuple[float, float, float]:
     """The mean cost over the runs of `compare`: each skill's test documents are among the others' retain corpora."""
     names = ("a", "b", "c")
@@ -244,6 +263,11 @@ KINDS: dict[str, Trial] = {
     "share lost, 2 % of 50 documents found by a detector": found(50, 0.02),
     "share lost, 1 % of 200 documents found by a detector": found(200, 0.01),
     "share lost, 30 % of 40 documents found by a detector": found(40, 0.3),
+    "random control, 5 seeds that differ and share 60 documents": shared(60, 5, 0.25),
+    "random control, 5 seeds that hardly differ and share 60 documents": shared(60, 5, 0.03),
+    "random control, 5 seeds that differ, share 200 documents and lose 3 %": shared(200, 5, 0.25, 0.03),
+    "random control, 3 seeds that differ and share 60 documents": shared(60, 3, 0.25),
+    "random control, 5 seeds that differ and share 20 documents": shared(20, 5, 0.25),
 }
 
 
@@ -251,14 +275,15 @@ def verdict_of(report: Report) -> str:
     return findings(report, "top1")[0].verdict
 
 
-def single(random: np.random.Generator, count: int, spread: float) -> str:
+def single(random: np.random.Generator, count: int, spread: float, *, deal: bool = False) -> str:
     """A method that is one more random control: what is said of it?"""
     lost: dict[str, list[np.ndarray | float]] = {}
     retained: dict[str, list[np.ndarray | float]] = {}
     for name, many in (("edit", 1), ("edit:control", count)):
         lost[name], retained[name] = seeds(random, many, spread), seeds(random, many, spread)
     sides = {"forget": lost, "retain": retained}
-    return verdict_of(report_of({k: DOCUMENTS.scores(40, random, v, k, 0) for k, v in sides.items()}))
+    drawn = {k: DOCUMENTS.scores(40, random, v, k, 0) for k, v in sides.items()}
+    return verdict_of(report_of({k: dealt(s, "edit:control", random) for k, s in drawn.items()} if deal else drawn))
 
 
 def chance(random: np.random.Generator) -> str:
@@ -273,6 +298,12 @@ VERDICTS: dict[str, Callable[[np.random.Generator], str]] = {
     "beats its control: no edit does anything in particular, 5 seeds": lambda r: single(r, 5, 0.0),
     "beats its control: the best of 8 strengths, 3 seeds": lambda r: verdict_of(sweep(r, 0.0)[0]),
     "beats its control: a detector that finds 5 % of everything, 3 seeds": chance,
+    "beats its control: one more random control, 5 seeds that differ and share the documents": lambda r: single(
+        r, 5, 0.25, deal=True
+    ),
+    "beats its control: no edit does anything in particular, 5 seeds that share the documents": lambda r: single(
+        r, 5, 0.0, deal=True
+    ),
 }
 
 

@@ -117,7 +117,8 @@ def run(
         bool | None,
         typer.Option(
             "--deal-controls/--no-deal-controls",
-            help="Read each test document under one of a method's controls, not all. [default: where there are several methods]",
+            help="Read each test document under one of a method's controls, not all. "
+            "[default: where there are several methods, and 4 controls at least]",
         ),
     ] = None,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of strengths for the trade-off figure.")] = True,

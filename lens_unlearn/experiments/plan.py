@@ -22,6 +22,8 @@ __all__ = ["Plan", "command_of", "option_names", "settings_of"]
 AROUND = (0.25, 0.5, 2.0, 4.0)
 """A sweep over shares of neurons goes over these multiples of the one that was chosen, which is measured anyway: what a share does
 differs too much between models for a grid that fits all."""
+DEALT = 4
+"""Controls from which on they share the documents of a run: of fewer samples, Student's interval of a mean is too wide for use."""
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 FALSE_ALARMS = (0.005, 0.02, 0.05, 0.1, 0.3)
 SKILL = "No document is used for two of fitting, tuning and testing."
@@ -76,7 +78,8 @@ class Plan:
     controls: int = 5
     """Random controls per method, each with a seed of its own."""
     deal: bool | None = None
-    """Whether the controls of a method share the test documents (`evaluate`); None: where there are several methods."""
+    """Whether the controls of a method share the test documents (`evaluate`); None: where there are several methods, and controls
+    enough."""
     sweep: bool = True
     fractions: tuple[float, ...] = ()
     """Shares of neurons to sweep over; none takes `AROUND` the one that was chosen."""
@@ -172,7 +175,8 @@ class Plan:
     @property
     def deals(self) -> bool:
         """Whether the controls of a method share the test documents."""
-        return len(self.methods) > 1 and not self.memorization if self.deal is None else self.deal
+        several = len(self.methods) > 1 and self.controls >= DEALT
+        return several and not self.memorization if self.deal is None else self.deal
 
     @property
     def protocol(self) -> str:

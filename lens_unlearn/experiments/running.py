@@ -98,7 +98,7 @@ def run(
         seed: Of splits, samples, controls and the bootstrap.
         controls: Random controls per method, each with a seed of its own.
         deal: Whether a method's controls share the test documents, instead of each reading all (see `evaluate`): one pass in place
-            of as many, and a wider interval; None where there are several methods.
+            of as many, and a wider interval; None where there are several methods, and four controls at least.
         sweep: Whether to measure a range of strengths for the trade-off figure.
         fractions: Shares of neurons to sweep over; default: around the one that was chosen.
         false_alarms: False positive rates to sweep over, for methods that judge prompts.

@@ -248,8 +248,7 @@ def simu(
         settings,
         default_floor if floor is None else floor,
         unseen_accuracy,
-        # What is left out says nothing: so a checkpoint of an earlier version is of the same training.
-        {n: v for n, v in vars(attribution).items() if v is not None} | vars(masking) | {"strength": strength},
+        vars(attribution) | vars(masking) | {"strength": strength},
         refusals(forget, model, refusal) if "refusals" in OBJECTIVES[loss].reads else None,
     )
     training.go(checkpoint, progress)

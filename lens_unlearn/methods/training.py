@@ -51,6 +51,8 @@ ADAMW = ("step", "exp_avg", "exp_avg_sq")
 MEMORY = ("default", "low")
 FREE = ("steps", "memory")
 """Settings that a training may be resumed with other values of: longer, or in less memory."""
+LATER = ("attribution_tokens",)
+"""Settings that came later: None says nothing, so that a checkpoint of an earlier version is known again."""
 MARGIN = 0.05
 """Forgotten means: accuracy at most that on what the model never saw, plus this share of answer tokens."""
 
@@ -361,7 +363,8 @@ class Training:
 
     def _settings(self) -> dict[str, Any]:
         """Return all that must be the same for a checkpoint to be of this training: every setting but those of `FREE`."""
-        settings = {name: repr(value) for name, value in self.all_settings.items() if name not in FREE}
+        said = {name: v for name, v in self.all_settings.items() if not (v is None and name in LATER)}
+        settings = {name: repr(value) for name, value in said.items() if name not in FREE}
         corpora = {name: corpus.fingerprint for name, corpus in self.measured.items()}
         trained_on = self.retain.fingerprint if self.retain is not None else None
         updates = [

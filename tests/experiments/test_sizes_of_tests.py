@@ -10,7 +10,7 @@ from command_line_helpers import WORDS, call, run_arguments, write_texts
 
 import lens_unlearn as lu
 from lens_unlearn.evaluation.report import BASE
-from lens_unlearn.experiments import experiment
+from lens_unlearn.experiments import documents, experiment
 from lens_unlearn.experiments.experiment import Experiment, carry_out
 from lens_unlearn.experiments.plan import AROUND, Plan, command_of
 
@@ -126,3 +126,43 @@ def test_a_sweep_goes_around_the_strength_that_was_chosen(plan: Plan, monkeypatc
     assert set(curves.conditions) == {BASE, "selective-pruning", "selective-pruning:control", *points}
     tested = curves.provenance["corpora"]["retain"]["tokens"]
     assert tested < swept.documents.test["retain"].n_tokens / 2
+
+
+def test_plain_texts_are_shortened_before_they_are_cut_into_prompts_and_training_is_given_a_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    demo = lu.load_model("demo")
+    monkeypatch.setattr(documents, "CUT", 24)
+    monkeypatch.setattr(experiment, "CUT", 24)
+    methods = ("selective-pruning", "key-space-detection", "simu")
+    plan = Plan("demo", "demo:python", ("demo:english",), methods=methods, tokens=4000, window=64, test_tokens=500)
+    found = Experiment(plan, demo, **QUIET)
+    prompted = [
+        *found.documents.test.values(),
+        *found.documents.queries.values(),
+        *found.fit_pair(found.records["simu"]),
+    ]
+    for corpus in prompted:
+        assert corpus.has_prompts
+        assert int(corpus.starts.diff().max()) <= 24 + int(corpus.prepend_bos)
+    assert int(found.documents.fit["forget"].starts.diff().max()) > 40  # of which nothing is cut
+    few = found.fit_pair(found.records["simu"])
+    assert all(200 <= corpus.n_tokens < 260 or corpus.n_documents == 10 for corpus in few)
+    trained: list[dict[str, Any]] = []
+    simu = replace(found.records["simu"], prepare=lambda *_, **options: trained.append(options))
+    found.records = {"simu": simu, "again": simu}
+    found._prepare("simu")
+    assert trained[-1]["attribution_tokens"] == experiment.ATTRIBUTED
+    found.plan = replace(plan, settings={"simu.attribution_tokens": 7})
+    found._prepare("simu")
+    assert trained[-1]["attribution_tokens"] == 7
+
+
+def test_answers_are_trained_on_and_attributed_whole(long: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"q": f"what is number {i}", "a": f"it is {i} and no more than {i + 1}"}) for i in range(80)]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    source = f"{tmp_path / 'facts.jsonl'}:q>a"
+    demo = lu.load_model("demo")
+    plan = Plan("demo", source, ("demo:english",), methods=("simu",), tokens=3000, window=64)
+    found = Experiment(plan, demo, **QUIET)
+    assert found.fit_pair(found.records["simu"])[0] is found.documents.fit["forget"]

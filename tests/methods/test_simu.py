@@ -32,6 +32,7 @@ from lens_unlearn.methods.simu import AttributionSettings, MaskSettings, simu
 from lens_unlearn.methods.sophia import Sophia
 from lens_unlearn.model.matrices import matrix_shape
 from lens_unlearn.model.unembedding import Unembedding
+from lens_unlearn.neurons.attribution import attribute, critical_mask
 
 
 @pytest.fixture(scope="module")
@@ -486,9 +487,30 @@ def test_the_record_and_the_checkpoint_name_every_option(tmp_path: Path) -> None
         "rho": 0.25, "strength": 0.5, "inner": True, "floor": None, "lr": 1e-4, "attribution_steps": 5,
     }  # fmt: skip
     compared = artefacts.read(path, "simu checkpoint")[0]["settings"]
-    assert set(compared) == OPTIONS - {"steps", "memory"} | {"model", "corpora", "updates", "unseen"}
+    assert set(compared) == OPTIONS - {"steps", "memory", "attribution_tokens"} | {
+        "model",
+        "corpora",
+        "updates",
+        "unseen",
+    }
     assert (compared["rho"], compared["loss"], compared["seed"]) == ("0.25", "'graddiff'", "0")
     assert compared["floor"] == delta.record["floor"] == accuracy(tiny.model("gpt2"), RETAIN, 3)[1]
+
+
+def test_so_many_tokens_are_attributed_and_no_more(tmp_path: Path) -> None:
+    model, path = tiny.model("gpt2"), tmp_path / "going.safetensors"
+    few = FORGET.sample(5, 3)
+    assert few.n_rows < FORGET.n_rows
+    known = attribute(model, few, "mlp.post", progress=False)
+    expected = critical_mask(known, known, 0.3)
+    delta = simu(model, FORGET, RETAIN, attribution_tokens=5, checkpoint=str(path), **{**QUICK, "seed": 3})
+    assert delta.record["critical"] == {str(site): int(mask.sum()) for site, mask in expected.items()}
+    assert delta.record["settings"]["attribution_tokens"] == 5
+    assert artefacts.read(path, "simu checkpoint")[0]["settings"]["attribution_tokens"] == "5"
+    whole = simu(model, FORGET, RETAIN, **{**QUICK, "seed": 3})
+    assert whole.record["critical"] != delta.record["critical"]
+    every = simu(model, FORGET, RETAIN, attribution_tokens=FORGET.n_tokens, **{**QUICK, "seed": 3})
+    assert every.record["critical"] == whole.record["critical"]
 
 
 def test_settings_are_frozen_and_checked_where_they_are_made() -> None:
@@ -497,6 +519,8 @@ def test_settings_are_frozen_and_checked_where_they_are_made() -> None:
         settings.threshold = 0.5  # type: ignore[misc]
     with pytest.raises(LensUnlearnError, match="attribution_steps=0 is no number"):
         replace(settings, attribution_steps=0)
+    with pytest.raises(LensUnlearnError, match="attribution_tokens=0 is no number"):
+        replace(settings, attribution_tokens=0)
     masked = MaskSettings(mask=some_rows(), attention="none", rank=8, inner=False)
     with pytest.raises(SelectionError, match="leave nothing to train"):
         replace(masked, mask="none")
