@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import lens_unlearn as lu
 from lens_unlearn import cli, methods
 from lens_unlearn.core.errors import LensUnlearnError, ModelError, SelectionError
 from lens_unlearn.experiments.compare import plans_for
-from lens_unlearn.experiments.plan import Plan, settings_of
+from lens_unlearn.experiments.plan import Plan, command_of, settings_of
 from lens_unlearn.model import dtypes, loading
 
 MOST_FIRING = "most-firing"
@@ -312,3 +313,20 @@ def test_fields_that_came_later_do_not_tell_a_plan_from_an_earlier_one() -> None
     lists = {name: tuple(value) for name, value in earlier.items() if isinstance(value, list)}
     assert settings_of(Plan(**{**earlier, **lists})) == earlier
     assert settings_of(plan(facts=True, answer_eos=True)).keys() - earlier.keys() == {"facts", "answer_eos"}
+
+
+def test_controls_share_the_documents_where_there_are_several_methods_and_enough_of_them() -> None:
+    two = ("selective-pruning", "neuron-adjust")
+    several = Plan("m", "f", ("r",), methods=two)
+    assert several.deals
+    assert not Plan("m", "f", ("r",)).deals
+    assert not replace(several, controls=3).deals
+    assert not replace(several, memorization=5).deals
+    assert not replace(several, deal=False).deals
+    assert Plan("m", "f", ("r",), deal=True, controls=2).deals
+    assert "--deal-controls" in command_of(Plan("m", "f", ("r",), deal=True)).split()
+    assert "--no-deal-controls" in command_of(replace(several, deal=False)).split()
+    assert "deal" not in " ".join(command_of(several).split())
+    assert "deal" not in settings_of(several)
+    with pytest.raises(LensUnlearnError, match="--deal-controls shares the test documents"):
+        replace(several, deal=True, memorization=5)

@@ -166,3 +166,17 @@ def test_answers_are_trained_on_and_attributed_whole(long: dict[str, Path], mode
     plan = Plan("demo", source, ("demo:english",), methods=("simu",), tokens=3000, window=64)
     found = Experiment(plan, demo, **QUIET)
     assert found.fit_pair(found.records["simu"])[0] is found.documents.fit["forget"]
+
+
+def test_shared_controls_are_said_on_the_page_and_on_the_command_line(
+    model_dir: Path, long: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = [*run_arguments(model_dir, long, tmp_path / "out"), "--control-seeds", 4, "--set", "fraction=0.2"]
+    assert call(*arguments, "--deal-controls") == 0
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert settings["plan"]["deal"] is True
+    assert settings["dealt"] == [f"{name}:control" for name in sorted(settings["plan"]["methods"])]
+    assert "(mean of 4 draws, each on documents of its own)" in (tmp_path / "out" / "report.html").read_text()
+    assert call(*arguments, "--no-deal-controls", "--overwrite") == 0
+    assert "dealt" not in json.loads((tmp_path / "out" / "run.json").read_text())
+    assert "(mean of 4 draws)" in (tmp_path / "out" / "report.html").read_text()
