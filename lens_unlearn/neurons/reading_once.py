@@ -4,10 +4,11 @@ Knows statistics by site, and over which corpus each was collected; knows nothin
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
+from lens_unlearn.core.errors import LensUnlearnError, SiteError
 from lens_unlearn.corpora.corpus import Corpus
 from lens_unlearn.model.host import Model
 from lens_unlearn.model.sites import Site, extra_points, resolve
@@ -42,15 +43,28 @@ class Memory:
         known, seen = self._known.get(key, (None, set()))
         missing = [site for site in wanted if site not in seen]
         if missing:
-            if isinstance(statistic, Moments) and not statistic.extra:
-                beside = [site for kind in self.together for site in resolve(model, kind)]
-                missing += [site for site in beside if site not in seen and site not in missing]
-            found = read(missing)
+            found, read_now = self._read(
+                model, missing, seen, read, isinstance(statistic, Moments) and not statistic.extra
+            )
             known = found if known is None else _at(known, found.state() | known.state())
-            self._known[key] = known, seen | set(missing)
+            self._known[key] = known, seen | set(read_now)
         names = set(wanted)
         state = {name: part for name, part in known.state().items() if Site.parse(name.rpartition(".")[0]) in names}
         return _at(known, state)
+
+    def _read(
+        self, model: Model, missing: list[Site], seen: set[Site], read: Callable[[list[Site]], Any], together: bool
+    ) -> tuple[Any, list[Site]]:
+        """Read some sites, and those that are wanted together with them, unless these cannot be read; return which were."""
+        beside: list[Site] = []
+        with suppress(SiteError):
+            beside = [site for kind in self.together if together for site in resolve(model, kind)]
+        more = [site for site in beside if site not in seen and site not in missing]
+        if more:
+            # What cannot be read for a later method is that method's error, and not the one of whoever reads now.
+            with suppress(LensUnlearnError):
+                return read([*missing, *more]), [*missing, *more]
+        return read(missing), missing
 
 
 def _at(statistic: Any, state: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import tiny
 import torch
 from interventions_helpers import selection_of
 
+from lens_unlearn.core.errors import ActivationError
 from lens_unlearn.interventions.ablate import Ablate
 from lens_unlearn.model.sites import Site
 from lens_unlearn.neurons import collect as collecting
@@ -119,3 +120,22 @@ def test_an_error_in_the_block_ends_it(passes: list[Any]) -> None:
         broken()
     collect(model, CORPUS, "mlp.post", progress=False)
     assert len(passes) == 2
+
+
+def test_a_site_that_cannot_be_read_is_no_error_of_who_reads_another(passes: list[Any]) -> None:
+    model = tiny.model("gpt2")
+    with reading_once(["mlp.post", "sae"]):  # no dictionary is attached
+        assert len(collect(model, CORPUS, "mlp.post", progress=False).sites) == 2
+    with reading_once(["mlp.post", "attn.z"]):
+        made = collecting.gather
+
+        def fails(model: Any, corpus: Any, sites: Any, *rest: Any) -> Any:
+            if any(site.kind == "attn.z" for site in sites):
+                raise ActivationError("L0.attn.z holds NaN")
+            return made(model, corpus, sites, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collecting, "gather", fails)
+            assert {site.kind for site in collect(model, CORPUS, "mlp.post", progress=False).sites} == {"mlp.post"}
+            with pytest.raises(ActivationError, match=r"L0\.attn\.z"):
+                collect(model, CORPUS, "attn.z", progress=False)
