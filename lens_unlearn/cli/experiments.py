@@ -14,6 +14,7 @@ from lens_unlearn.cli.options import (
     BatchSize,
     Confidence,
     Controls,
+    Deal,
     Interventions,
     Loading,
     Memorization,
@@ -113,14 +114,7 @@ def run(
     batch_size: BatchSize = None,
     loading: Loading,
     controls: Controls = 5,
-    deal: Annotated[
-        bool | None,
-        typer.Option(
-            "--deal-controls/--no-deal-controls",
-            help="Read each test document under one of a method's controls, not all. "
-            "[default: where there are several methods, and 4 controls at least]",
-        ),
-    ] = None,
+    deal: Deal = None,
     sweep: Annotated[bool, typer.Option(help="Evaluate a range of strengths for the trade-off figure.")] = True,
     fractions: Annotated[
         str, typer.Option(metavar="NUMBERS", help="Comma-separated shares of neurons to sweep over.")
@@ -239,6 +233,7 @@ def compare(
     ] = 0.05,
     confidence: Confidence = 0.9,
     controls: Controls = 3,
+    deal: Deal = None,
     seed: Annotated[int, typer.Option(help="Seed of splits, controls and the bootstrap.")] = 0,
     batch_size: BatchSize = None,
     loading: Loading,
@@ -266,6 +261,7 @@ def compare(
         retain_drop=retain_drop,
         confidence=confidence,
         controls=controls,
+        deal=deal,
         seed=seed,
         batch_size=batch_size,
         facts=facts,

@@ -64,6 +64,14 @@ Controls = Annotated[
         help="Random controls of each method or condition, each with its own seed.",
     ),
 ]
+Deal = Annotated[
+    bool | None,
+    typer.Option(
+        "--deal-controls/--no-deal-controls",
+        help="Read each test document under one of a method's controls, not all. "
+        "[default: where there are several methods, and 4 controls at least]",
+    ),
+]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="An option of the methods.")]
 Interventions = Annotated[list[Path], typer.Option(help="A saved intervention; may be given several times.")]
 Tokens = Annotated[int, typer.Option(help="Number of tokens to read from each corpus.")]

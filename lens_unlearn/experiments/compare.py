@@ -213,6 +213,7 @@ def compare(
     tokens: int = 20_000,
     settings: Mapping[str, Any] | None = None,
     controls: int = 3,
+    deal: bool | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -236,6 +237,8 @@ def compare(
         tokens: Tokens of each side to fit on, and to test on; half as many to tune on.
         settings: Options of the methods, as in ``{"importance": "rms", "neuron-adjust.site": "mlp.post"}``.
         controls: Random controls per method, each with a seed of its own.
+        deal: Whether a method's controls share the test documents, instead of each reading all (see `evaluate`): one pass in place
+            of one each, and wider intervals. Default: where there are several methods and 4 controls at least.
         seed: Of splits, samples, controls and the bootstrap.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
@@ -256,7 +259,7 @@ def compare(
     chosen = compared() if methods is None else tuple(methods)
     plans = plans_for(
         list(skills), model_name(model), methods=chosen, retain_drop=retain_drop, confidence=confidence, tokens=tokens,
-        settings=dict(settings or {}), controls=controls, seed=seed, batch_size=batch_size, facts=facts,
+        settings=dict(settings or {}), controls=controls, deal=deal, seed=seed, batch_size=batch_size, facts=facts,
     )  # fmt: skip
     runs = _skill_runs(plans, model, split_skills(skills, test, seed, facts=facts), progress=progress)
     _announce(runs)

@@ -437,3 +437,20 @@ def test_a_comparison_shows_itself() -> None:
     assert own.value.tolist() == pytest.approx([0.05])
     assert math.isclose(own.difference.item(), -0.45)
     assert comparison_page(replace(whole, figures={})).count("<section>") >= 4
+
+
+def test_controls_share_the_documents_where_that_is_asked_for(demo: Any, tmp_path: Path) -> None:
+    skills = {name: lu.read_corpus(f"demo:{name}", demo, tokens=3000) for name in SKILLS}
+    options: dict[str, Any] = {"tokens": 200, "retain_drop": 0.3, "controls": 2, "progress": False}
+    methods = ["selective-pruning"]
+    every, shared = (lu.compare(demo, skills, methods, deal=deal, **options) for deal in (None, True))
+    for one, other in zip(every.parts, shared.parts, strict=True):
+        assert "dealt" not in one.provenance
+        assert other.provenance["dealt"] == ["selective-pruning:control"]
+        key = ("selective-pruning", "forget", "top1")
+        assert one[key].value == other[key].value, "what is not shared does not change"
+        np.testing.assert_array_equal(one[key].draws, other[key].draws)
+        assert other["selective-pruning:control", "forget", "top1"].replicates == 2
+    assert call(*ARGUMENTS, "--deal-controls", "--out", tmp_path / "out") == 0
+    turns = json.loads((tmp_path / "out" / "run.json").read_text())["plan"]["turns"]
+    assert [turn["deal"] for turn in turns.values()] == [True, True]
