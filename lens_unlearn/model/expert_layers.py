@@ -326,8 +326,18 @@ def _pairs(
     return Routed(key, gate, expert, token, int(module.num_experts), layer.batch, weighted)
 
 
-def _keys(layer: _TableLayer, module: Any, pairs: Callable[..., Routed], gate_up: Tensor) -> Tensor:
-    activate = module._apply_gate if module.has_gate else module.act_fn
+def _keys(
+    layer: _TableLayer, module: Any, pairs: Callable[..., Routed], gate_up: Tensor, counts: list[int] | None = None
+) -> Tensor:
+    """Activate, all at once or so many rows at a time, as is done without hooks.
+
+    The last numbers of a tensor, which do not fill a vector of the processor, are rounded differently by its functions.
+    """
+    whole = module._apply_gate if module.has_gate else module.act_fn
+
+    def activate(values: Tensor) -> Tensor:
+        return whole(values) if counts is None else torch.cat([whole(part) for part in values.split(counts)])
+
     return layer.keys(gate_up, activate, pairs, gated=module.has_gate, interleaved=not module.is_concatenated)
 
 
@@ -343,7 +353,7 @@ def _eager(layer: _TableLayer, module: Any, hidden: Tensor, index: Tensor, weigh
     expert = torch.repeat_interleave(torch.tensor(hit, device=index.device), torch.tensor(counts, device=index.device))
     slot, token = (torch.cat(parts) for parts in zip(*places, strict=True))
     pairs = partial(_pairs, layer, module, expert, token, weights[token, slot])
-    keys = _keys(layer, module, pairs, torch.cat(rows))
+    keys = _keys(layer, module, pairs, torch.cat(rows), counts)
     result = torch.zeros_like(hidden)
     for e, (slot, token), key in zip(hit, places, keys.split(counts), strict=True):
         out = _linear(module, "down_proj", e, key)
@@ -388,12 +398,14 @@ class _Llama4Layer(_ExpertsLayer):
         expert, token = (given != 0).any(-1).nonzero(as_tuple=True)
         pairs = partial(_pairs, self, module, expert, token, given.new_ones(len(token)))
 
-        def activate(gate_up: Tensor) -> Tensor:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return up * module.act_fn(gate)
-
         all_up = torch.bmm(given, module.gate_up_proj)
-        keys = activate(all_up).index_put((expert, token), self.keys(all_up[expert, token], activate, pairs))
+
+        def activate(gate_up: Tensor) -> Tensor:  # of all tokens: see `_keys`
+            gate, up = all_up.index_put((expert, token), gate_up).chunk(2, dim=-1)
+            return (up * module.act_fn(gate))[expert, token]
+
+        found = self.keys(all_up[expert, token], activate, pairs)
+        keys = found.new_zeros(*all_up.shape[:2], found.shape[-1]).index_put((expert, token), found)
         return torch.bmm(keys, module.down_proj).view(-1, module.hidden_size)
 
 
