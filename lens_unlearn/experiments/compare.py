@@ -238,7 +238,7 @@ def compare(
         settings: Options of the methods, as in ``{"importance": "rms", "neuron-adjust.site": "mlp.post"}``.
         controls: Random controls per method, each with a seed of its own.
         deal: Whether a method's controls share the test documents, instead of each reading all (see `evaluate`): one pass in place
-            of one each, and wider intervals. Default: where there are several methods and 4 controls at least.
+            of as many, and a wider interval; None where there are several methods, and four controls at least.
         seed: Of splits, samples, controls and the bootstrap.
         batch_size: Full-length rows per forward pass; default as many as this machine runs fastest with.
         progress: Whether to show bars.
@@ -362,6 +362,8 @@ def _report(runs: Mapping[str, SkillRun], parts: Mapping[str, Report]) -> Compar
         "chosen": {skill: part.provenance["chosen"] for skill, part in parts.items()},
         "documents": {skill: part.provenance["documents"] for skill, part in parts.items()},
     }
+    if dealt := sorted({name for part in parts.values() for name in part.provenance.get("dealt", ())}):
+        settings["dealt"] = dealt
     title = f"Forget {', '.join(parts)}, each in turn"
     whole = Comparison(_means(list(parts.values())), provenance_of(settings), title=title, parts=tuple(parts.values()))
     drawn: dict[str, Any] = {}

@@ -51,6 +51,7 @@ def comparison_page(report: Report) -> str:
             budget=budget_of(report),
             confidence=confidence_of(report),
             kinds=list(dict.fromkeys(known)),
+            dealt=bool(report.provenance.get("dealt")),
             metric=METRIC,
             protocol=report.provenance.get("protocol", ""),
             overall=overall(report),

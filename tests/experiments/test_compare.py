@@ -451,6 +451,10 @@ def test_controls_share_the_documents_where_that_is_asked_for(demo: Any, tmp_pat
         assert one[key].value == other[key].value, "what is not shared does not change"
         np.testing.assert_array_equal(one[key].draws, other[key].draws)
         assert other["selective-pruning:control", "forget", "top1"].replicates == 2
+    said = "each reads documents of its own"
+    assert (said in comparison_page(every), said in comparison_page(shared)) == (False, True)
     assert call(*ARGUMENTS, "--deal-controls", "--out", tmp_path / "out") == 0
-    turns = json.loads((tmp_path / "out" / "run.json").read_text())["plan"]["turns"]
-    assert [turn["deal"] for turn in turns.values()] == [True, True]
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [turn["deal"] for turn in settings["plan"]["turns"].values()] == [True, True]
+    assert settings["dealt"] == [f"{method}:control" for method in sorted(METHODS)]
+    assert said in (tmp_path / "out" / "compare.html").read_text()
